@@ -1,0 +1,1 @@
+"""From raw text to graded training data: sources -> corpus -> candidates -> scores -> mined -> hub."""

@@ -1,0 +1,66 @@
+"""How every command of this project reads its arguments and reports bad input.
+
+Bad input is one line on stderr, `error: what, where, what to do`, and exit code 2. A traceback is shown for
+`--debug`, and for what is a defect of ours rather than of the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+# What a user's disk can answer; anything else that is an OSError is a defect and keeps its traceback.
+_DISK_ADVICE = {
+    errno.ENOSPC: "the disk is full; free space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free space or choose another folder",
+    errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.EPERM: "operation not permitted; choose a folder you may write to",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
+    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
+}
+
+
+class InputError(Exception):
+    """Input that cannot be used. The message says what, where and what to do, in one line."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that reports through `InputError`, so that every error of every command looks the same."""
+
+    def __init__(self, **kwargs) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call `main(argv)` and exit: 0 when it returns, 2 on bad input, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [arg for arg in argv if arg != "--debug"]
+    try:
+        main(argv)
+    except InputError as error:
+        _report(str(error), debug)
+    except OSError as error:
+        if error.errno not in _DISK_ADVICE:
+            raise
+        _report(f"{error.filename or 'output'}: {_DISK_ADVICE[error.errno]}", debug)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)
+
+
+def _report(message: str, debug: bool) -> NoReturn:
+    if debug:
+        raise
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2) from None

@@ -1,0 +1,171 @@
+"""Every hand-over between steps is a folder: made under a temporary name, renamed when whole, manifest last.
+
+    with folder_step(output / "scores", inputs={...}) as step:
+        if not step.done:
+            ... write files into step.path ...
+            step.finish(rows=len(table))
+
+A folder whose manifest carries the same inputs, and whose files are those the manifest lists, is kept and the step
+skipped. A killed step leaves `NAME.partial`; it is resumed when its inputs are still the same, else started afresh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataset_builders.cli import InputError
+
+MANIFEST = "manifest.json"
+INPUTS = "inputs.json"
+_STACK = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "peft",
+    "datasets",
+    "bm25s",
+    "rank_bm25",
+    "trl",
+    "mteb",
+)
+
+
+def fingerprint(value: Any) -> str:
+    """A short stable hash of anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Relative name -> sha256 of every file under `folder`, the manifest and temporary files left out."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: file_sha256(folder / name) for name in names if name not in (MANIFEST, INPUTS)}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write `table` whole or not at all: a file that exists under its name is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a Parquet file. Raises InputError when it is missing, unreadable or lacks a column."""
+    try:
+        table = pq.read_table(path, memory_map=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
+    missing = [name for name in columns or [] if name not in table.column_names]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
+    return table.select(columns) if columns else table
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A finished folder's manifest. Raises InputError when the folder is missing or was not finished."""
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{folder}: not a finished folder ({MANIFEST} is missing); run the step that makes it"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(f"{path}: not readable as JSON; delete the folder and make it again") from None
+
+
+class Step:
+    """One step in the making. `path` is where to write; `done` is true when there is nothing to do."""
+
+    def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.inputs = dict(inputs)
+        self.key = fingerprint(self.inputs)
+        self.path = folder.with_name(folder.name + ".partial")
+        self.done = self._is_finished()
+        self._start = time.monotonic()
+
+    def _is_finished(self) -> bool:
+        try:
+            manifest = read_manifest(self.folder)
+        except InputError:
+            return False
+        return manifest.get("key") == self.key and manifest.get("files") == files_of(self.folder)
+
+    def open(self) -> None:
+        inputs = self.path / INPUTS
+        if self.path.exists() and (not inputs.is_file() or inputs.read_text(encoding="utf-8") != self.key):
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        inputs.write_text(self.key, encoding="utf-8")
+
+    def finish(self, **facts: Any) -> None:
+        """Write the manifest (`facts` are counts, constants, ...) and give the folder its final name."""
+        (self.path / INPUTS).unlink()
+        for leftover in self.path.rglob("*.tmp"):
+            leftover.unlink()
+        manifest = {
+            "key": self.key,
+            "inputs": self.inputs,
+            **facts,
+            "seconds": round(time.monotonic() - self._start, 2),
+            "versions": stack_versions(),
+            "files": files_of(self.path),
+        }
+        write_json(self.path / MANIFEST, manifest)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(self.path, self.folder)
+        self.done = True
+
+
+@contextmanager
+def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]:
+    """Make `folder` from `inputs` (anything JSON can hold), unless it was already made from the same inputs."""
+    step = Step(Path(folder), inputs)
+    if step.done:
+        yield step
+        return
+    created = [parent for parent in step.path.parents if not parent.exists()]
+    step.open()
+    try:
+        yield step
+    except InputError:
+        # bad input leaves nothing behind; a crash or a kill keeps the finished shards for the next run
+        shutil.rmtree(step.path)
+        for parent in created:
+            parent.rmdir()
+        raise
+    if not step.done:
+        raise RuntimeError(f"step {step.folder} ended without finish()")
+
+
+def stack_versions() -> dict[str, str]:
+    """Versions of the libraries whose behaviour decides results."""
+    return {name: importlib.metadata.version(name) for name in _STACK}

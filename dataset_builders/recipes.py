@@ -1,0 +1,120 @@
+"""Recipes: YAML files whose keys are fields of pydantic models. An unknown key is an error.
+
+Every key can be overridden on the command line by a flag of the same name: `--mining.margin 0.9`, or `--margin 0.9`
+when only one section has a key of that name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dataset_builders.cli import InputError
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and strict about the names and the types of its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Recipe = TypeVar("Recipe", bound=Section)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError when there is none."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe; recipes that ship are under recipes/") from None
+    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path}: a recipe is a mapping of names to values, this file is not")
+    return content
+
+
+def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: Sequence[str] = ()) -> Recipe:
+    """`values` (as read from `where`), overridden by command-line `flags`, as an instance of `kind`.
+
+    Raises InputError on the first unknown, missing or ill-typed key.
+    """
+    values = {**values}
+    for path, value in _read_flags(kind, flags):
+        target = values
+        for key in path[:-1]:
+            section = target.get(key)
+            target[key] = {**section} if isinstance(section, dict) else {}
+            target = target[key]
+        target[path[-1]] = value
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_first_problem(kind, error)}") from None
+
+
+def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    paths = list(_key_paths(kind))
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    position = 0
+    while position < len(flags):
+        flag = flags[position]
+        if not flag.startswith("--"):
+            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
+        if position + 1 == len(flags):
+            raise InputError(f"{flag} needs a value")
+        name = flag.removeprefix("--")
+        # dict.fromkeys: variants of a union (source: local | hub | ...) may hold the same key
+        matches = list(dict.fromkeys(path for path in paths if name in (".".join(path), path[-1])))
+        if not matches:
+            raise InputError(f"unknown option {flag}{_suggestion(name, ['.'.join(path) for path in paths])}")
+        if len(matches) > 1:
+            raise InputError(
+                f"{flag} could be any of {', '.join('--' + '.'.join(path) for path in matches)}: name one"
+            )
+        try:
+            yield matches[0], yaml.safe_load(flags[position + 1])
+        except yaml.YAMLError:
+            yield matches[0], flags[position + 1]
+        position += 2
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    """The Section classes inside a field's annotation (itself, a union's members, ...)."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _sections(inner)
+
+
+def _key_paths(kind: type[Section]) -> Iterator[tuple[str, ...]]:
+    for name, field in kind.model_fields.items():
+        yield (name,)
+        for section in _sections(field.annotation):
+            for path in _key_paths(section):
+                yield (name, *path)
+
+
+def _first_problem(kind: type[Section], error: ValidationError) -> str:
+    # an unknown key explains a missing one, so it is told first
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    paths = [".".join(path) for path in _key_paths(kind)]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggestion(location[-1], paths)}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"key {key!r} is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _suggestion(name: str, paths: list[str]) -> str:
+    leaves = {path.rsplit(".", 1)[-1]: path for path in paths}
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
+    return f"; did you mean {leaves[close[0]]!r}?" if close else f"; known keys: {', '.join(paths)}"

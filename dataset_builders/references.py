@@ -1,0 +1,75 @@
+"""Model references: a Hub id (optionally `@revision`), a local folder, or `package:NAME`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset_builders.cli import InputError
+from dataset_builders.folders import files_of, fingerprint
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Where a model's files are: `name_or_path` and `revision` are what transformers' loaders take."""
+
+    reference: str  # as the recipe wrote it: what cards and manifests show
+    name_or_path: str
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.name_or_path).is_dir()
+
+    def fingerprint(self) -> str:
+        """Changes when the weights, the adapter, the tokenizer or the configuration change.
+
+        Local folders are hashed file by file: a name alone would serve stale vectors after a training run. Hub
+        ids are resolved to the commit the revision points to now.
+        """
+        if self.is_local:
+            return fingerprint(files_of(Path(self.name_or_path)))
+        return fingerprint([self.name_or_path, hub_commit(self.name_or_path, self.revision)])
+
+
+def resolve_model(reference: str) -> ModelReference:
+    """Find the model behind a reference. Raises InputError when a package or a folder does not exist."""
+    if not isinstance(reference, str) or not reference.strip():
+        raise InputError(f"model reference {reference!r}: name a Hub id, a folder or package:NAME")
+    if reference.startswith("package:"):
+        return ModelReference(reference, str(_folder_in_package(reference.removeprefix("package:"))))
+    if Path(reference).expanduser().is_dir():
+        return ModelReference(reference, str(Path(reference).expanduser()))
+    name, _, revision = reference.partition("@")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"model {reference!r}: no such folder, and no Hub id (those look like org/name or name)")
+    return ModelReference(reference, name, revision or None)
+
+
+def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> str:
+    """The commit a Hub revision points to now. Raises InputError in one line when the Hub cannot say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type).sha
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it: {reason}"
+        ) from None
+
+
+def _folder_in_package(name: str) -> Path:
+    """The folder inside an installed package that holds a model (found, not imported)."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"model 'package:{name}': no installed package of that name; pip install it first")
+    for root in spec.submodule_search_locations:
+        for folder, subfolders, files in os.walk(root):
+            subfolders.sort()
+            if "modules.json" in files or {"config.json", "model.safetensors"} <= set(files):
+                return Path(folder)
+    raise InputError(f"model 'package:{name}': the package holds no model (no modules.json, no model.safetensors)")

@@ -1,0 +1,1 @@
+"""Scores of trained models: held-out retrieval, MTEB, reports and search."""

@@ -1,0 +1,1 @@
+"""The encoder, its prompts and its objectives."""
