@@ -1,0 +1,60 @@
+"""The text before a text: instructions, demonstrations, and a prompt for every task of MTEB(eng, v2).
+
+Queries (and both sides of symmetric tasks) carry `Instruct: {task}` and `Query: ` on two lines, as E5-mistral
+introduced it (arXiv 2401.00368); documents stay bare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+# Task types whose two sides are encoded differently: mteb asks for `{Task}-query` and `{Task}-document`.
+# Every other type has one side, or two equal ones, and mteb asks for `{Task}`.
+_ASYMMETRIC = ("Retrieval", "Reranking")
+
+
+def instruction_prompt(task: str) -> str:
+    r"""The prompt of a query, given the task in one sentence.
+
+    >>> instruction_prompt("Given a question, retrieve its answer")
+    'Instruct: Given a question, retrieve its answer\nQuery: '
+    """
+    return f"Instruct: {task}\nQuery: "
+
+
+def few_shot_prompt(task: str, demonstrations: Sequence[tuple[str, str]]) -> str:
+    r"""The prompt of a query after `demonstrations`, (query, response) pairs in the order in which they are shown.
+
+    Demonstrations first and the instruction last is the order of arXiv 2506.07438; the wording of a block is ours.
+    With no demonstrations this is `instruction_prompt(task)`.
+
+    >>> few_shot_prompt("Find the capital", [("France", "Paris")])
+    'Instruct: Find the capital\nQuery: France\nResponse: Paris\n\nInstruct: Find the capital\nQuery: '
+    """
+    prompt = instruction_prompt(task)
+    return "".join(f"{prompt}{query}\nResponse: {response}\n\n" for query, response in demonstrations) + prompt
+
+
+def task_instructions() -> dict[str, dict[str, str]]:
+    """Task type -> task name -> instruction, for the 41 tasks of MTEB(eng, v2); types and names are mteb's."""
+    return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
+
+
+def baked_prompts(instruction: str | None) -> dict[str, str]:
+    """What a saved model carries as `prompts`: its own `query` and `document`, and one for each evaluation task.
+
+    `instruction` is what the model was trained with; None leaves queries as bare as documents. The names are those
+    that mteb looks up in `model.prompts`: a task it does not find there runs with the `query` prompt or with none,
+    without an error.
+    """
+    prompts = {"query": "" if instruction is None else instruction_prompt(instruction), "document": ""}
+    for task_type, instructions in task_instructions().items():
+        for task, text in instructions.items():
+            if task_type in _ASYMMETRIC:
+                prompts |= {f"{task}-query": instruction_prompt(text), f"{task}-document": ""}
+            else:
+                prompts[task] = instruction_prompt(text)
+    return prompts
