@@ -1,0 +1,230 @@
+"""A decoder-only LLM as a text embedder, of stock sentence-transformers modules: the state of the last token, which
+is always EOS, as a unit vector.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dataset_builders.cli import InputError
+from dataset_builders.folders import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
+
+# What pooling: means in recipes -> the name sentence-transformers has for it.
+POOLING = {"eos": "lasttoken", "mean": "mean"}
+
+
+def build_encoder(
+    model_name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    max_seq_length: int = 512,
+    prompts: Mapping[str, str] | None = None,
+    pooling: str = "eos",
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    peft_config: PeftConfig | None = None,
+    min_text_tokens: int = 16,
+) -> SentenceTransformer:
+    """Transformer + pooling + Normalize around any Hugging Face decoder.
+
+    Args:
+        model_name_or_path: Hub id or folder; the folder of a SentenceTransformer made here is one too.
+        revision: of the Hub id.
+        max_seq_length: longest text in tokens, prompt, BOS and EOS included; longer ones are truncated before EOS.
+        prompts: baked into the model by name.
+        pooling: "eos" (the state of the last token) or "mean".
+        dtype: of the weights; None keeps that of the checkpoint.
+        attn_implementation: as in transformers.
+        peft_config: an adapter to inject and train; its weights are kept in float32, which bfloat16 updates need.
+        min_text_tokens: least number of tokens that every prompt has to leave for the text.
+
+    Raises:
+        InputError: no such model, no EOS token, a prompt that leaves too little room, too long a max_seq_length.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    if pooling not in POOLING:
+        raise InputError(f"pooling {pooling!r}: choose one of {', '.join(POOLING)}")
+    where = {"revision": revision} if revision else {}
+    loading = {"dtype": dtype, "attn_implementation": attn_implementation}
+    try:
+        transformer = Transformer(
+            str(model_name_or_path),
+            max_seq_length=max_seq_length,
+            model_kwargs={**where, **{key: value for key, value in loading.items() if value is not None}},
+            processor_kwargs={**where},
+            config_kwargs={**where},
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model {str(model_name_or_path)!r} cannot be loaded: {error}") from None
+    longest = getattr(transformer.config, "max_position_embeddings", max_seq_length)
+    if max_seq_length > longest:
+        raise InputError(f"max_seq_length {max_seq_length}: {model_name_or_path} goes to {longest}; lower it")
+    guarantee_eos(transformer.tokenizer)
+    encoder = SentenceTransformer(
+        modules=[
+            transformer,
+            Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING[pooling]),
+            Normalize(),
+        ],
+        prompts=dict(prompts or {}),
+        similarity_fn_name="cosine",
+    )
+    check_eos(encoder)
+    check_prompts(encoder, min_text_tokens)
+    if peft_config is not None:
+        add_adapter(encoder, peft_config)
+    return encoder
+
+
+def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make `tokenizer` end every text in EOS, whatever its family, its flags and the version of transformers.
+
+    The rule is written into the post-processor, where truncation makes room for it and saving keeps it. Appending the
+    EOS string to texts is lost to truncation; `add_eos_token` is neither saved nor, alone, keeps BOS (transformers 5).
+    What the family puts before a text (BOS, CLS or nothing) stays.
+
+    Padding goes to the right, where GradCache can trim it. A tokenizer without padding token gets its unknown token:
+    EOS as padding freezes the embedding of EOS in models that take `padding_idx` from the tokenizer.
+
+    Raises:
+        InputError: no EOS token, or no fast tokenizer.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    name = tokenizer.name_or_path
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer of {name!r} has no EOS token; set eos_token in its tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise InputError(f"tokenizer of {name!r} is not a fast one (no tokenizer.json); convert it first")
+    before = tokenizer.convert_ids_to_tokens(_leading_special_ids(tokenizer))
+    eos = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*before, "$A", eos],
+        pair=[*before, "$A", "$B:1", eos],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, eos])],
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or eos
+    tokenizer.padding_side = "right"
+    tokenizer.truncation_side = "right"
+
+
+def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer puts before a text."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    return encoding["input_ids"][: encoding["special_tokens_mask"].index(0)]
+
+
+def check_eos(encoder: SentenceTransformer) -> None:
+    """Assert on real texts that the last token is EOS: empty, short, truncated, and with each prompt.
+
+    Raises:
+        InputError: when the tokenizer ends a text otherwise.
+    """
+    tokenizer = encoder.tokenizer
+    long = "text " * encoder.max_seq_length
+    for name, prompt in {"": "", **encoder.prompts}.items():
+        features = encoder.preprocess(["", "a", long], prompt=prompt or None)
+        lengths = features["attention_mask"].sum(dim=1)
+        last = features["input_ids"][range(3), lengths - 1].tolist()
+        if last != [tokenizer.eos_token_id] * 3 or lengths.max() > encoder.max_seq_length:
+            raise InputError(
+                f"tokenizer of {tokenizer.name_or_path!r} ends texts in {tokenizer.convert_ids_to_tokens(last)} with "
+                f"prompt {name!r}, not in EOS ({tokenizer.eos_token}); its tokenizer.json cannot be used"
+            )
+
+
+def check_prompts(encoder: SentenceTransformer, min_text_tokens: int) -> None:
+    """Refuse a prompt that leaves fewer than `min_text_tokens` for the text.
+
+    A prompt of max_seq_length tokens gives every query the same vector, and nothing says so.
+    """
+    for name, prompt in {"": "", **encoder.prompts}.items():
+        taken = len(encoder.tokenizer(prompt)["input_ids"])  # BOS and EOS are in it
+        if (room := encoder.max_seq_length - taken) < min_text_tokens:
+            raise InputError(
+                f"prompt {name!r} leaves {max(room, 0)} of {encoder.max_seq_length} tokens for the text, at least "
+                f"{min_text_tokens} are needed; shorten the prompt or raise max_seq_length"
+            )
+
+
+def add_adapter(encoder: SentenceTransformer, peft_config: PeftConfig) -> None:
+    """Freeze the weights and inject a new adapter to train, in float32."""
+    encoder.add_adapter(peft_config)
+    _train_in_float32(encoder)
+
+
+def continue_adapter(encoder: SentenceTransformer, folder: Path) -> None:
+    """Freeze the weights and go on training the adapter that `save_adapter` wrote into `folder`."""
+    encoder.load_adapter(str(folder), is_trainable=True)
+    _train_in_float32(encoder)
+
+
+def _train_in_float32(encoder: SentenceTransformer) -> None:
+    # a step of 1e-4 is below what bfloat16 can add to a weight of 0.1
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_adapter(encoder: SentenceTransformer, folder: Path, base: str, revision: str | None = None) -> None:
+    """Write the adapter in peft format, with tokenizer, pooling and prompts beside it.
+
+    `base` is how the adapter names the model it belongs to (transformers would write the local path it was loaded
+    from): a Hub id with its `revision`, or a path relative to `folder`.
+    """
+    encoder.save_pretrained(str(folder), create_model_card=False)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**config, "base_model_name_or_path": base, "revision": revision})
+
+
+def save_merged(encoder: SentenceTransformer, folder: Path) -> None:
+    """Merge the adapter, if there is one, into the weights (in place) and write a plain SentenceTransformer folder.
+
+    Raises:
+        InputError: when the tokenizer read back from the folder no longer ends texts in EOS.
+    """
+    merge_adapter(encoder)
+    encoder.save_pretrained(str(folder), create_model_card=False)
+    check_saved_tokenizer(encoder, folder)
+
+
+def merge_adapter(encoder: SentenceTransformer) -> None:
+    """Add the adapter to the weights it was injected into, and take its layers out again.
+
+    peft's `merge_and_unload` is a method of its own wrapper, which an injected adapter does not have.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    backbone = encoder.transformers_model
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            backbone.set_submodule(name, module.get_base_layer())
+    if getattr(backbone, "_hf_peft_config_loaded", False):
+        del backbone.peft_config
+        backbone._hf_peft_config_loaded = False
+    encoder.requires_grad_(True)
+
+
+def check_saved_tokenizer(encoder: SentenceTransformer, folder: Path) -> None:
+    """Assert that the tokenizer in `folder` gives the ids that `encoder` was trained on, EOS last."""
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(str(folder))
+    texts = ["", "a", "text " * encoder.max_seq_length, *encoder.prompts.values()]
+    expected, read = (tokenizer(texts, truncation=True)["input_ids"] for tokenizer in (encoder.tokenizer, saved))
+    if read != expected or any(ids[-1] != saved.eos_token_id for ids in read):
+        raise InputError(f"{folder}: the saved tokenizer does not give the ids the model was trained on")
