@@ -91,8 +91,9 @@ def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make `tokenizer` end every text in EOS, whatever its family, its flags and the version of transformers.
 
     The rule is written into the post-processor, where truncation makes room for it and saving keeps it. Appending the
-    EOS string to texts is lost to truncation; `add_eos_token` is neither saved nor, alone, keeps BOS (transformers 5).
-    What the family puts before a text (BOS, CLS or nothing) stays.
+    EOS string to texts is lost to truncation; `add_eos_token` is not saved and, alone, drops BOS (transformers 5).
+    Before a text comes BOS where the family has one of its own (Mistral, Llama), else what stands there now (CLS for
+    BERT, nothing for Qwen2 and GPT-2).
 
     Padding goes to the right, where GradCache can trim it. A tokenizer without padding token gets its unknown token:
     EOS as padding freezes the embedding of EOS in models that take `padding_idx` from the tokenizer.
@@ -107,7 +108,7 @@ def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         raise InputError(f"tokenizer of {name!r} has no EOS token; set eos_token in its tokenizer_config.json")
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer of {name!r} is not a fast one (no tokenizer.json); convert it first")
-    before = tokenizer.convert_ids_to_tokens(_leading_special_ids(tokenizer))
+    before = _before_text(tokenizer)
     eos = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*before, "$A", eos],
@@ -120,10 +121,12 @@ def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.truncation_side = "right"
 
 
-def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that the tokenizer puts before a text."""
+def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that belong before a text: BOS, or whatever stands there now if EOS doubles as BOS."""
+    if tokenizer.bos_token is not None and tokenizer.bos_token != tokenizer.eos_token:
+        return [tokenizer.bos_token]
     encoding = tokenizer("a", return_special_tokens_mask=True)
-    return encoding["input_ids"][: encoding["special_tokens_mask"].index(0)]
+    return tokenizer.convert_ids_to_tokens(encoding["input_ids"][: encoding["special_tokens_mask"].index(0)])
 
 
 def check_eos(encoder: SentenceTransformer) -> None:
