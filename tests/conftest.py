@@ -1,8 +1,11 @@
 """What several rooms' tests share: tiny real models, made on the spot."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+
+from dataset_builders.folders import folder_step, write_json, write_parquet
 
 WORDS = "instruct query given a question retrieve its answer how do i parse date read write file open close sort list"
 
@@ -55,3 +58,40 @@ def tiny_encoder(tiny_decoder) -> Path:
         prompts=baked_prompts("Given a question, retrieve its answer"),
     ).save(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
+    """A finished run of two stages with its data: 6 documents, 3 test queries, a BM25 that is right once in three."""
+    import pyarrow as pa
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    shutil.copytree(tiny_decoder, run / "student")
+    for name in ("sts", "retrieval", "model"):
+        shutil.copytree(tiny_encoder, run / name)
+    (run / "recipe.yaml").write_text(
+        "student: {teacher: package:x, corpus: data/corpus}\n"
+        "instruction: Given a question, retrieve its answer\n"
+        "max_seq_length: 64\npooling: eos\nstages: [{name: sts}, {name: retrieval}]\n"
+    )
+    write_json(run / "ledger.json", {"sts": {"seconds": 1.5}, "retrieval": {"seconds": 2.5}})
+    texts = ["parse a date", "read a file", "write a file", "open a file", "sort a list", "close a file"]
+    documents = [f"d{number}" for number in range(6)]
+    # (document, BM25 rank, dense rank) by query; the relevant documents are d0, d4 and d2
+    found = {"q0": [("d0", 1, 2), ("d1", 2, 1)], "q1": [("d0", 1, None), ("d4", 2, 1)], "q2": [("d3", None, 1)]}
+    rows = [
+        {"query_id": query, "document_id": document, "bm25_rank": bm25, "dense_rank": dense, "rrf_rank": rank}
+        for query, candidates in found.items()
+        for rank, (document, bm25, dense) in enumerate(candidates, start=1)
+    ]
+    with folder_step(run / "data" / "corpus", {}) as step:
+        write_parquet(step.path / "documents.parquet", pa.table({"document_id": documents, "text": texts}))
+        asked = {"query_id": ["q0", "q1", "q2", "q3"], "text": ["how do i parse a date", "sort", "write", "close"]}
+        write_parquet(step.path / "queries.parquet", pa.table(asked | {"split": ["test", "test", "test", "train"]}))
+        relevant = {"query_id": ["q0", "q1", "q2", "q3"], "document_id": ["d0", "d4", "d2", "d5"], "score": [1] * 4}
+        write_parquet(step.path / "qrels.parquet", pa.table(relevant | {"split": ["test", "test", "test", "train"]}))
+        step.finish(documents=6)
+    with folder_step(run / "data" / "candidates", {"fusion": {"top_k": 200}}) as step:
+        write_parquet(step.path / "candidates.parquet", pa.Table.from_pylist(rows))
+        step.finish(candidates=len(rows))
+    return run

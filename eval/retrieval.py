@@ -1,0 +1,306 @@
+"""Score every system of a run on held-out queries over all documents: retrievers, teacher, and each stage's model.
+
+    python -m eval.retrieval --run runs/demo --data runs/demo/data --output_dir runs/demo/results
+
+Prints one table and writes OUTPUT_DIR/metrics.json. Embeddings are kept under DATA/embeddings, by what they were made
+from, so that a killed evaluation goes on where it stopped and `eval.search` finds the documents' ready.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dataset_builders.candidates import dense_top_k
+from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.embeddings import Embedder, EncoderSection
+from dataset_builders.folders import folder_step, read_manifest, read_parquet, stack_versions, write_json
+from dataset_builders.recipes import read_yaml
+from dataset_builders.references import resolve_model
+
+DEPTH = 100  # documents ranked per query
+# In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
+MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}
+# Rows whose ranks stand in candidates.parquet, by the column that holds them.
+RETRIEVERS = {"BM25": "bm25_rank", "dense teacher": "dense_rank", "RRF": "rrf_rank"}
+BASELINE, COMPARED = "BM25", "nDCG@10"  # differences are to this system, in this measure
+
+Ranking = dict[str, list[str]]  # query id -> document ids, best first
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A document collection, in file order."""
+
+    ids: list[str]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries of one split that have a relevant document, and those documents' grades."""
+
+    split: str
+    ids: list[str]
+    texts: list[str]
+    qrels: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class System:
+    """A model to evaluate: the name of its row, and the folder of a SentenceTransformer."""
+
+    name: str
+    folder: Path
+
+
+def main(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    run_folder, data, output = Path(args.run), Path(args.data), Path(args.output_dir)
+    documents = load_documents(data)
+    queries = load_queries(data, args.split, set(documents.ids))
+    rankings = candidate_rankings(data, queries)
+    systems = run_systems(run_folder, output)
+
+    rows = [
+        *(retriever_row(name, queries, *rankings[name]) for name in rankings),
+        *(model_row(system, data, documents, queries) for system in systems),
+    ]
+    metrics = {
+        "command": "python -m eval.retrieval " + shlex.join(argv),
+        # relative to the file that holds them, so that a run can be moved as a whole
+        "run": os.path.relpath(run_folder, output),
+        "data": os.path.relpath(data, output),
+        "split": queries.split,
+        "counts": count(documents, queries),
+        "measures": list(MEASURES),
+        "baseline": BASELINE,
+        "compared": COMPARED,
+        "systems": with_differences(rows),
+        "not_evaluated": missing_stages(run_folder),
+        "versions": stack_versions(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "metrics.json", metrics)
+    print(format_table(metrics))
+
+
+def _parse(argv: Sequence[str]):
+    parser = ArgumentParser(prog="python -m eval.retrieval", description=__doc__)
+    parser.add_argument("--run", required=True, help="folder that train_st.py wrote")
+    parser.add_argument("--data", required=True, help="folder that dataset_builders.build wrote")
+    parser.add_argument("--output_dir", required=True, help="where metrics.json goes")
+    parser.add_argument("--split", default="test", help="whose queries are asked (default: test)")
+    return parser.parse_args(argv)
+
+
+def load_documents(data: Path) -> Documents:
+    """All documents of a data folder, in file order."""
+    path = data / "corpus" / "documents.parquet"
+    table = read_parquet(path, ["document_id", "text"])
+    if not len(table):
+        raise InputError(f"{path}: no documents; build the data again")
+    return Documents(table["document_id"].to_pylist(), table["text"].to_pylist())
+
+
+def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
+    """The queries of `split` with at least one relevant document (a measure is undefined for the others)."""
+    queries = read_parquet(data / "corpus" / "queries.parquet", ["query_id", "text", "split"])
+    qrels_path = data / "corpus" / "qrels.parquet"
+    qrels = read_parquet(qrels_path, ["query_id", "document_id", "score", "split"])
+    splits = sorted(set(queries["split"].to_pylist()))
+    grades: dict[str, dict[str, int]] = {}
+    for row in qrels.filter(pc.equal(qrels["split"], split)).to_pylist():
+        if row["document_id"] not in document_ids:
+            raise InputError(
+                f"{qrels_path}: document {row['document_id']!r} of query {row['query_id']!r} is not in "
+                "documents.parquet; build the data again"
+            )
+        grades.setdefault(row["query_id"], {})[row["document_id"]] = row["score"]
+    asked = [
+        row
+        for row in queries.filter(pc.equal(queries["split"], split)).to_pylist()
+        if any(grade > 0 for grade in grades.get(row["query_id"], {}).values())
+    ]
+    if not asked:
+        raise InputError(
+            f"{data / 'corpus'}: split {split!r} has no query with a relevant document; splits: {', '.join(splits)}"
+        )
+    ids = [row["query_id"] for row in asked]
+    return Queries(split, ids, [row["text"] for row in asked], {query_id: grades[query_id] for query_id in ids})
+
+
+def count(documents: Documents, queries: Queries) -> dict[str, int]:
+    relevant = sum(grade > 0 for grades in queries.qrels.values() for grade in grades.values())
+    return {"documents": len(documents.ids), "queries": len(queries.ids), "relevant": relevant}
+
+
+def candidate_rankings(data: Path, queries: Queries) -> dict[str, tuple[Ranking, int]]:
+    """The rankings of BM25, of the dense teacher and of their fusion, as the candidates folder holds them.
+
+    With each comes the rank down to which it is whole: the folder keeps the first `fusion.top_k` documents of the
+    fused list, and one that BM25 ranks 90th may not be among them.
+    """
+    top_k = read_manifest(data / "candidates")["inputs"]["fusion"]["top_k"]
+    path = data / "candidates" / "candidates.parquet"
+    table = read_parquet(path, ["query_id", "document_id", *RETRIEVERS.values()])
+    table = table.filter(pc.is_in(table["query_id"], value_set=pa.array(queries.ids)))
+    if not len(table):
+        raise InputError(
+            f"{path}: no candidates for the queries of split {queries.split!r}; "
+            f"name that split in the recipe's source.eval_splits and build the data again"
+        )
+    kept = Counter(table["query_id"].to_pylist())
+    rankings = {}
+    for name, column in RETRIEVERS.items():
+        ranked = table.filter(pc.is_valid(table[column])).sort_by(column)
+        ranking: Ranking = {query_id: [] for query_id in queries.ids}
+        whole = dict.fromkeys(queries.ids, 0)
+        columns = (ranked[key].to_pylist() for key in ("query_id", "document_id", column))
+        for query_id, document_id, rank in zip(*columns, strict=True):
+            ranking[query_id].append(document_id)
+            whole[query_id] += rank == whole[query_id] + 1
+        rankings[name] = ranking, min((whole[query] for query in queries.ids if kept[query] >= top_k), default=DEPTH)
+    return rankings
+
+
+def run_systems(run_folder: Path, output: Path) -> list[System]:
+    """The models of a run in the order in which they came to be: untrained, after each stage, final."""
+    recipe = _run_recipe(run_folder)
+    final = run_folder / "model"
+    if not final.is_dir():
+        raise InputError(f"{final}: no such folder; finish the training with train_st.py first")
+    stages = [System(f"after {stage['name']}", run_folder / stage["name"]) for stage in recipe["stages"]]
+    stages = [system for system in stages if system.folder.is_dir()]
+    if stages and _fingerprint(stages[-1].folder) == _fingerprint(final):
+        stages[-1] = System(f"{stages[-1].name} (final)", final)  # the same files: one row
+    else:
+        stages.append(System("final model", final))
+    return [System("untrained", _untrained(run_folder, recipe, output / "untrained")), *stages]
+
+
+def missing_stages(run_folder: Path) -> list[str]:
+    """Names of stages that the recipe lists and the run has no model of."""
+    return [stage["name"] for stage in _run_recipe(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
+
+
+def _fingerprint(folder: Path) -> str:
+    return resolve_model(str(folder)).fingerprint()
+
+
+def _run_recipe(run_folder: Path) -> dict[str, Any]:
+    if not (run_folder / "recipe.yaml").is_file():
+        raise InputError(f"{run_folder}: not a training run (recipe.yaml is missing); make one with train_st.py")
+    return read_yaml(run_folder / "recipe.yaml")
+
+
+def _untrained(run_folder: Path, recipe: Mapping[str, Any], folder: Path) -> Path:
+    """The encoder as the first stage found it, saved in `folder`."""
+    from modeling.prompts import baked_prompts
+
+    start = resolve_model(str(run_folder / "student") if recipe.get("student") else recipe["model_name_or_path"])
+    settings = {key: recipe[key] for key in ("max_seq_length", "pooling") if recipe.get(key) is not None}
+    prompts = baked_prompts(recipe.get("instruction"))
+    with folder_step(folder, {"model": start.fingerprint(), **settings, "prompts": prompts}) as step:
+        if not step.done:
+            from modeling.encoder import build_encoder
+
+            encoder = build_encoder(start.name_or_path, revision=start.revision, prompts=prompts, **settings)
+            encoder.save(str(step.path), create_model_card=False)
+            step.finish()
+    return folder
+
+
+def retriever_row(name: str, queries: Queries, ranking: Ranking, whole: int) -> dict[str, Any]:
+    """Scores of a ranking found in the data; None for a measure that looks further than it is `whole`."""
+    unknown = dict.fromkeys(measure for measure, depth in MEASURES.items() if depth > whole)
+    return {"name": name, "kind": "retriever"} | ranking_scores(queries, ranking) | unknown
+
+
+def model_row(system: System, data: Path, documents: Documents, queries: Queries) -> dict[str, Any]:
+    """Scores of a model over all documents, and the seconds it took (none for vectors that were found ready)."""
+    start = time.monotonic()
+    embedder = Embedder(EncoderSection(model=str(system.folder)), data / "embeddings")
+    hits = dense_top_k(embedder.queries(queries.texts), embedder.documents(documents.texts), DEPTH)
+    ranking = {
+        query_id: [documents.ids[position] for position in found["position"]]
+        for query_id, found in zip(queries.ids, hits, strict=True)
+    }
+    seconds = round(time.monotonic() - start, 1)
+    facts = {"name": system.name, "kind": "model", "model": str(system.folder), "seconds": seconds}
+    return facts | ranking_scores(queries, ranking)
+
+
+def ranking_scores(queries: Queries, ranking: Ranking) -> dict[str, Any]:
+    """Mean of each measure over the queries (by ir_measures), and COMPARED of each query, in the order of `queries`.
+
+    A query for which nothing was found counts 0.
+    """
+    import ir_measures
+
+    measures = [ir_measures.parse_measure(name) for name in MEASURES]
+    # the rank is the score: trec_eval orders by score, and would break ties its own way
+    scored = {
+        query_id: {document_id: -float(rank) for rank, document_id in enumerate(found[:DEPTH])}
+        for query_id, found in ranking.items()
+    }
+    values: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
+    for metric in ir_measures.iter_calc(measures, queries.qrels, scored):
+        values[str(metric.measure)][metric.query_id] = metric.value
+    means = {name: round(float(np.mean([values[name][query_id] for query_id in queries.ids])), 4) for name in values}
+    return means | {"per_query": [values[COMPARED][query_id] for query_id in queries.ids]}
+
+
+def with_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with each one's mean paired difference to BASELINE in COMPARED and its 95 % bootstrap interval."""
+    from scipy.stats import bootstrap
+
+    baseline = next(np.array(row["per_query"]) for row in rows if row["name"] == BASELINE)
+    finished = []
+    for row in rows:
+        row = dict(row)
+        differences = np.array(row.pop("per_query")) - baseline
+        if row["name"] != BASELINE and len(differences) > 1:
+            interval = bootstrap(
+                (differences,), np.mean, n_resamples=2000, batch=100, method="percentile", rng=0
+            ).confidence_interval
+            row["difference"] = {
+                "mean": round(float(differences.mean()), 4),
+                "low": round(float(interval.low), 4),
+                "high": round(float(interval.high), 4),
+            }
+        finished.append(row)
+    return finished
+
+
+def format_table(metrics: Mapping[str, Any]) -> str:
+    """The systems as a Markdown table."""
+    counts = metrics["counts"]
+    lines = [
+        f"{counts['queries']:,} queries of split {metrics['split']}, {counts['documents']:,} documents",
+        "",
+        f"| system | {' | '.join(metrics['measures'])} | {metrics['compared']} against {metrics['baseline']} [95 %] |",
+        "|---|" + "---:|" * (len(metrics["measures"]) + 1),
+    ]
+    for row in metrics["systems"]:
+        difference = row.get("difference")
+        against = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) if difference else ""
+        scores = " | ".join("-" if row[name] is None else f"{row[name]:.3f}" for name in metrics["measures"])
+        lines.append(f"| {row['name']} | {scores} | {against} |")
+    if any(row[name] is None for row in metrics["systems"] for name in metrics["measures"]):
+        lines += ["", "-: not known, the candidates were cut; make fusion.top_k the sum of both retrievers' top_k."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)
