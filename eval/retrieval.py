@@ -208,14 +208,17 @@ def _untrained(run_folder: Path, recipe: Mapping[str, Any], folder: Path) -> Pat
     """The encoder as the first stage found it, saved in `folder`."""
     from modeling.prompts import baked_prompts
 
-    start = resolve_model(str(run_folder / "student") if recipe.get("student") else recipe["model_name_or_path"])
-    settings = {key: recipe[key] for key in ("max_seq_length", "pooling") if recipe.get(key) is not None}
-    prompts = baked_prompts(recipe.get("instruction"))
-    with folder_step(folder, {"model": start.fingerprint(), **settings, "prompts": prompts}) as step:
+    keys = {**recipe, **recipe["stages"][-1]}  # the final model's prompt and length, for a fair comparison
+    start = resolve_model(str(run_folder / "student") if "student" in keys else keys["model_name_or_path"])
+    revision = start.revision or keys.get("model_revision")
+    settings = {name: keys[name] for name in ("max_seq_length", "min_text_tokens", "pooling", "dtype") if name in keys}
+    prompts = baked_prompts(keys.get("instruction"))
+    inputs = {"model": start.fingerprint(), "revision": revision, **settings, "prompts": prompts}
+    with folder_step(folder, inputs) as step:
         if not step.done:
             from modeling.encoder import build_encoder
 
-            encoder = build_encoder(start.name_or_path, revision=start.revision, prompts=prompts, **settings)
+            encoder = build_encoder(start.name_or_path, revision=revision, prompts=prompts, **settings)
             encoder.save(str(step.path), create_model_card=False)
             step.finish()
     return folder
@@ -230,7 +233,7 @@ def retriever_row(name: str, queries: Queries, ranking: Ranking, whole: int) -> 
 def model_row(system: System, data: Path, documents: Documents, queries: Queries) -> dict[str, Any]:
     """Scores of a model over all documents, and the seconds it took (none for vectors that were found ready)."""
     start = time.monotonic()
-    embedder = Embedder(EncoderSection(model=str(system.folder)), data / "embeddings")
+    embedder = Embedder(encoder_as_saved(str(system.folder)), data / "embeddings")
     hits = dense_top_k(embedder.queries(queries.texts), embedder.documents(documents.texts), DEPTH)
     ranking = {
         query_id: [documents.ids[position] for position in found["position"]]
@@ -239,6 +242,18 @@ def model_row(system: System, data: Path, documents: Documents, queries: Queries
     seconds = round(time.monotonic() - start, 1)
     facts = {"name": system.name, "kind": "model", "model": str(system.folder), "seconds": seconds}
     return facts | ranking_scores(queries, ranking)
+
+
+def encoder_as_saved(reference: str) -> EncoderSection:
+    """A model in the dtype of its weights on disk: in float32 a half-precision one would take twice the memory."""
+    from transformers import AutoConfig
+
+    model = resolve_model(reference)
+    try:
+        dtype = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision).dtype
+    except (OSError, ValueError):  # not at the top of the folder; that there is no model at all shows in loading it
+        dtype = None
+    return EncoderSection(model=reference, dtype=str(dtype or "float32").removeprefix("torch."))
 
 
 def ranking_scores(queries: Queries, ranking: Ranking) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from dataset_builders.candidates import dense_top_k
 from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.embeddings import Embedder, EncoderSection, load_model
-from eval.retrieval import Documents, load_documents
+from dataset_builders.embeddings import Embedder, load_model
+from eval.retrieval import Documents, encoder_as_saved, load_documents
 
 
 class Hit(NamedTuple):
@@ -52,7 +52,7 @@ def search(model: str, question: str, documents: Documents, cache: Path, top_k: 
     """The `top_k` documents nearest to `question`, best first (all of them where there are fewer)."""
     from sentence_transformers import SentenceTransformer
 
-    section = EncoderSection(model=model)
+    section = encoder_as_saved(model)
     vectors = Embedder(section, cache).documents(documents.texts)
     # the question itself is not worth a place in the cache
     question_vector = load_model(SentenceTransformer, section).encode_query([question], normalize_embeddings=True)
