@@ -1,0 +1,152 @@
+"""Run a model on MTEB tasks, into mteb's own result layout.
+
+    python -m eval.run_mteb --model runs/demo/model --benchmark "MTEB(eng, v2)" --output_dir results
+    python -m eval.run_mteb --model org/name@revision --tasks STSBenchmark SciFact --output_dir results
+
+Scores go to OUTPUT_DIR/results/MODEL/REVISION/TASK.json as soon as a task is done; running the same command again
+computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.embeddings import load_model
+from dataset_builders.references import resolve_model
+from eval.retrieval import encoder_as_saved
+
+if TYPE_CHECKING:
+    from mteb import AbsTask
+    from mteb.models import MTEBModels
+    from mteb.results import TaskResult
+
+
+def main(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    tasks = load_tasks(args.benchmark, args.tasks)
+    model = load_for_mteb(args.model)
+    results, failures = evaluate(model, tasks, Path(args.output_dir), args.batch_size)
+    print(format_table(tasks, results))
+    if failures:
+        name, reason = next(iter(failures.items()))
+        raise InputError(
+            f"{len(failures)} of {len(tasks)} tasks failed, the first of them {name}: {reason}; "
+            "run the same command again to compute only these"
+        )
+
+
+def _parse(argv: Sequence[str]):
+    parser = ArgumentParser(prog="python -m eval.run_mteb", description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a model, Hub id (with @revision) or package:NAME")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--benchmark", help='name of an mteb benchmark, such as "MTEB(eng, v2)"')
+    chosen.add_argument("--tasks", nargs="+", metavar="TASK", help="names of mteb tasks")
+    parser.add_argument("--output_dir", required=True, help="where results/ goes")
+    parser.add_argument("--batch_size", type=int, default=32, help="texts per forward pass (default: 32)")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size {args.batch_size}: use 1 or more")
+    return args
+
+
+def load_tasks(benchmark: str | None, names: Sequence[str] | None) -> list[AbsTask]:
+    """The tasks of a benchmark, or those of the given names. Raises InputError for an unknown name."""
+    import mteb
+
+    try:
+        return list(mteb.get_benchmark(benchmark).tasks) if benchmark else [mteb.get_task(name) for name in names]
+    except KeyError as error:
+        raise InputError(f"mteb: {error.args[0]}") from None
+
+
+def load_for_mteb(reference: str) -> MTEBModels:
+    """The model in mteb's wrapper, with a name and a revision that tell its results from those of other weights.
+
+    mteb gives local folders the revision `no_revision_available`, and would take up the results of the model that
+    was there before; here the revision is a hash of the files, and the name the folder's last two parts.
+    """
+    import mteb
+    from mteb.models import SentenceTransformerEncoderWrapper
+    from sentence_transformers import SentenceTransformer
+
+    model = resolve_model(reference)
+    if not model.is_local:
+        try:
+            return mteb.get_model(model.name_or_path, model.revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"model {reference!r}: mteb cannot load it: {str(error).splitlines()[0]}") from None
+    wrapper = SentenceTransformerEncoderWrapper(load_model(SentenceTransformer, encoder_as_saved(reference)))
+    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
+        update={
+            "name": "/".join(Path(model.name_or_path).resolve().parts[-2:]),
+            "revision": model.fingerprint(),
+        }
+    )
+    return wrapper
+
+
+def evaluate(
+    model: MTEBModels, tasks: Sequence[AbsTask], output: Path, batch_size: int
+) -> tuple[list[TaskResult], dict[str, str]]:
+    """Results of the tasks that have been run, now or earlier, and task name -> reason of those that failed.
+
+    One task's failure (a data set that the Hub does not serve) does not end a run of days.
+    """
+    import mteb
+
+    cache = mteb.ResultCache(output)
+    for task in tasks:
+        _drop_if_broken(cache.get_task_result_path(task.metadata.name, model.mteb_model_meta))
+    found = mteb.evaluate(
+        model, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, raise_error=False, co2_tracker=False
+    )
+    failures = {failure.task_name: failure.exception for failure in found.exceptions or []}
+    return list(found.task_results), failures
+
+
+def _drop_if_broken(path: Path) -> None:
+    """mteb writes results in place: a process killed while writing leaves a file that mteb can not read again."""
+    if path.exists():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            path.unlink()
+
+
+def format_table(tasks: Sequence[AbsTask], results: Sequence[TaskResult]) -> str:
+    """Mean main score (in %) by task type, over all tasks and over the types, as a Markdown table."""
+    tasks_by_name = {task.metadata.name: task for task in tasks}
+    scores: dict[str, list[float]] = {}
+    for task in tasks:
+        scores.setdefault(task.metadata.type, [])
+    for result in results:
+        task = tasks_by_name[result.task_name]
+        # the file may also hold splits or languages that this benchmark does not ask for
+        scores[task.metadata.type].append(result.validate_and_filter_scores(task).get_score())
+    rows = [
+        (kind, len(found), sum(task.metadata.type == kind for task in tasks), found)
+        for kind, found in sorted(scores.items())
+    ]
+    lines = ["| task type | tasks | mean score |", "|---|---:|---:|"]
+    lines += [f"| {kind} | {done}/{total} | {_percent(found)} |" for kind, done, total, found in rows]
+    every = [score for *_, found in rows for score in found]
+    means = [float(np.mean(found)) for *_, found in rows if found]
+    lines += [
+        f"| **mean over tasks** | {len(every)}/{len(tasks)} | {_percent(every)} |",
+        f"| **mean over types** | {len(means)}/{len(rows)} types | {_percent(means)} |",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(scores: Sequence[float]) -> str:
+    return f"{100 * np.mean(scores):.2f}" if scores else "not run"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,120 @@
+"""MTEB runs, offline on mteb's own mock tasks: they pass, resume, and never mix two models' results."""
+
+import json
+import shutil
+
+import pytest
+
+from dataset_builders.cli import InputError, run
+from eval import run_mteb
+from eval.run_mteb import evaluate, format_table, load_for_mteb, load_tasks, main
+
+NAMES = ("MockClassificationTask", "MockSTSTask", "MockRetrievalTask")
+
+
+@pytest.fixture(scope="module")
+def mock_tasks():
+    from mteb.mocks import MOCK_TASK_REGISTRY
+
+    return [MOCK_TASK_REGISTRY[name]() for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_encoder):
+    return load_for_mteb(str(tiny_encoder))
+
+
+def results_of(output, model):
+    meta = model.mteb_model_meta
+    return output / "results" / meta.model_name_as_path() / meta.revision
+
+
+def test_all_text_mock_tasks_pass(model):
+    import mteb
+
+    found = mteb.mock_run(model)
+    passed = [name for name, result in found.items() if type(result).__name__ == "TaskResult"]
+    failed = {name: result.exception for name, result in found.items() if type(result).__name__ == "TaskError"}
+    assert failed == {}
+    assert len(passed) >= 25
+
+
+def test_a_local_model_is_known_by_its_files(tiny_encoder, model, tmp_path):
+    """mteb's `no_revision_available` would take up the results of the weights that were there before."""
+    assert model.mteb_model_meta.name == "/".join(tiny_encoder.parts[-2:])
+    copy = tmp_path / "models0" / "tiny-encoder"
+    shutil.copytree(tiny_encoder, copy)
+    assert load_for_mteb(str(copy)).mteb_model_meta.revision == model.mteb_model_meta.revision
+    config = copy / "config_sentence_transformers.json"
+    config.write_text(config.read_text().replace("its answer", "an answer"))
+    assert load_for_mteb(str(copy)).mteb_model_meta.revision != model.mteb_model_meta.revision
+
+
+def test_results_stand_where_mteb_looks(model, mock_tasks, tmp_path):
+    import mteb
+
+    results, failures = evaluate(model, mock_tasks, tmp_path, batch_size=8)
+    assert failures == {} and len(results) == 3
+    files = sorted(path.name for path in results_of(tmp_path, model).glob("Mock*.json"))
+    assert files == sorted(f"{name}.json" for name in NAMES)
+    loaded = mteb.ResultCache(tmp_path).load_results(tasks=mock_tasks)
+    assert [model_result.model_name for model_result in loaded] == [model.mteb_model_meta.name]
+
+
+def test_an_interrupted_run_computes_only_what_is_missing(model, mock_tasks, tmp_path, monkeypatch):
+    whole, _ = evaluate(model, mock_tasks, tmp_path / "whole", batch_size=8)
+    evaluate(model, mock_tasks[:2], tmp_path / "cut", batch_size=8)
+    broken = results_of(tmp_path / "cut", model) / "MockSTSTask.json"
+    broken.write_text(broken.read_text()[:100])  # killed while mteb wrote it
+
+    encoded = []
+    encode = type(model).encode
+    monkeypatch.setattr(
+        type(model),
+        "encode",
+        lambda self, inputs, **kwargs: encoded.append(kwargs["task_metadata"].name) or encode(self, inputs, **kwargs),
+    )
+    resumed, failures = evaluate(model, mock_tasks, tmp_path / "cut", batch_size=8)
+    assert failures == {}
+    assert set(encoded) == {"MockSTSTask", "MockRetrievalTask"}
+    assert {r.task_name: r.get_score() for r in resumed} == {r.task_name: r.get_score() for r in whole}
+
+
+def test_a_failing_task_does_not_end_the_run(model, mock_tasks, tmp_path, monkeypatch, capsys):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("the Hub cannot be reached")
+
+    monkeypatch.setattr(mock_tasks[0], "evaluate", unreachable)
+    monkeypatch.setattr(run_mteb, "load_tasks", lambda benchmark, names: mock_tasks)
+    monkeypatch.setattr(run_mteb, "load_for_mteb", lambda reference: model)
+    with pytest.raises(SystemExit) as stopped:
+        run(main, ["--model", "m", "--tasks", *NAMES, "--output_dir", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "error: 1 of 3 tasks failed, the first of them MockClassificationTask: the Hub" in shown.err
+    assert "| **mean over tasks** | 2/3 |" in shown.out
+    assert len(list(results_of(tmp_path, model).glob("Mock*.json"))) == 2
+
+
+def test_table_by_hand(model, mock_tasks, tmp_path):
+    results, _ = evaluate(model, mock_tasks, tmp_path, batch_size=8)
+    scores = {
+        json.loads(path.read_text())["task_name"]: json.loads(path.read_text())["scores"]["test"][0]["main_score"]
+        for path in results_of(tmp_path, model).glob("Mock*.json")
+    }
+    assert len(scores) == 3
+    table = format_table(mock_tasks, [result for result in results if result.task_name != "MockSTSTask"])
+    assert f"| Retrieval | 1/1 | {100 * scores['MockRetrievalTask']:.2f} |" in table
+    assert "| STS | 0/1 | not run |" in table
+    mean = 50 * (scores["MockRetrievalTask"] + scores["MockClassificationTask"])
+    assert f"| **mean over tasks** | 2/3 | {mean:.2f} |" in table
+
+
+def test_tasks_and_benchmarks_are_found_by_name():
+    assert len(load_tasks("MTEB(eng, v2)", None)) == 41
+    assert [task.metadata.name for task in load_tasks(None, ["STSBenchmark", "SciFact"])] == [
+        "STSBenchmark",
+        "SciFact",
+    ]
+    with pytest.raises(InputError, match="Did you mean: 'STSBenchmark'"):
+        load_tasks(None, ["STSBenchmar"])
