@@ -15,7 +15,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,6 +135,7 @@ class Step:
         manifest = {
             "key": self.key,
             "inputs": self.inputs,
+            "peak_memory_bytes": peak_memory_bytes(),
             **facts,
             "seconds": round(time.monotonic() - self._start, 2),
             "versions": stack_versions(),
@@ -164,6 +167,12 @@ def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]
         raise
     if not step.done:
         raise RuntimeError(f"step {step.folder} ended without finish()")
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of this process's resident memory, from its start."""
+    high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return high_water if sys.platform == "darwin" else high_water * 1024
 
 
 def stack_versions() -> dict[str, str]:
