@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from dataset_builders.candidates import dense_top_k
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.embeddings import Embedder, EncoderSection
-from dataset_builders.folders import folder_step, read_manifest, read_parquet, stack_versions, write_json
+from dataset_builders.folders import files_of, folder_step, read_manifest, read_parquet, stack_versions, write_json
 from dataset_builders.recipes import read_yaml
 from dataset_builders.references import resolve_model
 
@@ -182,8 +182,8 @@ def run_systems(run_folder: Path, output: Path) -> list[System]:
         raise InputError(f"{final}: no such folder; finish the training with train_st.py first")
     stages = [System(f"after {stage['name']}", run_folder / stage["name"]) for stage in recipe["stages"]]
     stages = [system for system in stages if system.folder.is_dir()]
-    if stages and _fingerprint(stages[-1].folder) == _fingerprint(final):
-        stages[-1] = System(f"{stages[-1].name} (final)", final)  # the same files: one row
+    if stages and files_of(final).items() <= files_of(stages[-1].folder).items():
+        stages[-1] = System(f"{stages[-1].name} (final)", final)  # the same weights: one row
     else:
         stages.append(System("final model", final))
     return [System("untrained", _untrained(run_folder, recipe, output / "untrained")), *stages]
@@ -192,10 +192,6 @@ def run_systems(run_folder: Path, output: Path) -> list[System]:
 def missing_stages(run_folder: Path) -> list[str]:
     """Names of stages that the recipe lists and the run has no model of."""
     return [stage["name"] for stage in _run_recipe(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
-
-
-def _fingerprint(folder: Path) -> str:
-    return resolve_model(str(folder)).fingerprint()
 
 
 def _run_recipe(run_folder: Path) -> dict[str, Any]:
