@@ -71,6 +71,9 @@ def build_encoder(
     if max_seq_length > longest:
         raise InputError(f"max_seq_length {max_seq_length}: {model_name_or_path} goes to {longest}; lower it")
     guarantee_eos(transformer.tokenizer)
+    embedding = transformer.model.get_input_embeddings()
+    if embedding.padding_idx == transformer.tokenizer.eos_token_id:
+        embedding.padding_idx = None  # a checkpoint that pads with EOS would never train the vector of EOS
     encoder = SentenceTransformer(
         modules=[
             transformer,
@@ -81,7 +84,7 @@ def build_encoder(
         similarity_fn_name="cosine",
     )
     check_eos(encoder)
-    check_prompts(encoder, min_text_tokens)
+    check_prompts(transformer.tokenizer, encoder.prompts, max_seq_length, min_text_tokens)
     if peft_config is not None:
         add_adapter(encoder, peft_config)
     return encoder
@@ -95,8 +98,7 @@ def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     Before a text comes BOS where the family has one of its own (Mistral, Llama), else what stands there now (CLS for
     BERT, nothing for Qwen2 and GPT-2).
 
-    Padding goes to the right, where GradCache can trim it. A tokenizer without padding token gets its unknown token:
-    EOS as padding freezes the embedding of EOS in models that take `padding_idx` from the tokenizer.
+    Padding goes to the right, where GradCache can trim it; a tokenizer without padding token gets its unknown token.
 
     Raises:
         InputError: no EOS token, or no fast tokenizer.
@@ -148,17 +150,19 @@ def check_eos(encoder: SentenceTransformer) -> None:
             )
 
 
-def check_prompts(encoder: SentenceTransformer, min_text_tokens: int) -> None:
-    """Refuse a prompt that leaves fewer than `min_text_tokens` for the text.
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Mapping[str, str], max_seq_length: int, min_text_tokens: int
+) -> None:
+    """Refuse a prompt that leaves fewer than `min_text_tokens` of `max_seq_length` for the text.
 
     A prompt of max_seq_length tokens gives every query the same vector, and nothing says so.
     """
-    for name, prompt in {"": "", **encoder.prompts}.items():
-        taken = len(encoder.tokenizer(prompt)["input_ids"])  # BOS and EOS are in it
-        if (room := encoder.max_seq_length - taken) < min_text_tokens:
+    for name, prompt in {"": "", **prompts}.items():
+        taken = len(tokenizer(prompt)["input_ids"])  # BOS and EOS are in it
+        if max_seq_length - taken < min_text_tokens:
             raise InputError(
-                f"prompt {name!r} leaves {max(room, 0)} of {encoder.max_seq_length} tokens for the text, at least "
-                f"{min_text_tokens} are needed; shorten the prompt or raise max_seq_length"
+                f"prompt {name!r} leaves {max(max_seq_length - taken, 0)} of {max_seq_length} tokens for the text, at "
+                f"least {min_text_tokens} are needed; shorten the prompt or raise max_seq_length"
             )
 
 
@@ -188,6 +192,11 @@ def save_adapter(encoder: SentenceTransformer, folder: Path, base: str, revision
     from): a Hub id with its `revision`, or a path relative to `folder`.
     """
     encoder.save_pretrained(str(folder), create_model_card=False)
+    name_base(folder, base, revision)
+
+
+def name_base(folder: Path, base: str, revision: str | None) -> None:
+    """Write into the adapter in `folder` which model it belongs to."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**config, "base_model_name_or_path": base, "revision": revision})
@@ -210,12 +219,16 @@ def merge_adapter(encoder: SentenceTransformer) -> None:
     peft's `merge_and_unload` is a method of its own wrapper, which an injected adapter does not have.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     backbone = encoder.transformers_model
     for name, module in list(backbone.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
             backbone.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # lora_modules_to_save
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            backbone.set_submodule(name, merged)
     if getattr(backbone, "_hf_peft_config_loaded", False):
         del backbone.peft_config
         backbone._hf_peft_config_loaded = False
