@@ -233,6 +233,8 @@ def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> 
 
 
 def _as_flags(key: str, value: Any) -> list[str]:
+    if value is False and key.endswith("_strategy"):
+        value = "no"  # which YAML reads as false
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
@@ -488,14 +490,14 @@ def closing_line(name: str, cost: dict[str, Any], history: list[dict[str, Any]],
 
 def write_ledger(stages: Sequence[Stage], output_dir: Path) -> None:
     """ledger.json: what every finished stage cost, from their manifests, and the sum."""
-    facts = ("steps", "tokens", "device", "device_seconds", "peak_memory_bytes", "peak_device_memory_bytes")
+    sums = ("seconds", "training_seconds", "device_seconds", "tokens")
+    facts = ("steps", *sums, "device", "peak_memory_bytes", "peak_device_memory_bytes")
     rows = []
     for stage in stages:
         if (output_dir / stage.name / MANIFEST).is_file():
             manifest = read_manifest(output_dir / stage.name)
-            row = {"stage": stage.name, "seconds": manifest["training_seconds"]}
-            rows.append(row | {name: manifest[name] for name in facts})
-    total = {name: round(sum(row[name] for row in rows), 2) for name in ("seconds", "device_seconds", "tokens")}
+            rows.append({"stage": stage.name, **{name: manifest[name] for name in facts}})
+    total = {name: round(sum(row[name] for row in rows), 2) for name in sums}
     write_json(output_dir / "ledger.json", {"stages": rows, "total": total})
 
 

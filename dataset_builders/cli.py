@@ -19,6 +19,7 @@ _DISK_ADVICE = {
     errno.EACCES: "permission denied; choose a folder you may write to",
     errno.EPERM: "operation not permitted; choose a folder you may write to",
     errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EEXIST: "a file stands where a folder is needed; choose another path",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def resolve_model(reference: str) -> ModelReference:
 
 def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> str:
     """The commit a Hub revision points to now. Raises InputError in one line when the Hub cannot say."""
+    if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        return revision  # a commit is what it is: nothing to ask, also offline
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

@@ -30,10 +30,12 @@ class SearchSample:
 
 def load_config(name: str, config: str, revision: str | None, where: str) -> Dataset:
     """One config of a dataset, a Hub id or a folder. Raises InputError in one line when there is none."""
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetsError
 
-    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    if Path(name).is_dir():
+        disable_progress_bars()  # of downloads; reading a folder takes no time to speak of
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{where}: dataset {name!r}: no such folder; python -m dataset_builders.build makes it")
     try:
         return load_dataset(name, config, split="train", revision=revision)
