@@ -24,7 +24,15 @@ import pyarrow.compute as pc
 from dataset_builders.candidates import dense_top_k
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.embeddings import Embedder, EncoderSection
-from dataset_builders.folders import files_of, folder_step, read_manifest, read_parquet, stack_versions, write_json
+from dataset_builders.folders import (
+    files_of,
+    folder_step,
+    peak_memory_bytes,
+    read_manifest,
+    read_parquet,
+    stack_versions,
+    write_json,
+)
 from dataset_builders.recipes import read_yaml
 from dataset_builders.references import resolve_model
 
@@ -88,6 +96,7 @@ def main(argv: Sequence[str]) -> None:
         "compared": COMPARED,
         "systems": with_differences(rows),
         "not_evaluated": missing_stages(run_folder),
+        "peak_memory_bytes": peak_memory_bytes(),
         "versions": stack_versions(),
     }
     output.mkdir(parents=True, exist_ok=True)

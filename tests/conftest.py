@@ -74,7 +74,10 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
         "instruction: Given a question, retrieve its answer\n"
         "max_seq_length: 64\npooling: eos\nstages: [{name: sts}, {name: retrieval}]\n"
     )
-    write_json(run / "ledger.json", {"sts": {"seconds": 1.5}, "retrieval": {"seconds": 2.5}})
+    cost = {"steps": 20, "tokens": 4000, "training_seconds": 61.2, "device": "cpu", "device_seconds": 61.2}
+    cost |= {"peak_memory_bytes": 3 * 2**30, "peak_device_memory_bytes": 0}
+    stages = [{"stage": "sts", **cost}, {"stage": "retrieval", **cost}]
+    write_json(run / "ledger.json", {"stages": stages, "total": {"tokens": 8000}})
     texts = ["parse a date", "read a file", "write a file", "open a file", "sort a list", "close a file"]
     documents = [f"d{number}" for number in range(6)]
     # (document, BM25 rank, dense rank) by query; the relevant documents are d0, d4 and d2
@@ -90,8 +93,8 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
         write_parquet(step.path / "queries.parquet", pa.table(asked | {"split": ["test", "test", "test", "train"]}))
         relevant = {"query_id": ["q0", "q1", "q2", "q3"], "document_id": ["d0", "d4", "d2", "d5"], "score": [1] * 4}
         write_parquet(step.path / "qrels.parquet", pa.table(relevant | {"split": ["test", "test", "test", "train"]}))
-        step.finish(documents=6)
+        step.finish(counts=["documents"], documents=6)
     with folder_step(run / "data" / "candidates", {"fusion": {"top_k": 200}}) as step:
         write_parquet(step.path / "candidates.parquet", pa.Table.from_pylist(rows))
-        step.finish(candidates=len(rows))
+        step.finish(counts=["candidates"], candidates=len(rows))
     return run

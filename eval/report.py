@@ -1,0 +1,229 @@
+"""One page about a run: results, pictures, settings, counts, what each step cost, and what was not run.
+
+    python -m eval.report runs/demo/results --output_dir runs/demo/report
+
+Reads the metrics.json that `eval.retrieval` wrote and the run and the data it names; writes report.md, systems.png
+and training.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset_builders.build import FOLDERS, in_words
+from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.folders import MANIFEST, read_manifest
+from dataset_builders.recipes import read_yaml
+from eval.retrieval import format_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by every reader, in grey print as well.
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
+VALIDATION_KEY = "eval_validation_cosine_ndcg@10"
+NOT_MEASURED = (
+    "MTEB and other collections: the table is about held-out queries of the run's own data. "
+    "`python -m eval.run_mteb` runs the others.",
+    "Other seeds: this is one training run. The intervals cover the choice of queries, not that of the seed.",
+)
+
+Log = list[dict[str, Any]]  # the trainer's: step, and loss or evaluation figures
+
+
+def main(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    results = Path(args.results)
+    metrics = read_metrics(results)
+    run_folder, data = results / metrics["run"], results / metrics["data"]
+    recipe = read_yaml(run_folder / "recipe.yaml")
+    stages = [stage["name"] for stage in recipe["stages"]]
+    logs = read_logs(run_folder, stages)
+    manifests = read_manifests(data)
+    ledger = read_json(run_folder / "ledger.json")
+
+    figures = {"systems.png": plot_systems(metrics)}
+    if logs:
+        figures["training.png"] = plot_training(logs)
+    page = "\n\n".join(
+        [
+            f"# Report on {run_folder.resolve().name}",
+            f"Made from `{metrics['command']}`.",
+            "## Results",
+            format_table(metrics),
+            "![Systems by nDCG@10](systems.png)",
+            *(["## Training", "![Training curves](training.png)"] if logs else []),
+            "## What each step made and took",
+            format_costs(manifests, ledger, metrics),
+            "## Not run",
+            "\n".join(f"- {line}" for line in not_run(metrics, manifests, logs, stages)),
+            "## Settings",
+            f"```yaml\n{(run_folder / 'recipe.yaml').read_text(encoding='utf-8').strip()}\n```",
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()) + ".",
+        ]
+    )
+    save(page, figures, Path(args.output_dir))
+
+
+def _parse(argv: Sequence[str]):
+    parser = ArgumentParser(prog="python -m eval.report", description=__doc__)
+    parser.add_argument("results", help="folder that eval.retrieval wrote metrics.json into")
+    parser.add_argument("--output_dir", required=True, help="where report.md and the pictures go")
+    return parser.parse_args(argv)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises InputError when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; run the step that writes it") from None
+    except ValueError:
+        raise InputError(f"{path}: not readable as JSON; delete it and make it again") from None
+
+
+def read_metrics(results: Path) -> dict[str, Any]:
+    """What eval.retrieval measured."""
+    path = results / "metrics.json"
+    metrics = read_json(path)
+    if not isinstance(metrics, dict) or not {"systems", "measures", "run", "data"} <= set(metrics):
+        raise InputError(f"{path}: not written by eval.retrieval; run python -m eval.retrieval")
+    return metrics
+
+
+def read_logs(run_folder: Path, stages: Sequence[str]) -> dict[str, Log]:
+    """Stage -> the trainer's log, for the stages that have one."""
+    paths = {stage: run_folder / "logs" / f"{stage}.json" for stage in stages}
+    return {stage: read_json(path) for stage, path in paths.items() if path.is_file()}
+
+
+def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
+    """Step -> manifest, for the steps of the data folder that were made."""
+    return {name: read_manifest(data / name) for name in FOLDERS if (data / name / MANIFEST).is_file()}
+
+
+def format_ledger(ledger: Mapping[str, Any]) -> str:
+    """What training cost by stage, as a Markdown table."""
+    lines = ["| stage | steps | tokens | seconds | device | peak memory |", "|---|---:|---:|---:|---|---:|"]
+    for row in ledger["stages"]:
+        lines.append(
+            f"| {row['stage']} | {row['steps']:,} | {row['tokens']:,} | {row['training_seconds']:,.0f} "
+            f"| {row['device']} | {_gib(row['peak_device_memory_bytes'] or row['peak_memory_bytes'])} |"
+        )
+    return "\n".join(lines)
+
+
+def format_costs(
+    manifests: Mapping[str, Mapping[str, Any]], ledger: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> str:
+    """Seconds, peak memory and counts of every step, as a Markdown table."""
+    rows = []
+    for name, manifest in manifests.items():
+        counts = ", ".join(in_words(count, manifest[count]) for count in manifest.get("counts", ()))
+        rows.append((f"data: {name}", manifest["seconds"], manifest.get("peak_memory_bytes"), counts))
+    for row in ledger["stages"]:
+        made = f"{row['steps']:,} steps, {row['tokens']:,} tokens on {row['device']}"
+        rows.append((f"training: {row['stage']}", row["training_seconds"], row["peak_memory_bytes"], made))
+    seconds = sum(row.get("seconds", 0) for row in metrics["systems"])
+    made = ", ".join(in_words(name, number) for name, number in metrics["counts"].items())
+    rows.append(("evaluation", seconds, metrics.get("peak_memory_bytes"), made))
+    lines = ["| step | seconds | peak memory of its process | made |", "|---|---:|---:|---|"]
+    lines += [f"| {name} | {seconds:,.0f} | {_gib(memory)} | {made} |" for name, seconds, memory, made in rows]
+    lines.append(f"| **all** | **{sum(seconds for _, seconds, _, _ in rows):,.0f}** | | |")
+    return "\n".join(lines)
+
+
+def _gib(size: int | None) -> str:
+    return f"{size / 2**30:.2f} GiB" if size else ""
+
+
+def not_run(
+    metrics: Mapping[str, Any], manifests: Mapping[str, Any], logs: Mapping[str, Log], stages: Sequence[str]
+) -> list[str]:
+    """What a reader could take for done and was not, in sentences."""
+    lines = [f"Stage {stage}: it is in the recipe, the run has no model of it." for stage in metrics["not_evaluated"]]
+    lines += [f"Training curve of stage {stage}: there is no log of it." for stage in stages if stage not in logs]
+    for row in metrics["systems"]:
+        unknown = [name for name in metrics["measures"] if row[name] is None]
+        if unknown:
+            lines.append(f"{', '.join(unknown)} of {row['name']}: the candidates were cut (fusion.top_k).")
+    lines += [f"Data step {name}: it was not made." for name in FOLDERS if name not in manifests]
+    return [*lines, *NOT_MEASURED]
+
+
+def plot_systems(metrics: Mapping[str, Any]) -> Figure:
+    """A bar for each system, in the order of the table; the line is the baseline's height."""
+    measure, baseline = metrics["compared"], metrics["baseline"]
+    rows = [row for row in metrics["systems"] if row[measure] is not None]
+    figure = _figure((7, 0.4 * len(rows) + 1.4))
+    axis = figure.subplots()
+    for kind, label, colour in (("retriever", "retrievers", BLUE), ("model", "models of this run", ORANGE)):
+        chosen = [row for row in rows if row["kind"] == kind]
+        bars = axis.barh(
+            [row["name"] for row in chosen], [row[measure] for row in chosen], color=colour, height=0.7, label=label
+        )
+        axis.bar_label(bars, fmt="%.3f", padding=4)
+    for row in rows:
+        if row["name"] == baseline:
+            axis.axvline(row[measure], color=GREY, linestyle="--", linewidth=1, zorder=0, label=baseline)
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(0.05, 1.12 * max((row[measure] for row in rows), default=0)))
+    counts = metrics["counts"]
+    axis.set_xlabel(f"{measure} ({counts['queries']:,} {metrics['split']} queries, {counts['documents']:,} documents)")
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def plot_training(logs: Mapping[str, Log]) -> Figure:
+    """Loss above, nDCG@10 on validation queries below; a column for each stage.
+
+    Stages have losses of their own, on scales of their own; nDCG@10 is on one scale.
+    """
+    figure = _figure((3.6 * len(logs) + 0.6, 4.8))
+    axes = figure.subplots(2, len(logs), squeeze=False, sharex="col")
+    for column, (stage, log) in enumerate(logs.items()):
+        axes[0][column].set_title(stage)
+        axes[1][column].set_xlabel("step")
+        for axis, key, colour in ((axes[0][column], "loss", BLUE), (axes[1][column], VALIDATION_KEY, ORANGE)):
+            points = [(entry["step"], entry[key]) for entry in log if key in entry]
+            if points:
+                # a few points are measurements to be seen as such, many are a line
+                marker = "o" if len(points) < 20 else None
+                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
+            else:
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
+            axis.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[1][1:]:
+        axis.sharey(axes[1][0])
+    axes[1][0].autoscale(axis="y")
+    axes[0][0].set_ylabel("training loss")
+    axes[1][0].set_ylabel("validation nDCG@10")
+    return figure
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(page: str, figures: Mapping[str, Figure], output: Path) -> None:
+    """The pictures, then the page that shows them."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(output / name)
+    (output / "report.md").write_text(page + "\n", encoding="utf-8")
+    print(output / "report.md")
+
+
+if __name__ == "__main__":
+    run(main)
