@@ -250,10 +250,16 @@ def model_row(system: System, data: Path, documents: Documents, queries: Queries
 
 
 def encoder_as_saved(reference: str) -> EncoderSection:
-    """A model in the dtype of its weights on disk: in float32 a half-precision one would take twice the memory."""
+    """A model in the dtype of its weights on disk: in float32 a half-precision one would take twice the memory.
+
+    Raises InputError for a folder that is not a SentenceTransformer's.
+    """
     from transformers import AutoConfig
 
     model = resolve_model(reference)
+    if model.is_local and not Path(model.name_or_path, "modules.json").is_file():
+        # sentence-transformers would load a bare checkpoint all the same, and average over its tokens
+        raise InputError(f"{reference}: not a SentenceTransformer folder (modules.json is missing); train one first")
     try:
         dtype = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision).dtype
     except (OSError, ValueError):  # not at the top of the folder; that there is no model at all shows in loading it

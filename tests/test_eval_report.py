@@ -1,0 +1,111 @@
+"""The report says what the run's files say, shows pictures that were drawn, and tells what was not run."""
+
+import re
+import shutil
+
+import pytest
+
+from dataset_builders.folders import write_json
+from eval import retrieval
+from eval.report import (
+    VALIDATION_KEY,
+    format_costs,
+    format_ledger,
+    main,
+    not_run,
+    plot_systems,
+    plot_training,
+    read_manifests,
+    read_metrics,
+)
+
+LOGS = {
+    "sts": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}],
+    "retrieval": [{"step": 10, "loss": 1.0, "seconds": 3.0}, {"step": 10, VALIDATION_KEY: 0.25}, {"step": 20, "x": 1}],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """The tiny run, evaluated, with the trainer's logs."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("report") / "run")
+    (run / "logs").mkdir()
+    for stage, log in LOGS.items():
+        write_json(run / "logs" / f"{stage}.json", log)
+    retrieval.main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
+    return run
+
+
+@pytest.fixture(scope="module")
+def metrics(run):
+    return read_metrics(run / "results")
+
+
+def test_report_shows_every_system_step_and_picture(run, tmp_path, metrics):
+    main([str(run / "results"), "--output_dir", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.md").read_text()
+    for row in metrics["systems"]:
+        assert f"| {row['name']} | {row['nDCG@10']:.3f} |" in page
+    for step in ("data: corpus", "data: candidates", "training: sts", "training: retrieval", "evaluation"):
+        assert f"| {step} |" in page
+    pictures = re.findall(r"!\[.*\]\((.*)\)", page)
+    assert pictures == ["systems.png", "training.png"]
+    for picture in pictures:
+        content = (tmp_path / "report" / picture).read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    assert "max_seq_length: 64" in page  # the recipe
+    assert "torch" in page.splitlines()[-1]  # the versions
+
+
+def test_a_moved_run_is_still_reported(run, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "elsewhere")
+    main([str(moved / "results"), "--output_dir", str(tmp_path / "report")])
+    assert "# Report on elsewhere" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_bars_are_as_long_as_the_scores(metrics):
+    [axis] = plot_systems(metrics).axes
+    shown = {
+        label.get_text(): bar.get_width() for label, bar in zip(axis.get_yticklabels(), axis.patches, strict=True)
+    }
+    assert shown == {row["name"]: row["nDCG@10"] for row in metrics["systems"]}
+    assert len(shown) == 6
+
+
+def test_curves_are_the_logged_points():
+    loss_sts, loss_retrieval, ndcg_sts, ndcg_retrieval = plot_training(LOGS).axes
+    assert loss_sts.lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5]]
+    assert loss_retrieval.lines[0].get_xydata().tolist() == [[10, 1.0]]
+    assert ndcg_retrieval.lines[0].get_xydata().tolist() == [[10, 0.25]]
+    assert not ndcg_sts.lines and [text.get_text() for text in ndcg_sts.texts] == ["not measured"]
+
+
+def test_costs_add_up(run, metrics):
+    ledger = {"stages": [{"stage": "sts", "steps": 2, "tokens": 1234, "training_seconds": 90.0, "device": "cpu"}]}
+    ledger["stages"][0] |= {"peak_memory_bytes": 2**30, "peak_device_memory_bytes": 2**31}
+    manifests = {"corpus": {"seconds": 10.0, "peak_memory_bytes": 2**29, "counts": ["rows"], "rows": 1200}}
+    metrics = {**metrics, "systems": [{"seconds": 5.0}, {}], "peak_memory_bytes": 2**30}
+    costs = format_costs(manifests, ledger, metrics).splitlines()
+    assert costs[2] == "| data: corpus | 10 | 0.50 GiB | rows 1,200 |"
+    assert costs[3] == "| training: sts | 90 | 1.00 GiB | 2 steps, 1,234 tokens on cpu |"
+    assert costs[-1] == "| **all** | **105** | | |"
+    assert format_ledger(ledger).splitlines()[-1] == "| sts | 2 | 1,234 | 90 | cpu | 2.00 GiB |"
+
+
+def test_what_was_not_run_is_said(run, metrics):
+    metrics = {**metrics, "not_evaluated": ["sts"], "systems": [{**metrics["systems"][0], "R@100": None}]}
+    said = "\n".join(not_run(metrics, read_manifests(run / "data"), {"sts": []}, ["sts", "retrieval"]))
+    assert "Stage sts: it is in the recipe" in said
+    assert "Training curve of stage retrieval" in said
+    assert "R@100 of BM25" in said
+    assert "Data step mined: it was not made." in said and "Data step corpus" not in said
+    assert "MTEB" in said and "seeds" in said
+
+
+def test_a_run_without_logs_has_a_report_without_curves(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "logs")
+    main([str(copy / "results"), "--output_dir", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "training.png" not in page and not (tmp_path / "report" / "training.png").exists()
+    assert "Training curve of stage sts: there is no log of it." in page
