@@ -158,7 +158,7 @@ def check_prompts(
     A prompt of max_seq_length tokens gives every query the same vector, and nothing says so.
     """
     for name, prompt in {"": "", **prompts}.items():
-        taken = len(tokenizer(prompt)["input_ids"])  # BOS and EOS are in it
+        taken = len(tokenizer(prompt, verbose=False)["input_ids"])  # BOS and EOS are in it
         if max_seq_length - taken < min_text_tokens:
             raise InputError(
                 f"prompt {name!r} leaves {max(max_seq_length - taken, 0)} of {max_seq_length} tokens for the text, at "
