@@ -50,9 +50,8 @@ class StsRecipe(Section):
 def main(argv: Sequence[str]) -> None:
     options, flags = parse_arguments(argv)
     recipe = load_recipe(options.config, flags)
-    restart_from(options.from_step, options.output_dir)
     build = build_retrieval if isinstance(recipe, RetrievalRecipe) else build_sts
-    build(recipe, options.output_dir)
+    build(recipe, options.output_dir, options.from_step)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
@@ -83,12 +82,13 @@ def restart_from(step: str | None, output: Path) -> None:
             shutil.rmtree(output / name)
 
 
-def build_retrieval(recipe: RetrievalRecipe, output: Path) -> None:
+def build_retrieval(recipe: RetrievalRecipe, output: Path, from_step: str | None) -> None:
     # resolved before anything is made: a misspelt model or folder should not cost an hour
     dense, teacher = recipe.dense.describe(), recipe.teacher.describe()
     source = describe_source(recipe.source, recipe.data_root)
+    restart_from(from_step, output)
     splits = {"split": recipe.source.split, "eval_splits": recipe.source.eval_splits}
-    keys = recipe.model_dump(mode="json")
+    keys = recipe.model_dump(mode="json", exclude={"data_root"})
     folders = {name: output / name for name in FOLDERS}
     cache = output / "embeddings"
     made: dict[str, Any] = {"sts": None}
@@ -143,8 +143,9 @@ def build_retrieval(recipe: RetrievalRecipe, output: Path) -> None:
     make("hub", {"steps": steps, "recipe": keys}, lambda folder: publish(output, steps, {**keys, **made}, folder))
 
 
-def build_sts(recipe: StsRecipe, output: Path) -> None:
+def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:
     source = describe_source(recipe.source, recipe.data_root)
+    restart_from(from_step, output)
 
     def write(folder: Path) -> dict[str, Any]:
         table = read_sts(recipe.source, recipe.data_root)
@@ -152,7 +153,7 @@ def build_sts(recipe: StsRecipe, output: Path) -> None:
         return {"rows": len(table), "rows_by_label_bin": count_by_bin(table["label"].to_numpy())}
 
     made = make_step(output / "sts", {"source": source}, write)
-    keys = recipe.model_dump(mode="json")
+    keys = recipe.model_dump(mode="json", exclude={"data_root"})
     facts = {**keys, "sts": made, "mined": None}
     make_step(
         output / "hub",

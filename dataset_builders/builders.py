@@ -90,7 +90,7 @@ def render_card(configs: list[dict[str, Any]], facts: Mapping[str, Any]) -> str:
 
 def _write_config(name: str, data: Path, folder: Path) -> tuple[int, list[str]]:
     cache = folder / f"{name}.cache"
-    builder = GradedDataset(config_name=name, data_dir=str(data), cache_dir=str(cache))
+    builder = GradedDataset(config_name=name, data_dir=str(data), cache_dir=str(cache), dataset_name="graded")
     builder.download_and_prepare(str(folder / name), file_format="parquet")
     rows, columns = builder.info.splits["train"].num_examples, list(builder.info.features)
     shutil.rmtree(cache)

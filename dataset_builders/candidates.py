@@ -47,7 +47,7 @@ def write_candidates(
 ) -> dict[str, Any]:
     """Write candidates.parquet into `folder`; returns the counts for the manifest."""
     documents = read_parquet(corpus / "documents.parquet")
-    queries = queries_of(corpus, [splits.split, *splits.eval_splits])
+    queries = queries_of(corpus, splits.searched)
     document_texts, query_texts = documents["text"].to_pylist(), list(queries.values())
     scorer = bm25_scorer(document_texts, bm25.backend)
     sparse_hits = _search_bm25(scorer, query_texts, bm25.top_k, folder / "bm25.npy")

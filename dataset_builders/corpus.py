@@ -138,7 +138,7 @@ def split_of(name: str) -> str:
 
 def _check_splits(qrels: Sequence[tuple[str, str, int, str]], splits: Splits) -> None:
     positives = Counter(split for _, _, score, split in qrels if score > 0)
-    for split in [splits.split, *splits.eval_splits]:
+    for split in splits.searched:
         if not positives[split]:
             found = ", ".join(sorted(positives)) or "none"
             raise InputError(f"split {split!r}: no query with a positive document; splits that have some: {found}")

@@ -35,7 +35,7 @@ class ModelSection(Section):
 
     model: str
     max_seq_length: int | None = Field(None, ge=8)  # tokens; null: the model's own
-    batch_tokens: int = Field(4096, ge=8)  # padded tokens in a batch
+    batch_tokens: int = Field(1024, ge=8)  # padded tokens in a batch: about 1,000 on a CPU, tens of thousands on a GPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def describe(self) -> dict[str, Any]:

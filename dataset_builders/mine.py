@@ -182,12 +182,15 @@ def write_sts(
     Neighbours give the upper end of the range and random pairs the lower; the teacher grades both, and its
     calibrated label decides which pairs are kept.
     """
-    queries = list(queries_of(corpus, [splits.split]).values())
-    pool = _sts_pool(Embedder(dense, cache).queries(queries), sts)
-    scores = np.array(PairScorer(teacher, cache, queries, queries, symmetric=True)(pool, folder / "teacher.npy"))
+    queries = queries_of(corpus, splits.searched)
+    graded_split = queries_of(corpus, [splits.split])
+    rows = np.array([row for row, query_id in enumerate(queries) if query_id in graded_split])
+    texts = list(queries.values())
+    pool = rows[_sts_pool(Embedder(dense, cache).queries(texts)[rows], sts)]
+    scores = np.array(PairScorer(teacher, cache, texts, texts, symmetric=True)(pool, folder / "teacher.npy"))
     labels = calibration(scores)
     chosen = spread_over_bins(labels, sts.num_rows, np.random.default_rng(sts.seed))
-    left, right = ([queries[query] for query in side] for side in pool[chosen].T)
+    left, right = ([texts[query] for query in side] for side in pool[chosen].T)
     write_parquet(folder / "sts.parquet", pa.table([left, right, pa.array(labels[chosen])], schema=STS))
     (folder / "teacher.npy").unlink(missing_ok=True)
     return {"rows": len(chosen), "pairs_graded": len(pool), "rows_by_label_bin": count_by_bin(labels[chosen])}

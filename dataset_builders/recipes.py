@@ -105,7 +105,11 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
     # an unknown key explains a missing one, so it is told first
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     paths = [".".join(path) for path in _key_paths(kind)]
-    location = [str(part) for part in problem["loc"]]
+    location: list[str] = []
+    for part in map(str, problem["loc"]):
+        # pydantic puts the tag of a union's member into the path (source.local.path); no recipe has that key
+        if not location or ".".join([*location, part]) in paths or part == str(problem["loc"][-1]):
+            location.append(part)
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggestion(location[-1], paths)}"

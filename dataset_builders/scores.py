@@ -62,9 +62,10 @@ def write_scores(
     corpus: Path, candidates: Path, splits: Splits, teacher: Teacher, cache: Path, folder: Path
 ) -> dict[str, Any]:
     """Write scores.parquet into `folder`; returns counts and calibration for the manifest."""
-    queries = queries_of(corpus, [splits.split])
+    # the texts that were searched for, though fewer are graded: their vectors are in the cache already
+    queries = queries_of(corpus, splits.searched)
     documents = read_parquet(corpus / "documents.parquet")
-    table = _graded_pairs(candidates, corpus, splits.split, list(queries))
+    table = _graded_pairs(candidates, corpus, splits.split)
     pairs = np.stack(
         [
             pc.index_in(table["query_id"], pa.array(list(queries))).to_numpy(),
@@ -185,10 +186,10 @@ class PairScorer:
             return in_shards(path, longest_first(lengths), scores, progress)
 
 
-def _graded_pairs(candidates: Path, corpus: Path, split: str, query_ids: list[str]) -> pa.Table:
+def _graded_pairs(candidates: Path, corpus: Path, split: str) -> pa.Table:
     """Candidates of the split's queries and, below them, their labelled positives that no retriever returned."""
     table = read_parquet(candidates / "candidates.parquet", CANDIDATES.names)
-    table = table.filter(pc.is_in(table["query_id"], pa.array(query_ids)))
+    table = table.filter(pc.is_in(table["query_id"], pa.array(list(queries_of(corpus, [split])))))
     positives = positives_of(corpus, split)
     retrieved = list(zip(table["query_id"].to_pylist(), table["document_id"].to_pylist(), strict=True))
     missing = sorted(positives - set(retrieved))

@@ -44,6 +44,10 @@ class Splits(Section):
     split: str = "train"
     eval_splits: tuple[str, ...] = ()
 
+    @property
+    def searched(self) -> tuple[str, ...]:
+        return (self.split, *self.eval_splits)
+
     @model_validator(mode="after")
     def _apart(self) -> Splits:
         if self.split in self.eval_splits:
@@ -248,7 +252,7 @@ def _read_file(path: Path, columns: list[str], schema: pa.Schema) -> pa.Table:
 def _read_hub(source: HubSource) -> Rows:
     """Rows without ids get them from their texts, so that the same text has the same id in every build."""
     documents, queries, qrels, seen = {}, {}, [], 0
-    for split in [source.split, *source.eval_splits]:
+    for split in source.searched:
         table = _load_hub_split(source, split)
         where = f"{source.dataset} ({split})"
         check_rows(table, where)
