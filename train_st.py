@@ -32,7 +32,7 @@ import yaml
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.folders import MANIFEST, files_of, fingerprint, folder_step, read_manifest, write_json
 from dataset_builders.recipes import read_yaml
-from dataset_builders.references import hub_commit, resolve_model
+from dataset_builders.references import resolve_model
 from modeling.prompts import baked_prompts, instruction_prompt
 
 if TYPE_CHECKING:
@@ -259,24 +259,22 @@ class StageData:
 
 def load_data(stage: Stage) -> StageData:
     """A stage's rows and, if it evaluates while it trains, its validation sample; all checked before training."""
-    from modeling.training_data import load_config, search_sample, training_rows
+    from modeling.training_data import data_key, load_config, search_sample, training_rows
 
     own = stage.own
-    where = f"stage {stage.name!r}: {own.dataset_name}"
+    where = f"stage {stage.name!r}"
+    key = data_key(own.dataset_name, own.dataset_revision, where)
+
+    def load(config: str) -> Dataset:
+        return load_config(own.dataset_name, config, own.dataset_revision, key, where)
+
     prompted = own.prompted_columns if own.instruction else []
-    rows = load_config(own.dataset_name, own.dataset_config, own.dataset_revision, f"stage {stage.name!r}")
-    rows = training_rows(rows, own.loss, prompted, f"{where} config {own.dataset_config!r}")
+    rows = training_rows(load(own.dataset_config), own.loss, prompted, f"{where}: config {own.dataset_config!r}")
     sample = None
     if stage.training.eval_strategy.value != "no":
-        configs = ("queries", "documents", "qrels")
-        queries, documents, qrels = (
-            load_config(own.dataset_name, config, own.dataset_revision, f"stage {stage.name!r}") for config in configs
-        )
-        size = {"max_queries": own.eval_queries, "max_documents": own.eval_documents}
-        sample = search_sample(queries, documents, qrels, **size, seed=stage.training.seed, where=where)
-    if Path(own.dataset_name).is_dir():
-        return StageData(rows, sample, fingerprint(files_of(Path(own.dataset_name))))
-    return StageData(rows, sample, hub_commit(own.dataset_name, own.dataset_revision, repo_type="dataset"))
+        size = {"max_queries": own.eval_queries, "max_documents": own.eval_documents, "seed": stage.training.seed}
+        sample = search_sample(load("queries"), load("documents"), load("qrels"), **size, where=where)
+    return StageData(rows, sample, key)
 
 
 # --- model ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from dataset_builders.cli import InputError
+from dataset_builders.folders import files_of, fingerprint
+from dataset_builders.references import hub_commit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,19 +30,37 @@ class SearchSample:
     relevant: dict[str, set[str]]
 
 
-def load_config(name: str, config: str, revision: str | None, where: str) -> Dataset:
-    """One config of a dataset, a Hub id or a folder. Raises InputError in one line when there is none."""
-    from datasets import disable_progress_bars, load_dataset
+def data_key(name: str, revision: str | None, where: str) -> str:
+    """Changes when the contents of the dataset do: a Hub commit, or a hash of a folder's files."""
+    if Path(name).is_dir():
+        return fingerprint(files_of(Path(name)))
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{where}: dataset {name!r}: no such folder; python -m dataset_builders.build makes it")
+    return hub_commit(name, revision, repo_type="dataset")
+
+
+def load_config(name: str, config: str, revision: str | None, key: str, where: str) -> Dataset:
+    """One config of a dataset, a Hub id or a folder, whose contents have `key`.
+
+    Raises:
+        InputError: when there is none.
+    """
+    import datasets
     from datasets.exceptions import DatasetsError
 
+    cache = None
     if Path(name).is_dir():
-        disable_progress_bars()  # of downloads; reading a folder takes no time to speak of
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{where}: dataset {name!r}: no such folder; python -m dataset_builders.build makes it")
+        datasets.disable_progress_bars()  # of downloads; reading a folder takes no time to speak of
+        # datasets (5.2) caches a folder under its name and its README alone, and would go on serving the rows of
+        # another folder of that name, or those from before the folder was built anew
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / key)
     try:
-        return load_dataset(name, config, split="train", revision=revision)
+        return datasets.load_dataset(name, config, split="train", revision=revision, cache_dir=cache)
     except (ValueError, OSError, DatasetsError) as error:
-        raise InputError(f"{where}: config {config!r} of dataset {name!r} cannot be read: {error}") from None
+        reason = str(error.__cause__ or error)  # "An error occurred while generating the dataset" helps nobody
+        if "BatchSize must be greater than 0" in reason:  # what Parquet files without a row come to
+            reason = "it has no rows"
+        raise InputError(f"{where}: config {config!r} of dataset {name!r} cannot be read: {reason}") from None
 
 
 def training_rows(rows: Dataset, loss: str, prompted: Sequence[str], where: str) -> Dataset:

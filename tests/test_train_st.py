@@ -1,0 +1,533 @@
+"""The whole of training on a tiny model: what is written, that it loads alone, that a killed run comes to the same."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+import train_st
+from dataset_builders.cli import InputError, run
+from modeling.prompts import baked_prompts
+
+REPOSITORY = Path(__file__).parents[1]
+MISTRAL_RECIPE = REPOSITORY / "recipes" / "mistral-7b" / "train.yaml"
+INSTRUCTION = "Given a question, retrieve its answer"
+WORDS = "parse date read write file open close sort list how do i given a question"
+WORDS = WORDS.split()
+
+
+def write_hub(folder: Path, **changed: list[dict]) -> Path:
+    """A data folder as dataset_builders publishes it: Parquet and a README. 48 rows, 24 queries for validation."""
+    documents = [" ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(3, 6 + i % 5)) for i in range(72)]
+    documents = [f"{document} {WORDS[i % 14]} {WORDS[i // 14]}" for i, document in enumerate(documents)]
+    queries = [" ".join(document.split()[-3:]) for document in documents]
+    split = ["validation" if i % 3 == 0 else "train" for i in range(72)]
+    train = [i for i in range(72) if split[i] == "train"]
+    configs = {
+        "train": [
+            {
+                "query": queries[i],
+                "positive": documents[i],
+                **{f"negative_{k}": documents[(i + 7 * k) % 72] for k in (1, 2, 3)},
+                "label": [0.9, 0.4, 0.2, 0.1 + i / 200],
+            }
+            for i in train
+        ],
+        "sts": [
+            {"sentence1": queries[i], "sentence2": queries[(i * 5) % 72], "label": (i % 10) / 10 + 0.05} for i in train
+        ],
+        "documents": [{"document_id": f"d{i}", "text": documents[i]} for i in range(72)],
+        "queries": [{"query_id": f"q{i}", "text": queries[i], "split": split[i]} for i in range(72)],
+        "qrels": [{"query_id": f"q{i}", "document_id": f"d{i}", "score": 1, "split": split[i]} for i in range(72)],
+        **changed,
+    }
+    folder.mkdir(parents=True)
+    for name, rows in configs.items():
+        pq.write_table(pa.Table.from_pylist(rows) if isinstance(rows, list) else rows, folder / f"{name}.parquet")
+    names = [{"config_name": n, "data_files": [{"split": "train", "path": f"{n}.parquet"}]} for n in configs]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': names})}---\n")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    """datasets copies what it reads into its cache: not into the user's."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    return write_hub(tmp_path_factory.mktemp("data") / "hub")
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_decoder, hub) -> dict:
+    """All weights by STS first, then an adapter by retrieval."""
+    return {
+        "model_name_or_path": str(tiny_decoder),
+        "dataset_name": str(hub),
+        "instruction": INSTRUCTION,
+        "max_seq_length": 64,
+        "min_text_tokens": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": "3e-3",
+        "num_train_epochs": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 6,
+        "save_steps": 6,
+        "logging_steps": 2,
+        "eval_queries": 10,
+        "eval_documents": 40,
+        "disable_tqdm": True,
+        "stages": [
+            {
+                "name": "sts",
+                "dataset_config": "sts",
+                "loss": "cosent",
+                "temperature": 0.05,
+                "prompted_columns": ["sentence1", "sentence2"],
+            },
+            {
+                "name": "retrieval",
+                "use_peft": True,
+                "lora_r": 4,
+                "lora_dropout": 0.1,
+                "lora_target_modules": "all-linear",
+                "mini_batch_size": 4,
+            },
+        ],
+    }
+
+
+def train(folder: Path, recipe: dict, *flags: str) -> Path:
+    """Run a recipe in this process and return its output_dir."""
+    (folder / "train.yaml").write_text(yaml.safe_dump(recipe))
+    train_st.main(["--config", str(folder / "train.yaml"), "--output_dir", str(folder / "run"), *flags])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, recipe) -> Path:
+    return train(tmp_path_factory.mktemp("finished"), recipe)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def distance(first: Path, second: Path) -> float:
+    """Largest difference between the weights of two models."""
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_a_run_writes_all_that_the_contract_names(finished, recipe, tiny_decoder):
+    for stage in ("sts", "retrieval", "model"):
+        assert {"modules.json", "model.safetensors", "manifest.json", "tokenizer.json"} <= set(
+            os.listdir(finished / stage)
+        )
+    assert not list(finished.rglob("checkpoint*")) + list(finished.glob("*.partial"))
+    written = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert written == {**recipe, "output_dir": str(finished)}
+
+    # both stages trained, the first one all weights, and model/ is the last
+    assert distance(tiny_decoder, finished / "sts") > 1e-3
+    assert distance(finished / "sts", finished / "retrieval") > 1e-3
+    assert distance(finished / "retrieval", finished / "model") == 0
+    changed = {
+        name for name, value in weights(finished / "sts").items() if not value.equal(weights(tiny_decoder)[name])
+    }
+    assert "embed_tokens.weight" in changed
+    adapted = {n for n, value in weights(finished / "model").items() if not value.equal(weights(finished / "sts")[n])}
+    assert len(adapted) == 2 * 7
+    assert all("proj" in name for name in adapted)
+
+    for stage in ("sts", "retrieval"):
+        history = json.loads((finished / "logs" / f"{stage}.json").read_text())
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        assert len(losses) == 6
+        assert losses[-1] < losses[0]
+        scores = [entry["eval_validation_cosine_ndcg@10"] for entry in history if "eval_runtime" in entry]
+        assert len(scores) == 2
+        assert all(0 <= score <= 1 for score in scores)
+        seconds = [entry["seconds"] for entry in history]
+        assert seconds == sorted(seconds)
+    ledger = json.loads((finished / "ledger.json").read_text())
+    assert [(row["stage"], row["steps"]) for row in ledger["stages"]] == [("sts", 12), ("retrieval", 12)]
+    for row in ledger["stages"]:
+        assert row["device"] == "cpu"
+        assert row["device_seconds"] == row["training_seconds"] > 0
+        assert row["seconds"] >= row["training_seconds"]
+        assert row["peak_memory_bytes"] > 100e6
+    assert ledger["total"]["tokens"] == sum(row["tokens"] for row in ledger["stages"])
+
+
+def test_tokens_are_those_of_the_texts(finished, hub):
+    """Counted here by the tokenizer: every text of every epoch, its prompt and special tokens included."""
+    model = SentenceTransformer(str(finished / "model"), device="cpu")
+    rows = pq.read_table(hub / "train.parquet")
+    count = 0
+    for name in ("query", "positive", "negative_1", "negative_2", "negative_3"):
+        prompt = model.prompts["query"] if name == "query" else None
+        count += int(model.preprocess(rows[name].to_pylist(), prompt=prompt)["attention_mask"].sum())
+    ledger = json.loads((finished / "ledger.json").read_text())
+    assert ledger["stages"][1]["tokens"] == 2 * count
+
+
+def test_the_model_opens_without_our_code(finished, tmp_path):
+    """Unit vectors, EOS last, prompts baked: in an isolated process, in another folder, from a copy of the model."""
+    shutil.copytree(finished / "model", tmp_path / "model")
+    program = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("model", device="cpu")
+vectors = model.encode(["how do i parse a date", "word " * 500], prompt_name="query")
+ids = model.preprocess(["how do i", "word " * 500], prompt=model.prompts["query"])
+last = ids["input_ids"][range(2), ids["attention_mask"].sum(1) - 1].tolist()
+ours = [name for name in sys.modules if name.split(".")[0] in ("modeling", "dataset_builders", "train_st", "eval")]
+bare = model.encode(["how do i parse a date"])
+print(json.dumps([vectors.tolist(), last, model.tokenizer.eos_token_id, ours, model.prompts, bare.tolist()]))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    vectors, last, eos, ours, prompts, bare = json.loads(done.stdout)
+    assert [sum(x * x for x in vector) for vector in vectors] == pytest.approx([1, 1], abs=1e-5)
+    assert last == [eos, eos]
+    assert ours == []
+    assert prompts == baked_prompts(INSTRUCTION)
+    assert max(abs(x - y) for x, y in zip(vectors[0], bare[0], strict=True)) > 1e-3  # the prompt is really there
+    for path in (tmp_path / "model").rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert "/" + str(finished).split("/")[1] + "/" not in path.read_text(), f"{path} holds a local path"
+
+
+def test_adapter_and_its_base_give_the_models_vectors(finished):
+    from modeling.encoder import build_encoder, continue_adapter
+
+    config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "../sts"  # trained from the stage before, which it names plainly
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+    base = build_encoder(finished / "adapter" / config["base_model_name_or_path"], max_seq_length=64)
+    texts = ["how do i parse a date", "sort list"]
+    before = base.encode(texts)
+    continue_adapter(base, finished / "adapter")
+    expected = SentenceTransformer(str(finished / "model"), device="cpu").encode(texts)
+    assert abs(base.encode(texts) - expected).max() < 1e-5
+    assert abs(before - expected).max() > 1e-3
+
+
+def test_a_finished_run_is_not_trained_again(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    assert len(before) == 5
+    train_st.main(["--config", str(finished / "recipe.yaml")])
+    assert capsys.readouterr().out.count("done before") == 2
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+
+
+def test_stages_are_selected_and_ordered(tmp_path, recipe, capsys):
+    """Reversed, and full training last: no adapter is published."""
+    output = train(tmp_path, recipe, "--stages", "retrieval,sts", "--max_steps", "1", "--eval_strategy", "no")
+    assert not (output / "adapter").exists()
+    assert (output / "retrieval" / "adapter" / "adapter_model.safetensors").is_file()
+    assert distance(output / "sts", output / "model") == 0
+    ledger = json.loads((output / "ledger.json").read_text())
+    assert [(row["stage"], row["steps"]) for row in ledger["stages"]] == [("retrieval", 1), ("sts", 1)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
+    assert [line.split(":")[0] for line in lines] == ["stage retrieval", "stage sts"]
+    assert "1 steps" in lines[0]
+    # the recipe that was written is the one that ran
+    written = yaml.safe_load((output / "recipe.yaml").read_text())
+    assert [stage["name"] for stage in written["stages"]] == ["retrieval", "sts"]
+    assert (written["max_steps"], written["eval_strategy"]) == (1, False)
+
+
+def test_equal_lora_stages_go_on_with_one_adapter(tmp_path, recipe, tiny_decoder):
+    """Its base stays the first stage's; another rank starts a new one, on the stage before."""
+    shared = {**recipe, **recipe["stages"][1], "eval_strategy": "no", "max_steps": 2}
+    del shared["name"]
+    stages = [{"name": "one"}, {"name": "two", "learning_rate": "1e-2"}, {"name": "three", "lora_r": 2}]
+    output = train(tmp_path, {**shared, "stages": stages})
+    adapters = {stage: load_file(output / stage / "adapter" / "adapter_model.safetensors") for stage in ("one", "two")}
+    first = "base_model.model.layers.0.mlp.up_proj.lora_A.weight"
+    moved = (adapters["one"][first] - adapters["two"][first]).abs().max()
+    assert 0 < moved < 0.1  # gone on with, and not drawn anew
+    bases = [
+        json.loads((output / name / "adapter_config.json").read_text()) for name in ("one/adapter", "two/adapter")
+    ]
+    base = os.path.relpath(tiny_decoder, output / "two" / "adapter")
+    assert [config["base_model_name_or_path"] for config in bases] == [base, base]
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == ("../two", 2)
+
+
+# --- killed and resumed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sts", "retrieval"])
+def test_a_killed_run_comes_to_the_same_weights(tmp_path, recipe, stage):
+    """SIGKILL in the second epoch, then --resume_from_checkpoint true; with dropout in the adapter."""
+    recipe = {**recipe, "stages": [entry for entry in recipe["stages"] if entry["name"] == stage]}
+    recipe |= {"num_train_epochs": 20 if stage == "sts" else 6, "eval_strategy": "no", "save_steps": 4}
+    (tmp_path / "whole").mkdir()
+    whole = train(tmp_path / "whole", recipe)
+
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "train_st.py", "--config", tmp_path / "train.yaml", "--output_dir", tmp_path / "run"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    checkpoints = tmp_path / "run" / f"{stage}.partial" / "checkpoints"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not list(checkpoints.glob("checkpoint-8/trainer_state.json")):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / stage).exists()
+
+    resumed = train(tmp_path, recipe, "--resume_from_checkpoint", "true")
+    history = json.loads((resumed / "logs" / f"{stage}.json").read_text())
+    steps = [entry["step"] for entry in history if "loss" in entry]
+    expected = json.loads((whole / "logs" / f"{stage}.json").read_text())
+    assert steps == [entry["step"] for entry in expected if "loss" in entry]
+    costs = [json.loads((path / "ledger.json").read_text())["stages"][0] for path in (whole, resumed)]
+    assert costs[0]["tokens"] == costs[1]["tokens"]
+    # same order of batches, same dropout, same optimiser state: equal but for the rounding of threaded sums
+    assert distance(resumed / "model", whole / "model") < 1e-5
+    assert not list(resumed.rglob("checkpoint*"))
+
+
+def test_checkpoints_of_another_recipe_are_not_resumed(tmp_path, recipe, monkeypatch):
+    """Nor is a half-written one: it has no trainer_state.json yet."""
+    recipe = {**recipe, "stages": recipe["stages"][:1], "eval_strategy": "no", "save_steps": 4, "max_steps": 8}
+    import modeling.trainer
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_st, "write_log", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe)
+    checkpoints = tmp_path / "run" / "sts.partial" / "checkpoints"
+    (checkpoints / "checkpoint-9").mkdir()
+    assert Path(modeling.trainer.last_checkpoint(checkpoints)).name == "checkpoint-8"
+
+    resumed_from = []
+    original = modeling.trainer.EmbedderTrainer.train
+
+    def recorded(self, resume_from_checkpoint=None):
+        resumed_from.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
+        return original(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(modeling.trainer.EmbedderTrainer, "train", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe, "--resume_from_checkpoint", "true")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe, "--resume_from_checkpoint", "true", "--learning_rate", "1e-4")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe, "--learning_rate", "1e-4")
+    assert resumed_from == ["checkpoint-8", None, None]
+
+
+# --- the Mistral-7B recipe ------------------------------------------------------------------------------------------
+
+
+def test_mistral_recipe_runs_on_a_tiny_mistral(tmp_path, hub):
+    """As it ships, from its Hub id and revision (a tiny model in an offline Hub cache): only data and steps differ."""
+    from test_modeling_encoder import llama, write_model
+
+    shipped = yaml.safe_load(MISTRAL_RECIPE.read_text())
+    name, revision = shipped["model_name_or_path"], shipped["model_revision"]
+    cache = tmp_path / "hf" / "hub" / f"models--{name.replace('/', '--')}"
+    write_model(cache / "snapshots" / revision, llama())
+    command = [sys.executable, "train_st.py", "--config", str(MISTRAL_RECIPE), "--output_dir", str(tmp_path / "run")]
+    overrides = ["--dataset_name", str(hub), "--max_steps", "2", "--use_cpu", "true"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([*command, *overrides], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("stage ")]
+    assert [line.split(",")[0] for line in lines] == ["stage sts: 2 steps", "stage retrieval: 2 steps"]
+
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == (name, revision)
+    assert (adapter["r"], adapter["lora_alpha"]) == (16, 32)
+    assert len({name.rsplit(".", 1)[-1] for name in adapter["target_modules"]}) == 7  # all linear layers
+    model = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
+    assert model.max_seq_length == 512
+    assert model.dtype == torch.bfloat16
+    assert model.tokenizer("a")["input_ids"][0] == model.tokenizer.bos_token_id
+    assert model.tokenizer("a")["input_ids"][-1] == model.tokenizer.eos_token_id
+    assert model.prompts == baked_prompts(shipped["stages"][1]["instruction"])
+    # every value has its reason or its source beside it, or on the line above
+    lines = MISTRAL_RECIPE.read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if ":" in line.split("#")[0] and not line.startswith("stages:")]
+    keys = [i for i in keys if not lines[i].strip().startswith(("- name", "dataset_", "loss: soft_info_nce"))]
+    assert len(keys) > 25
+    assert [lines[i] for i in keys if "#" not in lines[i] and not lines[i - 1].strip().startswith("#")] == []
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def without(rows: list[dict], column: str) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != column} for row in rows]
+
+
+def rows_of(hub: Path, config: str) -> list[dict]:
+    return pq.read_table(hub / f"{config}.parquet").to_pylist()
+
+
+# what is wrong -> (change to the recipe, flags, what the one line says)
+BAD_RECIPES = {
+    "unknown key": ({"learning_rat": 1}, [], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+    "unknown flag": ({}, ["--lora_rr", "4"], "unknown key 'lora_rr'; did you mean 'lora_r'?"),
+    "flag without value": ({}, ["--lora_r"], "--lora_r needs a value"),
+    "value without flag": ({}, ["lora_r"], "['lora_r']"),
+    "ill-typed": ({"lora_r": "many"}, [], "invalid int value: 'many'"),
+    "ill-typed flag": ({}, ["--per_device_train_batch_size", "1.5"], "invalid int value: '1.5'"),
+    "unknown loss": ({"loss": "triplet"}, [], "invalid choice: 'triplet'"),
+    "unknown strategy": ({"eval_strategy": "sometimes"}, [], "invalid choice: 'sometimes'"),
+    "alpha": ({"alpha": 2}, [], "alpha is 2.0"),
+    "temperature": ({"temperature": 0}, [], "temperature is 0.0"),
+    "quantised": ({"load_in_4bit": True}, [], "quantised training is not supported"),
+    "prompts": ({"prompts": {"query": "q: "}}, [], "prompted_columns"),
+    "no stages": ({"stages": None}, [], "`stages` must be a list"),
+    "stage without name": ({"stages": [{"loss": "cosent"}]}, [], "a stage is a mapping with a name"),
+    "stage name taken": ({"stages": [{"name": "model"}]}, [], "stage name 'model' is taken"),
+    "two stages of a name": ({"stages": [{"name": "a"}, {"name": "a"}]}, [], "stage name 'a' is taken"),
+    "unknown stage": ({}, ["--stages", "sts,mining"], "no stage 'mining'; the recipe has sts, retrieval"),
+    "stage twice": ({}, ["--stages", "sts,sts"], "a stage twice"),
+    "unknown key in a stage": ({"stages": [{"name": "a", "los": 1}]}, [], "stage 'a': unknown key 'los'"),
+    "GradCache for cosent": ({"mini_batch_size": 4}, ["--stages", "sts"], "cosent has no GradCache"),
+    "no model": ({"model_name_or_path": None}, [], "name the model to start from"),
+    "model folder missing": ({"model_name_or_path": "./nowhere/x"}, [], "no such folder"),
+    "model package missing": ({"model_name_or_path": "package:nowhere"}, [], "no installed package"),
+    "unknown student key": ({"student": {"hiden_size": 64}}, [], "unknown key 'hiden_size'"),
+    "dataset missing": ({"dataset_name": "./nowhere/data"}, [], "dataset './nowhere/data': no such folder"),
+    "no dataset": ({"dataset_name": None}, [], "dataset_name"),
+    "config missing": ({"dataset_config": "mined"}, ["--stages", "retrieval"], "config 'mined' of dataset"),
+    "prompted column missing": ({}, ["--prompted_columns", "question"], "no column 'question' to prompt"),
+    "no room for text": ({"max_seq_length": 16}, [], "at least 8 are needed"),
+    "columns of another loss": ({}, ["--stages", "retrieval", "--loss", "cosent", "--mini_batch_size", "null"], "x"),
+}
+BAD_RECIPES["columns of another loss"] = (
+    {"stages": [{"name": "a", "loss": "cosent", "dataset_config": "train"}]},
+    [],
+    "no column 'sentence1', which cosent needs",
+)
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_bad_recipes(case, recipe, tmp_path, capsys, monkeypatch):
+    changes, flags, message = BAD_RECIPES[case]
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
+    check_refused(["--config", "train.yaml", "--output_dir", "run", *flags], message, capsys)
+    assert os.listdir() == ["train.yaml"]
+
+
+def check_refused(argv, message, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(train_st.main, argv)
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert message in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such recipe"), ("- 1", "a recipe is a mapping"), ("a: [", "not a YAML file"), ("", "is a mapping")],
+)
+def test_files_that_are_no_recipe(content, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("train.yaml").write_text(content)
+    check_refused(["--config", "train.yaml", "--output_dir", "run"], message, capsys)
+    assert not Path("run").exists()
+
+
+BAD_DATA = {
+    "no rows": ("train", lambda rows: pa.Table.from_pylist(rows)[:0], "no rows"),
+    "no negatives": (
+        "train",
+        lambda rows: [{k: r[k] for k in ("query", "positive", "label")} for r in rows],
+        "negative_1",
+    ),
+    "no labels": ("train", lambda rows: without(rows, "label"), "no column 'label'"),
+    "empty text": ("train", lambda rows: [*rows[:9], {**rows[9], "negative_2": " "}], "row 9: column 'negative_2'"),
+    "missing text": ("train", lambda rows: [*rows[:3], {**rows[3], "query": None}], "row 3: column 'query' is empty"),
+    "raw scores": ("train", lambda rows: [*rows[:5], {**rows[5], "label": [7.1, 3, 2, 1]}], "row 5: labels must lie"),
+    "NaN": ("train", lambda rows: [*rows[:5], {**rows[5], "label": [0.9, float("nan"), 0.2, 0.1]}], "row 5: labels"),
+    "short label": ("train", lambda rows: [*rows[:2], {**rows[2], "label": [0.9]}], "row 2: label must hold 4"),
+    "pair label": (
+        "sts",
+        lambda rows: [*rows[:4], {**rows[4], "label": float("inf")}],
+        "row 4: label is not a finite",
+    ),
+    "unknown document": ("documents", lambda rows: rows[5:], "qrels name document 'd0'"),
+    "unknown query": ("queries", lambda rows: rows[5:], "qrels name query 'q0'"),
+    "no validation": ("qrels", lambda rows: [{**row, "split": "train"} for row in rows], "no split 'validation'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(case, hub, recipe, tmp_path, capsys, monkeypatch):
+    """Found in any stage before the first one is trained."""
+    config, change, message = BAD_DATA[case]
+    monkeypatch.chdir(tmp_path)
+    write_hub(tmp_path / "hub", **{config: change(rows_of(hub, config))})
+    Path("train.yaml").write_text(yaml.safe_dump({**recipe, "dataset_name": "hub", "eval_queries": 100}))
+    check_refused(["--config", "train.yaml", "--output_dir", "run"], message, capsys)
+    assert not Path("run").exists()
+
+
+def test_a_data_folder_built_anew_is_read_anew(hub, tmp_path):
+    """datasets caches a folder by name and README: a rebuilt hub/, or another run's, would give the old rows."""
+    from modeling.training_data import data_key, load_config
+
+    rows = rows_of(hub, "train")
+    for folder, count in (("a", 5), ("b", 7), ("a", 9)):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        name = str(write_hub(tmp_path / folder / "hub", train=rows[:count]))
+        assert len(load_config(name, "train", None, data_key(name, None, "here"), "here")) == count
+
+
+def test_output_where_nothing_can_be_written(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(yaml.safe_dump(recipe))
+    Path("file").write_text("")
+    for output_dir in ("file", "file/run"):
+        check_refused(["--config", "train.yaml", "--output_dir", output_dir], "a file stands where", capsys)
+    assert sorted(os.listdir()) == ["file", "train.yaml"]
+
+
+def test_key_parser_keeps_types():
+    """A recipe's values arrive as their dataclasses type them, null as the default, `no` as no."""
+    values = {"dataset_name": "x", "mini_batch_size": None, "prompted_columns": ["a", "b"], "alpha": "5e-1"}
+    (own,) = train_st.parse_keys([train_st.StageArguments], values, "here")
+    assert (own.mini_batch_size, own.prompted_columns, own.alpha) == (None, ["a", "b"], 0.5)
+    with pytest.raises(InputError, match="here: unknown key 'x'"):
+        train_st.parse_keys([train_st.StageArguments], {"x": 1}, "here")
