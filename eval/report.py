@@ -165,7 +165,8 @@ def plot_systems(metrics: Mapping[str, Any]) -> Figure:
         bars = axis.barh(
             [row["name"] for row in chosen], [row[measure] for row in chosen], color=colour, height=0.7, label=label
         )
-        axis.bar_label(bars, fmt="%.3f", padding=4)
+        # white behind the figures: the line may cross them
+        axis.bar_label(bars, fmt="%.3f", padding=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     for row in rows:
         if row["name"] == baseline:
             axis.axvline(row[measure], color=GREY, linestyle="--", linewidth=1, zorder=0, label=baseline)
@@ -197,6 +198,7 @@ def plot_training(logs: Mapping[str, Log]) -> Figure:
                 axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
             else:
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
+            axis.set_xlim(left=0)
             axis.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1][1:]:

@@ -2,12 +2,14 @@
 
     python -m eval.retrieval --run runs/demo --data runs/demo/data --output_dir runs/demo/results
 
-Prints one table and writes OUTPUT_DIR/metrics.json. Embeddings are kept under DATA/embeddings, by what they were made
-from, so that a killed evaluation goes on where it stopped and `eval.search` finds the documents' ready.
+Prints one table and writes OUTPUT_DIR/metrics.json, unless that stands there already for the same files. Embeddings
+are kept under DATA/embeddings, by what they were made from, so that a killed evaluation goes on where it stopped and
+`eval.search` finds the documents' ready. OUTPUT_DIR/untrained is the encoder before its first stage.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import time
@@ -25,7 +27,9 @@ from dataset_builders.candidates import dense_top_k
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.embeddings import Embedder, EncoderSection
 from dataset_builders.folders import (
+    file_sha256,
     files_of,
+    fingerprint,
     folder_step,
     peak_memory_bytes,
     read_manifest,
@@ -80,27 +84,30 @@ def main(argv: Sequence[str]) -> None:
     rankings = candidate_rankings(data, queries)
     systems = run_systems(run_folder, output)
 
-    rows = [
-        *(retriever_row(name, queries, *rankings[name]) for name in rankings),
-        *(model_row(system, data, documents, queries) for system in systems),
-    ]
-    metrics = {
-        "command": "python -m eval.retrieval " + shlex.join(argv),
-        # relative to the file that holds them, so that a run can be moved as a whole
-        "run": os.path.relpath(run_folder, output),
-        "data": os.path.relpath(data, output),
-        "split": queries.split,
-        "counts": count(documents, queries),
-        "measures": list(MEASURES),
-        "baseline": BASELINE,
-        "compared": COMPARED,
-        "systems": with_differences(rows),
-        "not_evaluated": missing_stages(run_folder),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": stack_versions(),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "metrics.json", metrics)
+    key = evaluation_key(data, args.split, systems)
+    metrics = finished_metrics(output, key)
+    if metrics is None:
+        rows = [
+            *(retriever_row(name, queries, *rankings[name]) for name in rankings),
+            *(model_row(system, data, documents, queries) for system in systems),
+        ]
+        metrics = {
+            "key": key,
+            "command": "python -m eval.retrieval " + shlex.join(argv),
+            # relative to the file that holds them, so that a run can be moved as a whole
+            "run": os.path.relpath(run_folder, output),
+            "data": os.path.relpath(data, output),
+            "split": queries.split,
+            "counts": count(documents, queries),
+            "measures": list(MEASURES),
+            "baseline": BASELINE,
+            "compared": COMPARED,
+            "systems": with_differences(rows),
+            "not_evaluated": missing_stages(run_folder),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "versions": stack_versions(),
+        }
+        write_json(output / "metrics.json", metrics)
     print(format_table(metrics))
 
 
@@ -227,6 +234,23 @@ def _untrained(run_folder: Path, recipe: Mapping[str, Any], folder: Path) -> Pat
             encoder.save(str(step.path), create_model_card=False)
             step.finish()
     return folder
+
+
+def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
+    """Changes when any figure could: with a model, the texts, the grades or the retrievers' rankings."""
+    names = ["corpus/documents.parquet", "corpus/queries.parquet", "corpus/qrels.parquet"]
+    files = {name: file_sha256(data / name) for name in [*names, "candidates/candidates.parquet"]}
+    models = {system.name: resolve_model(str(system.folder)).fingerprint() for system in systems}
+    return fingerprint({"split": split, "files": files, "models": models})
+
+
+def finished_metrics(output: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier run wrote of the same things, if it did: its seconds are those that the work took."""
+    try:
+        metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return metrics if isinstance(metrics, dict) and metrics.get("key") == key else None
 
 
 def retriever_row(name: str, queries: Queries, ranking: Ranking, whole: int) -> dict[str, Any]:

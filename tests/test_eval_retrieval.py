@@ -89,6 +89,19 @@ def test_evaluating_again_embeds_nothing(tiny_run, tmp_path, metrics, monkeypatc
     assert again["nDCG@10"] == metrics["systems"][-1]["nDCG@10"]
 
 
+def test_a_finished_evaluation_is_kept(tiny_run, tmp_path, capsys):
+    run, output = shutil.copytree(tiny_run, tmp_path / "run"), tmp_path / "out"
+    argv = ["--run", str(run), "--data", str(run / "data"), "--output_dir", str(output)]
+    main(argv)
+    before, shown = (output / "metrics.json").read_bytes(), capsys.readouterr().out
+    main(argv)
+    assert ((output / "metrics.json").read_bytes(), capsys.readouterr().out) == (before, shown)
+    path = run / "data" / "corpus" / "qrels.parquet"
+    write_parquet(path, read_parquet(path).slice(1))
+    main(argv)
+    assert json.loads((output / "metrics.json").read_bytes())["counts"]["queries"] == 2
+
+
 def test_changed_weights_are_embedded_anew(tiny_run, tmp_path, metrics):
     import torch
     from safetensors.torch import load_file, save_file
