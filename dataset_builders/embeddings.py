@@ -135,10 +135,13 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
 
 def count_tokens(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
     """Tokens of each text, special ones included, before any truncation."""
-    lengths = []
+    lengths: list[int] = []
     for start in range(0, len(texts), SHARD):
-        encoded = tokenizer(list(texts[start : start + SHARD]), truncation=False, verbose=False)
-        lengths += [len(ids) for ids in encoded["input_ids"]]
+        block = list(texts[start : start + SHARD])
+        if hasattr(tokenizer, "encode_batch"):  # static embedding models hold a bare tokenizers.Tokenizer
+            lengths += [len(encoding) for encoding in tokenizer.encode_batch(block)]
+        else:
+            lengths += map(len, tokenizer(block, truncation=False, verbose=False)["input_ids"])
     return np.array(lengths, np.int64)
 
 

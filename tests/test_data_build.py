@@ -1,0 +1,353 @@
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_data import write_encoder, write_recipe, write_set, write_table
+
+from dataset_builders import embeddings
+from dataset_builders.build import FOLDERS, main
+from dataset_builders.cli import run
+from dataset_builders.folders import files_of, read_manifest
+from dataset_builders.mine import Mining, write_mined
+from dataset_builders.schema import CANDIDATES, SCORES
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_set(folder / "set"), write_encoder(folder / "encoder"), folder
+
+
+@pytest.fixture(scope="module")
+def recipe(inputs):
+    source, model, folder = inputs
+    return write_recipe(folder / "recipe.yaml", source, model, sts={"num_rows": 50})
+
+
+@pytest.fixture(scope="module")
+def built(recipe, tmp_path_factory):
+    output = tmp_path_factory.mktemp("built") / "data"
+    main(["--config", str(recipe), "--output_dir", str(output)])
+    return output
+
+
+def rows_of(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist()
+
+
+def test_candidates_are_ranked_and_the_eval_split_has_some(built):
+    table = pq.read_table(built / "candidates" / "candidates.parquet")
+    assert table.schema.equals(CANDIDATES)
+    rows = table.to_pylist()
+    assert len({row["query_id"] for row in rows}) == 60
+    for _, group in itertools.groupby(rows, key=lambda row: row["query_id"]):
+        group = list(group)
+        assert [row["rrf_rank"] for row in group] == list(range(1, len(group) + 1)) and len(group) <= 25
+        for row in group:
+            ranks = [row[f"{name}_rank"] for name in ("bm25", "dense") if row[f"{name}_rank"] is not None]
+            assert row["rrf_score"] == pytest.approx(sum(1 / (60 + rank) for rank in ranks))
+            assert (row["bm25_rank"] is None) == (row["bm25_score"] is None)
+            assert (row["dense_rank"] is None) == (row["dense_score"] is None)
+        for name in ("bm25", "dense"):
+            found = sorted((row[f"{name}_rank"], -row[f"{name}_score"]) for row in group if row[f"{name}_rank"])
+            assert [score for _, score in found] == sorted(score for _, score in found)
+    share = read_manifest(built / "candidates")["share"]
+    assert sum(share.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_scores_are_the_teachers_own_and_labels_their_calibration(built, inputs):
+    from sentence_transformers import SentenceTransformer
+
+    table = pq.read_table(built / "scores" / "scores.parquet")
+    assert table.schema.equals(SCORES)
+    rows = table.to_pylist()
+    texts = {row["document_id"]: row["text"] for row in rows_of(built / "corpus" / "documents.parquet")}
+    queries = {row["query_id"]: row["text"] for row in rows_of(built / "corpus" / "queries.parquet")}
+    model = SentenceTransformer(str(inputs[1]))
+    one = model.encode([queries[row["query_id"]] for row in rows], normalize_embeddings=True)
+    other = model.encode([texts[row["document_id"]] for row in rows], normalize_embeddings=True)
+    np.testing.assert_allclose(table["teacher_score"].to_numpy(), (one * other).sum(axis=1), atol=1e-5)
+    constants = read_manifest(built / "scores")["calibration"]
+    expected = 1 / (1 + np.exp(-(constants["a"] * table["teacher_score"].to_numpy() + constants["b"])))
+    np.testing.assert_allclose(table["label"].to_numpy(), expected.clip(1e-4, 1 - 1e-4), atol=1e-5)
+    assert {row["query_id"] for row in rows} == {f"q{number:02d}" for number in range(40)}  # train alone
+    positives = {(row["query_id"], row["document_id"]) for row in rows if row["is_positive"]}
+    assert positives == {(f"q{number:02d}", f"d{number:02d}") for number in range(40)}
+
+
+def test_mined_rows_keep_contract_3(built):
+    labels = {
+        (row["query_id"], row["document_id"]): row["label"] for row in rows_of(built / "scores" / "scores.parquet")
+    }
+    rows = rows_of(built / "mined" / "mined.parquet")
+    manifest = read_manifest(built / "mined")
+    assert len(rows) >= 30 and len(rows) + sum(manifest["rows_dropped"].values()) == 40
+    for row in rows:
+        ids = [row["positive_id"], *row["negative_ids"]]
+        assert row["label"] == [labels[row["query_id"], document_id] for document_id in ids]
+        assert len(set(ids)) == 4 and all(0 < label < 0.95 * row["label"][0] for label in row["label"][1:])
+    first = next(row for row in rows if row["query_id"] == "q00")
+    retrieved = {document_id for query_id, document_id in labels if query_id == "q00"}
+    # the positive's near duplicate was retrieved, and would be the hardest negative of all
+    assert "z-near" in retrieved and "z-near" not in first["negative_ids"]
+    assert read_manifest(built / "corpus")["exact_duplicate_documents_merged"] == 1  # z-copy
+    assert manifest["candidates"]["is_duplicate_of_positive"] >= 1
+
+
+def test_sts_pairs_cover_the_range_and_hold_no_test_query(built):
+    rows = rows_of(built / "sts" / "sts.parquet")
+    train = {row["text"] for row in rows_of(built / "corpus" / "queries.parquet") if row["split"] == "train"}
+    assert len(rows) == 50 and all({row["sentence1"], row["sentence2"]} <= train for row in rows)
+    assert all(row["sentence1"] != row["sentence2"] for row in rows)
+    assert sum(count > 0 for count in read_manifest(built / "sts")["rows_by_label_bin"]) >= 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_published_folder_loads_without_our_code(built, tmp_path, streaming):
+    script = f"""
+import sys, os
+os.environ["HF_DATASETS_CACHE"], os.environ["HF_HUB_OFFLINE"] = {str(tmp_path)!r}, "1"
+from datasets import load_dataset
+for name in ("train", "candidates", "documents", "queries", "qrels", "sts"):
+    rows = load_dataset({str(built / "hub")!r}, name, split="train", streaming={streaming})
+    first = next(iter(rows))
+    print(name, *first, sep=",")
+    if name == "train":
+        assert isinstance(first["label"], list) and len(first["label"]) == 4, first
+        print(sum(1 for _ in rows))
+assert not any(module.startswith("dataset_builders") for module in sys.modules)
+"""
+    answer = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.split()
+    assert lines[0] == "train,query,positive,negative_1,negative_2,negative_3,label"
+    assert int(lines[1]) == pq.read_metadata(built / "mined" / "mined.parquet").num_rows
+    assert lines[3:] == [
+        "documents,document_id,text",
+        "queries,query_id,text,split",
+        "qrels,query_id,document_id,score,split",
+        "sts,sentence1,sentence2,label",
+    ]
+
+
+def test_the_card_names_every_config_and_count(built):
+    card = (built / "hub" / "README.md").read_text()
+    assert (
+        sum(f"config_name: {name}\n" in card for name in ("train", "candidates", "documents", "queries", "sts")) == 5
+    )
+    assert f"| `train` | {pq.read_metadata(built / 'mined' / 'mined.parquet').num_rows} |" in card
+
+
+def test_finished_steps_are_skipped_and_a_changed_key_redoes_what_depends_on_it(recipe, built, tmp_path, capsys):
+    output = tmp_path / "data"
+    shutil.copytree(built, output)
+    command = ["--config", str(recipe), "--output_dir", str(output)]
+    assert states(command, capsys) == dict.fromkeys(FOLDERS, "before")
+    margin = states([*command, "--margin", "0.5"], capsys)
+    assert [name for name, state in margin.items() if state != "before"] == ["mined", "hub"]
+    assert max(max(row["label"][1:]) / row["label"][0] for row in rows_of(output / "mined" / "mined.parquet")) < 0.5
+    redone = states([*command, "--margin", "0.5", "--from_step", "scores"], capsys)
+    assert [name for name, state in redone.items() if state != "before"] == ["scores", "mined", "sts", "hub"]
+
+
+def states(command, capsys) -> dict[str, str]:
+    main(command)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    return {line.partition(":")[0]: "before" if "done before" in line else "made" for line in lines}
+
+
+def test_random_negatives_do_not_depend_on_the_order_of_queries(recipe, built, tmp_path):
+    mining = Mining(num_negatives=3, strategy="random", seed=5)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "scores").mkdir()
+    write_mined(built / "corpus", built / "scores", mining, tmp_path / "one")
+    table = pq.read_table(built / "scores" / "scores.parquet")
+    odd = np.array([int(name[1:]) % 2 == 1 for name in table["query_id"].to_pylist()])
+    parts = [table.filter(~odd), table.filter(odd)]
+    pq.write_table(pa.concat_tables(parts[::-1]), tmp_path / "scores" / "scores.parquet")
+    write_mined(built / "corpus", tmp_path / "scores", mining, tmp_path / "two")
+    one, two = (sorted(map(repr, rows_of(tmp_path / name / "mined.parquet"))) for name in ("one", "two"))
+    assert one == two and one != sorted(map(repr, rows_of(built / "mined" / "mined.parquet")))
+
+
+def test_a_killed_build_resumes_to_the_same_bytes(recipe, tmp_path, monkeypatch):
+    script = """
+import sys, time
+from dataset_builders import embeddings
+from dataset_builders.build import main
+from dataset_builders.cli import run
+embeddings.SHARD = 8
+save = embeddings._save
+def slowly(path, values):
+    save(path, values)
+    time.sleep(0.3 if "embeddings" in str(path) else 0)
+embeddings._save = slowly
+run(main, sys.argv[1:])
+"""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", script, "--config", str(recipe), "--output_dir", str(killed)]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shards = lambda: sorted(killed.glob("embeddings/*.partial/vectors.shards/*.npy"))  # noqa: E731
+    deadline = time.monotonic() + 120
+    while len(shards()) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = shards()
+    assert 3 <= len(done) < 8 and (killed / "corpus").is_dir() and not (killed / "candidates").exists()
+
+    monkeypatch.setattr(embeddings, "SHARD", 8)
+    saved = []
+    save = embeddings._save
+    monkeypatch.setattr(embeddings, "_save", lambda path, values: (saved.append(path), save(path, values)))
+    main(["--config", str(recipe), "--output_dir", str(killed)])
+    assert saved and not set(saved) & set(done)  # what was finished before the kill is not computed again
+    main(["--config", str(recipe), "--output_dir", str(whole)])
+    assert files_without_manifests(killed) == files_without_manifests(whole)
+    assert len(files_without_manifests(whole)) > 10
+
+
+def files_without_manifests(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in files_of(folder).items() if not name.endswith("manifest.json")}
+
+
+def change(name, **columns):
+    """A case that replaces columns of a file of the set (None: leaves the column out)."""
+
+    def apply(folder: Path) -> None:
+        table = pq.read_table(folder / name).to_pydict()
+        for column, value in columns.items():
+            table[column] = value(table[column]) if value else None
+        write_table(folder / name, **{column: values for column, values in table.items() if values is not None})
+
+    return apply
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def overwrite(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+BAD_SETS = {
+    "missing file": (remove("queries.parquet"), "no such file"),
+    "empty file": (overwrite("corpus.parquet", b""), "not a readable Parquet file"),
+    "not Parquet": (overwrite("corpus.parquet", b"_id,text\n1,a\n"), "not a readable Parquet file"),
+    "no rows": (lambda folder: write_table(folder / "corpus.parquet", _id=[], text=[]), "no rows"),
+    "wrong columns": (change("corpus.parquet", text=None), "no column 'text'"),
+    "no split column": (change("qrels.parquet", split=None), "no column 'split'"),
+    "empty text": (change("corpus.parquet", text=lambda texts: ["  ", *texts[1:]]), "text of d00 is empty"),
+    "null text": (change("queries.parquet", text=lambda texts: [None, *texts[1:]]), "row 0 has no 'text'"),
+    "id twice": (change("corpus.parquet", _id=lambda ids: [ids[1], *ids[1:]]), "'d01' occurs twice"),
+    "unknown document": (change("qrels.parquet", corpus_id=lambda ids: ["nope", *ids[1:]]), "'nope'"),
+    "unknown query": (change("qrels.parquet", query_id=lambda ids: ["nope", *ids[1:]]), "'nope'"),
+    "scores as words": (
+        change("qrels.parquet", score=lambda scores: ["good"] * len(scores)),
+        "cannot be read as int32",
+    ),
+    "no positive": (change("qrels.parquet", score=lambda scores: [0] * len(scores)), "no query with a positive"),
+    "no such split": (
+        change("qrels.parquet", split=lambda names: ["test"] * len(names)),
+        "splits that have some: test",
+    ),
+}
+BAD_FLAGS = {
+    "unknown key": (["--num_negative", "3"], "did you mean"),
+    "margin above one": (["--margin", "1.5"], "mining.margin"),
+    "word for a number": (["--num_negatives", "many"], "mining.num_negatives"),
+    "unknown strategy": (["--strategy", "best"], "mining.strategy"),
+    "ambiguous flag": (["--top_k", "5"], "could be any of"),
+    "no such folder": (["--path", "no/such/set"], "no such folder"),
+    "no such package": (["--dense.model", "package:no_such_package"], "no installed package"),
+    "no such model": (["--teacher.model", "./no/such/model"], "no such folder"),
+    "trained on eval": (["--source.eval_splits", "[train]"], "cannot be an eval split too"),
+    "more negatives than there are": (["--num_negatives", "60"], "lower --num_negatives"),
+    "ray": (["--engine", "ray"], "--engine ray is not there yet"),
+    "unknown step": (["--from_step", "teacher"], "invalid choice"),
+    "seq length of words": (["--dense.max_seq_length", "2"], "dense.max_seq_length"),
+}
+
+
+def refusal(arguments, capsys) -> str:
+    """The one line with which a command refuses its input."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(main, arguments)
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", BAD_SETS)
+def test_bad_sets_are_refused_in_one_line(case, inputs, tmp_path, capsys):
+    spoil, message = BAD_SETS[case]
+    shutil.copytree(inputs[0], tmp_path / "set")
+    spoil(tmp_path / "set")
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "set", inputs[1])
+    output = tmp_path / "out" / "data"
+    assert message in refusal(["--config", str(recipe), "--output_dir", str(output)], capsys)
+    assert not output.exists() and not output.parent.exists()
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags_are_refused_in_one_line(case, recipe, tmp_path, capsys):
+    flags, message = BAD_FLAGS[case]
+    output = tmp_path / "data"
+    assert message in refusal(["--config", str(recipe), "--output_dir", str(output), *flags], capsys)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert case == "more negatives than there are" or not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "a mapping of names"),
+        ("source: [", "not a YAML file"),
+        ("task_type: poetry\n", "'task_type' is 'poetry'"),
+        ("task_type: retrieval\ninstruction: x\nsource: {kind: web}\n", "source"),
+        ("task_type: sts\ninstruction: x\nsource: {kind: local, path: p}\n", "score_range"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(content, message, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(content)
+    assert message in refusal(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "x")], capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_teacher_of_nan_is_refused_and_leaves_no_scores(inputs, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(inputs[1], tmp_path / "teacher")
+    weights = next((tmp_path / "teacher").rglob("*.safetensors"))
+    save_file({name: np.full_like(value, np.nan) for name, value in load_file(weights).items()}, weights)
+    recipe = write_recipe(tmp_path / "recipe.yaml", inputs[0], inputs[1])
+    command = ["--config", str(recipe), "--output_dir", str(tmp_path / "data"), "--teacher.model"]
+    assert "NaN" in refusal([*command, str(tmp_path / "teacher")], capsys)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["candidates", "corpus", "embeddings"]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_file_where_the_folder_should_go_is_refused(recipe, tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    line = refusal(["--config", str(recipe), "--output_dir", str(tmp_path / "taken" / "data")], capsys)
+    assert "folder" in line and (tmp_path / "taken").read_text() == ""
+
+
+def test_a_bad_model_does_not_cost_the_finished_folders(recipe, built, tmp_path, capsys):
+    shutil.copytree(built, tmp_path / "data")
+    command = ["--config", str(recipe), "--output_dir", str(tmp_path / "data"), "--from_step", "corpus"]
+    refusal([*command, "--dense.model", "./nowhere"], capsys)
+    assert (tmp_path / "data" / "mined" / "mined.parquet").is_file()
