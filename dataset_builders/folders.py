@@ -7,6 +7,7 @@
 
 A folder whose manifest carries the same inputs, and whose files are those the manifest lists, is kept and the step
 skipped. A killed step leaves `NAME.partial`; it is resumed when its inputs are still the same, else started afresh.
+A folder in the way that has no manifest is moved aside to `NAME.unknown`.
 """
 
 from __future__ import annotations
@@ -143,8 +144,16 @@ class Step:
         }
         write_json(self.path / MANIFEST, manifest)
         if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(self.path, self.folder)
+            # what carries no manifest was not made here, so it is not ours to delete
+            is_ours = (self.folder / MANIFEST).is_file()
+            aside = self.folder.with_name(self.folder.name + (".outdated" if is_ours else ".unknown"))
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.folder, aside)
+            os.replace(self.path, self.folder)
+            if is_ours:
+                shutil.rmtree(aside)
+        else:
+            os.replace(self.path, self.folder)
         self.done = True
 
 
