@@ -83,6 +83,7 @@ def render_card(configs: list[dict[str, Any]], facts: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(CARD.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["basename"] = lambda path: Path(path).name  # where it lay on this machine is nobody's business
     return environment.get_template(CARD.name).render(
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(), configs=configs, **facts
     )

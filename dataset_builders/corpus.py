@@ -41,6 +41,7 @@ def write_corpus(rows: Rows, splits: Splits, folder: Path) -> dict[str, Any]:
     queries, qrels, merged, leaked = _clean_queries(rows.queries, qrels, splits.split)
     if not any(split == splits.split for _, _, split in queries):
         raise InputError(f"split {splits.split!r}: no query is left with a positive document; nothing to train on")
+    judged = {query_id for query_id, _, score, _ in rows.qrels if score > 0}
     write_parquet(folder / "documents.parquet", pa.table([document_ids, texts], schema=DOCUMENTS))
     write_parquet(folder / "groups.parquet", _columns(sorted(groups.items()), GROUPS))
     write_parquet(folder / "queries.parquet", _columns(queries, QUERIES))
@@ -56,7 +57,7 @@ def write_corpus(rows: Rows, splits: Splits, folder: Path) -> dict[str, Any]:
         "near_duplicate_groups": len(set(groups.values())),
         "duplicate_queries_merged": merged,
         "leaking_queries_dropped": leaked,
-        "queries_without_positive_dropped": len(rows.queries) - len(queries) - merged - leaked,
+        "queries_without_positive_dropped": len(rows.queries) - len(judged),
     }
 
 
@@ -87,8 +88,9 @@ def near_duplicate_groups(documents: Mapping[str, str]) -> dict[str, str]:
     # a threshold below ours, weighted towards recall: a proposed pair costs little, a missed one is lost
     index = MinHashLSH(threshold=NEAR_DUPLICATE - 0.1, num_perm=64, weights=(0.2, 0.8))
     pairs = []
-    # the shingles are hashed already
-    for row, sketch in enumerate(MinHash.generator(shingles, num_perm=64, seed=0, hashfunc=int)):
+    # the shingles are hashed already, and Python's integers are quicker to walk through than numpy's
+    sketches = MinHash.generator((row.tolist() for row in shingles), num_perm=64, seed=0, hashfunc=int)
+    for row, sketch in enumerate(sketches):
         pairs += [
             (other, row) for other in index.query(sketch) if _jaccard(shingles[other], shingles[row]) >= NEAR_DUPLICATE
         ]

@@ -185,6 +185,8 @@ def write_sts(
     queries = queries_of(corpus, splits.searched)
     graded_split = queries_of(corpus, [splits.split])
     rows = np.array([row for row, query_id in enumerate(queries) if query_id in graded_split])
+    if len(rows) < 2:
+        raise InputError(f"sts: split {splits.split!r} has {len(rows)} query; a pair needs two")
     texts = list(queries.values())
     pool = rows[_sts_pool(Embedder(dense, cache).queries(texts)[rows], sts)]
     scores = np.array(PairScorer(teacher, cache, texts, texts, symmetric=True)(pool, folder / "teacher.npy"))

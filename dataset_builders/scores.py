@@ -164,8 +164,11 @@ class PairScorer:
         return scores
 
     def _read_together(self, pairs: np.ndarray, path: Path) -> np.ndarray:
+        """Logits: a sigmoid over them, which many rerankers are saved with, would crowd the best pairs near 1."""
         from sentence_transformers import CrossEncoder
+        from torch.nn import Identity
 
+        logits = Identity()
         model = load_model(CrossEncoder, self.teacher, max_length=self.teacher.max_seq_length)
         lengths = count_tokens(model.tokenizer, self.queries)[pairs[:, 0]]
         lengths = lengths + count_tokens(model.tokenizer, self.texts)[pairs[:, 1]]
@@ -175,7 +178,7 @@ class PairScorer:
             found = []
             for batch in token_batches(lengths[rows], self.teacher.batch_tokens):
                 inputs = [(self.queries[query], self.texts[text]) for query, text in pairs[rows[batch]]]
-                answer = model.predict(inputs, batch_size=len(inputs), show_progress_bar=False)
+                answer = model.predict(inputs, batch_size=len(inputs), show_progress_bar=False, activation_fn=logits)
                 if answer.ndim != 1:
                     raise InputError(f"teacher {self.teacher.model!r}: {answer.shape[1]} scores a pair; one is needed")
                 found.append(answer.astype(np.float32))
