@@ -224,6 +224,7 @@ def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> 
             raise InputError(f"{where}: unknown key {key!r}; {hint}")
     parser = Parser(list(types), allow_abbrev=False)
     parser.set_defaults_with_config(**{key: value for key, value in DEFAULTS.items() if key in fields})
+    parser.set_defaults_with_config(**{key: [] for key, value in values.items() if value == []})  # no flag says that
     # as flags, so that a recipe's values are checked and converted as those of the command line are
     flags = [part for key, value in values.items() if value is not None for part in _as_flags(key, value)]
     try:
@@ -233,6 +234,8 @@ def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> 
 
 
 def _as_flags(key: str, value: Any) -> list[str]:
+    if value == []:
+        return []
     if value is False and key.endswith("_strategy"):
         value = "no"  # which YAML reads as false
     if isinstance(value, list):

@@ -529,5 +529,7 @@ def test_key_parser_keeps_types():
     values = {"dataset_name": "x", "mini_batch_size": None, "prompted_columns": ["a", "b"], "alpha": "5e-1"}
     (own,) = train_st.parse_keys([train_st.StageArguments], values, "here")
     assert (own.mini_batch_size, own.prompted_columns, own.alpha) == (None, ["a", "b"], 0.5)
+    (own,) = train_st.parse_keys([train_st.StageArguments], {"dataset_name": "x", "prompted_columns": []}, "here")
+    assert own.prompted_columns == []
     with pytest.raises(InputError, match="here: unknown key 'x'"):
         train_st.parse_keys([train_st.StageArguments], {"x": 1}, "here")
