@@ -125,7 +125,10 @@ class Step:
         inputs = self.path / INPUTS
         if self.path.exists() and (not inputs.is_file() or inputs.read_text(encoding="utf-8") != self.key):
             shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # what a file system that holds no files of ours answers, /proc for one
+            raise InputError(f"{error.filename}: no folder can be made here; choose another") from None
         inputs.write_text(self.key, encoding="utf-8")
 
     def finish(self, **facts: Any) -> None:

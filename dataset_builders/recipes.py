@@ -112,6 +112,8 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
             location.append(part)
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
+        if key in paths:  # a key of another member of the union
+            return f"key {key!r} does not go with this {location[0]}'s other keys; leave it out"
         return f"unknown key {key!r}{_suggestion(location[-1], paths)}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"

@@ -266,6 +266,7 @@ BAD_SETS = {
 }
 BAD_FLAGS = {
     "unknown key": (["--num_negative", "3"], "did you mean"),
+    "key of another kind": (["--num_pairs", "9"], "'source.num_pairs' does not go with"),
     "margin above one": (["--margin", "1.5"], "mining.margin"),
     "word for a number": (["--num_negatives", "many"], "mining.num_negatives"),
     "unknown strategy": (["--strategy", "best"], "mining.strategy"),
@@ -344,6 +345,11 @@ def test_a_file_where_the_folder_should_go_is_refused(recipe, tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     line = refusal(["--config", str(recipe), "--output_dir", str(tmp_path / "taken" / "data")], capsys)
     assert "folder" in line and (tmp_path / "taken").read_text() == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
+def test_a_place_without_room_for_folders_is_refused(recipe, capsys):
+    assert "no folder can be made here" in refusal(["--config", str(recipe), "--output_dir", "/proc/data"], capsys)
 
 
 def test_a_bad_model_does_not_cost_the_finished_folders(recipe, built, tmp_path, capsys):
