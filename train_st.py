@@ -70,6 +70,7 @@ class StageArguments:
     target_temperature: float = field(default=1.0, metadata={"help": "divides the logits of soft labels"})
     alpha: float = field(default=1.0, metadata={"help": "of soft InfoNCE against 1 - alpha of InfoNCE"})
     mini_batch_size: int | None = field(default=None, metadata={"help": "texts at a time, by GradCache; null = all"})
+    num_negatives: int | None = field(default=None, metadata={"help": "the first of each row's; null = all"})
     instruction: str | None = field(default=None, metadata={"help": "one sentence; null = queries without prompt"})
     prompted_columns: list[str] = field(default_factory=lambda: ["query"], metadata={"help": "get the instruction"})
     max_seq_length: int = field(default=512, metadata={"help": "tokens, prompt and EOS included"})
@@ -203,6 +204,8 @@ def _read_stage(name: str, values: dict[str, Any], where: str) -> Stage:
     for key in ("temperature", "target_temperature", "max_seq_length", "eval_queries", "eval_documents"):
         if getattr(own, key) <= 0:
             raise InputError(f"{where}: {key} is {getattr(own, key)}; it must be above 0")
+    if own.num_negatives is not None and own.num_negatives < (own.loss == "soft_info_nce"):
+        raise InputError(f"{where}: num_negatives is {own.num_negatives}; {own.loss} needs more")
     if not 0 <= own.alpha <= 1:
         raise InputError(f"{where}: alpha is {own.alpha}; it must lie in [0, 1]")
     return Stage(name, values, own, model, training)
@@ -272,7 +275,8 @@ def load_data(stage: Stage) -> StageData:
         return load_config(own.dataset_name, config, own.dataset_revision, key, where)
 
     prompted = own.prompted_columns if own.instruction else []
-    rows = training_rows(load(own.dataset_config), own.loss, prompted, f"{where}: config {own.dataset_config!r}")
+    rows = load(own.dataset_config)
+    rows = training_rows(rows, own.loss, prompted, f"{where}: config {own.dataset_config!r}", own.num_negatives)
     sample = None
     if stage.training.eval_strategy.value != "no":
         size = {"max_queries": own.eval_queries, "max_documents": own.eval_documents, "seed": stage.training.seed}

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dataset_builders.folders import file_sha256
+
 CARD = Path(__file__).with_name("dataset_card.md")
 
 
@@ -61,8 +63,7 @@ def write_hub(data: Path, steps: Sequence[str], facts: Mapping[str, Any], folder
     configs = []
     for config in GradedDataset.BUILDER_CONFIGS:
         if config.file.partition("/")[0] in steps:
-            rows, columns = _write_config(config.name, data, folder)
-            configs.append({"name": config.name, "rows": rows, "columns": columns})
+            configs.append(_write_config(config.name, data, folder))
     (folder / "README.md").write_text(render_card(configs, facts), encoding="utf-8")
     return {"rows": {config["name"]: config["rows"] for config in configs}}
 
@@ -70,7 +71,7 @@ def write_hub(data: Path, steps: Sequence[str], facts: Mapping[str, Any], folder
 def render_card(configs: list[dict[str, Any]], facts: Mapping[str, Any]) -> str:
     """README.md: the YAML that `load_dataset` reads, and how the data was made. `facts` fills dataset_card.md."""
     files = [
-        {"config_name": config["name"], "data_files": [{"split": "train", "path": f"{config['name']}/*.parquet"}]}
+        {"config_name": config["name"], "data_files": [{"split": "train", "path": config["files"]}]}
         for config in configs
     ]
     metadata = {
@@ -89,13 +90,27 @@ def render_card(configs: list[dict[str, Any]], facts: Mapping[str, Any]) -> str:
     )
 
 
-def _write_config(name: str, data: Path, folder: Path) -> tuple[int, list[str]]:
+def _write_config(name: str, data: Path, folder: Path) -> dict[str, Any]:
     cache = folder / f"{name}.cache"
     builder = GradedDataset(config_name=name, data_dir=str(data), cache_dir=str(cache), dataset_name="graded")
     builder.download_and_prepare(str(folder / name), file_format="parquet")
-    rows, columns = builder.info.splits["train"].num_examples, list(builder.info.features)
     shutil.rmtree(cache)
     # bookkeeping of the writing process: the Parquet files carry their features themselves
     for leftover in [*folder.glob(f"{name}*.lock"), folder / name / "dataset_info.json"]:
         leftover.unlink()
-    return rows, columns
+    return {
+        "name": name,
+        "rows": builder.info.splits["train"].num_examples,
+        "columns": list(builder.info.features),
+        "files": [_name_by_content(path, folder) for path in sorted((folder / name).glob("*.parquet"))],
+    }
+
+
+def _name_by_content(path: Path, folder: Path) -> str:
+    """Rename graded-train-00000-of-00002.parquet to train-00000-of-00002-HASH.parquet; its name below `folder`.
+
+    `datasets` 5.2 caches a local folder under its name and the file names in its README: with the same names a
+    rebuilt folder, or another one called hub, would be answered with the rows of the first.
+    """
+    name = f"{path.stem.removeprefix('graded-')}-{file_sha256(path)[:8]}.parquet"
+    return path.rename(path.with_name(name)).relative_to(folder).as_posix()

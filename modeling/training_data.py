@@ -63,8 +63,10 @@ def load_config(name: str, config: str, revision: str | None, key: str, where: s
         raise InputError(f"{where}: config {config!r} of dataset {name!r} cannot be read: {reason}") from None
 
 
-def training_rows(rows: Dataset, loss: str, prompted: Sequence[str], where: str) -> Dataset:
-    """The columns that `loss` reads, in its order, after a look at every row.
+def training_rows(
+    rows: Dataset, loss: str, prompted: Sequence[str], where: str, num_negatives: int | None = None
+) -> Dataset:
+    """The columns that `loss` reads, in its order, after a look at every row; the first `num_negatives` of a row.
 
     Raises:
         InputError: a missing column, a prompted column that is not there, no rows, an empty text, a bad label.
@@ -80,7 +82,7 @@ def training_rows(rows: Dataset, loss: str, prompted: Sequence[str], where: str)
         raise InputError(f"{where}: no rows; python -m dataset_builders.build makes them")
     rows = rows.select_columns([*texts, "label"] if labelled else texts)
     _check_rows(rows, texts, loss, where)
-    return rows
+    return rows if num_negatives is None else _first_negatives(rows, num_negatives, where)
 
 
 def _text_columns(names: Sequence[str], loss: str, where: str) -> list[str]:
@@ -95,6 +97,19 @@ def _text_columns(names: Sequence[str], loss: str, where: str) -> list[str]:
     if missing:
         raise InputError(f"{where}: no column {missing[0]!r}, which {loss} needs; it has {', '.join(names)}")
     return wanted
+
+
+def _first_negatives(rows: Dataset, num_negatives: int, where: str) -> Dataset:
+    """Rows with fewer negatives, and their labels with them. Mined negatives stand in the order they were chosen in."""
+    negatives = [name for name in rows.column_names if name.startswith("negative_")]
+    if num_negatives > len(negatives):
+        raise InputError(f"{where}: rows have {len(negatives)} negatives; num_negatives is {num_negatives}")
+    rows = rows.remove_columns(negatives[num_negatives:])
+    if "label" not in rows.column_names:
+        return rows
+    labels = pc.list_slice(rows.with_format("arrow")["label"][:], 0, num_negatives + 1)
+    features = rows.features
+    return rows.remove_columns("label").add_column("label", labels).cast(features)
 
 
 def _check_rows(rows: Dataset, texts: Sequence[str], loss: str, where: str) -> None:

@@ -357,3 +357,19 @@ def test_a_bad_model_does_not_cost_the_finished_folders(recipe, built, tmp_path,
     command = ["--config", str(recipe), "--output_dir", str(tmp_path / "data"), "--from_step", "corpus"]
     refusal([*command, "--dense.model", "./nowhere"], capsys)
     assert (tmp_path / "data" / "mined" / "mined.parquet").is_file()
+
+
+def test_a_rebuilt_folder_is_not_answered_from_the_cache_of_the_first(recipe, tmp_path):
+    """`datasets` 5.2 keys its cache of a folder by name and README alone: equal counts, other rows, same card."""
+    from datasets import load_dataset
+
+    found = []
+    for seed in (0, 1):
+        output = tmp_path / str(seed)
+        flags = ["--config", str(recipe), "--output_dir", str(output), "--sts.seed", str(seed)]
+        main(flags)
+        rows = load_dataset(str(output / "hub"), "sts", split="train", cache_dir=str(tmp_path / "cache")).to_list()
+        assert rows == rows_of(output / "sts" / "sts.parquet")
+        found.append(rows)
+    assert len(found[0]) == len(found[1])
+    assert found[0] != found[1], "the case this test is about"

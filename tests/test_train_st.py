@@ -399,6 +399,7 @@ def rows_of(hub: Path, config: str) -> list[dict]:
 
 # what is wrong -> (change to the recipe, flags, what the one line says)
 BAD_RECIPES = {
+    "no negatives for soft labels": ({}, ["--num_negatives", "0"], "num_negatives is 0; soft_info_nce needs more"),
     "unknown key": ({"learning_rat": 1}, [], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     "unknown flag": ({}, ["--lora_rr", "4"], "unknown key 'lora_rr'; did you mean 'lora_r'?"),
     "flag without value": ({}, ["--lora_r"], "--lora_r needs a value"),
@@ -513,6 +514,20 @@ def test_a_data_folder_built_anew_is_read_anew(hub, tmp_path):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
         name = str(write_hub(tmp_path / folder / "hub", train=rows[:count]))
         assert len(load_config(name, "train", None, data_key(name, None, "here"), "here")) == count
+
+
+def test_the_first_negatives_of_a_row_can_be_enough(hub):
+    from modeling.training_data import data_key, load_config, training_rows
+
+    rows = load_config(str(hub), "train", None, data_key(str(hub), None, ""), "")
+    fewer = training_rows(rows, "soft_info_nce", ["query"], "", num_negatives=2)
+    assert fewer.column_names == ["query", "positive", "negative_1", "negative_2", "label"]
+    assert len(fewer) == len(rows) > 0
+    for kept, whole in zip(fewer, rows, strict=True):
+        assert kept == {**{name: whole[name] for name in fewer.column_names}, "label": whole["label"][:3]}
+    assert training_rows(rows, "info_nce", [], "", num_negatives=0).column_names == ["query", "positive"]
+    with pytest.raises(InputError, match="rows have 3 negatives; num_negatives is 4"):
+        training_rows(rows, "soft_info_nce", [], "", num_negatives=4)
 
 
 def test_output_where_nothing_can_be_written(recipe, tmp_path, capsys, monkeypatch):
