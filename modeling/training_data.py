@@ -100,7 +100,7 @@ def _text_columns(names: Sequence[str], loss: str, where: str) -> list[str]:
 
 
 def _first_negatives(rows: Dataset, num_negatives: int, where: str) -> Dataset:
-    """Rows with fewer negatives, and their labels with them. Mined negatives stand in the order they were chosen in."""
+    """Fewer negatives in every row, and their labels with them; mined ones stand in the order they were chosen in."""
     negatives = [name for name in rows.column_names if name.startswith("negative_")]
     if num_negatives > len(negatives):
         raise InputError(f"{where}: rows have {len(negatives)} negatives; num_negatives is {num_negatives}")
