@@ -73,7 +73,8 @@ class StageArguments:
     num_negatives: int | None = field(default=None, metadata={"help": "the first of each row's; null = all"})
     instruction: str | None = field(default=None, metadata={"help": "one sentence; null = queries without prompt"})
     prompted_columns: list[str] = field(default_factory=lambda: ["query"], metadata={"help": "get the instruction"})
-    max_seq_length: int = field(default=512, metadata={"help": "tokens, prompt and EOS included"})
+    max_seq_length: int = field(default=512, metadata={"help": "tokens the model reads, prompt and EOS included"})
+    train_max_seq_length: int | None = field(default=None, metadata={"help": "in training; null = max_seq_length"})
     min_text_tokens: int = field(default=16, metadata={"help": "least room that a prompt must leave"})
     pooling: Literal["eos", "mean"] = "eos"
     eval_queries: int = field(default=200, metadata={"help": "sample of the validation queries, at each evaluation"})
@@ -201,7 +202,11 @@ def _read_stage(name: str, values: dict[str, Any], where: str) -> Stage:
         raise InputError(f"{where}: quantised training is not supported; drop load_in_4bit and load_in_8bit")
     if own.loss == "cosent" and own.mini_batch_size is not None:
         raise InputError(f"{where}: cosent has no GradCache; drop mini_batch_size or lower the batch size")
-    for key in ("temperature", "target_temperature", "max_seq_length", "eval_queries", "eval_documents"):
+    if own.train_max_seq_length is None:
+        own.train_max_seq_length = own.max_seq_length
+    if own.train_max_seq_length > own.max_seq_length:
+        raise InputError(f"{where}: train_max_seq_length is above max_seq_length ({own.max_seq_length}); lower it")
+    for key in ("temperature", "target_temperature", "train_max_seq_length", "eval_queries", "eval_documents"):
         if getattr(own, key) <= 0:
             raise InputError(f"{where}: {key} is {getattr(own, key)}; it must be above 0")
     if own.num_negatives is not None and own.num_negatives < (own.loss == "soft_info_nce"):
@@ -350,6 +355,8 @@ def check_room(stages: Sequence[Stage], start: Start) -> None:
     for stage in stages:
         prompts = baked_prompts(stage.own.instruction)
         check_prompts(tokenizer, prompts, stage.own.max_seq_length, stage.own.min_text_tokens)
+        trained = {"query": prompts["query"]} if stage.own.instruction else {}
+        check_prompts(tokenizer, trained, stage.own.train_max_seq_length, stage.own.min_text_tokens)
 
 
 def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]:
@@ -458,7 +465,9 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
                 shutil.rmtree(checkpoints, ignore_errors=True)
             encoder, base = build_model(stage, start)
             trainer = build_trainer(stage, encoder, data, checkpoints)
+            encoder.max_seq_length = stage.own.train_max_seq_length
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+            encoder.max_seq_length = stage.own.max_seq_length
             if stage.peft_config:
                 save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
             save_merged(encoder, step.path)

@@ -180,16 +180,30 @@ def test_a_run_writes_all_that_the_contract_names(finished, recipe, tiny_decoder
     assert ledger["total"]["tokens"] == sum(row["tokens"] for row in ledger["stages"])
 
 
-def test_tokens_are_those_of_the_texts(finished, hub):
-    """Counted here by the tokenizer: every text of every epoch, its prompt and special tokens included."""
-    model = SentenceTransformer(str(finished / "model"), device="cpu")
+def count_tokens(model: SentenceTransformer, hub: Path) -> int:
+    """Of one epoch of the retrieval stage, by the tokenizer: prompts and special tokens included."""
     rows = pq.read_table(hub / "train.parquet")
     count = 0
     for name in ("query", "positive", "negative_1", "negative_2", "negative_3"):
         prompt = model.prompts["query"] if name == "query" else None
         count += int(model.preprocess(rows[name].to_pylist(), prompt=prompt)["attention_mask"].sum())
+    return count
+
+
+def test_tokens_are_those_of_the_texts(finished, hub):
+    model = SentenceTransformer(str(finished / "model"), device="cpu")
     ledger = json.loads((finished / "ledger.json").read_text())
-    assert ledger["stages"][1]["tokens"] == 2 * count
+    assert ledger["stages"][1]["tokens"] == 2 * count_tokens(model, hub)
+
+
+def test_a_model_may_read_more_than_it_was_trained_on(tmp_path, recipe, hub):
+    flags = ["--stages", "retrieval", "--num_train_epochs", "1", "--train_max_seq_length", "15"]
+    run = train(tmp_path, recipe, *flags, "--min_text_tokens", "2", "--eval_strategy", "no")
+    model = SentenceTransformer(str(run / "model"), device="cpu")
+    assert model.max_seq_length == 64
+    whole = count_tokens(model, hub)
+    model.max_seq_length = 15
+    assert json.loads((run / "ledger.json").read_text())["total"]["tokens"] == count_tokens(model, hub) < whole
 
 
 def test_the_model_opens_without_our_code(finished, tmp_path):
@@ -399,6 +413,7 @@ def rows_of(hub: Path, config: str) -> list[dict]:
 
 # what is wrong -> (change to the recipe, flags, what the one line says)
 BAD_RECIPES = {
+    "longer in training": ({}, ["--train_max_seq_length", "4000"], "train_max_seq_length is above max_seq_length"),
     "no negatives for soft labels": ({}, ["--num_negatives", "0"], "num_negatives is 0; soft_info_nce needs more"),
     "unknown key": ({"learning_rat": 1}, [], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     "unknown flag": ({}, ["--lora_rr", "4"], "unknown key 'lora_rr'; did you mean 'lora_r'?"),
