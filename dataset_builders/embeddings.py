@@ -121,6 +121,8 @@ class Embedder:
 
 def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any) -> Any:
     """A sentence-transformers model of `kind`. Raises InputError when its files cannot be had or read."""
+    from safetensors import SafetensorError
+
     reference: ModelReference = resolve_model(section.model)
     try:
         return kind(
@@ -129,7 +131,7 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
             model_kwargs={"dtype": section.dtype},
             **keywords,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"model {section.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 

@@ -50,6 +50,7 @@ def build_encoder(
     Raises:
         InputError: no such model, no EOS token, a prompt that leaves too little room, too long a max_seq_length.
     """
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -65,7 +66,7 @@ def build_encoder(
             processor_kwargs={**where},
             config_kwargs={**where},
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"model {str(model_name_or_path)!r} cannot be loaded: {error}") from None
     longest = getattr(transformer.config, "max_position_embeddings", max_seq_length)
     if max_seq_length > longest:

@@ -78,6 +78,7 @@ CASES = {
     "search: no model": (SEARCH, delete("model"), [], "no such folder, and no Hub id"),
     "search: folder without a model": (SEARCH, delete("model/modules.json"), [], "not a SentenceTransformer folder"),
     "search: broken model": (SEARCH, write("model/config.json", "{"), [], "cannot be loaded"),
+    "search: broken weights": (SEARCH, write("model/model.safetensors", "no weights"), [], "cannot be loaded"),
     "search: documents are no Parquet": (SEARCH, write(DOCUMENTS, "a,b"), [], "not a readable Parquet file"),
     "report: not evaluated": (REPORT, nothing, [], "metrics.json: no such file"),
     "report: broken metrics": (REPORT, write("results/metrics.json", "{"), [], "not readable as JSON"),
