@@ -24,6 +24,8 @@ _DISK_ADVICE = {
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
 }
+# How libraries that are not written in Python tell of a full disk: safetensors, and torch.save.
+_FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 class InputError(Exception):
@@ -50,14 +52,24 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         main(argv)
     except InputError as error:
         _report(str(error), debug)
-    except OSError as error:
-        if error.errno not in _DISK_ADVICE:
+    except Exception as error:
+        advice = _disk_advice(error)
+        if advice is None:
             raise
-        _report(f"{error.filename or 'output'}: {_DISK_ADVICE[error.errno]}", debug)
+        _report(f"{getattr(error, 'filename', None) or 'output'}: {advice}", debug)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(0)
+
+
+def _disk_advice(error: Exception) -> str | None:
+    """What to do about the disk, if that is what the error is about."""
+    if isinstance(error, OSError) and error.errno in _DISK_ADVICE:
+        return _DISK_ADVICE[error.errno]
+    if any(words in str(error) for words in _FULL_DISK):
+        return _DISK_ADVICE[errno.ENOSPC]
+    return None
 
 
 def _report(message: str, debug: bool) -> NoReturn:

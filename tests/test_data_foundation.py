@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
+from safetensors import SafetensorError
 
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.folders import fingerprint, folder_step, read_manifest, read_parquet, write_parquet
@@ -56,6 +57,8 @@ VALUES = {"source": {"kind": "generated"}, "mining": {"margin": 0.9}}
         (OSError(28, "No space left on device", "/data/x"), 2, "error: /data/x: the disk is full"),
         (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: permission denied"),
         (OSError(30, "Read-only file system", "/data/x"), 2, "error: /data/x: the file system is read-only"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "error: output: the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 576 vs 534"), 2, "error: output: the"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
     ],
 )
