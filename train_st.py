@@ -327,7 +327,9 @@ def first_start(recipe: dict[str, Any], stage: Stage, output_dir: Path) -> Start
         return Start(reference.name_or_path, reference.revision, reference.fingerprint(), reference.reference)
     from modeling.student import StudentConfig, build_student
 
-    (config,) = parse_keys([StudentConfig], recipe["student"], "student")
+    instruction = recipe.get("instruction")
+    prompt = {"prompt": instruction_prompt(instruction)} if instruction else {}
+    (config,) = parse_keys([StudentConfig], {**prompt, **recipe["student"]}, "student")
     folder = output_dir / "student"
     inputs = {
         **dataclasses.asdict(config),

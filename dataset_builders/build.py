@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.corpus import write_corpus
-from dataset_builders.folders import folder_step, read_manifest, write_parquet
+from dataset_builders.folders import MANIFEST, folder_step, read_manifest, write_parquet
 from dataset_builders.mine import Mining, Sts, count_by_bin, write_mined, write_sts
 from dataset_builders.recipes import Section, parse_recipe, read_yaml
 from dataset_builders.scores import Calibration, Teacher, write_scores
@@ -78,7 +78,7 @@ def load_recipe(path: str, flags: Sequence[str]) -> RetrievalRecipe | StsRecipe:
 def restart_from(step: str | None, output: Path) -> None:
     """Forget the finished folders of `step` and of those after it."""
     for name in FOLDERS[FOLDERS.index(step) :] if step else ():
-        if (output / name).is_dir():
+        if (output / name / MANIFEST).is_file():
             shutil.rmtree(output / name)
 
 

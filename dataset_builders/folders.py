@@ -146,17 +146,15 @@ class Step:
             "files": files_of(self.path),
         }
         write_json(self.path / MANIFEST, manifest)
+        # what carries no manifest was not made here, so it is not ours to delete
+        is_ours = (self.folder / MANIFEST).is_file()
+        aside = self.folder.with_name(self.folder.name + (".outdated" if is_ours else ".unknown"))
         if self.folder.exists():
-            # what carries no manifest was not made here, so it is not ours to delete
-            is_ours = (self.folder / MANIFEST).is_file()
-            aside = self.folder.with_name(self.folder.name + (".outdated" if is_ours else ".unknown"))
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.folder, aside)
-            os.replace(self.path, self.folder)
-            if is_ours:
-                shutil.rmtree(aside)
-        else:
-            os.replace(self.path, self.folder)
+        os.replace(self.path, self.folder)
+        if is_ours:
+            shutil.rmtree(aside)
         self.done = True
 
 
