@@ -54,7 +54,7 @@ _REPEAT_FACTOR = float(np.log(2**0.5 - 1) / (1 / 3 - 1 / 2))
 class StudentConfig:
     """`teacher` is a model reference; `corpus` a data folder's corpus/, whose texts give the word frequencies.
 
-    Queries are counted with `prompt` before them, as they will be read: the words of a prompt that every query
+    Queries are counted with `prompt` (by default the recipe's) before them: the words of a prompt that every query
     carries weigh next to nothing. `hidden_size` is a multiple of 128. `sif` is the constant a of the weight
     a / (a + p(word)); larger values tell common words apart less.
     """
