@@ -20,7 +20,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,32 +62,79 @@ def files_of(folder: Path) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in names if name not in (MANIFEST, INPUTS)}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; `path` appears when the block ends, so a file under its name is complete."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write `table` whole or not at all: a file that exists under its name is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with ParquetStream(path, table.schema) as stream:
+        stream.write(table)
+
+
+class ParquetStream:
+    """Writes a Parquet file, one row group for each `stream.write(table)`, as a context manager: whole or not at all."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._whole = written_whole(path)
+        self._schema = schema
+
+    def __enter__(self) -> ParquetStream:
+        self._writer = pq.ParquetWriter(self._whole.__enter__(), self._schema, compression="zstd")
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        self._writer.write_table(table, row_group_size=max(len(table), 1))
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.close()
+        self._whole.__exit__(*error)
+
+
+def write_arrow(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write an Arrow file: larger than Parquet, and mapped into memory instead of read (see `read_arrow`)."""
+    with written_whole(path) as temporary, pa.ipc.new_file(temporary, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """The rows of an Arrow file, memory-mapped: nothing is read before it is used. Raises as `read_parquet` does."""
+    return _readable(path, columns, lambda: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of a Parquet file. Raises InputError when it is missing, unreadable or lacks a column."""
+    return _readable(path, columns, lambda: pq.read_table(path, memory_map=True))
+
+
+def _readable(path: Path, columns: list[str] | None, read: Callable[[], pa.Table]) -> pa.Table:
     try:
-        table = pq.read_table(path, memory_map=True)
+        table = read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
+        kind = path.suffix.removeprefix(".").capitalize()
+        raise InputError(f"{path}: not a readable {kind} file: {error}") from None
     missing = [name for name in columns or [] if name not in table.column_names]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
     return table.select(columns) if columns else table
+
+
+def row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A Parquet file of ours, one row group at a time: memory does not grow with the file."""
+    with pq.ParquetFile(path) as file:
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number, columns)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -136,6 +183,8 @@ class Step:
         (self.path / INPUTS).unlink()
         for leftover in self.path.rglob("*.tmp"):
             leftover.unlink()
+        for shards in self.path.rglob("*.shards"):
+            shutil.rmtree(shards)
         manifest = {
             "key": self.key,
             "inputs": self.inputs,
