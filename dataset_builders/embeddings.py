@@ -1,25 +1,26 @@
 """Texts -> vectors on disk: computed in shards that survive a kill, and kept under a key of all that decides them.
 
-The key (contract 4) holds the model's weights, tokenizer and revision, prompt, length, dtype and the texts
+The key (contract 4) holds the model's weights, tokenizer and revision, prompt, length, dtypes and the texts
 themselves, so a stale vector is never served and two steps that need the same vectors share them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
-from tqdm import tqdm
 
 from dataset_builders.cli import InputError
-from dataset_builders.folders import fingerprint, folder_step
+from dataset_builders.engines import LOCAL, Engine, Shards, compute_shards
+from dataset_builders.folders import TextColumn, fingerprint
 from dataset_builders.recipes import Section
 from dataset_builders.references import ModelReference, resolve_model
 from dataset_builders.schema import check_finite
@@ -27,7 +28,9 @@ from dataset_builders.schema import check_finite
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-SHARD = 1024  # texts, pairs or queries that a killed process loses at most
+SHARD = 1024  # texts in a shard: what a killed process loses at most
+MAX_SHARDS = 1024  # beyond that many texts, longer shards rather than more files
+Texts: TypeAlias = Sequence[str] | pa.ChunkedArray | TextColumn
 
 
 class ModelSection(Section):
@@ -49,6 +52,36 @@ class EncoderSection(ModelSection):
 
     query_prompt: str | None = None
     document_prompt: str | None = None
+    # how vectors are kept: half the disk for an error of about 1e-4 in a cosine
+    vector_dtype: Literal["float16", "float32"] = "float16"
+
+
+class Vectors:
+    """(texts, dimensions) vectors in shards on disk; a slice or an array of row numbers gives them as float32."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self._shards[0].shape[1]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        found = np.empty((len(rows), self.shape[1]), np.float32)
+        for number in np.unique(numbers):
+            here = numbers == number
+            found[here] = self._shards[number][rows[here] - self._starts[number]]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -57,66 +90,96 @@ class Embedder:
 
     section: EncoderSection
     cache: Path
+    engine: Engine = LOCAL
 
-    def queries(self, texts: Sequence[str]) -> np.ndarray:
+    def queries(self, texts: Texts) -> Vectors:
         return self._vectors(texts, "query", self.section.query_prompt)
 
-    def documents(self, texts: Sequence[str]) -> np.ndarray:
+    def documents(self, texts: Texts) -> Vectors:
         return self._vectors(texts, "document", self.section.document_prompt)
 
-    def _vectors(self, texts: Sequence[str], side: str, prompt: str | None) -> np.ndarray:
-        """(texts, dimensions), memory-mapped. Unit length, unless the model itself compares by dot product."""
-        digest = hashlib.sha256()
-        for text in texts:
-            digest.update(text.encode("utf-8", "surrogatepass") + b"\x00")
-        model = {name: self._description[name] for name in ("model", "max_seq_length", "dtype")}
-        inputs = {**model, "side": side, "prompt": prompt, "texts": digest.hexdigest()}
-        with folder_step(self.cache / fingerprint(inputs), inputs) as step:
-            if not step.done:
-                vectors = self._encode(texts, side, prompt, step.path)
-                step.finish(texts=len(texts), dimensions=vectors.shape[1], reference=self.section.model)
-        return np.load(step.folder / "vectors.npy", mmap_mode="r")
-
-    def _encode(self, texts: Sequence[str], side: str, prompt: str | None, folder: Path) -> np.ndarray:
-        model = self._model
-        encode = model.encode_query if side == "query" else model.encode_document
-        saved_prompt = "" if prompt is not None else model.prompts.get(side, "")
-        lengths = count_tokens(model.tokenizer, [(prompt or saved_prompt) + text for text in texts])
-        lengths = np.minimum(lengths, model.max_seq_length or lengths.max(initial=1))
-        dtype = np.float16 if self.section.dtype == "float16" else np.float32
-
-        def vectors(rows: np.ndarray) -> np.ndarray:
-            found = []
-            for batch in token_batches(lengths[rows], self.section.batch_tokens):
-                found.append(
-                    encode(
-                        [texts[row] for row in rows[batch]],
-                        prompt=prompt,
-                        batch_size=len(batch),
-                        show_progress_bar=False,
-                        normalize_embeddings=model.similarity_fn_name != "dot",
-                    ).astype(dtype)
-                )
-                progress.update(len(batch))
-            found = np.concatenate(found)
-            check_finite(found, f"embeddings of {self.section.model}")
-            return found
-
-        with tqdm(total=len(texts), desc=f"embed {side} texts", unit=" texts", smoothing=0) as progress:
-            return in_shards(folder / "vectors.npy", longest_first(lengths), vectors, progress)
+    def _vectors(self, texts: Texts, side: str, prompt: str | None) -> Vectors:
+        """Unit length, unless the model itself compares by dot product."""
+        keys = {name: self._description[name] for name in ("model", "max_seq_length", "dtype", "vector_dtype")}
+        inputs = {**keys, "side": side, "prompt": prompt, "texts": _digest(texts)}
+        work = _Encoding(self.section, keys["model"], side, prompt, texts)
+        return Vectors(
+            compute_shards(
+                work,
+                [len(rows) for rows in work.rows],
+                self.cache / fingerprint(inputs),
+                self.engine,
+                description=f"embed {side} texts",
+                unit="texts",
+            )
+        )
 
     @cached_property
     def _description(self) -> dict[str, Any]:
         return self.section.describe()
 
-    @cached_property
-    def _model(self) -> SentenceTransformer:
-        from sentence_transformers import SentenceTransformer
 
-        model = load_model(SentenceTransformer, self.section)
-        if self.section.max_seq_length:
-            model.max_seq_length = self.section.max_seq_length
-        return model
+@dataclass(frozen=True)
+class _Encoding:
+    """Shard i: the vectors of the texts in rows[i]."""
+
+    section: EncoderSection
+    fingerprint: str  # of the model
+    side: str
+    prompt: str | None
+    texts: Texts
+
+    @cached_property
+    def rows(self) -> list[range]:
+        """Some hundred shards at most, of at least SHARD texts."""
+        size = SHARD * max(math.ceil(len(self.texts) / (SHARD * MAX_SHARDS)), 1)
+        return [range(start, min(start + size, len(self.texts))) for start in range(0, len(self.texts), size)]
+
+    def __call__(self, number: int) -> np.ndarray:
+        rows = self.rows[number]
+        texts = text_list(self.texts[rows.start : rows.stop])
+        model = _encoder(self.section, self.fingerprint)
+        encode = model.encode_query if self.side == "query" else model.encode_document
+        saved_prompt = "" if self.prompt is not None else model.prompts.get(self.side, "")
+        lengths = count_tokens(model.tokenizer, [(self.prompt or saved_prompt) + text for text in texts])
+        lengths = np.minimum(lengths, model.max_seq_length or lengths.max(initial=1))
+        order = longest_first(lengths)
+        found = [
+            encode(
+                [texts[row] for row in order[batch]],
+                prompt=self.prompt,
+                batch_size=len(batch),
+                show_progress_bar=False,
+                normalize_embeddings=model.similarity_fn_name != "dot",
+            )
+            for batch in token_batches(lengths[order], self.section.batch_tokens)
+        ]
+        vectors = np.concatenate(found).astype(self.section.vector_dtype)
+        check_finite(vectors, f"embeddings of {self.section.model}")
+        return vectors[np.argsort(order)]
+
+
+@lru_cache(maxsize=1)  # queries and documents are embedded one after the other
+def _encoder(section: EncoderSection, fingerprint: str) -> SentenceTransformer:
+    """The model of `section`; `fingerprint` tells apart what the same name held at different times."""
+    from sentence_transformers import SentenceTransformer
+
+    model = load_model(SentenceTransformer, section)
+    if section.max_seq_length:
+        model.max_seq_length = section.max_seq_length
+    return model
+
+
+def text_list(texts: Sequence[str] | pa.ChunkedArray) -> list[str]:
+    return texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else list(texts)
+
+
+def _digest(texts: Texts) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(texts), SHARD):
+        for text in text_list(texts[start : start + SHARD]):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\x00")
+    return digest.hexdigest()
 
 
 def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any) -> Any:
@@ -165,48 +228,3 @@ def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray
             yield np.arange(start, stop)
             start, longest = stop, int(length)
     yield np.arange(start, len(lengths))
-
-
-def in_shards(
-    path: Path, order: np.ndarray, compute: Callable[[np.ndarray], np.ndarray], progress: tqdm | None = None
-) -> np.ndarray:
-    """Write `path` (.npy), whose row i is `compute`'s answer for i, working through `order` shard by shard.
-
-    `compute` takes row numbers and returns an array with one row for each. A finished shard is a file of its own
-    until all are there, so that a killed process goes on where it stopped. The answer is memory-mapped.
-    """
-    folder = path.with_suffix(".shards")
-    if not path.exists():
-        folder.mkdir(exist_ok=True)
-        shards = []
-        for start in range(0, len(order), SHARD):
-            shard, rows = folder / f"{start // SHARD:06d}.npy", order[start : start + SHARD]
-            if not shard.exists():
-                _save(shard, compute(rows))
-            elif progress is not None:
-                progress.update(len(rows))
-            shards.append((rows, shard))
-        _save_merged(path, shards)
-    for leftover in folder.glob("*"):
-        leftover.unlink()
-    if folder.exists():
-        folder.rmdir()
-    return np.load(path, mmap_mode="r")
-
-
-def _save(path: Path, values: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        np.save(stream, values)
-    os.replace(temporary, path)
-
-
-def _save_merged(path: Path, shards: Sequence[tuple[np.ndarray, Path]]) -> None:
-    first = np.load(shards[0][1], mmap_mode="r")
-    shape = (sum(len(rows) for rows, _ in shards), *first.shape[1:])
-    temporary = path.with_name(path.name + ".tmp")
-    merged = np.lib.format.open_memmap(temporary, mode="w+", dtype=first.dtype, shape=shape)
-    for rows, shard in shards:
-        merged[rows] = np.load(shard)
-    merged.flush()
-    os.replace(temporary, path)

@@ -55,6 +55,9 @@ class LocalEngine(Engine):
             yield number
 
 
+LOCAL = LocalEngine()
+
+
 class Ray(Section):
     """The Ray cluster of `--engine ray`. Its machines see the output folder under the same path."""
 
@@ -121,7 +124,9 @@ def compute_shards(
     todo = [number for number in range(len(sizes)) if number not in done]
     total, before = sum(sizes), sum(sizes[number] for number in done)
     if todo:
-        with tqdm(total=total, initial=before, desc=description, unit=f" {unit}", smoothing=0) as progress:
+        with tqdm(
+            total=total, initial=before, desc=description, unit=f" {unit}", unit_scale=True, smoothing=0
+        ) as progress:
             for number in engine.run(work, todo, folder):
                 progress.update(sizes[number])
         done = _whole_shards(folder, len(sizes))

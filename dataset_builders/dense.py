@@ -1,0 +1,128 @@
+"""Dense retrieval by parts of the corpus: exact inner products block by block; beyond a stated size, FAISS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from dataset_builders.cli import InputError
+from dataset_builders.embeddings import EncoderSection, Vectors
+from dataset_builders.engines import Engine, Shards, compute_shards
+from dataset_builders.hits import NONE, best_keys, positions_and_scores, sort_keys
+
+QUERY_BLOCK = 256
+DOCUMENT_BLOCK = 8192  # with the above, 8 MiB of scores at a time
+
+
+class Dense(EncoderSection):
+    """Exact search costs queries x documents; a FAISS index misses a few neighbours and costs far less."""
+
+    top_k: int = Field(100, ge=1)
+    # documents from which on FAISS searches: exact search of 10,000 queries takes some minutes there on 2 cores
+    faiss_from: int = Field(2_000_000, ge=1)
+    # lists of an inverted file that a query visits, of about 4 sqrt(documents of a part)
+    faiss_probes: int = Field(64, ge=1)
+
+
+def search_dense(
+    section: Dense,
+    queries: Vectors,
+    blocks: Sequence[range],
+    documents: Vectors,
+    parts: Sequence[range],
+    folder: Path,
+    engine: Engine,
+) -> Shards:
+    """Keys of the top-k documents of every part for every block of queries: shard block * len(parts) + part."""
+    search = _FaissSearch if len(documents) >= section.faiss_from else _ExactSearch
+    return compute_shards(
+        search(section, queries, blocks, documents, parts),
+        [len(block) * len(part) for block in blocks for part in parts],
+        folder / "dense.shards",
+        engine,
+        description="dense search",
+        unit="pairs",
+    )
+
+
+def dense_top_k(queries: np.ndarray, documents: np.ndarray | Vectors, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and inner products of each query's best documents, best first; both (queries, top_k).
+
+    Exact, never the whole score matrix, and ties go to the smaller position.
+    """
+    return positions_and_scores(_exact_keys(queries, documents, range(len(documents)), top_k))
+
+
+def _exact_keys(queries: np.ndarray, documents: np.ndarray | Vectors, rows: range, top_k: int) -> np.ndarray:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best: list[Any] = [torch.empty((0, 0), dtype=torch.int64)] * -(-len(queries) // QUERY_BLOCK)
+    # a block of documents is read once, and every block of queries compared with it
+    for first in range(rows.start, rows.stop, DOCUMENT_BLOCK):
+        last = min(first + DOCUMENT_BLOCK, rows.stop)
+        texts = torch.from_numpy(np.asarray(documents[first:last], np.float32)).to(device)
+        positions = torch.arange(first, last, device=device)
+        for number, keys in enumerate(best):
+            start = number * QUERY_BLOCK
+            block = torch.from_numpy(np.asarray(queries[start : start + QUERY_BLOCK], np.float32)).to(device)
+            found = best_keys(sort_keys(block @ texts.T, positions), top_k)
+            best[number] = best_keys(torch.cat([keys, found], dim=1), top_k) if keys.numel() else found
+    return torch.cat(best).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _ExactSearch:
+    section: Dense
+    queries: Vectors
+    blocks: Sequence[range]
+    documents: Vectors
+    parts: Sequence[range]
+
+    def __call__(self, number: int) -> np.ndarray:
+        block, part = divmod(number, len(self.parts))
+        rows = self.blocks[block]
+        return _exact_keys(self.queries[rows.start : rows.stop], self.documents, self.parts[part], self.section.top_k)
+
+
+@dataclass(frozen=True)
+class _FaissSearch:
+    """An inverted file for each part, trained on its own documents with a fixed seed."""
+
+    section: Dense
+    queries: Vectors
+    blocks: Sequence[range]
+    documents: Vectors
+    parts: Sequence[range]
+
+    def __call__(self, number: int) -> np.ndarray:
+        import torch
+
+        block, part = divmod(number, len(self.parts))
+        rows, first = self.blocks[block], self.parts[part].start
+        scores, places = self._index(part).search(self.queries[rows.start : rows.stop], self.section.top_k)
+        keys = sort_keys(torch.from_numpy(scores), torch.from_numpy(first + places))
+        keys[torch.from_numpy(places < 0)] = NONE  # fewer than top_k in the lists that were visited
+        return keys.sort(dim=1, descending=True).values.numpy()
+
+    def _index(self, part: int) -> Any:
+        try:
+            import faiss
+        except ImportError:
+            raise InputError(
+                f"{len(self.documents):,} documents are searched with FAISS: pip install '.[faiss]', "
+                "or raise dense.faiss_from for exact search"
+            ) from None
+        rows = self.parts[part]
+        vectors = self.documents[rows.start : rows.stop]
+        lists = max(min(int(4 * len(rows) ** 0.5), len(rows) // 39), 1)  # FAISS wants 39 training points a list
+        index = faiss.index_factory(vectors.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed, index.nprobe = 0, self.section.faiss_probes
+        index.train(vectors)
+        index.add(vectors)
+        return index
