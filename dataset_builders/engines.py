@@ -8,6 +8,7 @@ made again.
 from __future__ import annotations
 
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,8 +79,6 @@ class RayEngine(Engine):
             import ray
         except ImportError:
             raise InputError("--engine ray needs Ray: pip install '.[ray]'") from None
-        from ray.exceptions import RayError
-
         try:
             if not ray.is_initialized():
                 ray.init(address=self.ray.address, log_to_driver=False, logging_level="error")
@@ -94,22 +93,25 @@ class RayEngine(Engine):
                 num_gpus=self.ray.gpus_per_worker,
             )
             for row in done.iter_rows():
-                yield int(row["number"])
+                if row["refusal"]:
+                    raise InputError(row["refusal"])
+                yield row["number"]
         except ConnectionError as error:
             raise InputError(f"ray.address {self.ray.address!r}: no Ray cluster answers there: {error}") from None
-        except RayError as error:
-            cause = getattr(error, "cause", None)
-            raise cause if isinstance(cause, InputError) else error from None
 
 
 class _RayWorker:
     def __init__(self, work: Work, folder: str) -> None:
         self._work, self._folder = work, Path(folder)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for number in batch["number"].tolist():
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
+        [number] = batch["number"].tolist()
+        refusal = ""
+        try:
             _write_shard(self._folder, number, self._work(number))
-        return batch
+        except InputError as error:  # an exception would reach the driver without its type
+            refusal = str(error)
+        return {"number": [number], "refusal": [refusal]}
 
 
 def compute_shards(
@@ -127,8 +129,12 @@ def compute_shards(
         with tqdm(
             total=total, initial=before, desc=description, unit=f" {unit}", unit_scale=True, smoothing=0
         ) as progress:
-            for number in engine.run(work, todo, folder):
-                progress.update(sizes[number])
+            try:
+                for number in engine.run(work, todo, folder):
+                    progress.update(sizes[number])
+            except InputError:
+                shutil.rmtree(folder)  # bad input leaves nothing behind
+                raise
         done = _whole_shards(folder, len(sizes))
     missing = [number for number in range(len(sizes)) if number not in done]
     if missing:
