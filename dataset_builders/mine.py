@@ -2,29 +2,41 @@
 
 A row is dropped, with its reason counted, when fewer than `num_negatives` candidates qualify: repeating or inventing
 negatives would teach the loss something that no teacher said.
+
+Mining goes through the graded candidates row group by row group, so its memory does not grow with them. It needs no
+teacher: the same candidates give other training sets at other margins (see builders.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import Field
+from tqdm import tqdm
 
-from dataset_builders.candidates import Dense, dense_top_k, queries_of
+from dataset_builders.candidates import queries_of
 from dataset_builders.cli import InputError
-from dataset_builders.embeddings import Embedder
-from dataset_builders.folders import read_parquet, write_parquet
+from dataset_builders.dense import Dense, dense_top_k
+from dataset_builders.embeddings import Embedder, Vectors
+from dataset_builders.engines import Engine
+from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, row_groups, write_parquet
 from dataset_builders.recipes import Section
-from dataset_builders.schema import SCORES, STS, mined_schema
+from dataset_builders.schema import SCORES, STS, mined_schema, to_schema
 from dataset_builders.scores import Calibration, PairScorer, Teacher, count_flat_and_one_hot
 from dataset_builders.sources import Splits, stable_hash
 
+READ = pa.schema([SCORES.field(name) for name in ("query_id", "document_id", "label", "is_positive")])
+ROWS = 1024  # mined rows in a row group: their texts are in memory at once
+QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 STS_BINS = 10  # equal-width bins of the label
 STS_NEIGHBOURS = 64  # how far down a query's nearest queries pairs are looked for
 STS_POOL = 10  # pairs graded for each pair wanted
@@ -35,6 +47,17 @@ class Mining(Section):
     num_negatives: int = Field(7, ge=1)
     strategy: Literal["top", "random"] = "top"
     seed: int = 0
+
+    def config_name(self) -> str:
+        """What a published set mined so is called.
+
+        >>> Mining(num_negatives=15, margin=0.9, strategy="random").config_name()
+        'train-n15-m90-random'
+        """
+        margin = "" if self.margin == 0.95 else f"-m{100 * self.margin:g}"
+        seed = f"-s{self.seed}" if self.seed else ""
+        strategy = f"-random{seed}" if self.strategy == "random" else ""
+        return f"train-n{self.num_negatives}{margin}{strategy}"
 
 
 class Sts(Section):
@@ -55,9 +78,9 @@ def select_negatives(
     """Positions of one row's negatives among its candidates, highest label first; fewer when fewer qualify.
 
     A candidate qualifies iff label < margin * positive_label (NV-Retriever's TopK-PercPos) and it is not
-    `forbidden` (labelled positives, exact and near duplicates of one). `top` takes the highest labels, ties in the
-    order given; `random` draws evenly with `rng`. Labels are calibrated, in (0, 1): a ratio of raw scores turns
-    round where they are negative, so those are refused with ValueError.
+    `forbidden` (labelled positives, exact and near duplicates of one, documents of its class). `top` takes the
+    highest labels, ties in the order given; `random` draws evenly with `rng`. Labels are calibrated, in (0, 1): a
+    ratio of raw scores turns round where they are negative, so those are refused with ValueError.
 
     >>> select_negatives(np.array([0.9, 0.2, 0.7, 0.86, 0.8]), 0.9, num_negatives=2)
     array([4, 2])
@@ -78,93 +101,289 @@ def select_negatives(
 
 def write_mined(corpus: Path, scores: Path, mining: Mining, folder: Path) -> dict[str, Any]:
     """Write mined.parquet into `folder`; returns the counts for the manifest."""
-    table = read_parquet(scores / "scores.parquet", SCORES.names)
-    audit: Counter[str] = Counter()
-    rows = list(_mine(table, _groups(corpus), mining, audit))
-    if not rows:
+    tally = Tally()
+    with ParquetStream(folder / "mined.parquet", mined_schema(mining.num_negatives)) as stream:
+        for table in mine(read_graded(corpus, scores), mining, tally):
+            stream.write(table)
+    return tally.facts()
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Graded candidates, and what mining must know of their texts."""
+
+    scores: Sequence[Path]  # Parquet files with the columns of READ; queries in id order, none in two row groups
+    documents: pa.Table  # DOCUMENTS in id order, memory-mapped
+    queries: pa.Table  # QUERIES in id order
+    groups: pa.Table  # document_id, group: documents that share one are near duplicates
+    classes: pa.Table  # document_id, class: documents that share one are positives of each other
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """The graded candidates of some queries at a time."""
+        total = sum(pq.read_metadata(path).num_rows for path in self.scores)
+        with tqdm(total=total, desc="mine", unit=" candidates", unit_scale=True) as progress:
+            for path in self.scores:
+                for block in row_groups(path, READ.names):
+                    if len(block):  # no retriever may have found anything for some queries
+                        yield _checked(block, str(path))
+                    progress.update(len(block))
+
+
+def _checked(block: pa.Table, where: str) -> pa.Table:
+    for name in READ.names:
+        if name not in block.column_names:
+            raise InputError(f"{where}: no column {name!r}; it has {', '.join(block.column_names)}")
+    block = to_schema(block, READ, where)
+    labels = block["label"].to_numpy()
+    outside = np.flatnonzero(~((labels > 0) & (labels < 1)))
+    if len(outside):
+        query_id = block["query_id"][outside[0]].as_py()
+        raise InputError(f"{where}: label {labels[outside[0]]} of query {query_id!r} is outside (0, 1); grade again")
+    return block
+
+
+def read_graded(corpus: Path, scores: Path) -> Graded:
+    classes = corpus / "classes.parquet"
+    empty = pa.table({"document_id": pa.array([], pa.string()), "class": pa.array([], pa.string())})
+    return Graded(
+        [scores / "scores.parquet"],
+        read_arrow(corpus / "documents.arrow", ["document_id", "text"]),
+        read_parquet(corpus / "queries.parquet", ["query_id", "text"]),
+        read_parquet(corpus / "groups.parquet", ["document_id", "group"]),
+        read_parquet(classes, ["document_id", "class"]) if classes.exists() else empty,
+    )
+
+
+@dataclass
+class Tally:
+    """What became of the rows (a query and one of its positives) and of their candidates."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    qualifying: Counter[int] = field(default_factory=Counter)  # candidates that qualify -> rows
+    rows_per_query: Counter[int] = field(default_factory=Counter)  # rows kept -> queries
+    label_sums: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of positives, of negatives
+
+    def add_block(self, block: Block) -> None:
+        """Why candidates were ruled out; each counts once for every row of its query."""
+        positives, duplicates, of_class = (
+            np.add.reduceat(flags.astype(np.int64), block.bounds[:-1])
+            for flags in (block.is_positive, block.is_duplicate, block.shares_class)
+        )
+        self.counts["candidates"] += int(positives @ (np.diff(block.bounds) - 1))
+        self.counts["is_other_positive"] += int(positives @ (positives - 1))
+        self.counts["is_duplicate_of_positive"] += int(positives @ duplicates)
+        self.counts["shares_class"] += int(positives @ of_class)
+
+    def add_rows(self, labels: np.ndarray) -> None:
+        """(rows, 1 + negatives) labels of rows that were kept."""
+        self.counts["rows"] += len(labels)
+        self.counts["negatives"] += labels[:, 1:].size
+        self.label_sums += labels[:, 0].sum(dtype=np.float64), labels[:, 1:].sum(dtype=np.float64)
+        self.counts.update(count_flat_and_one_hot(labels.ravel(), np.arange(len(labels)) * labels.shape[1]))
+
+    def facts(self) -> dict[str, Any]:
+        """For a manifest. `candidates` counts every candidate of every row once, under the first name that holds."""
+        rows, negatives = self.counts["rows"], self.counts["negatives"]
+        names = ("is_other_positive", "is_duplicate_of_positive", "shares_class")
+        ruled_out = {name: self.counts[name] for name in names}
+        qualifies = sum(count * rows_with for count, rows_with in self.qualifying.items())
+        fails_margin = self.counts["candidates"] - sum(ruled_out.values()) - qualifies
+        return {
+            "rows": rows,
+            "negatives": negatives,
+            "rows_dropped": {name: self.counts[name] for name in ("too_few_negatives", "no_qualifying_candidate")},
+            "candidates": {**ruled_out, "fails_margin": fails_margin, "qualifies": qualifies},
+            "yield": {
+                "qualifying_per_row": quantiles(self.qualifying),
+                "rows_per_query": quantiles(self.rows_per_query),
+            },
+            "mean_label": {
+                "positive": round(float(self.label_sums[0]) / rows, 4),
+                "negative": round(float(self.label_sums[1]) / negatives, 4),
+            },
+            "flat_rows": self.counts["flat_rows"],
+            "one_hot_rows": self.counts["one_hot_rows"],
+        }
+
+
+def quantiles(histogram: Counter[int]) -> dict[str, int]:
+    """Of the values that a histogram counts: the smallest one that the share does not exceed.
+
+    >>> quantiles(Counter({0: 1, 5: 8, 90: 1}))
+    {'min': 0, 'p10': 0, 'median': 5, 'p90': 5, 'max': 90}
+    """
+    values = np.array(sorted(histogram))
+    cumulated = np.cumsum([histogram[value] for value in values.tolist()])
+    places = [np.searchsorted(cumulated, share * cumulated[-1] - 1e-9) for share in QUANTILES.values()]
+    return {name: int(values[place]) for name, place in zip(QUANTILES, places, strict=True)}
+
+
+def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
+    """Rows of `mined_schema`, at most ROWS at a time: one for each labelled positive with enough negatives.
+
+    Raises InputError when no row is left, and for candidates that are not as `Graded` says.
+    """
+    document_ids = graded.documents["document_id"]
+    near_duplicates = Families.of(graded.groups, "group", document_ids)
+    classes = Families.of(graded.classes, "class", document_ids)
+    last_query: list[str] = []
+    for table in graded.blocks():
+        block = Block.of(table, document_ids, near_duplicates, classes)
+        query_ids = block.query_ids.to_pylist()
+        for before, after in pairwise([*last_query, *query_ids]):
+            if after <= before:  # half of a query's candidates would be mined as if they were all
+                raise InputError(
+                    f"{graded.scores[0].parent}: candidates of query {after!r} come after those of {before!r}, or in "
+                    "two row groups; they must be together, in the order of query ids"
+                )
+        last_query = query_ids[-1:]
+        places = _mine_block(block, mining, document_ids, tally)
+        for start in range(0, len(places), ROWS):
+            part = places[start : start + ROWS]
+            tally.add_rows(block.labels[part])
+            yield _with_texts(part, block, graded)
+    if not tally.counts["rows"]:
+        considered = sum(tally.qualifying.values())
         raise InputError(
-            f"{scores}: none of {audit['rows']} rows has {mining.num_negatives} negatives below margin "
+            f"{graded.scores[0].parent}: none of {considered} rows has {mining.num_negatives} negatives below margin "
             f"{mining.margin}; lower --num_negatives or raise the candidates' top_k"
         )
-    mined = _with_texts(rows, corpus, mining.num_negatives)
-    write_parquet(folder / "mined.parquet", mined)
-    labels = mined["label"].combine_chunks().flatten().to_numpy()
-    starts = np.arange(len(mined)) * (mining.num_negatives + 1)
-    names = ("is_labelled_positive", "is_duplicate_of_positive", "fails_margin", "qualifies")
-    return {
-        "rows": len(mined),
-        "negatives": len(mined) * mining.num_negatives,
-        "rows_dropped": {"too_few_negatives": audit["too_few_negatives"], "no_qualifying_candidate": audit["none"]},
-        "candidates": {name: audit[name] for name in names},
-        "mean_label": {
-            "positive": round(float(labels[starts].mean()), 4),
-            "negative": round(float(np.delete(labels, starts).mean()), 4),
-        },
-        **count_flat_and_one_hot(labels, starts),
-    }
 
 
-def _mine(
-    table: pa.Table, groups: dict[str, str], mining: Mining, audit: Counter[str]
-) -> Iterator[tuple[str, str, list[str], list[float]]]:
-    """(query_id, positive_id, negative_ids, labels) of every row kept: one for each labelled positive."""
-    query_ids = table["query_id"].to_numpy(zero_copy_only=False)
-    document_ids = table["document_id"].to_pylist()
-    labels, is_positive = table["label"].to_numpy(), table["is_positive"].to_numpy()
-    group_ids = np.array([groups.get(document_id, document_id) for document_id in document_ids], object)
-    starts = np.flatnonzero(np.r_[True, query_ids[1:] != query_ids[:-1]])
-    for start, stop in zip(starts, [*starts[1:], len(table)], strict=True):
-        part = slice(start, stop)
-        positive = is_positive[part]
-        # exact duplicates were merged in the corpus; what is left of a positive's group are near duplicates
-        duplicate = np.isin(group_ids[part].astype(str), group_ids[part][positive].astype(str)) & ~positive
-        audit["is_labelled_positive"] += int(positive.sum())
-        audit["is_duplicate_of_positive"] += int(duplicate.sum())
-        for place in np.flatnonzero(positive):
-            qualifying = (labels[part] < mining.margin * labels[start + place]) & ~positive & ~duplicate
-            audit["rows"] += 1
-            audit["qualifies"] += int(qualifying.sum())
-            audit["fails_margin"] += int((~qualifying & ~positive & ~duplicate).sum())
+@dataclass(frozen=True)
+class Families:
+    """Documents that must not be each other's negatives. A document may be in no family, in one or in several."""
+
+    members: np.ndarray  # positions of documents, ascending
+    numbers: np.ndarray  # the family of each
+
+    @classmethod
+    def of(cls, table: pa.Table, column: str, document_ids: pa.ChunkedArray) -> Families:
+        members = positions_of(table["document_id"], document_ids, f"the documents of a {column}")
+        numbers = table[column].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+        order = np.argsort(members, kind="stable")
+        return cls(members[order], numbers[order])
+
+    def meet_positive(self, queries: np.ndarray, positions: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
+        """Which candidates share a family with a positive of their query. All arguments have one value for each."""
+        first, last = (np.searchsorted(self.members, positions, side) for side in ("left", "right"))
+        counts = last - first
+        candidates = np.repeat(np.arange(len(positions)), counts)
+        places = np.arange(len(candidates)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        keys = queries[candidates] * (self.numbers.max(initial=0) + 1) + self.numbers[places]
+        found = np.zeros(len(positions), bool)
+        found[candidates[np.isin(keys, keys[is_positive[candidates]])]] = True
+        return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """The graded candidates of some queries: one value for each candidate, unless said otherwise."""
+
+    query_ids: pa.Array  # one for each query
+    bounds: np.ndarray  # query i's candidates are bounds[i]:bounds[i + 1]
+    positions: np.ndarray  # of the document in documents.arrow
+    labels: np.ndarray  # float32
+    is_positive: np.ndarray
+    is_duplicate: np.ndarray  # of one of the query's positives
+    shares_class: np.ndarray  # with one of the query's positives, and is no near duplicate
+
+    @classmethod
+    def of(cls, table: pa.Table, document_ids: pa.ChunkedArray, near_duplicates: Families, classes: Families) -> Block:
+        query_ids = table["query_id"].combine_chunks()
+        starts = np.flatnonzero(np.r_[True, pc.not_equal(query_ids[1:], query_ids[:-1]).to_numpy(False)])
+        bounds = np.r_[starts, len(table)]
+        queries = np.repeat(np.arange(len(starts)), np.diff(bounds))
+        labels, is_positive = table["label"].to_numpy(), table["is_positive"].to_numpy()
+        positions = positions_of(table["document_id"].combine_chunks(), document_ids, "graded candidates")
+        is_duplicate = near_duplicates.meet_positive(queries, positions, is_positive) & ~is_positive
+        shares_class = classes.meet_positive(queries, positions, is_positive) & ~is_positive & ~is_duplicate
+        query_ids = query_ids.take(pa.array(starts))
+        return cls(query_ids, bounds, positions, labels, is_positive, is_duplicate, shares_class)
+
+
+def _mine_block(block: Block, mining: Mining, document_ids: pa.ChunkedArray, tally: Tally) -> np.ndarray:
+    """(rows kept, 1 + num_negatives) places in the block: the positive, then its negatives."""
+    forbidden = block.is_positive | block.is_duplicate | block.shares_class
+    positive_rows = np.flatnonzero(block.is_positive)
+    positive_ids = dict(
+        zip(positive_rows, take(document_ids, block.positions[positive_rows]).to_pylist(), strict=True)
+    )
+    kept = []
+    for query_id, start, stop in zip(block.query_ids.to_pylist(), block.bounds[:-1], block.bounds[1:], strict=True):
+        labels, ruled_out = block.labels[start:stop], forbidden[start:stop]
+        rows_before = len(kept)
+        for place in np.flatnonzero(block.is_positive[start:stop]):
+            qualifying = int(np.count_nonzero((labels < mining.margin * labels[place]) & ~ruled_out))
+            tally.qualifying[qualifying] += 1
+            if qualifying < mining.num_negatives:
+                tally.counts["too_few_negatives" if qualifying else "no_qualifying_candidate"] += 1
+                continue
+            rng = None
+            if mining.strategy == "random":  # a seed for every row: other rows do not change what is drawn
+                rng = np.random.default_rng(stable_hash(mining.seed, query_id, positive_ids[start + place]))
             chosen = select_negatives(
-                labels[part],
-                labels[start + place],
-                positive | duplicate,
+                labels,
+                labels[place],
+                ruled_out,
                 margin=mining.margin,
                 num_negatives=mining.num_negatives,
                 strategy=mining.strategy,
-                # its own seed for every row: order and sharding of the input do not change what is drawn
-                rng=np.random.default_rng(stable_hash(mining.seed, query_ids[start], document_ids[start + place])),
+                rng=rng,
             )
-            if len(chosen) < mining.num_negatives:
-                audit["too_few_negatives" if len(chosen) else "none"] += 1
-                continue
-            places = start + np.r_[place, chosen]
-            yield (
-                query_ids[start],
-                document_ids[places[0]],
-                [document_ids[found] for found in places[1:]],
-                labels[places].tolist(),
-            )
+            kept.append(start + np.r_[place, chosen])
+        tally.rows_per_query[len(kept) - rows_before] += 1
+    tally.add_block(block)
+    return np.array(kept, np.int64).reshape(len(kept), mining.num_negatives + 1)
 
 
-def _with_texts(rows: Sequence[tuple[str, str, list[str], list[float]]], corpus: Path, num_negatives: int) -> pa.Table:
-    documents = read_parquet(corpus / "documents.parquet")
-    queries = read_parquet(corpus / "queries.parquet")
-    query_ids, positive_ids, negative_ids, labels = zip(*rows, strict=True)
+def _with_texts(places: np.ndarray, block: Block, graded: Graded) -> pa.Table:
+    """`mined_schema` rows from their (rows, 1 + negatives) places in a block."""
+    rows, width = places.shape
+    positions = block.positions[places]
+    query_ids = block.query_ids.take(pa.array(np.searchsorted(block.bounds, places[:, 0], "right") - 1))
+    queries = positions_of(query_ids, graded.queries["query_id"], "graded candidates")
+    ids, texts = graded.documents["document_id"], graded.documents["text"]
+    columns = [
+        query_ids,
+        take(ids, positions[:, 0]),
+        _lists(take(ids, positions[:, 1:].ravel()), rows),
+        take(graded.queries["text"], queries),
+        *(take(texts, positions[:, column]) for column in range(width)),
+        _lists(pa.array(block.labels[places].ravel()), rows),
+    ]
+    return pa.table(columns, schema=mined_schema(width - 1))
 
-    def texts(ids: Sequence[str], table: pa.Table, key: str) -> pa.ChunkedArray:
-        return table["text"].take(pc.index_in(pa.array(ids), table[key].combine_chunks()))
 
-    negatives = [[row[rank] for row in negative_ids] for rank in range(num_negatives)]
-    columns = [query_ids, positive_ids, negative_ids, texts(query_ids, queries, "query_id")]
-    columns += [texts(ids, documents, "document_id") for ids in (positive_ids, *negatives)]
-    schema = mined_schema(num_negatives)
-    return pa.table([*columns, labels], schema=schema)
+def _lists(values: pa.Array, rows: int) -> pa.ListArray:
+    """`rows` lists of equal length."""
+    return pa.ListArray.from_arrays(np.linspace(0, len(values), rows + 1).astype(np.int32), values)
 
 
-def _groups(corpus: Path) -> dict[str, str]:
-    table = read_parquet(corpus / "groups.parquet")
-    return dict(zip(table["document_id"].to_pylist(), table["group"].to_pylist(), strict=True))
+def positions_of(ids: pa.Array, known: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Where `ids` stand in `known`, which is in order: searched, for a table of a large corpus' ids is larger than it.
+
+    Raises InputError for an id that is not there.
+    """
+    positions = pc.search_sorted(known, ids).to_numpy().astype(np.int64)
+    found = take(known, np.minimum(positions, len(known) - 1)) if len(known) else pa.nulls(len(ids), ids.type)
+    unknown = pc.fill_null(pc.not_equal(found, ids), True)
+    if pc.any(unknown).as_py():
+        raise InputError(f"{where}: id {ids.filter(unknown)[0].as_py()!r} is not in the corpus; build it again")
+    return positions
+
+
+def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
+    """`column.take(rows)`, which would join the chunks first: a copy of every text that is memory-mapped here."""
+    unique, inverse = np.unique(rows, return_inverse=True)
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    bounds = np.searchsorted(unique, starts)
+    parts = [
+        chunk.take(pa.array(unique[first:last] - start))
+        for chunk, start, first, last in zip(column.chunks, starts[:-1], bounds[:-1], bounds[1:], strict=True)
+        if first < last
+    ]
+    return pa.concat_arrays(parts or [pa.array([], column.type)]).take(pa.array(inverse))
 
 
 def write_sts(
@@ -175,6 +394,7 @@ def write_sts(
     calibration: Calibration,
     sts: Sts,
     cache: Path,
+    engine: Engine,
     folder: Path,
 ) -> dict[str, Any]:
     """Write sts.parquet into `folder`: pairs of the graded split's queries, spread over the range of labels.
@@ -182,20 +402,34 @@ def write_sts(
     Neighbours give the upper end of the range and random pairs the lower; the teacher grades both, and its
     calibrated label decides which pairs are kept.
     """
+    # the texts that were searched for, though fewer are paired: their vectors are in the cache already
     queries = queries_of(corpus, splits.searched)
     graded_split = queries_of(corpus, [splits.split])
     rows = np.array([row for row, query_id in enumerate(queries) if query_id in graded_split])
     if len(rows) < 2:
         raise InputError(f"sts: split {splits.split!r} has {len(rows)} query; a pair needs two")
     texts = list(queries.values())
-    pool = rows[_sts_pool(Embedder(dense, cache).queries(texts)[rows], sts)]
-    scores = np.array(PairScorer(teacher, cache, texts, texts, symmetric=True)(pool, folder / "teacher.npy"))
+    pool = rows[_sts_pool(Selected(Embedder(dense, cache, engine).queries(texts), rows), sts)]
+    scores = PairScorer(teacher, cache, engine, texts, texts, symmetric=True).scores(pool, folder)
     labels = calibration(scores)
     chosen = spread_over_bins(labels, sts.num_rows, np.random.default_rng(sts.seed))
     left, right = ([texts[query] for query in side] for side in pool[chosen].T)
     write_parquet(folder / "sts.parquet", pa.table([left, right, pa.array(labels[chosen])], schema=STS))
-    (folder / "teacher.npy").unlink(missing_ok=True)
     return {"rows": len(chosen), "pairs_graded": len(pool), "rows_by_label_bin": count_by_bin(labels[chosen])}
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Some rows of vectors on disk, read when they are asked for."""
+
+    vectors: Vectors
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return self.vectors[self.rows[rows]]
 
 
 def spread_over_bins(labels: np.ndarray, num_rows: int, rng: np.random.Generator) -> np.ndarray:
@@ -223,14 +457,15 @@ def _bins(labels: np.ndarray) -> np.ndarray:
     return np.minimum((labels * STS_BINS).astype(np.int64), STS_BINS - 1)
 
 
-def _sts_pool(vectors: np.ndarray, sts: Sts) -> np.ndarray:
+def _sts_pool(vectors: np.ndarray | Selected, sts: Sts) -> np.ndarray:
     """(n, 2) different pairs of positions: half of them neighbours, nearest first, half of them random."""
     rng = np.random.default_rng(sts.seed)
-    count = len(vectors)
-    hits = dense_top_k(vectors, vectors, min(STS_NEIGHBOURS + 1, count))["position"]
-    wanted = STS_POOL * sts.num_rows // 2
-    depth = min(hits.shape[1], 2 + wanted // count)
-    near = np.stack([np.repeat(np.arange(count), depth), hits[:, :depth].ravel()], axis=1)
+    count, wanted = len(vectors), STS_POOL * sts.num_rows // 2
     far = rng.integers(count, size=(wanted, 2))
+    # of more queries than pairs are wanted, a sample with one neighbour each: every query would be compared with all
+    anchors = np.arange(count) if count <= wanted else np.sort(rng.choice(count, wanted, replace=False))
+    depth = min(STS_NEIGHBOURS + 1, count, 2 + wanted // len(anchors))
+    nearest, _ = dense_top_k(vectors[anchors], vectors, depth)
+    near = np.stack([np.repeat(anchors, depth), nearest.ravel()], axis=1)
     pairs = np.sort(np.concatenate([near, far]), axis=1)
     return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
