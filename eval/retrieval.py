@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataset_builders.candidates import dense_top_k
 from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, EncoderSection
 from dataset_builders.folders import (
     file_sha256,
@@ -32,6 +32,7 @@ from dataset_builders.folders import (
     fingerprint,
     folder_step,
     peak_memory_bytes,
+    read_arrow,
     read_manifest,
     read_parquet,
     stack_versions,
@@ -122,8 +123,8 @@ def _parse(argv: Sequence[str]):
 
 def load_documents(data: Path) -> Documents:
     """All documents of a data folder, in file order."""
-    path = data / "corpus" / "documents.parquet"
-    table = read_parquet(path, ["document_id", "text"])
+    path = data / "corpus" / "documents.arrow"
+    table = read_arrow(path, ["document_id", "text"])
     if not len(table):
         raise InputError(f"{path}: no documents; build the data again")
     return Documents(table["document_id"].to_pylist(), table["text"].to_pylist())
@@ -140,7 +141,7 @@ def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
         if row["document_id"] not in document_ids:
             raise InputError(
                 f"{qrels_path}: document {row['document_id']!r} of query {row['query_id']!r} is not in "
-                "documents.parquet; build the data again"
+                "documents.arrow; build the data again"
             )
         grades.setdefault(row["query_id"], {})[row["document_id"]] = row["score"]
     asked = [
@@ -238,7 +239,7 @@ def _untrained(run_folder: Path, recipe: Mapping[str, Any], folder: Path) -> Pat
 
 def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     """Changes when any figure could: with a model, the texts, the grades or the retrievers' rankings."""
-    names = ["corpus/documents.parquet", "corpus/queries.parquet", "corpus/qrels.parquet"]
+    names = ["corpus/documents.arrow", "corpus/queries.parquet", "corpus/qrels.parquet"]
     files = {name: file_sha256(data / name) for name in [*names, "candidates/candidates.parquet"]}
     models = {system.name: resolve_model(str(system.folder)).fingerprint() for system in systems}
     return fingerprint({"split": split, "files": files, "models": models})
@@ -263,10 +264,10 @@ def model_row(system: System, data: Path, documents: Documents, queries: Queries
     """Scores of a model over all documents, and the seconds it took (none for vectors that were found ready)."""
     start = time.monotonic()
     embedder = Embedder(encoder_as_saved(str(system.folder)), data / "embeddings")
-    hits = dense_top_k(embedder.queries(queries.texts), embedder.documents(documents.texts), DEPTH)
+    positions, _ = dense_top_k(embedder.queries(queries.texts), embedder.documents(documents.texts), DEPTH)
     ranking = {
-        query_id: [documents.ids[position] for position in found["position"]]
-        for query_id, found in zip(queries.ids, hits, strict=True)
+        query_id: [documents.ids[position] for position in found]
+        for query_id, found in zip(queries.ids, positions, strict=True)
     }
     seconds = round(time.monotonic() - start, 1)
     facts = {"name": system.name, "kind": "model", "model": str(system.folder), "seconds": seconds}
@@ -288,7 +289,9 @@ def encoder_as_saved(reference: str) -> EncoderSection:
         dtype = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision).dtype
     except (OSError, ValueError):  # not at the top of the folder; that there is no model at all shows in loading it
         dtype = None
-    return EncoderSection(model=reference, dtype=str(dtype or "float32").removeprefix("torch."))
+    return EncoderSection(
+        model=reference, dtype=str(dtype or "float32").removeprefix("torch."), vector_dtype="float32"
+    )
 
 
 def ranking_scores(queries: Queries, ranking: Ranking) -> dict[str, Any]:

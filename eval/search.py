@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset_builders.candidates import dense_top_k
 from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, load_model
 from eval.retrieval import Documents, encoder_as_saved, load_documents
 
@@ -56,10 +56,10 @@ def search(model: str, question: str, documents: Documents, cache: Path, top_k: 
     vectors = Embedder(section, cache).documents(documents.texts)
     # the question itself is not worth a place in the cache
     question_vector = load_model(SentenceTransformer, section).encode_query([question], normalize_embeddings=True)
-    [best] = dense_top_k(question_vector, vectors, top_k)
+    positions, scores = dense_top_k(question_vector, vectors, top_k)
     return [
         Hit(float(score), documents.ids[position], documents.texts[position])
-        for position, score in zip(best["position"], best["score"], strict=True)
+        for position, score in zip(positions[0], scores[0], strict=True)
     ]
 
 

