@@ -16,6 +16,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from dataset_builders.bm25 import Bm25, search_bm25
+from dataset_builders.corpus import normalised
 from dataset_builders.dense import Dense, search_dense
 from dataset_builders.embeddings import Embedder
 from dataset_builders.engines import Engine, Shards
@@ -37,9 +38,20 @@ class Fusion(Section):
 
 
 def write_candidates(
-    corpus: Path, splits: Splits, bm25: Bm25, dense: Dense, fusion: Fusion, cache: Path, engine: Engine, folder: Path
+    corpus: Path,
+    splits: Splits,
+    symmetric: bool,
+    bm25: Bm25,
+    dense: Dense,
+    fusion: Fusion,
+    cache: Path,
+    engine: Engine,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Write candidates.parquet into `folder`; returns the counts for the manifest."""
+    """Write candidates.parquet into `folder`; returns the counts for the manifest.
+
+    `symmetric`: queries and documents are texts of one kind, and a query's own text is not a candidate for it.
+    """
     documents = TextColumn(corpus / "documents.arrow")
     queries = queries_of(corpus, splits.searched)
     texts = list(queries.values())
@@ -48,6 +60,7 @@ def write_candidates(
     embedder = Embedder(dense, cache, engine)
     found = search_dense(dense, embedder.queries(texts), blocks, embedder.documents(documents), parts, folder, engine)
     counts = {"bm25_only": 0, "dense_only": 0, "both": 0}
+    own = _own_documents(texts, documents) if symmetric else np.full(len(texts), -1)
     document_ids = read_arrow(corpus / "documents.arrow", ["document_id"])["document_id"]
     with ParquetStream(folder / "candidates.parquet", CANDIDATES) as stream:
         for rows in _ranges(len(texts), QUERY_BLOCK):
@@ -55,7 +68,8 @@ def write_candidates(
                 _merged(shards, rows, len(parts), section.top_k)
                 for shards, section in ((sparse, bm25), (found, dense))
             ]
-            table = _fuse(*hits, fusion, list(queries)[rows.start : rows.stop], document_ids)
+            part = slice(rows.start, rows.stop)
+            table = _fuse(*hits, own[part], fusion, list(queries)[part], document_ids)
             stream.write(table)
             _count(table, counts)
     total = sum(counts.values())
@@ -91,6 +105,16 @@ def _ranges(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def _own_documents(queries: Sequence[str], documents: TextColumn) -> np.ndarray:
+    """The position of the document that is the query's own text, or -1."""
+    places = {normalised(text): -1 for text in queries}
+    for rows in _ranges(len(documents), PART):
+        for place, text in enumerate(documents[rows.start : rows.stop], start=rows.start):
+            if (text := normalised(text)) in places:
+                places[text] = place
+    return np.array([places[normalised(text)] for text in queries])
+
+
 def _merged(shards: Shards, rows: range, parts: int, top_k: int) -> np.ndarray:
     """(queries, up to top_k) keys over the whole corpus, for some queries of one search block."""
     block, start = divmod(rows.start, SEARCH_BLOCK)
@@ -98,10 +122,15 @@ def _merged(shards: Shards, rows: range, parts: int, top_k: int) -> np.ndarray:
 
 
 def _fuse(
-    sparse: np.ndarray, dense: np.ndarray, fusion: Fusion, query_ids: list[str], document_ids: pa.ChunkedArray
+    sparse: np.ndarray,
+    dense: np.ndarray,
+    own: np.ndarray,
+    fusion: Fusion,
+    query_ids: list[str],
+    document_ids: pa.ChunkedArray,
 ) -> pa.Table:
     """The candidates of some queries, best first, from their keys by each retriever."""
-    fused = [_fused_query(*keys, fusion) for keys in zip(sparse, dense, strict=True)]
+    fused = [_fused_query(*query, fusion) for query in zip(sparse, dense, own.tolist(), strict=True)]
     counts = [len(positions) for positions, _ in fused]
     positions = np.concatenate([positions for positions, _ in fused])
     columns = np.concatenate([columns for _, columns in fused])
@@ -123,9 +152,12 @@ def _count(table: pa.Table, counts: dict[str, int]) -> None:
 _FUSED = np.dtype([(name, np.float64) for name in CANDIDATES.names[2:]])
 
 
-def _fused_query(sparse: np.ndarray, dense: np.ndarray, fusion: Fusion) -> tuple[np.ndarray, np.ndarray]:
+def _fused_query(sparse: np.ndarray, dense: np.ndarray, own: int, fusion: Fusion) -> tuple[np.ndarray, np.ndarray]:
     """Document positions by falling RRF score, and their ranks and scores (NaN: not retrieved)."""
-    retrieved = [positions_and_scores(keys[keys != NONE]) for keys in (sparse, dense)]
+    retrieved = []
+    for keys in (sparse, dense):
+        positions, scores = positions_and_scores(keys[keys != NONE])
+        retrieved.append((positions[positions != own], scores[positions != own]))
     fused = reciprocal_rank_fusion([positions.tolist() for positions, _ in retrieved], fusion.rrf_k, fusion.top_k)
     columns = np.full(len(fused), np.nan, _FUSED)
     place = {position: index for index, (position, _) in enumerate(fused)}
