@@ -400,10 +400,9 @@ def graded_blocks(corpus: Path, candidates: Path, split: str) -> Iterator[pa.Tab
     judged = read_parquet(corpus / "qrels.parquet")
     judged = judged.filter((pc.field("split") == split) & pc.field("query_id").isin(split_queries))
     judged = judged.append_column("is_positive", pc.greater(judged["score"], 0)).drop_columns(["score", "split"])
+    path = candidates / "candidates.parquet"
     # after the last block, the queries for which nothing at all was retrieved
-    for retrieved in chain(
-        row_groups(candidates / "candidates.parquet", CANDIDATES.names), [CANDIDATES.empty_table()]
-    ):
+    for retrieved in chain(filter(len, row_groups(path, CANDIDATES.names)), [CANDIDATES.empty_table()]):
         here = judged
         if len(retrieved):
             is_here = pc.less_equal(judged["query_id"], retrieved["query_id"][-1])

@@ -1,15 +1,43 @@
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from dataset_builders import scores as scores_module
+from dataset_builders.check_teacher import check_teacher, compare_scores
 from dataset_builders.cli import InputError
-from dataset_builders.schema import LABEL_FLOOR
-from dataset_builders.scores import Calibration, PairScorer, Teacher, calibrate, count_flat_and_one_hot
+from dataset_builders.engines import LocalEngine
+from dataset_builders.folders import ParquetStream, TextColumn, read_arrow, read_parquet, write_arrow, write_parquet
+from dataset_builders.recipes import parse_recipe
+from dataset_builders.schema import CANDIDATES, DOCUMENTS, LABEL_FLOOR, QRELS, QUERIES, SCORES
+from dataset_builders.scores import (
+    Calibration,
+    PairScorer,
+    Teacher,
+    calibrate,
+    calibration_error,
+    count_flat_and_one_hot,
+    graded_blocks,
+    positions_of,
+    reliability,
+    write_scores,
+)
+from dataset_builders.sources import Splits
+from tests.tiny_data import WORDS, write_encoder
 
 rng = np.random.default_rng(0)
 POSITIVES, OTHERS = rng.normal(0.6, 0.1, 500), rng.normal(0.4, 0.15, 20_000)
+SPLITS = Splits(split="train", eval_splits=["test"])
 
 
 def test_calibration_is_platt_scaling_of_balanced_classes():
@@ -38,12 +66,17 @@ def test_labels_stay_inside_the_interval_and_a_faultless_teacher_stays_finite():
     assert labels.dtype == np.float32 and labels.min() >= np.float32(LABEL_FLOOR) and labels.max() < 1
 
 
+def test_calibration_constants_are_all_that_a_later_step_needs():
+    np.testing.assert_allclose(Calibration(2.0, -1.0)(np.array([0.5])), [0.5])
+
+
 @pytest.mark.parametrize(
     ("positives", "others", "message"),
     [
         ([0.9, np.nan], [0.1, 0.2], "NaN"),
         ([0.9, np.inf], [0.1, 0.2], "infinite"),
         ([0.5, 0.5], [0.5, 0.5], "cannot tell documents apart"),
+        ([0.0, 0.0], [0.0, 0.0], "all 0: this model"),
         ([0.1, 0.2], [0.8, 0.9], "run against the labels"),
         ([], [0.8, 0.9], "calibration needs both"),
         ([0.8], [], "calibration needs both"),
@@ -54,53 +87,532 @@ def test_teachers_that_cannot_be_calibrated_are_refused(positives, others, messa
         calibrate(np.array(positives), np.array(others))
 
 
+def test_where_labels_are_the_true_odds_the_reliability_table_is_its_own_diagonal():
+    # two normal distributions one deviation apart: P(positive | score) at even odds is exactly expit(score)
+    draw = np.random.default_rng(1)
+    scores = np.concatenate([draw.normal(0.5, 1, 40_000), draw.normal(-0.5, 1, 400_000)])
+    table = reliability(expit(scores), np.arange(len(scores)) < 40_000)
+    assert len(table) == 10 and sum(row["positives"] for row in table) == 40_000
+    for row in table:
+        assert row["observed"] == pytest.approx(row["label"], abs=0.02)
+    assert calibration_error(table) < 0.01
+    assert calibrate(scores[:40_000], scores[40_000:])[1]["error"] < 0.01
+    assert calibration_error(reliability(expit(3 * scores), np.arange(len(scores)) < 40_000)) > 0.1  # too sure
+
+
+@given(st.lists(st.tuples(st.floats(1e-4, 1 - 1e-4), st.booleans()), min_size=1, max_size=40), st.integers(1, 12))
+def test_a_reliability_table_holds_every_label_once_in_its_bin(rows, bins):
+    labels, truth = np.array([label for label, _ in rows]), np.array([positive for _, positive in rows])
+    table = reliability(labels, truth, bins)
+    assert sum(row["positives"] for row in table) == truth.sum()
+    assert sum(row["others"] for row in table) == (~truth).sum()
+    assert [row["label"] for row in table] == sorted(row["label"] for row in table)
+    assert all(row["positives"] + row["others"] > 0 and 0 <= row["observed"] <= 1 for row in table)
+    assert 0 <= calibration_error(table) <= 1
+
+
 def test_flat_and_one_hot_rows_of_unequal_length():
     labels = np.array([0.5, 0.52, 0.9999, 0.01, 0.01, 0.9, 0.5, 0.7], np.float32)
     found = count_flat_and_one_hot(labels, np.array([0, 2, 5, 7]))
     assert found == {"flat_rows": 1, "one_hot_rows": 1}  # the last row has one document: neither
 
 
-@pytest.fixture(scope="module")
-def cross_encoder(tmp_path_factory):
-    import torch
-    from sentence_transformers import CrossEncoder
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+@given(st.sets(st.text(max_size=4), min_size=1), st.randoms(use_true_random=False))
+def test_positions_are_found_across_chunks(ids, random):
+    ids = sorted(ids)
+    wanted = [random.choice(ids) for _ in range(7)]
+    column = pa.chunked_array([ids[:2], ids[2:]], pa.string())
+    found = positions_of(column, pa.chunked_array([wanted[:3], wanted[3:]], pa.string()), "corpus: documents")
+    assert [ids[row] for row in found] == wanted
+    with pytest.raises(InputError, match="corpus: documents lack 'longer'"):
+        positions_of(column, pa.chunked_array([[*wanted, "longer"]]), "corpus: documents")
 
-    folder = tmp_path_factory.mktemp("models") / "cross-encoder"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnop"]
-    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+
+# Models
+
+
+LETTERS = list("abcdefghijklmnop")
+TEMPLATE = (
+    "{%- for m in messages %}{%- if m.role == 'system' %}sys {{ m.content }} {% endif %}"
+    "{%- if m.role == 'query' %}query {{ m.content }} {% endif %}"
+    "{%- if m.role == 'document' %}doc {{ m.content }} {% endif %}{%- endfor %}judge"
+)
+
+
+def save_tokenizer(folder, specials, words, **keywords):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*specials, *words]
+    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token=specials[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if "[CLS]" in words:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=specials[0], unk_token=specials[1], **keywords
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    saved.save_pretrained(folder)
+    return len(words)
+
+
+def save_classifier(folder, *, num_labels=1, broken=False) -> Path:
+    """A random BERT with a classification head."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    size = save_tokenizer(folder, specials, [*LETTERS, *WORDS], cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(
-        vocab_size=len(words), max_position_embeddings=64, num_labels=1, initializer_range=0.5, **sizes
+        vocab_size=size, max_position_embeddings=64, num_labels=num_labels, initializer_range=0.5, **sizes
     )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder, CrossEncoder(str(folder))
+    model = BertForSequenceClassification(config)
+    if broken:
+        torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    model.save_pretrained(folder)
+    return folder
 
 
-def test_batched_cross_encoder_scores_are_those_of_single_pairs(cross_encoder, tmp_path):
-    folder, model = cross_encoder
+def save_causal_lm(folder, *, template=TEMPLATE, answers=("yes", "no")) -> Path:
+    """A random Qwen3, as a reranker of its family is published: a causal model and a chat template."""
     import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    letters = list("abcdefghijklmnop")
-    queries = [" ".join(rng.choice(letters, length)) for length in (1, 3, 6)]
-    documents = [" ".join(rng.choice(letters, length)) for length in (2, 30, 9, 4)]
-    pairs = np.array([(query, document) for query in range(3) for document in range(4)])
-    teacher = Teacher(kind="cross_encoder", model=str(folder), batch_tokens=40)
-    scores = PairScorer(teacher, tmp_path, queries, documents)(pairs, tmp_path / "teacher.npy")
-    raw = torch.nn.Identity()
-    alone = [model.predict([(queries[query], documents[document])], activation_fn=raw)[0] for query, document in pairs]
+    words = ["sys", "query", "doc", "judge", *answers, *LETTERS]
+    keywords = {"chat_template": template, "eos_token": "<end>", "model_max_length": 64}
+    size = save_tokenizer(folder, ["<pad>", "<unk>", "<end>"], words, **keywords)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = Qwen3Config(
+        vocab_size=size,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        **sizes,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("models") / "classifier")
+
+
+@pytest.fixture(scope="module")
+def causal_lm(tmp_path_factory) -> Path:
+    return save_causal_lm(tmp_path_factory.mktemp("models") / "causal")
+
+
+def texts_of(lengths) -> list[str]:
+    return [" ".join(rng.choice(LETTERS, length)) for length in lengths]
+
+
+QUERIES_READ, DOCUMENTS_READ = texts_of((1, 3, 6)), texts_of((2, 30, 9, 4, 70))
+ALL_PAIRS = np.array([(query, document) for query in range(3) for document in range(5)])
+
+
+def scored(teacher: Teacher, folder: Path, texts=DOCUMENTS_READ) -> np.ndarray:
+    return PairScorer(teacher, folder, LocalEngine(), QUERIES_READ, texts).scores(ALL_PAIRS, folder)
+
+
+@pytest.mark.parametrize("max_seq_length", [None, 16])
+def test_batched_cross_encoder_scores_are_those_of_single_pairs(classifier, tmp_path, max_seq_length):
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    model, raw = CrossEncoder(str(classifier), max_length=max_seq_length or 64), torch.nn.Identity()
+    teacher = Teacher(
+        kind="cross_encoder", model=str(classifier), batch_tokens=90, max_seq_length=max_seq_length or 64
+    )
+    alone = [
+        model.predict([(QUERIES_READ[query], DOCUMENTS_READ[document])], activation_fn=raw)[0]
+        for query, document in ALL_PAIRS
+    ]
     assert np.std(alone) > 0.01
-    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    np.testing.assert_allclose(scored(teacher, tmp_path), alone, atol=1e-5)
+    # the same texts on disk
+    schema = pa.schema([("text", pa.string())])
+    write_arrow(tmp_path / "texts.arrow", [pa.record_batch([DOCUMENTS_READ], schema=schema)], schema)
+    other = tmp_path / "other"
+    other.mkdir()
+    np.testing.assert_array_equal(
+        scored(teacher, other, TextColumn(tmp_path / "texts.arrow")), scored(teacher, tmp_path)
+    )
 
 
-def test_calibration_constants_are_all_that_a_later_step_needs():
-    np.testing.assert_allclose(Calibration(2.0, -1.0)(np.array([0.5])), [0.5])
+def by_hand(folder: Path, prompt: str | None) -> list[float]:
+    """logit(yes) - logit(no) after the chat template, by transformers alone, one pair at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    found = []
+    for query, document in ALL_PAIRS:
+        system = f"sys {prompt} " if prompt else ""
+        text = f"{system}query {QUERIES_READ[query]} doc {DOCUMENTS_READ[document]} judge"
+        with torch.inference_mode():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+        found.append(float(logits[yes] - logits[no]))
+    return found
+
+
+@pytest.mark.parametrize("prompt", [None, "a b c"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_llm_reranker_scores_yes_against_no(causal_lm, tmp_path, prompt, saved):
+    from sentence_transformers import CrossEncoder
+
+    folder = causal_lm
+    if saved:  # modules.json, with the score module, instead of a conversion when it is loaded
+        folder = tmp_path / "saved"
+        CrossEncoder(str(causal_lm)).save(str(folder))
+        modules = json.loads((folder / "modules.json").read_text())
+        assert [module["type"].rsplit(".", 1)[-1] for module in modules] == ["Transformer", "LogitScore"]
+    teacher = Teacher(kind="cross_encoder", model=str(folder), batch_tokens=150, prompt=prompt, max_seq_length=128)
+    expected = by_hand(causal_lm, prompt)
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(scored(teacher, tmp_path), expected, atol=2e-5)
+
+
+def test_a_prompt_saved_with_the_reranker_is_used_unless_the_recipe_has_one(causal_lm, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(causal_lm), prompts={"task": "d e"}, default_prompt_name="task")
+    model.save(str(tmp_path / "saved"))
+    for prompt, expected in ((None, "d e"), ("a b", "a b"), ("", None)):
+        folder = tmp_path / f"scores-{prompt}"
+        folder.mkdir()
+        teacher = Teacher(kind="cross_encoder", model=str(tmp_path / "saved"), prompt=prompt, max_seq_length=128)
+        np.testing.assert_allclose(scored(teacher, folder), by_hand(causal_lm, expected), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: save_classifier(folder, num_labels=3), "3 scores a pair"),
+        (lambda folder: save_classifier(folder, broken=True), "NaN"),
+        (lambda folder: save_causal_lm(folder, template="{{ messages[0].content }}"), "cannot carry a 'query'"),
+    ],
+)
+def test_rerankers_without_one_finite_score_for_a_pair_are_refused(make, message, tmp_path):
+    teacher = Teacher(kind="cross_encoder", model=str(make(tmp_path / "model")))
+    with pytest.raises(InputError, match=message):
+        scored(teacher, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kind": "bi_encoder", "prompt": "x"}, "query_prompt"),
+        ({"kind": "cross_encoder", "query_prompt": "x"}, "has one `prompt`"),
+        ({"kind": "reranker"}, "kind"),
+    ],
+)
+def test_prompts_that_would_be_ignored_are_refused(keys, message):
+    with pytest.raises(InputError, match=message):
+        parse_recipe(Teacher, {"model": "x", **keys}, "recipe.yaml")
+
+
+def test_grading_hardly_pads(classifier, tmp_path):
+    draw = np.random.default_rng(3)
+    lengths = np.clip(draw.lognormal(2.5, 0.8, 3000), 1, 50).astype(int)
+    texts = [" ".join(LETTERS[:1] * length) for length in lengths]
+    teacher = Teacher(kind="cross_encoder", model=str(classifier), max_seq_length=64, batch_tokens=4096)
+    scorer = PairScorer(teacher, tmp_path, LocalEngine(), ["b c"], texts)
+    pairs = pa.record_batch(
+        [pa.array([0] * 3000, pa.int32()), pa.array(range(3000), pa.int32()), [False] * 3000],
+        schema=scores_module.PAIRS,
+    )
+    write_arrow(tmp_path / "pairs.arrow", [pairs], scores_module.PAIRS)
+    (grades,) = scorer.grade(tmp_path / "pairs.arrow", tmp_path / "teacher.shards")
+    np.testing.assert_array_equal(grades["tokens"], 2 + 3 + lengths)  # [CLS] b c [SEP] ... [SEP]
+    assert grades["computed"].sum() / grades["tokens"].sum() < 1.1
+    assert np.std(grades["score"]) > 0
+
+
+# The step
+
+
+@pytest.fixture
+def graded_set(tmp_path) -> Path:
+    """11 train and 4 test queries in row groups of 4; judged documents that were not retrieved, and queries (q03,
+    q99) for which nothing was."""
+    draw = np.random.default_rng(5)
+    query_ids = [f"q{number:02d}" for number in range(14)] + ["q99"]
+    document_ids = [f"d{number:03d}" for number in range(80)]
+    texts = [" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in document_ids]
+    # a query repeats words of its positive, document number 5 * query
+    asked = [" ".join(texts[5 * row].split()[:3]) for row in range(15)]
+    splits = ["test" if row % 4 == 1 else "train" for row in range(15)]
+    corpus, candidates = tmp_path / "corpus", tmp_path / "candidates"
+    corpus.mkdir()
+    candidates.mkdir()
+    batches = pa.table([document_ids, texts], schema=DOCUMENTS).to_batches(max_chunksize=32)
+    write_arrow(corpus / "documents.arrow", batches, DOCUMENTS)
+    write_parquet(corpus / "queries.parquet", pa.table([query_ids, asked, splits], schema=QUERIES))
+    qrels = [(query_ids[row], document_ids[5 * row], 1, splits[row]) for row in range(15)]
+    qrels += [("q00", "d077", 2, "train"), ("q00", "d078", 0, "train"), ("q02", "d079", 0, "train")]
+    columns = list(zip(*qrels, strict=True))
+    write_parquet(corpus / "qrels.parquet", pa.table(columns, schema=QRELS))
+    with ParquetStream(candidates / "candidates.parquet", CANDIDATES) as stream:
+        rows = []
+        for number, query_id in enumerate(query_ids):
+            if query_id not in ("q03", "q99"):
+                found = draw.permutation(60)[:9]
+                if number not in (2, 8):  # two more positives that were not retrieved
+                    found = np.unique([*found[:8], 5 * number])
+                for rank, document in enumerate(found, start=1):
+                    rows.append((query_id, document_ids[document], rank, 1.5, None, None, 1 / (60 + rank), rank))
+            if number % 4 == 3 or query_id == "q99":
+                if rows:
+                    stream.write(pa.table(list(zip(*rows, strict=True)), schema=CANDIDATES))
+                rows = []
+    return tmp_path
+
+
+def expected_rows(folder: Path) -> list[tuple]:
+    """(query_id, document_id, rrf_rank, is_positive) by plain Python over the whole files."""
+    qrels = read_parquet(folder / "corpus" / "qrels.parquet").to_pylist()
+    judged = {(row["query_id"], row["document_id"]): row["score"] for row in qrels if row["split"] == "train"}
+    train = {query for query, _ in judged}
+    rows = {
+        (row["query_id"], row["document_id"]): row["rrf_rank"]
+        for row in read_parquet(folder / "candidates" / "candidates.parquet").to_pylist()
+        if row["query_id"] in train
+    }
+    ranked = {**dict.fromkeys(judged), **rows}
+    order = sorted(ranked, key=lambda pair: (pair[0], ranked[pair] or 1_000, pair[1]))
+    return [(*pair, ranked[pair], judged.get(pair, 0) > 0) for pair in order]
+
+
+def grade(folder: Path, teacher: Teacher, name: str = "scores", engine=None) -> tuple[pa.Table, dict]:
+    target = folder / name
+    target.mkdir(exist_ok=True)
+    facts = write_scores(
+        folder / "corpus",
+        folder / "candidates",
+        SPLITS,
+        teacher,
+        folder / "cache",
+        engine or LocalEngine(),
+        target,
+    )
+    return read_parquet(target / "scores.parquet"), facts
+
+
+def test_everything_retrieved_or_judged_is_graded_once(graded_set):
+    encoder = write_encoder(graded_set / "encoder")
+    table, facts = grade(graded_set, Teacher(kind="bi_encoder", model=str(encoder)))
+    assert table.schema == SCORES
+    names = ("query_id", "document_id", "rrf_rank", "is_positive")
+    found = list(zip(*(table[name].to_pylist() for name in names), strict=True))
+    assert found == expected_rows(graded_set) and len(found) > 80
+    not_retrieved = [row[:2] for row in found if row[2] is None]
+    # positives, judged and not relevant, and of queries without any candidate
+    assert {("q00", "d077"), ("q00", "d078"), ("q02", "d079"), ("q03", "d015"), ("q99", "d070")} <= set(not_retrieved)
+    assert facts["judged_not_retrieved"] == len(not_retrieved) == table["bm25_rank"].null_count
+    assert (facts["queries"], facts["graded"]) == (len({row[0] for row in found}), len(found))
+    constants = facts["calibration"]
+    assert constants["positives"] == sum(row[3] for row in found)
+    assert constants["positives"] + constants["others"] == len(found)
+    labels = Calibration(constants["a"], constants["b"])(table["teacher_score"].to_numpy())
+    np.testing.assert_array_equal(table["label"].to_numpy(), labels)
+    query_ids = np.array(table["query_id"].to_pylist())
+    starts = np.flatnonzero(np.r_[True, query_ids[1:] != query_ids[:-1]])
+    assert count_flat_and_one_hot(labels, starts) == {name: facts[name] for name in ("flat_rows", "one_hot_rows")}
+    assert json.loads(json.dumps(facts)) == facts  # goes into the manifest as it is
+
+
+def texts_by_id(folder: Path) -> dict[str, str]:
+    rows = read_parquet(folder / "corpus" / "queries.parquet").to_pylist()
+    documents = read_arrow(folder / "corpus" / "documents.arrow").to_pylist()
+    return {row["query_id"]: row["text"] for row in rows} | {row["document_id"]: row["text"] for row in documents}
+
+
+def test_a_bi_encoders_scores_are_its_cosines_but_for_float16(graded_set):
+    from sentence_transformers import SentenceTransformer
+
+    folder = write_encoder(graded_set / "encoder")
+    table, facts = grade(graded_set, Teacher(kind="bi_encoder", model=str(folder)))
+    texts, model = texts_by_id(graded_set), SentenceTransformer(str(folder))
+    sides = ([texts[identifier] for identifier in table[name].to_pylist()] for name in ("query_id", "document_id"))
+    queries, documents = (model.encode(side, normalize_embeddings=True) for side in sides)
+    differences = table["teacher_score"].to_numpy() - (queries * documents).sum(axis=1)
+    assert 0 < np.abs(differences).max() < 2e-4
+    assert "tokens_needed" not in facts
+
+
+@pytest.fixture
+def any_teacher_will_do(monkeypatch):
+    """A random model may score positives below the others, which calibration refuses."""
+    monkeypatch.setattr(scores_module, "calibrate", lambda *_: (Calibration(1.0, 0.0), {"auc": 1.0}))
+
+
+@pytest.mark.usefixtures("any_teacher_will_do")
+def test_a_cross_encoders_scores_stand_beside_their_pairs(graded_set, classifier):
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    teacher = Teacher(kind="cross_encoder", model=str(classifier), batch_tokens=200, max_seq_length=64)
+    table, facts = grade(graded_set, teacher)
+    texts, model = texts_by_id(graded_set), CrossEncoder(str(classifier), max_length=64)
+    pairs = [(texts[row["query_id"]], texts[row["document_id"]]) for row in table.to_pylist()]
+    expected = model.predict(pairs, batch_size=1, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(table["teacher_score"].to_numpy(), expected, atol=1e-5)
+    needed = sum(len(ids) for ids in model.tokenizer([q for q, _ in pairs], [d for _, d in pairs])["input_ids"])
+    assert facts["tokens_needed"] == needed <= facts["tokens_computed"] < 1.3 * needed
+
+
+class Interrupted(Exception):
+    pass
+
+
+@dataclass
+class EngineThatStops(LocalEngine):
+    """Stops after some shards; `computed` are those it was asked for and finished."""
+
+    shards: int
+    computed: list[int] = field(default_factory=list)
+
+    def run(self, work, numbers, folder):
+        for number in super().run(work, numbers, folder):
+            if len(self.computed) == self.shards:
+                raise Interrupted
+            self.computed.append(number)
+            yield number
+
+
+@pytest.mark.usefixtures("any_teacher_will_do")
+def test_an_interrupted_grading_goes_on_after_its_shards_to_the_same_bytes(graded_set, classifier, monkeypatch):
+    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 16)
+    teacher = Teacher(kind="cross_encoder", model=str(classifier), batch_tokens=200, max_seq_length=64)
+    _, facts = grade(graded_set, teacher, "straight")
+    before, after = EngineThatStops(3), EngineThatStops(99)
+    with pytest.raises(Interrupted):
+        grade(graded_set, teacher, engine=before)
+    _, resumed = grade(graded_set, teacher, engine=after)
+    shards = -(-facts["graded"] // 16)
+    assert shards > 5 and len(before.computed) == 3
+    # the shard that was being counted when it stopped was on disk
+    assert sorted(before.computed + after.computed) == [n for n in range(shards) if n != 3]
+    assert resumed == facts
+    straight, stopped = (graded_set / name / "scores.parquet" for name in ("straight", "scores"))
+    assert stopped.read_bytes() == straight.read_bytes()
+
+
+def test_neither_blocks_nor_shards_decide_a_grade(graded_set, monkeypatch):
+    encoder = write_encoder(graded_set / "encoder")
+    teacher = Teacher(kind="bi_encoder", model=str(encoder))
+    table, facts = grade(graded_set, teacher, "small-blocks")
+    assert len({len(block) for block in graded_blocks(graded_set / "corpus", graded_set / "candidates", "train")}) > 1
+    path = graded_set / "candidates" / "candidates.parquet"
+    write_parquet(path, read_parquet(path))
+    assert pq.ParquetFile(path).num_row_groups == 1
+    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 7)
+    again, facts_again = grade(graded_set, teacher, "one-block")
+    assert again.equals(table) and facts_again == facts
+
+
+def test_calibration_reads_all_positives_and_an_even_stride_of_the_others(graded_set, monkeypatch):
+    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 10)
+    monkeypatch.setattr(scores_module, "MAX_OTHERS", 20)
+    table, facts = grade(graded_set, Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder"))))
+    scores, is_positive = table["teacher_score"].to_numpy(), table["is_positive"].to_numpy()
+    others = scores[~is_positive]
+    assert len(others) > 60  # so that the stride is 4 or more
+    stride = -(-len(others) // 20)
+    assert facts["calibration"] == calibrate(scores[is_positive], others[::stride])[1]
+
+
+def test_a_teacher_that_teaches_little_is_warned_of():
+    counts = {"queries": 100, "flat_rows": 30, "one_hot_rows": 10}
+    assert [line.split(" of ")[0] for line in scores_module._warnings(counts, 0.9)] == ["30%"]
+    found = scores_module._warnings({**counts, "flat_rows": 20, "one_hot_rows": 21}, 0.6)
+    assert ["one-hot" in line or "AUC 0.600" in line for line in found] == [True, True]
+    assert all("\n" not in line for line in found)
+
+
+def test_warnings_are_printed_and_kept(graded_set, monkeypatch, capsys):
+    monkeypatch.setattr(scores_module, "WARN_AUC", 1.1)
+    _, facts = grade(graded_set, Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder"))))
+    printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(printed) == len(facts["warnings"]) >= 1
+    assert all(kept in line for kept, line in zip(facts["warnings"], printed, strict=True))
+
+
+def test_nothing_to_grade_and_unknown_documents_are_refused(graded_set):
+    teacher = Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder")))
+    qrels = graded_set / "corpus" / "qrels.parquet"
+    table = read_parquet(qrels)
+    rows = table.to_pylist()
+    rows[0]["document_id"] = "lost"
+    write_parquet(qrels, pa.Table.from_pylist(rows, schema=QRELS))
+    with pytest.raises(InputError, match="documents lack 'lost'"):
+        grade(graded_set, teacher)
+    write_parquet(qrels, table.filter(pc.field("score") > 0))
+    write_parquet(graded_set / "candidates" / "candidates.parquet", CANDIDATES.empty_table())
+    with pytest.raises(InputError, match="12 positives and 0 other candidates"):  # judged documents alone
+        grade(graded_set, teacher, "judged-only")
+    write_parquet(qrels, QRELS.empty_table())
+    with pytest.raises(InputError, match="nothing to grade"):
+        grade(graded_set, teacher, "nothing")
+
+
+def test_a_teacher_without_answers_scores_zero_everywhere_and_is_refused(graded_set):
+    # its tokenizer has no "yes" and no "no": both are the unknown token, and every difference is 0
+    model = save_causal_lm(graded_set / "model", answers=("maybe",))
+    with pytest.raises(InputError, match="teacher scores are all 0"):
+        grade(graded_set, Teacher(kind="cross_encoder", model=str(model)))
+
+
+# Fast path against reference
+
+
+def check(folder: Path, teacher: Teacher, sample: int = 40) -> dict:
+    arguments = (folder / "corpus", folder / "candidates", SPLITS, teacher, folder / "cache", LocalEngine(), sample)
+    return check_teacher(*arguments)
+
+
+def test_a_sound_teacher_passes_its_check(graded_set, classifier, capsys):
+    encoder = Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder")))
+    reranker = Teacher(kind="cross_encoder", model=str(classifier), max_seq_length=64, batch_tokens=500)
+    half = reranker.model_copy(update={"dtype": "bfloat16"})
+    facts = [check(graded_set, teacher) for teacher in (encoder, reranker, half)]
+    assert [fact["pairs"] for fact in facts] == [40, 40, 40]
+    assert facts[0]["max_difference"] < 2e-4 and facts[1]["max_difference"] < 1e-5
+    assert 1e-4 < facts[2]["mean_difference"] < 0.05 * facts[2]["reference_deviation"]
+    assert all(fact["spearman"] > 0.98 for fact in facts)
+    assert capsys.readouterr().out.count("max difference") == 3
+    leftovers = [path for path in (graded_set / "cache").rglob("*") if path.suffix in (".arrow", ".shards")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda scores: np.zeros_like(scores), r"\(build\) are all 0"),
+        (lambda scores: np.full_like(scores, np.nan), "NaN"),
+        (lambda scores: np.random.default_rng(0).permutation(scores), "not those of the reference.*Spearman"),
+        (lambda scores: expit(scores), "mean_difference"),
+    ],
+)
+def test_a_fast_path_that_goes_wrong_is_caught(graded_set, monkeypatch, broken, message):
+    teacher = Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder")))
+    sound = PairScorer.scores
+    monkeypatch.setattr(PairScorer, "scores", lambda self, *arguments: broken(sound(self, *arguments)))
+    with pytest.raises(InputError, match=message):
+        check(graded_set, teacher)
+
+
+def test_a_reference_that_is_constant_or_a_sample_of_one_is_refused(graded_set):
+    with pytest.raises(InputError, match="reference"):
+        compare_scores(np.arange(3.0), np.ones(3))
+    with pytest.raises(InputError, match="2 pairs or more"):
+        check(graded_set, Teacher(kind="bi_encoder", model="unread"), 1)
