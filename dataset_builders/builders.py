@@ -1,116 +1,254 @@
-"""mined/, scores/, corpus/, sts/ -> hub/: what is published, as Parquet with a README that `load_dataset` reads alone.
+"""corpus/, scores/, mined/, sts/ -> hub/: what is published, as Parquet with a README that `load_dataset` reads alone.
 
-`datasets` no longer runs loading scripts, so the builder runs here, on the publisher's side.
+`datasets` no longer runs loading scripts, so the builder runs here, on the publisher's side. It runs on what was
+published, too: the graded candidates make other training sets without the teacher.
+
+    from dataset_builders.builders import GradedDataset
+
+    builder = GradedDataset(config_name="train", data_dir="runs/demo/data/hub", margin=0.9, num_negatives=15)
+    builder.download_and_prepare()
+    rows = builder.as_dataset(split="train")
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import DatasetCard
+from pydantic import ValidationError
 
-from dataset_builders.folders import file_sha256
+from dataset_builders.card import render_card
+from dataset_builders.cli import InputError
+from dataset_builders.folders import (
+    MANIFEST,
+    file_sha256,
+    fingerprint,
+    read_arrow,
+    read_manifest,
+    read_parquet,
+    row_groups,
+)
+from dataset_builders.mine import CLASSES, Graded, Mining, Tally, mine, read_graded
+from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES, STS, train_schema
 
-CARD = Path(__file__).with_name("dataset_card.md")
+# Of rows in memory. What breaks off while being downloaded is fetched again, and readers work on shards side by side.
+MAX_SHARD_SIZE = "500MB"
+TEXT_ROWS = 1024  # documents in a row group: what a streaming reader holds at a time
+README = "README.md"
+
+# Where a build has what is published under a name, and the columns it is published with.
+TABLES = {
+    "train": ("mined/mined.parquet", None),  # as many negative_ columns as were mined
+    "candidates": ("scores/scores.parquet", SCORES),
+    "documents": ("corpus/documents.arrow", pa.schema([*DOCUMENTS, GROUPS.field("group")])),
+    "queries": ("corpus/queries.parquet", QUERIES),
+    "qrels": ("corpus/qrels.parquet", QRELS),
+    "classes": ("corpus/classes.parquet", CLASSES),
+    "sts": ("sts/sts.parquet", STS),
+}
+_MINED = re.compile(r"train-n(?P<num_negatives>\d+)(-m(?P<margin>[\d.]+))?(-(?P<strategy>random)(-s(?P<seed>\d+))?)?")
 
 
 @dataclass
-class PublishedConfig(datasets.BuilderConfig):
-    """One published table: a step's Parquet file without the columns that only the build needs."""
+class GradedConfig(datasets.BuilderConfig):
+    """A table by the name it is published under.
 
-    file: str = ""
-    dropped: tuple[str, ...] = ()
+    `train` holds the rows as the build mined them, or, given any of `Mining`'s keys, rows mined with these (the
+    others at `Mining`'s defaults); `train-n15-m90` is short for num_negatives=15, margin=0.9.
+    """
+
+    name: str = "train"
+    margin: float | None = None
+    num_negatives: int | None = None
+    strategy: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.mining = self._mining()
+
+    def _mining(self) -> Mining | None:
+        given = {name: getattr(self, name) for name in Mining.model_fields if getattr(self, name) is not None}
+        short = _MINED.fullmatch(self.name)
+        if not short and self.name not in TABLES:
+            raise InputError(f"config {self.name!r}: there are {', '.join(TABLES)}, and names like train-n7-m90")
+        if given and self.name != "train":
+            raise InputError(f"config {self.name!r} takes no {next(iter(given))}; only train does")
+        if short:
+            given = {name: value for name, value in short.groupdict().items() if value is not None}
+            if "margin" in given:
+                given["margin"] = float(given["margin"]) / 100
+        try:
+            return Mining(**given) if given else None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise InputError(f"config {self.name!r}: {problem['loc'][0]}: {problem['msg']}") from None
 
 
 class GradedDataset(datasets.ArrowBasedBuilder):
-    """Reads the finished step folders under `data_dir`."""
+    """A config of the data in `data_dir`: the folder of a build, or one that was published."""
 
-    BUILDER_CONFIG_CLASS = PublishedConfig
-    BUILDER_CONFIGS: ClassVar = [
-        # a trainer takes every column as an input, in order
-        PublishedConfig("train", file="mined/mined.parquet", dropped=("query_id", "positive_id", "negative_ids")),
-        PublishedConfig("candidates", file="scores/scores.parquet"),
-        PublishedConfig("documents", file="corpus/documents.parquet"),
-        PublishedConfig("queries", file="corpus/queries.parquet"),
-        PublishedConfig("qrels", file="corpus/qrels.parquet"),
-        PublishedConfig("sts", file="sts/sts.parquet"),
-    ]
+    BUILDER_CONFIG_CLASS = GradedConfig
+    # A row group of ours stays one: re-mining reads the candidates of whole queries. No table has as many rows.
+    DEFAULT_WRITER_BATCH_SIZE = 2**26
+
+    def __init__(self, *, data_dir: str, **keywords: Any) -> None:
+        folder = Path(data_dir).expanduser()
+        # `datasets` caches what a builder made under its arguments: the path stays when the data behind it change
+        super().__init__(data_dir=str(folder), hash=_content_key(folder), **keywords)
 
     def _info(self) -> datasets.DatasetInfo:
-        schema = pq.read_schema(Path(self.config.data_dir) / self.config.file)
-        columns = pa.schema([field for field in schema if field.name not in self.config.dropped])
-        return datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(columns))
+        return datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(self._schema()))
+
+    def _schema(self) -> pa.Schema:
+        if self.config.mining:
+            return train_schema(self.config.mining.num_negatives)
+        if self.config.name == "train":
+            columns = pq.read_schema(find_files(self._folder, "train")[0]).names
+            return train_schema(sum(name.startswith("negative_") and name != "negative_ids" for name in columns))
+        return TABLES[self.config.name][1]
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.config.data_dir)
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator(datasets.Split.TRAIN)]
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
-        parquet = pq.ParquetFile(Path(self.config.data_dir) / self.config.file)
-        for number, batch in enumerate(parquet.iter_batches(columns=list(self.info.features))):
-            yield number, pa.Table.from_batches([batch])
+        tables = self._mined() if self.config.mining else self._stored()
+        for number, table in enumerate(tables):
+            yield number, table.select(list(self.info.features))
+
+    def _mined(self) -> Iterator[pa.Table]:
+        return mine(graded_of(self._folder, self._cache_dir_root), self.config.mining, Tally())
+
+    def _stored(self) -> Iterator[pa.Table]:
+        for path in find_files(self._folder, self.config.name):
+            yield from _with_groups(path) if path.suffix == ".arrow" else row_groups(path, list(self.info.features))
+
+    def download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
+        """As in `datasets`, which wraps whatever goes wrong: bad input and a full disk are told as everywhere here."""
+        try:
+            super().download_and_prepare(*arguments, **keywords)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, InputError | OSError):
+                raise error.__cause__ from None
+            raise
 
 
-def write_hub(data: Path, steps: Sequence[str], facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Publish the tables that `steps` left under `data` into `folder`, with a card; returns row counts."""
-    configs = []
-    for config in GradedDataset.BUILDER_CONFIGS:
-        if config.file.partition("/")[0] in steps:
-            configs.append(_write_config(config.name, data, folder))
-    (folder / "README.md").write_text(render_card(configs, facts), encoding="utf-8")
+def find_files(folder: Path, name: str) -> list[Path]:
+    """The files of a config in the folder of a build, or in a published one. Raises InputError when there are none."""
+    files = _published_files(folder) if (folder / README).is_file() else _built_files(folder)
+    if name not in files:
+        raise InputError(
+            f"{folder}: no {name!r}; it has {', '.join(files) or 'neither a build nor a published data set'}"
+        )
+    for path in files[name]:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; download config {name!r} whole")
+    return files[name]
+
+
+def _built_files(folder: Path) -> dict[str, list[Path]]:
+    return {name: [folder / file] for name, (file, _) in TABLES.items() if (folder / file).is_file()}
+
+
+def _published_files(folder: Path) -> dict[str, list[Path]]:
+    configs = DatasetCard.load(folder / README, ignore_metadata_errors=True).data.to_dict().get("configs", [])
+    return {config["config_name"]: [folder / path for path in config["data_files"][0]["path"]] for config in configs}
+
+
+def _content_key(folder: Path) -> str:
+    """Changes when what `folder` holds does: published files are named by their content, in the README."""
+    if (folder / README).is_file():
+        return file_sha256(folder / README)[:16]
+    steps = sorted({file.partition("/")[0] for file, _ in TABLES.values()})
+    return fingerprint(
+        {step: read_manifest(folder / step)["files"] for step in steps if (folder / step / MANIFEST).is_file()}
+    )
+
+
+def graded_of(folder: Path, cache_dir: str) -> Graded:
+    """What mining reads, from the folder of a build or from a published one."""
+    if not (folder / README).is_file():
+        return read_graded(folder / "corpus", folder / "scores")
+    files = {name: find_files(folder, name) for name in ("candidates", "documents", "queries")}
+    # unpacked by `datasets` into its cache, once, and memory-mapped from there
+    paths = [str(path) for path in files["documents"]]
+    documents = datasets.Dataset.from_parquet(paths, cache_dir=cache_dir).with_format("arrow")[:]
+    has_classes = "classes" in _published_files(folder)
+    return Graded(
+        files["candidates"],
+        documents,
+        pa.concat_tables([read_parquet(path, ["query_id", "text"]) for path in files["queries"]]),
+        documents.select(["document_id", "group"]).filter(pc.field("group").is_valid()),
+        pa.concat_tables(map(read_parquet, find_files(folder, "classes"))) if has_classes else CLASSES.empty_table(),
+    )
+
+
+def _with_groups(path: Path) -> Iterator[pa.Table]:
+    """The documents, each with the group of its near duplicates (null: it has none)."""
+    groups = read_parquet(path.with_name("groups.parquet"), GROUPS.names).combine_chunks()
+    known, names = (groups[name].combine_chunks() for name in GROUPS.names)
+    for batch in read_arrow(path, DOCUMENTS.names).to_batches():
+        found = names.take(pc.index_in(batch["document_id"], known))
+        table = pa.Table.from_batches([batch]).append_column("group", found)
+        yield from (table.slice(start, TEXT_ROWS) for start in range(0, len(table), TEXT_ROWS))
+
+
+def write_hub(
+    data: Path, steps: Sequence[str], facts: Mapping[str, Any], folder: Path, publish: Sequence[Mining] = ()
+) -> dict[str, Any]:
+    """Publish what `steps` left under `data` into `folder`, with a card; returns row counts.
+
+    `publish`: further training sets, mined from the same graded candidates.
+    """
+    names = [name for name in _built_files(data) if TABLES[name][0].partition("/")[0] in steps]
+    further = dict.fromkeys(mining.config_name() for mining in publish)
+    names[1:1] = further  # after `train`, which is the default
+    configs = [_write_config(name, data, folder) for name in names]
+    if "audit" in steps:
+        (folder / "assets").mkdir(exist_ok=True)
+        for plot in sorted((data / "audit").glob("*.png")):
+            shutil.copyfile(plot, folder / "assets" / plot.name)
+    (folder / README).write_text(render_card(configs, facts), encoding="utf-8")
     return {"rows": {config["name"]: config["rows"] for config in configs}}
 
 
-def render_card(configs: list[dict[str, Any]], facts: Mapping[str, Any]) -> str:
-    """README.md: the YAML that `load_dataset` reads, and how the data was made. `facts` fills dataset_card.md."""
-    files = [
-        {"config_name": config["name"], "data_files": [{"split": "train", "path": config["files"]}]}
-        for config in configs
-    ]
-    metadata = {
-        "language": ["en"],
-        "task_categories": ["sentence-similarity"],
-        "tags": ["sentence-transformers", "graded-embedder"],
-        "configs": [{**files[0], "default": True}, *files[1:]],
-    }
-    environment = Environment(
-        loader=FileSystemLoader(CARD.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
-    environment.filters["basename"] = lambda path: Path(path).name  # where it lay on this machine is nobody's business
-    return environment.get_template(CARD.name).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False).strip(), configs=configs, **facts
-    )
-
-
 def _write_config(name: str, data: Path, folder: Path) -> dict[str, Any]:
-    cache = folder / f"{name}.cache"
-    builder = GradedDataset(config_name=name, data_dir=str(data), cache_dir=str(cache), dataset_name="graded")
-    builder.download_and_prepare(str(folder / name), file_format="parquet")
-    shutil.rmtree(cache)
-    # bookkeeping of the writing process: the Parquet files carry their features themselves
-    for leftover in [*folder.glob(f"{name}*.lock"), folder / name / "dataset_info.json"]:
-        leftover.unlink()
+    scratch = folder / "scratch"  # also what a killed run left
+    shutil.rmtree(scratch, ignore_errors=True)
+    builder = GradedDataset(
+        config_name=name, data_dir=str(data), cache_dir=str(scratch / "cache"), dataset_name="graded"
+    )
+    builder.download_and_prepare(str(scratch / "files"), file_format="parquet", max_shard_size=MAX_SHARD_SIZE)
+    (folder / name).mkdir(exist_ok=True)
+    files = [_name_by_content(path, folder / name) for path in sorted((scratch / "files").glob("*.parquet"))]
+    shutil.rmtree(scratch)
     return {
         "name": name,
         "rows": builder.info.splits["train"].num_examples,
         "columns": list(builder.info.features),
-        "files": [_name_by_content(path, folder) for path in sorted((folder / name).glob("*.parquet"))],
+        "files": [path.relative_to(folder).as_posix() for path in files],
     }
 
 
-def _name_by_content(path: Path, folder: Path) -> str:
-    """Rename graded-train-00000-of-00002.parquet to train-00000-of-00002-HASH.parquet; its name below `folder`.
+def _name_by_content(path: Path, folder: Path) -> Path:
+    """Move graded-train-00000-of-00002.parquet to train-00000-of-00002-HASH.parquet in `folder`.
 
     `datasets` 5.2 caches a local folder under its name and the file names in its README: with the same names a
     rebuilt folder, or another one called hub, would be answered with the rows of the first.
     """
     name = f"{path.stem.removeprefix('graded-')}-{file_sha256(path)[:8]}.parquet"
-    return path.rename(path.with_name(name)).relative_to(folder).as_posix()
+    return path.rename(folder / name)

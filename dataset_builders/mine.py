@@ -34,6 +34,7 @@ from dataset_builders.schema import SCORES, STS, mined_schema, to_schema
 from dataset_builders.scores import Calibration, PairScorer, Teacher, count_flat_and_one_hot
 from dataset_builders.sources import Splits, stable_hash
 
+CLASSES = pa.schema([("document_id", pa.string()), ("class", pa.string())])
 READ = pa.schema([SCORES.field(name) for name in ("query_id", "document_id", "label", "is_positive")])
 ROWS = 1024  # mined rows in a row group: their texts are in memory at once
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
@@ -144,13 +145,12 @@ def _checked(block: pa.Table, where: str) -> pa.Table:
 
 def read_graded(corpus: Path, scores: Path) -> Graded:
     classes = corpus / "classes.parquet"
-    empty = pa.table({"document_id": pa.array([], pa.string()), "class": pa.array([], pa.string())})
     return Graded(
         [scores / "scores.parquet"],
         read_arrow(corpus / "documents.arrow", ["document_id", "text"]),
         read_parquet(corpus / "queries.parquet", ["query_id", "text"]),
         read_parquet(corpus / "groups.parquet", ["document_id", "group"]),
-        read_parquet(classes, ["document_id", "class"]) if classes.exists() else empty,
+        read_parquet(classes, CLASSES.names) if classes.exists() else CLASSES.empty_table(),
     )
 
 
