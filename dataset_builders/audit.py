@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from dataset_builders.audit_plots import draw
 from dataset_builders.candidates import queries_of
 from dataset_builders.cli import InputError
 from dataset_builders.dense import Dense
@@ -30,16 +31,11 @@ from dataset_builders.mine import Block, Families, Mining, positions_of, read_gr
 from dataset_builders.schema import QRELS, SCORES
 from dataset_builders.sources import Splits, stable_hash
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MARGINS = (0.90, 0.95, 0.98, 1.0)
 LABEL_BINS = 20  # equal-width bins of the label
 CUTOFF = 10  # of nDCG
 TEMPERATURE = 0.05  # of the cosines: sentence-transformers' scale of 20
 PAIRS = 16_384  # vectors gathered at a time
-# Okabe and Ito's palette: told apart by every reader, in grey print as well.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 
 
 def write_audit(
@@ -63,10 +59,7 @@ def write_audit(
     embedder = Embedder(dense, cache, engine)
     vectors = embedder.queries(list(query_texts.values())), embedder.documents(texts)
     tallies = {
-        "yield": Yield(),
-        "violations": Violations(mining),
-        "negative_reuse": NegativeReuse(len(texts)),
-        "excluded": Excluded(mining),
+        "mined_rows": MinedRows(mining.margin, len(texts)),
         "labels": Labels(),
         "false_negatives": FalseNegatives(mining),
         "found_by": FoundBy(),
@@ -77,7 +70,7 @@ def write_audit(
         for tally in tallies.values():
             tally.add(part)
     figures = {name: tally.facts() for name, tally in tallies.items()}
-    plots = draw(figures, mining, calibration.get("reliability"))
+    plots = draw(figures, mining.margin, calibration.get("reliability"))
     for name, plot in plots.items():
         # without the writing library's name and version the same figures give the same bytes
         plot.savefig(folder / name, metadata={"Software": None})
@@ -97,6 +90,10 @@ class Part:
         """Where each query's candidates are."""
         for start, stop in zip(self.block.bounds[:-1].tolist(), self.block.bounds[1:].tolist(), strict=True):
             yield slice(start, stop)
+
+    def query_of(self, places: np.ndarray) -> np.ndarray:
+        """The number of the query that each place in the block belongs to."""
+        return np.searchsorted(self.block.bounds, places, side="right") - 1
 
     def column(self, name: str) -> np.ndarray:
         """A column of SCORES as floats; NaN for null."""
@@ -235,104 +232,54 @@ def best_first(queries: np.ndarray, ranks: np.ndarray, cutoff: int) -> tuple[np.
 # ---- tallies: each is added every part, and then gives its facts -------------------------------------------------
 
 
-class Yield:
-    """Queries that gave no row at all. Rows and qualifying candidates are counted by mining itself."""
+class MinedRows:
+    """The rows that were mined: queries that gave none, rules broken, and how often a document serves as a negative.
 
-    def __init__(self) -> None:
+    Rules are checked from the files, so every count of `violations` should be 0. A few documents that are negatives
+    in most rows teach little.
+    """
+
+    RULES = ("above_margin", "labelled_positive", "near_duplicate", "same_class", "repeated_in_row")
+
+    def __init__(self, margin: float, documents: int) -> None:
+        self.margin = margin
         self.queries = self.with_rows = self.rows = 0
-
-    def add(self, part: Part) -> None:
-        self.queries += len(part.block.query_ids)
-        queries = np.searchsorted(part.block.bounds, part.mined[:, 0], side="right")
-        self.with_rows += len(np.unique(queries))
-        self.rows += len(part.mined)
-
-    def facts(self) -> dict[str, Any]:
-        without = self.queries - self.with_rows
-        return {
-            "queries": self.queries,
-            "rows": self.rows,
-            "queries_without_rows": without,
-            "share_without_rows": round(without / max(self.queries, 1), 4),
-        }
-
-
-class Violations:
-    """Mined rows that break a rule of mining, checked from the files. Every count should be 0."""
-
-    def __init__(self, mining: Mining) -> None:
-        self.margin = mining.margin
-        self.counts = dict.fromkeys(
-            ("above_margin", "labelled_positive", "near_duplicate", "same_class", "repeated_in_row"), 0
-        )
-
-    def add(self, part: Part) -> None:
-        block, negatives = part.block, part.mined[:, 1:]
-        positive_labels = block.labels[part.mined[:, :1]]
-        ordered = np.sort(block.positions[part.mined], axis=1)
-        broken = {
-            "above_margin": block.labels[negatives] >= self.margin * positive_labels,
-            "labelled_positive": block.is_positive[negatives],
-            "near_duplicate": block.is_duplicate[negatives],
-            "same_class": block.shares_class[negatives],
-            "repeated_in_row": ordered[:, 1:] == ordered[:, :-1],
-        }
-        for name, found in broken.items():
-            self.counts[name] += int(found.sum())
-
-    def facts(self) -> dict[str, int]:
-        return self.counts
-
-
-class NegativeReuse:
-    """How often one document serves as a negative, over all rows: a few documents in most rows teach little."""
-
-    def __init__(self, documents: int) -> None:
+        self.violations = dict.fromkeys(self.RULES, 0)
         self.uses = np.zeros(documents, np.int32)
 
     def add(self, part: Part) -> None:
-        np.add.at(self.uses, part.block.positions[part.mined[:, 1:]], 1)
+        block, negatives = part.block, part.mined[:, 1:]
+        self.queries += len(block.query_ids)
+        self.with_rows += len(np.unique(part.query_of(part.mined[:, 0])))
+        self.rows += len(part.mined)
+        positions = np.sort(block.positions[part.mined], axis=1)
+        broken = (
+            block.labels[negatives] >= self.margin * block.labels[part.mined[:, :1]],
+            block.is_positive[negatives],
+            block.is_duplicate[negatives],
+            block.shares_class[negatives],
+            positions[:, 1:] == positions[:, :-1],
+        )
+        for rule, found in zip(self.RULES, broken, strict=True):
+            self.violations[rule] += int(found.sum())
+        np.add.at(self.uses, block.positions[negatives], 1)
 
     def facts(self) -> dict[str, Any]:
         used = np.sort(self.uses[self.uses > 0])[::-1]
-        total = int(used.sum())
+        negatives = int(used.sum())
         return {
-            "negatives": total,
-            "distinct_documents": len(used),
-            "share_distinct": round(len(used) / max(total, 1), 4),
-            "median_uses": int(np.median(used)) if total else 0,
+            "queries": self.queries,
+            "queries_without_rows": self.queries - self.with_rows,
+            "rows": self.rows,
+            "violations": self.violations,
+            "negatives": negatives,
+            "distinct_negatives": len(used),
+            "share_distinct": _ratio(len(used), negatives),
+            "median_uses": int(np.median(used)) if negatives else 0,
             "most_uses": int(used.max(initial=0)),
             # of all negatives, by the hundredth of these documents that serves most often
-            "share_of_top_percent": round(int(used[: -(-len(used) // 100)].sum()) / max(total, 1), 4),
+            "share_of_top_percent": _ratio(used[: -(-len(used) // 100)].sum(), negatives),
         }
-
-
-class Excluded:
-    """Candidates that a miner without qrels and duplicate groups would have taken for negatives.
-
-    A sibling is another labelled positive of the row's query; one below the margin is one that the margin alone
-    would have let through.
-    """
-
-    def __init__(self, mining: Mining) -> None:
-        self.margin = mining.margin
-        self.counts: Counter[str] = Counter()
-
-    def add(self, part: Part) -> None:
-        block = part.block
-        self.counts["near_duplicates_of_a_positive"] += int((block.is_duplicate & part.retrieved).sum())
-        self.counts["same_class_as_a_positive"] += int((block.shares_class & part.retrieved).sum())
-        for rows in part.queries():
-            labels = block.labels[rows]
-            siblings = labels[block.is_positive[rows] & part.retrieved[rows]]
-            for place in np.flatnonzero(block.is_positive[rows]):
-                # the positive itself is never below the margin
-                self.counts["siblings"] += len(siblings) - int(part.retrieved[rows][place])
-                self.counts["siblings_below_margin"] += int((siblings < self.margin * labels[place]).sum())
-
-    def facts(self) -> dict[str, int]:
-        names = "near_duplicates_of_a_positive", "same_class_as_a_positive", "siblings", "siblings_below_margin"
-        return {name: self.counts[name] for name in names}
 
 
 class Labels:
@@ -471,7 +418,7 @@ class NegativeQuality:
         step = max(PAIRS // max(places.shape[1], 1), 1)
         for start in range(0, len(places), step):
             rows = places[start : start + step]
-            queries = asked[np.searchsorted(part.block.bounds, rows[:, 0], side="right") - 1]
+            queries = asked[part.query_of(rows[:, 0])]
             documents = unit(self.documents[part.block.positions[rows].ravel()]).reshape(*rows.shape, -1)
             cosines = np.einsum("rd,rnd->rn", unit(self.queries[queries]), documents)
             hardness, useful = gradient_shares(cosines, part.block.labels[rows], TEMPERATURE)
@@ -510,7 +457,7 @@ class Ndcg:
         self.queries = 0
 
     def add(self, part: Part) -> None:
-        queries = np.repeat(np.arange(len(part.block.query_ids)), np.diff(part.block.bounds))
+        queries = part.query_of(np.arange(len(part.table)))
         qrels = self._qrels(part)
         self.queries += len(qrels)
         order = np.lexsort((part.column("rrf_rank"), -part.column("teacher_score")))
@@ -597,97 +544,3 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def _ratio(part: float, whole: float) -> float | None:
     return round(float(part) / float(whole), 4) if whole else None
-
-
-# ---- plots -------------------------------------------------------------------------------------------------------
-
-
-def draw(
-    figures: Mapping[str, Any], mining: Mining, reliability: Sequence[Mapping[str, Any]] | None
-) -> dict[str, Figure]:
-    """File name -> plot, for each figure that there is something to draw of."""
-    plots = {"labels.png": plot_labels(figures["labels"])}
-    if figures["false_negatives"]["by_margin"]:
-        plots["false_negatives.png"] = plot_false_negatives(figures["false_negatives"]["by_margin"], mining.margin)
-    if reliability:
-        plots["reliability.png"] = plot_reliability(reliability)
-    return plots
-
-
-def plot_labels(labels: Mapping[str, Any]) -> Figure:
-    figure, axis = _figure()
-    edges = np.linspace(0, 1, LABEL_BINS + 1)
-    styles = {"positives": (BLUE, "-"), "negatives": (ORANGE, "-"), "candidates": (GREY, "--")}
-    names = {"positives": "labelled positives", "negatives": "negatives chosen", "candidates": "all other candidates"}
-    for name, (colour, line) in styles.items():
-        shares = 100 * np.array(labels[name]["bins"]) / max(labels[name]["count"], 1)
-        title = f"{names[name]} ({labels[name]['count']:,})"
-        axis.stairs(shares, edges, color=colour, linestyle=line, linewidth=2, label=title)
-    axis.set(title="Soft labels", xlabel="soft label", ylabel="share of each group (%)", xlim=(0, 1))
-    axis.legend()
-    return figure
-
-
-def plot_false_negatives(by_margin: Sequence[Mapping[str, Any]], margin: float) -> Figure:
-    figure, axis = _figure()
-    series = {
-        "admitted": ("hidden positives that pass the margin", BLUE, "o", -0.06),
-        "among_negatives": ("chosen negatives that are hidden positives", ORANGE, "s", 0.06),
-    }
-    for name, (title, colour, marker, shift) in series.items():
-        known = [(place, row[name]) for place, row in enumerate(by_margin) if row[name]["share"] is not None]
-        shares, low, high = (100 * np.array([value[key] for _, value in known]) for key in ("share", "low", "high"))
-        axis.errorbar(
-            [place + shift for place, _ in known],
-            shares,
-            yerr=[shares - low, high - shares],
-            color=colour,
-            marker=marker,
-            linestyle="none",
-            capsize=4,
-            label=title,
-        )
-    ticks = [f"{row['margin']:g}" + (" (recipe)" if row["margin"] == margin else "") for row in by_margin]
-    axis.set_xticks(range(len(ticks)), ticks)
-    axis.set(
-        title="False negatives, by leaving out known positives",
-        xlabel="margin (share of the positive's label)",
-        ylabel="share (%), 95 % interval",
-        ylim=(0, None),
-    )
-    axis.legend()
-    return figure
-
-
-def plot_reliability(reliability: Sequence[Mapping[str, Any]]) -> Figure:
-    figure, axis = _figure()
-    known = [row for row in reliability if row["positives"] + row["others"]]
-    axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
-    axis.plot(
-        [row["label"] for row in known],
-        [row["observed"] for row in known],
-        color=GREEN,
-        marker="o",
-        label="graded pairs, in bins of the label",
-    )
-    axis.set(
-        title="Calibration of the teacher",
-        xlabel="mean soft label of the bin",
-        ylabel="share of labelled positives, classes balanced",
-        xlim=(0, 1),
-        ylim=(0, 1),
-    )
-    axis.legend()
-    return figure
-
-
-def _figure() -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis

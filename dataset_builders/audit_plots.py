@@ -1,0 +1,105 @@
+"""Plots of an audit's figures: what write_audit puts beside its manifest, and the data set's card shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by every reader, in grey print as well.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
+
+
+def draw(
+    figures: Mapping[str, Any], margin: float, reliability: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Figure]:
+    """File name -> plot, for each figure that there is something to draw of. `margin` is the recipe's."""
+    plots = {"labels.png": plot_labels(figures["labels"])}
+    if figures["false_negatives"]["by_margin"]:
+        plots["false_negatives.png"] = plot_false_negatives(figures["false_negatives"]["by_margin"], margin)
+    if reliability:
+        plots["reliability.png"] = plot_reliability(reliability)
+    return plots
+
+
+def plot_labels(labels: Mapping[str, Any]) -> Figure:
+    figure, axis = _figure()
+    edges = np.linspace(0, 1, len(labels["positives"]["bins"]) + 1)
+    styles = {"positives": (BLUE, "-"), "negatives": (ORANGE, "-"), "candidates": (GREY, "--")}
+    names = {"positives": "labelled positives", "negatives": "negatives chosen", "candidates": "all other candidates"}
+    for name, (colour, line) in styles.items():
+        shares = 100 * np.array(labels[name]["bins"]) / max(labels[name]["count"], 1)
+        title = f"{names[name]} ({labels[name]['count']:,})"
+        axis.stairs(shares, edges, color=colour, linestyle=line, linewidth=2, label=title)
+    axis.set(title="Soft labels", xlabel="soft label", ylabel="share of each group (%)", xlim=(0, 1))
+    axis.legend()
+    return figure
+
+
+def plot_false_negatives(by_margin: Sequence[Mapping[str, Any]], margin: float) -> Figure:
+    figure, axis = _figure()
+    series = {
+        "admitted": ("hidden positives that pass the margin", BLUE, "o", -0.06),
+        "among_negatives": ("chosen negatives that are hidden positives", ORANGE, "s", 0.06),
+    }
+    for name, (title, colour, marker, shift) in series.items():
+        known = [(place, row[name]) for place, row in enumerate(by_margin) if row[name]["share"] is not None]
+        shares, low, high = (100 * np.array([value[key] for _, value in known]) for key in ("share", "low", "high"))
+        axis.errorbar(
+            [place + shift for place, _ in known],
+            shares,
+            yerr=[shares - low, high - shares],
+            color=colour,
+            marker=marker,
+            linestyle="none",
+            capsize=4,
+            label=title,
+        )
+    ticks = [f"{row['margin']:.2f}" + (" (recipe)" if row["margin"] == margin else "") for row in by_margin]
+    axis.set_xticks(range(len(ticks)), ticks)
+    axis.set(
+        title="False negatives, by leaving out known positives",
+        xlabel="margin (share of the positive's label)",
+        ylabel="share (%), 95 % interval",
+        ylim=(0, None),
+    )
+    axis.legend()
+    return figure
+
+
+def plot_reliability(reliability: Sequence[Mapping[str, Any]]) -> Figure:
+    figure, axis = _figure()
+    known = [row for row in reliability if row["positives"] + row["others"]]
+    axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
+    axis.plot(
+        [row["label"] for row in known],
+        [row["observed"] for row in known],
+        color=GREEN,
+        marker="o",
+        label="graded pairs, in bins of the label",
+    )
+    axis.set(
+        title="Calibration of the teacher",
+        xlabel="mean soft label of the bin",
+        ylabel="share of labelled positives, classes balanced",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axis.legend()
+    return figure
+
+
+def _figure() -> tuple[Figure, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis

@@ -1,0 +1,382 @@
+"""The audit's figures against hand-computed values, references and a plain recount of the files; its plots' bytes."""
+
+import doctest
+import math
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_data import WORDS, write_encoder
+
+from dataset_builders import audit
+from dataset_builders.audit import (
+    MARGINS,
+    best_first,
+    count_found_by,
+    gradient_shares,
+    sum_of_ndcg,
+    wilson,
+    write_audit,
+)
+from dataset_builders.cli import InputError
+from dataset_builders.dense import Dense
+from dataset_builders.engines import LOCAL
+from dataset_builders.folders import ParquetStream, read_parquet, write_arrow, write_parquet
+from dataset_builders.mine import Mining, write_mined
+from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES
+from dataset_builders.sources import Splits
+
+QUERY_COUNT, CANDIDATES_EACH = 24, 14
+MINING = Mining(num_negatives=3)
+RELIABILITY = [{"label": 0.1, "observed": 0.2, "positives": 1, "others": 4}]
+
+
+def test_docstring_examples():
+    found = doctest.testmod(audit)
+    assert found.attempted == 3 and found.failed == 0
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (3, 7), (7, 7), (41, 1000)])
+def test_wilson_is_scipys(successes, trials):
+    from scipy.stats import binomtest
+
+    expected = binomtest(successes, trials).proportion_ci(method="wilson")
+    found = wilson(successes, trials)
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_pairs_of_one_query_do_not_narrow_the_interval():
+    assert wilson(50, 100, clusters=4) == wilson(2, 4)
+    assert wilson(0, 0) == {"share": None, "low": None, "high": None}
+
+
+def test_hardness_is_the_gradient_of_infonce():
+    import torch
+
+    rng = np.random.default_rng(0)
+    cosines, labels = rng.uniform(-1, 1, (5, 4)), rng.uniform(0.01, 0.99, (5, 4))
+    scores = torch.tensor(cosines, requires_grad=True)
+    torch.nn.functional.cross_entropy(scores / 0.1, torch.zeros(5, dtype=torch.long), reduction="sum").backward()
+    gradient = 0.1 * scores.grad.numpy()[:, 1:]
+    hardness, useful = gradient_shares(cosines, labels, 0.1)
+    assert hardness == pytest.approx(gradient.sum(axis=1)) and hardness.min() > 0
+    assert useful == pytest.approx((gradient * (1 - labels[:, 1:])).sum(axis=1))
+
+
+def test_quality_by_hand():
+    # one negative as close as the positive: half of the softmax, a quarter of it on what the teacher finds relevant
+    hardness, useful = gradient_shares(np.array([[0.5, 0.5]]), np.array([[0.9, 0.25]]), 0.05)
+    assert (hardness[0], useful[0]) == pytest.approx((0.5, 0.375))
+
+
+def test_found_by_counts_everything_once():
+    by_bm25, by_dense = np.array([1, 1, 0, 0, 1], bool), np.array([1, 0, 1, 0, 0], bool)
+    assert count_found_by(by_bm25, by_dense) == {"bm25_only": 2, "dense_only": 1, "both": 1, "neither": 1}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.one_of(st.just(math.nan), st.integers(1, 20))), max_size=30),
+    st.integers(1, 4),
+)
+def test_best_first_is_a_plain_sort(rows, cutoff):
+    rows = sorted(rows, key=lambda row: row[0])
+    places, positions = best_first(
+        np.array([query for query, _ in rows], int), np.array([rank for _, rank in rows], float), cutoff
+    )
+    expected = []
+    for _, group in groupby(enumerate(rows), key=lambda item: item[1][0]):
+        ranked = sorted((rank, place) for place, (_, rank) in group if not math.isnan(rank))[:cutoff]
+        expected += [(place, position) for position, (_, place) in enumerate(ranked)]
+    assert list(zip(places.tolist(), positions.tolist(), strict=True)) == expected
+
+
+def test_ndcg_by_hand():
+    qrels = {"q": {"a": 2, "b": 1, "c": 0}, "lost": {"a": 1}}
+    run = {"q": {"c": -0.0, "b": -1.0, "a": -2.0}, "lost": {}}
+    gained = 1 / math.log2(3) + 2 / math.log2(4)
+    assert sum_of_ndcg(qrels, run) == pytest.approx(gained / (2 + 1 / math.log2(3)))
+
+
+# ---- a whole audit, against a recount in plain Python --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """Graded candidates of 24 queries: each third one has three positives, of which one was not retrieved.
+
+    Document 0 and 1 are near duplicates; labels are random, so that every rule has cases.
+    """
+    folder = tmp_path_factory.mktemp("graded")
+    rng = np.random.default_rng(7)
+    documents = [f"d{number:02d}" for number in range(40)]
+    texts = [" ".join(rng.choice(WORDS, 8)) for _ in documents]
+    queries = [f"q{number:02d}" for number in range(QUERY_COUNT)]
+    rows = []
+    for number, query in enumerate(queries):
+        chosen = rng.choice(documents, CANDIDATES_EACH, replace=False).tolist()
+        if number % 4 == 0:
+            chosen = ["d00", "d01", *[name for name in chosen if name not in ("d00", "d01")]][:CANDIDATES_EACH]
+        positives = 3 if number % 3 == 0 else 1
+        for rank, document in enumerate(chosen, start=1):
+            is_positive = rank <= positives
+            retrieved = not (is_positive and rank == 3)
+            by_bm25 = retrieved and rank % 2 == 1
+            by_dense = retrieved and (rank % 3 == 0 or not by_bm25)
+            # the teacher grades the positive of q05 below everything: that query gives no row
+            score = float(rng.normal(2 if is_positive else 0)) - 9 * (is_positive and number == 5)
+            rows.append(
+                {
+                    "query_id": query,
+                    "document_id": document,
+                    # a retriever's own ranks count its own documents, in the order of the fused list
+                    "bm25_rank": rank if by_bm25 else None,
+                    "bm25_score": 1.0 if by_bm25 else None,
+                    "dense_rank": rank if by_dense else None,
+                    "dense_score": 1.0 if by_dense else None,
+                    "rrf_score": 1 / (60 + rank) if retrieved else None,
+                    "rrf_rank": rank - (positives == 3 and rank > 3) if retrieved else None,
+                    "teacher_score": score,
+                    "label": float(np.clip(1 / (1 + np.exp(-score)), 1e-4, 1 - 1e-4)),
+                    "is_positive": is_positive,
+                }
+            )
+    for query in queries:
+        for name in ("bm25_rank", "dense_rank"):
+            found = [row for row in rows if row["query_id"] == query and row[name] is not None]
+            for rank, row in enumerate(sorted(found, key=lambda row: row[name]), start=1):
+                row[name] = rank
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    table = pa.table([documents, texts], schema=DOCUMENTS)
+    write_arrow(corpus / "documents.arrow", table.to_batches(), DOCUMENTS)
+    write_parquet(corpus / "groups.parquet", pa.table([["d00", "d01"], ["d00", "d00"]], schema=GROUPS))
+    asked = [" ".join(rng.choice(WORDS, 4)) for _ in queries]
+    write_parquet(corpus / "queries.parquet", pa.table([queries, asked, ["train"] * QUERY_COUNT], schema=QUERIES))
+    judged = [(row["query_id"], row["document_id"], 1, "train") for row in rows if row["is_positive"]]
+    write_parquet(corpus / "qrels.parquet", pa.table(list(map(list, zip(*judged, strict=True))), schema=QRELS))
+    for name in ("whole", "split"):
+        (folder / name).mkdir()
+    table = pa.Table.from_pylist(rows, schema=SCORES)
+    write_parquet(folder / "whole" / "scores.parquet", table)
+    with ParquetStream(folder / "split" / "scores.parquet", SCORES) as stream:
+        for start in range(0, QUERY_COUNT, 5):
+            stream.write(table.slice(start * CANDIDATES_EACH, 5 * CANDIDATES_EACH))
+    (folder / "mined").mkdir()
+    write_mined(corpus, folder / "whole", MINING, folder / "mined")
+    write_encoder(folder / "encoder")
+    return folder, rows
+
+
+def run_audit(folder, *, scores="whole", mined="mined", output="audit", mining=MINING):
+    (folder / output).mkdir(exist_ok=True)
+    dense = Dense(model=str(folder / "encoder"))
+    calibration = {"a": 1.0, "b": 0.0, "reliability": RELIABILITY}
+    paths = folder / "corpus", folder / scores, folder / mined
+    return write_audit(
+        *paths, Splits(split="train"), mining, calibration, dense, folder / "cache", LOCAL, folder / output
+    )
+
+
+@pytest.fixture(scope="module")
+def facts(graded):
+    return run_audit(graded[0])
+
+
+def test_row_groups_change_nothing(graded, facts):
+    # bounded memory must not cost exactness: five queries at a time, or all at once
+    assert run_audit(graded[0], scores="split", output="again") == facts
+    for name in facts["plots"]:
+        assert (graded[0] / "again" / name).read_bytes() == (graded[0] / "audit" / name).read_bytes()
+    assert facts["plots"] == ["labels.png", "false_negatives.png", "reliability.png"]
+
+
+def test_plots_carry_no_date_and_no_version(graded, facts):
+    from PIL import Image
+
+    for name in facts["plots"]:
+        with Image.open(graded[0] / "audit" / name) as image:
+            assert image.size == (960, 600) and image.info.keys() <= {"dpi"}
+
+
+def test_mined_rows_are_recounted_from_the_files(graded, facts):
+    folder, _ = graded
+    mined = read_parquet(folder / "mined" / "mined.parquet").to_pylist()
+    used = [document for row in mined for document in row["negative_ids"]]
+    found = facts["mined_rows"]
+    assert found["rows"] == len(mined) > 20
+    assert found["queries_without_rows"] == QUERY_COUNT - len({row["query_id"] for row in mined}) > 0
+    assert found["distinct_negatives"] == len(set(used)) and found["negatives"] == len(used)
+    assert found["most_uses"] == max(map(used.count, used))
+    assert found["violations"] == dict.fromkeys(found["violations"], 0)
+
+
+def test_labels_and_retrievers_are_recounted(graded, facts):
+    _, rows = graded
+    positives = [row for row in rows if row["is_positive"]]
+    assert facts["labels"]["positives"]["count"] == len(positives) == sum(facts["labels"]["positives"]["bins"])
+    assert facts["labels"]["candidates"]["count"] == len(rows) - len(positives)
+    assert facts["labels"]["positives"]["mean"] == pytest.approx(
+        np.mean([row["label"] for row in positives]), abs=1e-4
+    )
+    by_both = sum(row["bm25_rank"] is not None and row["dense_rank"] is not None for row in positives)
+    assert facts["found_by"]["positives"]["both"] == pytest.approx(by_both / len(positives), abs=1e-4)
+    assert facts["found_by"]["positives"]["neither"] == pytest.approx(8 / len(positives), abs=1e-4)
+    assert facts["found_by"]["candidates"]["neither"] == 0
+
+
+def test_false_negatives_by_a_plain_recount(graded, facts):
+    _, rows = graded
+    found = facts["false_negatives"]
+    assert [row["margin"] for row in found["by_margin"]] == list(MARGINS)
+    assert found["queries"] == 8 and found["reason"] is None
+    for by_margin in found["by_margin"]:
+        admitted = hidden = negatives = false = kept = 0
+        for _, group in groupby(rows, key=lambda row: row["query_id"]):
+            group = list(group)
+            positives = [row for row in group if row["is_positive"]]
+            if len(positives) < 2:
+                continue
+            for known in positives:
+                pool = [row for row in group if row is not known and row["rrf_rank"] is not None]
+                limit = np.float32(by_margin["margin"]) * np.float32(known["label"])
+                others = [row for row in pool if row["is_positive"]]
+                hidden += len(others)
+                admitted += sum(np.float32(row["label"]) < limit for row in others)
+                twins = {"d00", "d01"} if known["document_id"] in ("d00", "d01") else set()
+                allowed = [row for row in pool if np.float32(row["label"]) < limit and row["document_id"] not in twins]
+                chosen = sorted(allowed, key=lambda row: -row["label"])[:3]
+                if len(chosen) == 3:
+                    kept, negatives = kept + 1, negatives + 3
+                    false += sum(row["is_positive"] for row in chosen)
+        assert (by_margin["rows"], by_margin["negatives"], found["hidden"]) == (kept, negatives, hidden)
+        assert by_margin["admitted"]["share"] == pytest.approx(admitted / hidden, abs=1e-4)
+        assert by_margin["among_negatives"]["share"] == pytest.approx(false / negatives, abs=1e-4)
+    admitted = [row["admitted"]["share"] for row in found["by_margin"]]
+    assert admitted == sorted(admitted) and admitted[0] > 0 and found["by_margin"][-1]["among_negatives"]["share"] > 0
+
+
+def test_rankings_by_a_plain_recount(graded, facts):
+    _, rows = graded
+    assert facts["ndcg_at_10"]["queries"] == QUERY_COUNT
+    keys = {
+        "bm25": lambda row: row["bm25_rank"],
+        "dense": lambda row: row["dense_rank"],
+        "rrf": lambda row: row["rrf_rank"],
+        "graded": lambda row: None if row["rrf_rank"] is None else -row["teacher_score"],
+    }
+    for name, key in keys.items():
+        total = 0.0
+        for _, group in groupby(rows, key=lambda row: row["query_id"]):
+            group = list(group)
+            ranked = sorted((row for row in group if key(row) is not None), key=key)[:10]
+            gain = sum(row["is_positive"] / math.log2(2 + place) for place, row in enumerate(ranked))
+            ideal = sum(1 / math.log2(2 + place) for place in range(sum(row["is_positive"] for row in group)))
+            total += gain / ideal
+        assert facts["ndcg_at_10"][name] == pytest.approx(total / QUERY_COUNT, abs=1e-4)
+
+
+def test_a_list_that_fusion_cut_has_no_figure(graded):
+    folder, rows = graded
+    cut = [{**row, "bm25_rank": row["bm25_rank"] and row["bm25_rank"] + 1} for row in rows]
+    (folder / "cut").mkdir()
+    write_parquet(folder / "cut" / "scores.parquet", pa.Table.from_pylist(cut, schema=SCORES))
+    found = run_audit(folder, scores="cut", output="audit_cut")["ndcg_at_10"]
+    assert found["bm25"] is None and found["dense"] > 0
+
+
+def test_strategies_are_compared_on_the_encoders_own_cosines(graded, facts):
+    from sentence_transformers import SentenceTransformer
+
+    folder, _ = graded
+    found = facts["negative_quality"]["strategies"]
+    assert [(row["strategy"], row["margin"]) for row in found] == [("top", 0.95), ("random", 0.95), ("top", 1.0)]
+    model = SentenceTransformer(str(folder / "encoder"))
+    hardness = []
+    for row in read_parquet(folder / "mined" / "mined.parquet").to_pylist():
+        texts = [row["positive"], *(row[f"negative_{rank}"] for rank in range(1, 4))]
+        query, documents = model.encode(row["query"]), model.encode(texts)
+        cosines = documents @ query / np.linalg.norm(documents, axis=1) / np.linalg.norm(query)
+        weights = np.exp(cosines / facts["negative_quality"]["temperature"])
+        hardness.append(1 - weights[0] / weights.sum())
+    assert found[0]["hardness"] == pytest.approx(np.mean(hardness), abs=2e-3) and 0 < np.mean(hardness) < 1
+    # random negatives have lower labels, so less of what they teach is wrong
+    assert found[1]["safety"] > found[0]["safety"]
+    assert all(row["useful"] <= row["hardness"] for row in found)
+
+
+def test_rules_broken_in_the_file_are_counted(graded):
+    folder, rows = graded
+    table = read_parquet(folder / "mined" / "mined.parquet")
+    (folder / "tampered").mkdir()
+    broken = table.to_pylist()
+    labels = {(row["query_id"], row["document_id"]): row["label"] for row in rows}
+    target = next(row for row in broken if row["positive_id"] == "d00")
+    target["negative_ids"] = ["d01", "d01", target["negative_ids"][0]]
+    # of another query with siblings: one of them becomes a negative
+    siblings = next(
+        row
+        for row in broken
+        if any(other["query_id"] == row["query_id"] and other is not row for other in broken) and row is not target
+    )
+    sibling = next(row for row in broken if row["query_id"] == siblings["query_id"] and row is not siblings)
+    siblings["negative_ids"] = [sibling["positive_id"], *siblings["negative_ids"][:2]]
+    write_parquet(folder / "tampered" / "mined.parquet", pa.Table.from_pylist(broken, schema=table.schema))
+    found = run_audit(folder, mined="tampered", output="audit_tampered")["mined_rows"]["violations"]
+    assert found["labelled_positive"] >= 1 and found["repeated_in_row"] == 1
+    is_twin_positive = any(
+        row["query_id"] == target["query_id"] and row["document_id"] == "d01" and row["is_positive"] for row in rows
+    )
+    assert found["near_duplicate"] == (0 if is_twin_positive else 2)
+    key = siblings["query_id"]
+    above = labels[key, sibling["positive_id"]] >= 0.95 * labels[key, siblings["positive_id"]]
+    assert found["above_margin"] >= above
+
+
+def test_mined_documents_that_were_not_graded_are_refused(graded):
+    folder, rows = graded
+    table = read_parquet(folder / "mined" / "mined.parquet").to_pylist()
+    known = {row["document_id"] for row in rows if row["query_id"] == table[0]["query_id"]}
+    table[0]["negative_ids"][0] = next(f"d{number:02d}" for number in range(40) if f"d{number:02d}" not in known)
+    (folder / "foreign").mkdir()
+    schema = read_parquet(folder / "mined" / "mined.parquet").schema
+    write_parquet(folder / "foreign" / "mined.parquet", pa.Table.from_pylist(table, schema=schema))
+    with pytest.raises(InputError, match="not graded for their query"):
+        run_audit(folder, mined="foreign", output="audit_foreign")
+
+
+def test_without_several_positives_there_is_a_reason_instead_of_an_estimate(graded):
+    folder, rows = graded
+    single = []
+    for _, group in groupby(rows, key=lambda row: row["query_id"]):
+        group = list(group)
+        # the first positive stays one; the others are plain candidates
+        single += [{**row, "is_positive": place == 0} for place, row in enumerate(group)]
+    for name in ("single", "single_mined"):
+        (folder / name).mkdir()
+    write_parquet(folder / "single" / "scores.parquet", pa.Table.from_pylist(single, schema=SCORES))
+    write_mined(folder / "corpus", folder / "single", MINING, folder / "single_mined")
+    found = run_audit(folder, scores="single", mined="single_mined", output="audit_single")
+    assert found["false_negatives"] == {
+        "reason": "no query has two labelled positives of which one was retrieved",
+        "by_margin": [],
+    }
+    assert "false_negatives.png" not in found["plots"]
+
+
+def test_documents_of_one_class_say_nothing_of_false_negatives(graded, tmp_path):
+    import shutil
+
+    folder, _ = graded
+    shutil.copytree(folder, tmp_path / "classes", dirs_exist_ok=True)
+    folder = tmp_path / "classes"
+    classes = [f"c{number % 5}" for number in range(40)]
+    table = pa.table({"document_id": [f"d{number:02d}" for number in range(40)], "class": classes})
+    write_parquet(folder / "corpus" / "classes.parquet", table)
+    (folder / "mined" / "mined.parquet").unlink()
+    write_mined(folder / "corpus", folder / "whole", Mining(num_negatives=1), folder / "mined")
+    found = run_audit(folder, mining=Mining(num_negatives=1), output="audit_classes")
+    assert found["false_negatives"]["reason"].startswith("documents of one class")
+    assert found["mined_rows"]["violations"]["same_class"] == 0 < found["mined_rows"]["rows"]
