@@ -1,4 +1,5 @@
 import json
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -505,6 +506,27 @@ def test_an_interrupted_grading_goes_on_after_its_shards_to_the_same_bytes(grade
     assert resumed == facts
     straight, stopped = (graded_set / name / "scores.parquet" for name in ("straight", "scores"))
     assert stopped.read_bytes() == straight.read_bytes()
+
+
+class EngineThatPickles(LocalEngine):
+    """Hands the work on as Ray does: pickled, and for every shard anew."""
+
+    def run(self, work, numbers, folder):
+        for number in numbers:
+            pickled = pickle.dumps(work)
+            assert len(pickled) < 20_000  # paths and queries, no documents and no vectors
+            yield from super().run(pickle.loads(pickled), [number], folder)
+
+
+@pytest.mark.usefixtures("any_teacher_will_do")
+@pytest.mark.parametrize("kind", ["bi_encoder", "cross_encoder"])
+def test_workers_elsewhere_grade_as_this_process_does(graded_set, classifier, monkeypatch, kind):
+    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 32)
+    model = classifier if kind == "cross_encoder" else write_encoder(graded_set / "encoder")
+    teacher = Teacher(kind=kind, model=str(model), max_seq_length=64 if kind == "cross_encoder" else None)
+    table, facts = grade(graded_set, teacher)
+    again, facts_again = grade(graded_set, teacher, "pickled", EngineThatPickles())
+    assert again.equals(table) and facts_again == facts
 
 
 def test_neither_blocks_nor_shards_decide_a_grade(graded_set, monkeypatch):
