@@ -121,13 +121,20 @@ class Graded:
 
     def blocks(self) -> Iterator[pa.Table]:
         """The graded candidates of some queries at a time."""
-        total = sum(pq.read_metadata(path).num_rows for path in self.scores)
+        total = sum(_count_rows(path) for path in self.scores)
         with tqdm(total=total, desc="mine", unit=" candidates", unit_scale=True) as progress:
             for path in self.scores:
                 for block in row_groups(path, READ.names):
                     if len(block):  # no retriever may have found anything for some queries
                         yield _checked(block, str(path))
                     progress.update(len(block))
+
+
+def _count_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def _checked(block: pa.Table, where: str) -> pa.Table:

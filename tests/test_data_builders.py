@@ -1,0 +1,285 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import List, Value
+from test_data_mine import table_of, write_graded
+
+from dataset_builders import builders
+from dataset_builders.builders import GradedDataset, write_hub
+from dataset_builders.cli import InputError
+from dataset_builders.folders import files_of, folder_step, write_parquet
+from dataset_builders.mine import Mining, write_mined
+from dataset_builders.schema import QRELS, STS
+
+MINING = Mining(num_negatives=3)
+STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
+PUBLISH = (Mining(num_negatives=5), Mining(num_negatives=4, margin=0.9, strategy="random", seed=2))
+
+
+def write_build(folder: Path, mining: Mining = MINING, **keys) -> Path:
+    """The step folders of a build, with manifests."""
+    write_graded(folder / "made", row_groups=((0, 5), (5, 12)), **keys)
+    for name in ("corpus", "scores", "mined", "audit", "sts"):
+        with folder_step(folder / name, {}) as step:
+            if name in ("corpus", "scores"):
+                shutil.copytree(folder / "made" / name, step.path, dirs_exist_ok=True)
+            if name == "corpus":
+                qrels = [("q00", "d01", 1, "train"), ("q00", "d02", 0, "train")]
+                write_parquet(step.path / "qrels.parquet", table_of(qrels, QRELS))
+            if name == "mined":
+                write_mined(folder / "corpus", folder / "scores", mining, step.path)
+            if name == "audit":
+                (step.path / "labels.png").write_bytes(b"a picture")
+            if name == "sts":
+                write_parquet(step.path / "sts.parquet", table_of([("one", "two", 0.5)], STS))
+            step.finish(counts=[])
+    return folder
+
+
+@pytest.fixture
+def plain_card(monkeypatch):
+    """The YAML that the card starts with, without the page below it, which asks for every step's facts."""
+
+    def render(configs, facts):
+        entries = [
+            {"config_name": config["name"], "data_files": [{"split": "train", "path": config["files"]}]}
+            for config in configs
+        ]
+        return f"---\n{yaml.safe_dump({'configs': entries})}---\n"
+
+    monkeypatch.setattr(builders, "render_card", render)
+
+
+@pytest.fixture
+def build(tmp_path, plain_card) -> Path:
+    return write_build(tmp_path / "data")
+
+
+@pytest.fixture
+def hub(build) -> Path:
+    return publish(build, build / "hub")
+
+
+def publish(build: Path, folder: Path, sets=PUBLISH) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_hub(build, STEPS, {}, folder, sets)
+    return folder
+
+
+def mined_anew(build: Path, mining: Mining) -> pa.Table:
+    """What the build itself mines, as published: without the ids."""
+    folder = build.parent / mining.config_name()
+    folder.mkdir()
+    write_mined(build / "corpus", build / "scores", mining, folder)
+    return pq.read_table(folder / "mined.parquet").drop_columns(["query_id", "positive_id", "negative_ids"])
+
+
+def rows_of(folder: Path, cache: Path, **arguments) -> pa.Table:
+    builder = GradedDataset(data_dir=str(folder), cache_dir=str(cache), **arguments)
+    builder.download_and_prepare()
+    return builder.as_dataset(split="train").with_format("arrow")[:].combine_chunks()
+
+
+COLUMNS = {
+    "train": {"query": "string", "positive": "string"} | {f"negative_{rank}": "string" for rank in (1, 2, 3)},
+    "train-n5": {"query": "string", "positive": "string"} | {f"negative_{rank}": "string" for rank in range(1, 6)},
+    "train-n4-m90-random-s2": {"query": "string", "positive": "string"}
+    | {f"negative_{rank}": "string" for rank in range(1, 5)},
+    "candidates": {
+        "query_id": "string",
+        "document_id": "string",
+        "bm25_rank": "int32",
+        "bm25_score": "float32",
+        "dense_rank": "int32",
+        "dense_score": "float32",
+        "rrf_score": "float64",
+        "rrf_rank": "int32",
+        "teacher_score": "float32",
+        "label": "float32",
+        "is_positive": "bool",
+    },
+    "documents": {"document_id": "string", "text": "string", "group": "string"},
+    "queries": {"query_id": "string", "text": "string", "split": "string"},
+    "qrels": {"query_id": "string", "document_id": "string", "score": "int32", "split": "string"},
+    "classes": {"document_id": "string", "class": "string"},
+    "sts": {"sentence1": "string", "sentence2": "string", "label": "float32"},
+}
+
+
+def test_every_config_loads_without_our_code(hub, tmp_path):
+    script = f"""
+import json, os, sys
+os.environ["HF_DATASETS_CACHE"], os.environ["HF_HUB_OFFLINE"] = {str(tmp_path / "cache")!r}, "1"
+from datasets import get_dataset_config_names, load_dataset
+folder = {str(hub)!r}
+found = {{}}
+for name in get_dataset_config_names(folder):
+    rows = load_dataset(folder, name, split="train")
+    streamed = load_dataset(folder, name, split="train", streaming=True)
+    assert streamed.features == rows.features and list(streamed) == rows.to_list(), name
+    found[name] = [rows.features.to_dict(), rows.to_list()]
+print(json.dumps(found))
+assert not any(module.startswith("dataset_builders") for module in sys.modules)
+"""
+    answer = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    found = yaml.safe_load(answer.stdout.splitlines()[-1])
+    assert set(found) == set(COLUMNS)
+    for name, columns in COLUMNS.items():
+        features, rows = found[name]
+        expected = datasets.Features({column: Value(kind) for column, kind in columns.items()})
+        if name.startswith("train"):
+            expected["label"] = List(Value("float32"))
+            assert all(len(row["label"]) == len(columns) - 1 for row in rows)
+        assert list(features) == list(expected) and datasets.Features.from_dict(features) == expected
+        assert rows
+    built = pq.read_table(hub.parent / "scores" / "scores.parquet").to_pylist()
+    assert found["candidates"][1] == built and len(built) == 240
+    texts = {row["document_id"]: (row["text"], row["group"]) for row in found["documents"][1]}
+    assert len(texts) == 60 and texts["d08"] == ("text of 8", "d08") and texts["d09"] == ("text of 9", "d08")
+    assert texts["d10"] == ("text of 10", None)
+
+
+def test_the_recipes_rows_come_first_and_the_audits_pictures_along(build, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    counts = write_hub(build, STEPS, {}, folder, PUBLISH)
+    assert list(counts["rows"]) == list(COLUMNS) and min(counts["rows"].values()) > 0
+    assert (folder / "assets" / "labels.png").read_bytes() == b"a picture"
+    names = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    assert names == {*COLUMNS, "assets", "README.md"}
+
+
+@pytest.mark.parametrize(
+    "mining",
+    [Mining(margin=0.9, num_negatives=5), Mining(margin=1.0), Mining(num_negatives=4, strategy="random", seed=7)],
+    ids=str,
+)
+def test_other_margins_need_neither_the_teacher_nor_the_build(build, hub, tmp_path, mining):
+    stranger = tmp_path / "downloaded"
+    for name in ("README.md", "candidates", "documents", "queries", "classes"):
+        copy = shutil.copytree if (hub / name).is_dir() else shutil.copy
+        stranger.mkdir(exist_ok=True)
+        copy(hub / name, stranger / name)
+    expected = mined_anew(build, mining)
+    assert len(expected) > 5 and not expected.equals(mined_anew(build, MINING))
+    for folder in (build, stranger):
+        assert rows_of(folder, tmp_path / folder.name, **mining.model_dump()).equals(expected)
+    # the others at their defaults
+    changed = mining.model_dump(exclude_defaults=True)
+    assert rows_of(stranger, tmp_path / "short", config_name="train", **changed).equals(expected)
+    assert rows_of(stranger, tmp_path / "named", config_name=mining.config_name()).equals(expected)
+
+
+def test_what_is_published_is_what_was_asked_for(build, hub, tmp_path):
+    for mining in PUBLISH:
+        published = rows_of(hub, tmp_path / "cache", config_name=mining.config_name())
+        stored = pa.concat_tables(map(pq.read_table, sorted((hub / mining.config_name()).glob("*.parquet"))))
+        assert published.equals(stored.replace_schema_metadata()) and published.equals(mined_anew(build, mining))
+    assert rows_of(hub, tmp_path / "cache").equals(mined_anew(build, MINING))
+
+
+def test_sets_without_classes_or_near_duplicates(tmp_path, plain_card):
+    """A retrieval set has no classes; one without near duplicates has no groups."""
+    mining = Mining(num_negatives=9)
+    build = write_build(tmp_path / "data", mining)
+    before = mined_anew(build, mining)
+    with folder_step(build / "corpus", {"again": True}) as step:
+        for name in ("documents.arrow", "queries.parquet"):
+            shutil.copy(build / "corpus" / name, step.path)
+        groups = pq.read_table(build / "corpus" / "groups.parquet").slice(0, 0)
+        write_parquet(step.path / "groups.parquet", groups)
+        step.finish(counts=[])
+    hub = publish(build, tmp_path / "hub", ())
+    assert not (hub / "classes").exists()
+    shutil.rmtree(tmp_path / mining.config_name())
+    expected = mined_anew(build, mining)
+    assert rows_of(hub, tmp_path / "cache", num_negatives=9).equals(expected)
+    assert len(expected) >= len(before) and not expected.equals(before), "the case this test is about"
+
+
+def test_shards_keep_a_querys_candidates_together(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "MAX_SHARD_SIZE", 1000)
+    hub = publish(build, tmp_path / "hub")
+    shards = sorted((hub / "candidates").glob("*.parquet"))
+    assert [path.name[:20] for path in shards] == ["train-00000-of-00002", "train-00001-of-00002"]
+    queries = [set(pq.read_table(path)["query_id"].to_pylist()) for path in shards]
+    assert [len(part) for part in queries] == [5, 7] and not queries[0] & queries[1]
+    assert rows_of(hub, tmp_path / "cache", num_negatives=3).equals(mined_anew(build, MINING))
+
+
+def test_a_killed_run_leaves_nothing_in_what_is_published(build, tmp_path):
+    whole = publish(build, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    (killed / "scratch" / "files.incomplete").mkdir(parents=True)
+    (killed / "scratch" / "files.incomplete" / "graded-train-00000-00003-of-NNNNN.parquet").write_bytes(b"cut off")
+    shutil.copytree(whole / "train", killed / "train")
+    publish(build, killed)
+    assert files_of(killed) == files_of(whole) and len(files_of(whole)) == len(COLUMNS) + 2
+
+
+def test_changed_data_are_not_answered_from_the_cache(build, tmp_path):
+    """`datasets` keys a builder's cache by its arguments; here the path stays and the data behind it change."""
+    first = rows_of(build, tmp_path / "cache", num_negatives=3)
+    shutil.rmtree(build)
+    write_build(build, seed=1)
+    second = rows_of(build, tmp_path / "cache", num_negatives=3)
+    assert not first.equals(second) and second.equals(mined_anew(build, MINING))
+
+
+BAD_ARGUMENTS = {
+    "unknown config": ({"config_name": "trian"}, "there are train, candidates"),
+    "unknown number": ({"config_name": "train-nine"}, "names like train-n7-m90"),
+    "name and argument": ({"config_name": "train-n7", "margin": 0.9}, "takes no margin"),
+    "candidates at a margin": ({"config_name": "candidates", "margin": 0.9}, "takes no margin"),
+    "margin above one": ({"margin": 1.5}, "margin: Input should be less than or equal to 1"),
+    "margin above one by name": ({"config_name": "train-n7-m150"}, "margin: Input should be less"),
+    "no negatives": ({"config_name": "train-n0"}, "num_negatives"),
+    "unknown strategy": ({"strategy": "hardest"}, "strategy"),
+    "more negatives than there are": ({"num_negatives": 60}, "lower --num_negatives"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(case, build, tmp_path):
+    arguments, message = BAD_ARGUMENTS[case]
+    with pytest.raises(InputError, match=message):
+        rows_of(build, tmp_path / "cache", **arguments)
+
+
+def test_folders_without_the_data_are_refused(build, hub, tmp_path):
+    cache = tmp_path / "cache"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="neither a build nor a published data set"):
+        rows_of(tmp_path / "empty", cache)
+    (build / "scores" / "scores.parquet").unlink()
+    with pytest.raises(InputError, match=r"scores\.parquet: not a readable Parquet file"):
+        rows_of(build, cache, margin=0.9)
+    shutil.rmtree(hub / "classes")  # without them, documents of the positive's class would become negatives
+    with pytest.raises(InputError, match="download config 'classes' whole"):
+        rows_of(hub, cache, margin=0.9)
+    (hub / "README.md").write_text("a page without configs")
+    with pytest.raises(InputError, match="no 'train'"):
+        rows_of(hub, cache)
+
+
+def test_a_set_that_cannot_be_mined_is_refused_before_the_card(build, tmp_path):
+    (tmp_path / "hub").mkdir()
+    with pytest.raises(InputError, match="lower --num_negatives"):
+        write_hub(build, STEPS, {}, tmp_path / "hub", [Mining(num_negatives=60)])
+    assert not (tmp_path / "hub" / "README.md").exists()
+
+
+def test_labels_are_the_same_numbers(build, hub, tmp_path):
+    stored = pq.read_table(build / "mined" / "mined.parquet")["label"].combine_chunks().flatten()
+    published = rows_of(hub, tmp_path / "cache")["label"].combine_chunks().flatten()
+    assert stored.type == published.type == pa.float32()
+    np.testing.assert_array_equal(stored.to_numpy(), published.to_numpy())
