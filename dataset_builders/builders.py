@@ -56,6 +56,7 @@ TABLES = {
     "classes": ("corpus/classes.parquet", CLASSES),
     "sts": ("sts/sts.parquet", STS),
 }
+STEPS = sorted({file.partition("/")[0] for file, _ in TABLES.values()})
 _MINED = re.compile(r"train-n(?P<num_negatives>\d+)(-m(?P<margin>[\d.]+))?(-(?P<strategy>random)(-s(?P<seed>\d+))?)?")
 
 
@@ -87,7 +88,7 @@ class GradedConfig(datasets.BuilderConfig):
         if short:
             given = {name: value for name, value in short.groupdict().items() if value is not None}
             if "margin" in given:
-                given["margin"] = float(given["margin"]) / 100
+                given["margin"] = round(float(given["margin"]) / 100, 12)  # 0.977, not 0.9770000000000001
         try:
             return Mining(**given) if given else None
         except ValidationError as error:
@@ -147,13 +148,15 @@ class GradedDataset(datasets.ArrowBasedBuilder):
             raise
 
 
+def is_build(folder: Path) -> bool:
+    return any((folder / step / MANIFEST).is_file() for step in STEPS)
+
+
 def find_files(folder: Path, name: str) -> list[Path]:
     """The files of a config in the folder of a build, or in a published one. Raises InputError when there are none."""
-    files = _published_files(folder) if (folder / README).is_file() else _built_files(folder)
+    files = _built_files(folder) if is_build(folder) else _published_files(folder)
     if name not in files:
-        raise InputError(
-            f"{folder}: no {name!r}; it has {', '.join(files) or 'neither a build nor a published data set'}"
-        )
+        raise InputError(f"{folder}: no config {name!r}; it has {', '.join(files) or 'none'}")
     for path in files[name]:
         if not path.is_file():
             raise InputError(f"{path}: no such file; download config {name!r} whole")
@@ -165,23 +168,23 @@ def _built_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _published_files(folder: Path) -> dict[str, list[Path]]:
+    if not (folder / README).is_file():
+        raise InputError(f"{folder}: neither a build nor a published data set; download its {README}, too")
     configs = DatasetCard.load(folder / README, ignore_metadata_errors=True).data.to_dict().get("configs", [])
     return {config["config_name"]: [folder / path for path in config["data_files"][0]["path"]] for config in configs}
 
 
 def _content_key(folder: Path) -> str:
     """Changes when what `folder` holds does: published files are named by their content, in the README."""
-    if (folder / README).is_file():
-        return file_sha256(folder / README)[:16]
-    steps = sorted({file.partition("/")[0] for file, _ in TABLES.values()})
-    return fingerprint(
-        {step: read_manifest(folder / step)["files"] for step in steps if (folder / step / MANIFEST).is_file()}
-    )
+    if is_build(folder):
+        made = [step for step in STEPS if (folder / step / MANIFEST).is_file()]
+        return fingerprint({step: read_manifest(folder / step)["files"] for step in made})
+    return fingerprint({name: list(map(str, paths)) for name, paths in _published_files(folder).items()})
 
 
 def graded_of(folder: Path, cache_dir: str) -> Graded:
     """What mining reads, from the folder of a build or from a published one."""
-    if not (folder / README).is_file():
+    if is_build(folder):
         return read_graded(folder / "corpus", folder / "scores")
     files = {name: find_files(folder, name) for name in ("candidates", "documents", "queries")}
     # unpacked by `datasets` into its cache, once, and memory-mapped from there

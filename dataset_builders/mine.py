@@ -55,7 +55,7 @@ class Mining(Section):
         >>> Mining(num_negatives=15, margin=0.9, strategy="random").config_name()
         'train-n15-m90-random'
         """
-        margin = "" if self.margin == 0.95 else f"-m{100 * self.margin:g}"
+        margin = "" if self.margin == 0.95 else f"-m{100 * self.margin:.10g}"
         seed = f"-s{self.seed}" if self.seed else ""
         strategy = f"-random{seed}" if self.strategy == "random" else ""
         return f"train-n{self.num_negatives}{margin}{strategy}"

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import List, Value
+from hypothesis import given
+from hypothesis import strategies as st
 from test_data_mine import table_of, write_graded
 
 from dataset_builders import builders
-from dataset_builders.builders import GradedDataset, write_hub
+from dataset_builders.builders import GradedConfig, GradedDataset, write_hub
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, folder_step, write_parquet
 from dataset_builders.mine import Mining, write_mined
@@ -235,6 +237,13 @@ def test_changed_data_are_not_answered_from_the_cache(build, tmp_path):
     assert not first.equals(second) and second.equals(mined_anew(build, MINING))
 
 
+@given(st.integers(1, 1000), st.integers(1, 30), st.sampled_from(["top", "random"]), st.integers(0, 5))
+def test_a_name_says_how_the_set_was_mined(thousandths, num_negatives, strategy, seed):
+    seed = seed if strategy == "random" else 0  # it decides nothing else
+    mining = Mining(margin=thousandths / 1000, num_negatives=num_negatives, strategy=strategy, seed=seed)
+    assert GradedConfig(name=mining.config_name()).mining == mining
+
+
 BAD_ARGUMENTS = {
     "unknown config": ({"config_name": "trian"}, "there are train, candidates"),
     "unknown number": ({"config_name": "train-nine"}, "names like train-n7-m90"),
@@ -267,7 +276,7 @@ def test_folders_without_the_data_are_refused(build, hub, tmp_path):
     with pytest.raises(InputError, match="download config 'classes' whole"):
         rows_of(hub, cache, margin=0.9)
     (hub / "README.md").write_text("a page without configs")
-    with pytest.raises(InputError, match="no 'train'"):
+    with pytest.raises(InputError, match="no config 'train'"):
         rows_of(hub, cache)
 
 
