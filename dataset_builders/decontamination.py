@@ -1,0 +1,315 @@
+"""Training texts that evaluation tasks ask about: found, dropped and logged; and the paperwork that follows.
+
+What counts. A task's probes are the texts that it asks about: the queries of retrieval and reranking, both sides of
+STS and pair classification, the texts of classification, clustering and summarization, of its evaluation splits
+alone. A training query or document that equals a probe (case and white space aside), or is nearly one (see
+near_duplicates.py), shows the model a test item, whatever the label beside it. So it is dropped with its qrels, from
+the split to be trained on; other splits stay as they are. The documents that an evaluation task searches are no
+probes: training and test questions share a corpus by design (SciFact's 809 training claims are answered by the 5,183
+abstracts of its test), and without the test question beside it such a document tells nothing. They are counted.
+
+A copy that is cut to less than `similarity` of the probe's 5-grams, a paraphrase and a translation are not found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from dataset_builders.cli import InputError
+from dataset_builders.folders import file_sha256, read_parquet
+from dataset_builders.near_duplicates import (
+    NEAR_DUPLICATE,
+    TextRows,
+    band_keys,
+    first_equal,
+    near_matches,
+    same_text,
+    text_keys,
+)
+from dataset_builders.recipes import Section
+from dataset_builders.sources import find_folder
+
+if TYPE_CHECKING:
+    from mteb import AbsTask
+
+# `dropped` is false for a document that stays because another split judges it: it must not be trained on either.
+CONTAMINATION = pa.schema(
+    [
+        ("side", pa.string()),  # query | document
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("task", pa.string()),
+        ("matched_text", pa.string()),
+        ("kind", pa.string()),  # exact | near
+        ("similarity", pa.float32()),
+        ("dropped", pa.bool_()),
+    ]
+)
+TEST = "test"  # the evaluation split of a local set
+# Where a task of mteb names its text columns, whatever its type; retrieval's are fixed.
+_COLUMN_NAMES = (
+    "input_column_name",  # classification, clustering, regression
+    "column_names",  # STS
+    "input1_column_name",  # pair classification
+    "input2_column_name",
+    "text_column_name",  # summarization
+    "human_summaries_column_name",
+    "machine_summaries_column_name",
+)
+
+
+class Decontamination(Section):
+    """The evaluation tasks whose texts must not be trained on."""
+
+    benchmark: str | None = None  # of mteb
+    tasks: tuple[str, ...] = ()  # more tasks of mteb, by name
+    local: dict[str, str] = Field(default_factory=dict)  # task name -> folder with its test split: see sources.py
+    similarity: float = Field(NEAR_DUPLICATE, ge=0.7, le=1)  # below 0.7 MinHash would miss too many
+
+    @model_validator(mode="after")
+    def _some_task(self) -> Decontamination:
+        if not (self.benchmark or self.tasks or self.local):
+            raise ValueError("name a benchmark, tasks or local sets to compare with")
+        return self
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What evaluation tasks ask about. `similarity`: from which a training text is nearly a probe."""
+
+    texts: TextRows  # (n,) distinct
+    keys: np.ndarray  # (n, 2) text keys
+    bands: np.ndarray  # (n, BANDS)
+    uses: np.ndarray  # (m, 2) row of a probe, row of a task in `tasks`
+    tasks: tuple[str, ...]
+    corpora: dict[
+        str, np.ndarray
+    ]  # task -> (k, 2) text keys of the documents that it searches, with and without title
+    similarity: float
+
+
+def describe_decontamination(section: Decontamination | None, data_root: str | None) -> dict[str, Any] | None:
+    """What decides the probes, for the fingerprint of the step that compares with them. Raises InputError."""
+    if section is None:
+        return None
+    tasks = {
+        task.metadata.name: {
+            **{key: task.metadata.dataset[key] for key in ("path", "revision")},
+            "splits": list(task.eval_splits),
+            "subsets": list(task.hf_subsets),
+        }
+        for task in mteb_tasks(section)
+    }
+    local = {
+        name: {path.name: file_sha256(path) for path in _local_files(folder, data_root)}
+        for name, folder in section.local.items()
+    }
+    return {"similarity": section.similarity, "tasks": tasks, "local": local}
+
+
+def mteb_tasks(section: Decontamination) -> list[AbsTask]:
+    """The section's tasks of mteb, once each; a task that is made of others gives way to them. Raises InputError."""
+    if not (section.benchmark or section.tasks):
+        return []
+    import mteb
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+    try:
+        tasks = list(mteb.get_benchmark(section.benchmark).tasks) if section.benchmark else []
+        tasks += [mteb.get_task(name) for name in section.tasks]
+    except KeyError as error:  # whose message names what comes close
+        raise InputError(f"decontamination: {error.args[0].removeprefix('KeyError: ')}") from None
+    parts = [part for task in tasks for part in (task.tasks if isinstance(task, AbsTaskAggregate) else [task])]
+    return list({part.metadata.name: part for part in parts}.values())
+
+
+def read_probes(section: Decontamination, data_root: str | None) -> Probes:
+    """The probes of a section's tasks, loaded by mteb or read from local sets. Raises InputError."""
+    tasks = mteb_tasks(section)
+    readers = {name: partial(read_local, name, folder, data_root) for name, folder in section.local.items()}
+    readers |= {task.metadata.name: partial(read_task, task) for task in tasks}
+    texts: list[str] = []
+    owner: list[int] = []
+    corpora = {}
+    for number, (name, read) in enumerate(tqdm(readers.items(), desc="evaluation tasks", unit=" tasks")):
+        asked, searched = read()
+        asked = [text for text in asked if text.strip()]
+        if not asked:
+            raise InputError(f"decontamination: task {name!r} asks about no text; leave it out")
+        texts += asked
+        owner += [number] * len(asked)
+        if searched:
+            corpora[name] = text_keys(searched)
+    column = pa.chunked_array([pa.array(texts, pa.string())])
+    keys = text_keys(TextRows(column, np.arange(len(texts))))
+    first, probe = np.unique(first_equal(keys), return_inverse=True)
+    distinct = TextRows(column, first)
+    uses = np.unique(np.stack([probe, owner], axis=1), axis=0)
+    bands = band_keys(distinct, "evaluation tasks: MinHash")
+    return Probes(distinct, keys[first], bands, uses, tuple(readers), corpora, section.similarity)
+
+
+def read_task(task: AbsTask) -> tuple[list[str], list[str]]:
+    """What a task of mteb asks about in its evaluation splits, and the documents that it searches (none: [])."""
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    name = task.metadata.name
+    try:
+        task.load_data()
+    except (OSError, ValueError) as error:
+        raise InputError(f"decontamination: task {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    asked: list[str] = []
+    searched: list[str] = []
+    if isinstance(task, AbsTaskRetrieval):
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
+    else:
+        attributes = [getattr(task, attribute) for attribute in _COLUMN_NAMES if hasattr(task, attribute)]
+        columns = [column for attribute in attributes for column in _strings(attribute)]
+        if not columns:
+            kind = task.metadata.type
+            raise InputError(
+                f"decontamination: task {name!r} is of type {kind}, whose texts are not known; leave it out"
+            )
+    for data in _evaluation_data(task):
+        if isinstance(task, AbsTaskRetrieval):
+            asked += _strings(data["queries"]["text"])
+            corpus = data["corpus"]
+            searched += _strings(corpus["text"])
+            if "title" in corpus.column_names:
+                searched += _with_titles(corpus["title"], corpus["text"])
+        else:
+            asked += [text for column in columns for text in _strings(data[column])]
+    task.unload_data()
+    return asked, searched
+
+
+def read_local(name: str, folder: str, data_root: str | None) -> tuple[list[str], list[str]]:
+    """The same of a local set. Raises InputError."""
+    files = _local_files(folder, data_root)
+    if len(files) == 1:
+        table = read_parquet(files[0])
+        columns = [
+            column for column in ("text", "text1", "text2", "sentence1", "sentence2") if column in table.column_names
+        ]
+        return [text for column in columns for text in table[column].to_pylist()], []
+    corpus, queries, qrels = (read_parquet(path) for path in files)
+    judged = pc.filter(qrels["query_id"], pc.equal(qrels["split"], TEST))
+    asked = queries.filter(pc.is_in(queries["_id"], pc.unique(judged)))["text"].to_pylist()
+    texts = corpus["text"].to_pylist()
+    return asked, texts + (_with_titles(corpus["title"].to_pylist(), texts) if "title" in corpus.column_names else [])
+
+
+def find_matches(
+    side: str, ids: pa.Array, texts: TextRows, keys: np.ndarray, bands: np.ndarray, probes: Probes
+) -> tuple[np.ndarray, pa.Table]:
+    """Rows of `texts` that are probes or nearly so, and the log of them (CONTAMINATION without `dropped`).
+
+    A row that several tasks ask about occurs once for each, with the most similar of the task's probes.
+    """
+    equal = same_text(keys, probes.keys)
+    rows, matched, scores = near_matches(texts, bands, probes.texts, probes.bands, probes.similarity)
+    exact, near = np.flatnonzero(equal >= 0), equal[rows] != matched
+    rows = np.concatenate([exact, rows[near]])
+    matched = np.concatenate([equal[exact], matched[near]])
+    scores = np.concatenate([np.ones(len(exact)), scores[near]])
+    is_near = np.arange(len(rows)) >= len(exact)
+    # one line for each task of the probe
+    first, last = (np.searchsorted(probes.uses[:, 0], matched, side) for side in ("left", "right"))
+    line = np.repeat(np.arange(len(rows)), last - first)
+    use = np.arange(len(line)) - np.repeat(np.cumsum(last - first) - (last - first), last - first) + first[line]
+    rows, matched, scores, is_near, task = rows[line], matched[line], scores[line], is_near[line], probes.uses[use, 1]
+    order = np.lexsort((matched, -scores, is_near, task, rows))
+    best = order[np.append(True, (np.diff(rows[order]) != 0) | (np.diff(task[order]) != 0))[: len(order)]]
+    log = {
+        "side": pa.array([side] * len(best), pa.string()),
+        "id": ids.take(pa.array(rows[best])),
+        "text": pa.array(texts[rows[best]], pa.string()),
+        "task": pa.array([probes.tasks[number] for number in task[best]], pa.string()),
+        "matched_text": pa.array(probes.texts[matched[best]], pa.string()),
+        "kind": pa.array(np.where(is_near[best], "near", "exact").tolist(), pa.string()),
+        "similarity": pa.array(scores[best], pa.float32()),
+    }
+    return rows[best], pa.table(log)
+
+
+def count_by_task(log: pa.Table) -> dict[str, dict[str, int]]:
+    """task -> number of queries and of documents that match one of its probes."""
+    found = Counter(zip(log["task"].to_pylist(), log["side"].to_pylist(), strict=True))
+    tasks = sorted({task for task, _ in found})
+    return {task: {"queries": found[task, "query"], "documents": found[task, "document"]} for task in tasks}
+
+
+def count_searched(keys: np.ndarray, probes: Probes) -> dict[str, int]:
+    """task -> number of texts (of these keys) that equal a document that the task searches; no zeros."""
+    found = {}
+    for task, corpus in probes.corpora.items():
+        known = corpus[np.unique(first_equal(corpus))]
+        found[task] = int(np.count_nonzero(same_text(keys, known) >= 0))
+    return {task: count for task, count in sorted(found.items()) if count}
+
+
+def zero_shot(training_datasets: Sequence[str], benchmark: str) -> dict[str, Any]:
+    """What a model trained on these sets (mteb's names) has to state, and how zero-shot mteb will then call it.
+
+    mteb's own rule: a task of the benchmark counts as seen when it, or a task that mteb lists as similar to it (a
+    translation, a subset), is among the training sets. Raises InputError for an unknown benchmark.
+
+    >>> zero_shot(["ArguAna", "MSMARCO"], "MTEB(eng, v2)")["trained_on"]
+    ['ArguAna']
+    """
+    from mteb.models import ModelMeta
+
+    names = [task.metadata.name for task in mteb_tasks(Decontamination(benchmark=benchmark))]
+    meta = ModelMeta.create_empty({"training_datasets": set(training_datasets)})
+    return {
+        "training_datasets": sorted(set(training_datasets)),
+        "benchmark": benchmark,
+        "zero_shot_percentage": meta.zero_shot_percentage(names),
+        "trained_on": sorted(meta.get_training_datasets().intersection(names)),
+    }
+
+
+def _evaluation_data(task: AbsTask) -> Iterator[Any]:
+    """A loaded task's data by subset and split, of its evaluation splits."""
+    for subset in task.hf_subsets:
+        # a task that is not multilingual may leave the level of subsets out
+        data = task.dataset if subset == "default" and "default" not in task.dataset else task.dataset[subset]
+        for split in task.eval_splits:
+            yield data[split]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in a value of a column: a text, a list of them, or the turns of a dialogue."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(value.get("content"))
+    elif isinstance(value, Iterable):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _with_titles(titles: Iterable[str | None], texts: Iterable[str]) -> list[str]:
+    return [f"{title or ''} {text}".strip() for title, text in zip(titles, texts, strict=True)]
+
+
+def _local_files(folder: str, data_root: str | None) -> list[Path]:
+    """A local set's files: corpus, queries and qrels, or its test split alone. Raises InputError."""
+    place = find_folder(folder, data_root)
+    names = ("corpus", "queries", "qrels") if (place / "queries.parquet").is_file() else (TEST,)
+    paths = [place / f"{name}.parquet" for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; decontamination reads the {TEST} split of a local set")
+    return paths
