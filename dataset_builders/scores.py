@@ -164,8 +164,16 @@ def calibrate(positives: np.ndarray, others: np.ndarray) -> tuple[Calibration, d
         )
     calibration = Calibration(a, b)
     table = reliability(calibration(scores), is_positive)
-    facts = {"a": a, "b": b, "auc": round(auc, 4), "positives": len(positives), "others": len(others)}
-    return calibration, {**facts, "error": round(calibration_error(table), 4), "reliability": table}
+    facts = {
+        "a": a,
+        "b": b,
+        "auc": round(auc, 4),
+        "positives": len(positives),
+        "others": len(others),
+        "expected_calibration_error": round(calibration_error(table), 4),
+        "reliability": table,
+    }
+    return calibration, facts
 
 
 def check_spread(scores: np.ndarray, what: str) -> None:

@@ -97,7 +97,7 @@ def test_where_labels_are_the_true_odds_the_reliability_table_is_its_own_diagona
     for row in table:
         assert row["observed"] == pytest.approx(row["label"], abs=0.02)
     assert calibration_error(table) < 0.01
-    assert calibrate(scores[:40_000], scores[40_000:])[1]["error"] < 0.01
+    assert calibrate(scores[:40_000], scores[40_000:])[1]["expected_calibration_error"] < 0.01
     assert calibration_error(reliability(expit(3 * scores), np.arange(len(scores)) < 40_000)) > 0.1  # too sure
 
 
