@@ -1,4 +1,7 @@
-"""Manifests -> README.md of the published folder: the YAML that `load_dataset` reads, and how the data was made."""
+"""Recipe and manifests -> README.md of the published folder: how the data were made, checked, and can be made again.
+
+It is also what `load_dataset` reads: the YAML on top names the files of each configuration.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,180 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dataset_builders.cli import InputError
+from dataset_builders.sources import registry
+
 CARD = Path(__file__).with_name("dataset_card.md")
+STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
+# What the Hub can be searched by. Every row is about which texts are alike; a retrieval set can be searched, too.
+TASK_CATEGORIES = {"retrieval": ["text-retrieval", "sentence-similarity"]}
+# Texts of one class are positives of each other, so one row's document is no negative of another's query.
+CLASS_TASKS = ("classification", "clustering")
+SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M", 1e8: "10M<n<100M"}
 
 
 def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
-    """README.md. `facts`, the recipe's keys and the steps' manifests by name (None: not made), fills dataset_card.md.
+    """README.md. `facts`: the recipe's keys, and the manifest of each of STEPS; a step that was not made is left out.
 
-    Each of `configs` has name, rows, columns and files; the first is the default one.
+    Each of `configs` has name, rows, columns and files; the first is the default one. Raises InputError where the
+    Hub would read other metadata than was written.
     """
+    from huggingface_hub import DatasetCard
+
+    made = {step: facts.get(step) for step in STEPS}
+    recipe = {key: value for key, value in facts.items() if key not in STEPS}
+    if made["sts"] and "sts" in made["sts"]["inputs"]:  # the manifest stands where the recipe's section was
+        recipe["sts"] = made["sts"]["inputs"]["sts"]
+    public = public_recipe(recipe, source_commit(made))
+    entry = registry()[recipe["source"]["name"]] if recipe["source"]["kind"] == "registry" else None
+    licence = entry.licence if entry else recipe["source"].get("licence")
+    metadata = card_metadata(configs, public["task_type"], licence)
+    environment = Environment(
+        loader=FileSystemLoader(CARD.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {
+        "count": "{:,}".format,
+        "encoder": encoder_settings,
+        "figure": figure,
+        "interval": interval,
+        "percent": percent,
+        "quantiles": quantiles,
+    }
+    card = environment.get_template(CARD.name).render(
+        metadata=metadata.to_yaml(),
+        configs=configs,
+        recipe=public,
+        recipe_yaml=yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110).strip(),
+        title=source_title(public["source"]),
+        entry=entry,
+        licence=licence,
+        commit=source_commit(made),
+        in_batch_negatives=entry.in_batch_negatives if entry else public["task_type"] not in CLASS_TASKS,
+        **made,
+    )
+    if DatasetCard(card).data.to_dict() != metadata.to_dict():
+        raise InputError(f"{CARD}: the metadata on top does not read back as it was written")
+    return card
+
+
+def card_metadata(configs: Sequence[Mapping[str, Any]], task_type: str, licence: str | None) -> Any:
+    """What the Hub searches by, and what `load_dataset` finds files by."""
+    from huggingface_hub import DatasetCardData
+
     files = [
         {"config_name": config["name"], "data_files": [{"split": "train", "path": config["files"]}]}
         for config in configs
     ]
-    metadata = {
-        "language": ["en"],
-        "task_categories": ["sentence-similarity"],
-        "tags": ["sentence-transformers", "graded-embedder"],
-        "configs": [{**files[0], "default": True}, *files[1:]],
-    }
-    environment = Environment(
-        loader=FileSystemLoader(CARD.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    return DatasetCardData(
+        language=["en"],
+        license=license_id(licence),
+        task_categories=TASK_CATEGORIES.get(task_type, ["sentence-similarity"]),
+        size_categories=[size_category(configs[0]["rows"])],
+        tags=["sentence-transformers", "graded-embedder", "hard-negatives", "distillation", task_type],
+        configs=[{**files[0], "default": True}, *files[1:]],
     )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
-    environment.filters["basename"] = lambda path: Path(path).name  # where it lay on this machine is nobody's business
-    return environment.get_template(CARD.name).render(
-        metadata=yaml.safe_dump(metadata, sort_keys=False).strip(), configs=configs, **facts
-    )
+
+
+def license_id(licence: str | None) -> str:
+    """As the Hub writes licences: an identifier, `other` for what has only a name or an address, or `unknown`.
+
+    >>> [license_id(licence) for licence in ("CC-BY-SA-4.0", "https://example.org/terms", "not specified", None)]
+    ['cc-by-sa-4.0', 'other', 'unknown', 'unknown']
+    """
+    if licence is None or licence == "not specified":
+        return "unknown"
+    return "other" if any(mark in licence for mark in (" ", "/", ",")) else licence.lower()
+
+
+def size_category(rows: int) -> str:
+    """
+    >>> size_category(999), size_category(1000)
+    ('n<1K', '1K<n<10K')
+    """
+    return next((name for limit, name in SIZES.items() if rows < limit), "n>100M")
+
+
+def public_recipe(recipe: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
+    """The recipe as a stranger can use it: what was left at null left out, the source pinned, no path of ours.
+
+    Where a local folder lay on this machine is nobody's business; what it was called is.
+    """
+    cleaned = _without_paths(recipe)
+    if commit and "revision" in recipe["source"]:
+        cleaned["source"]["revision"] = commit
+    return cleaned
+
+
+def _without_paths(value: Any, key: str = "") -> Any:
+    if isinstance(value, Mapping):
+        # `local` maps task names to folders
+        inner = {name: _without_paths(item, "path" if key == "local" else name) for name, item in value.items()}
+        return {name: item for name, item in inner.items() if item not in (None, [], {})}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if key in ("path", "model", "dataset") and isinstance(value, str):
+        return public_name(value)
+    return value
+
+
+def public_name(reference: str) -> str:
+    """A Hub id or package as it is; of a folder on this machine its last part.
+
+    >>> public_name("org/model@main"), public_name("/home/me/models/mine"), public_name("package:name")
+    ('org/model@main', 'mine', 'package:name')
+    """
+    is_path = reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
+    return Path(reference).name if is_path else reference
+
+
+def source_title(source: Mapping[str, Any]) -> str:
+    """What the source is called, by whichever key its kind has."""
+    return next((source[key] for key in ("name", "path", "dataset") if key in source), "Python documentation")
+
+
+def source_commit(made: Mapping[str, Any]) -> str | None:
+    """The commit of the Hub that the source was read at."""
+    first = made["corpus"] or made["sts"]
+    return first["inputs"]["source"].get("commit")
+
+
+def encoder_settings(section: Mapping[str, Any]) -> str:
+    """What a model of the recipe reads: length, dtype and prompts.
+
+    >>> encoder_settings({"max_seq_length": 128, "dtype": "float32", "query_prompt": "query: "})
+    "128 tokens, float32, query_prompt 'query: '"
+    """
+    length = f"{section['max_seq_length']} tokens" if section.get("max_seq_length") else "the model's own length"
+    names = [name for name in ("prompt", "query_prompt", "document_prompt") if section.get(name)]
+    prompts = ", ".join(f"{name} {section[name]!r}" for name in names) or "the prompts saved with it"
+    return f"{length}, {section['dtype']}, {prompts}"
+
+
+def quantiles(values: Mapping[str, int]) -> str:
+    """
+    >>> quantiles({"min": 0, "median": 12, "max": 1000})
+    'min 0, median 12, max 1,000'
+    """
+    return ", ".join(f"{name} {value:,}" for name, value in values.items())
+
+
+def interval(share: Mapping[str, float | None]) -> str:
+    """
+    >>> interval({"share": 0.25, "low": 0.1, "high": 0.4})
+    '25.0 % (10.0 % to 40.0 %)'
+    """
+    if share["share"] is None:
+        return "-"
+    return f"{percent(share['share'])} ({percent(share['low'])} to {percent(share['high'])})"
+
+
+def percent(share: float | None) -> str:
+    """
+    >>> percent(0.1234), percent(None)
+    ('12.3 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,258 @@
+"""The data set's card: metadata that the Hub reads, every figure in its place, no path of the publisher's machine."""
+
+import doctest
+from itertools import pairwise
+
+import pytest
+import yaml
+from huggingface_hub import DatasetCard
+
+from dataset_builders import card
+from dataset_builders.card import license_id, public_recipe, render_card, size_category
+
+MODEL = {"max_seq_length": 128, "dtype": "float32", "batch_tokens": 1024, "vector_dtype": "float16"}
+CONFIGS = [
+    {
+        "name": "train",
+        "rows": 1234,
+        "columns": ["query", "positive", "negative_1", "label"],
+        "files": ["train/a.parquet"],
+    },
+    {
+        "name": "candidates",
+        "rows": 56789,
+        "columns": ["query_id"],
+        "files": ["candidates/b.parquet", "candidates/c.parquet"],
+    },
+]
+
+
+def share(value):
+    return {"share": value, "low": value / 2, "high": value * 2}
+
+
+@pytest.fixture
+def facts():
+    """A recipe and manifests; all counts differ, so that none can stand in another's place."""
+    return {
+        "source": {"kind": "local", "path": "/home/me/private/scifact", "split": "train", "eval_splits": []},
+        "task_type": "retrieval",
+        "instruction": "Find the abstract",
+        "decontamination": None,
+        "bm25": {"backend": "bm25s", "top_k": 101, "k1": 1.5, "b": 0.75},
+        "dense": {"model": "package:encoder", "top_k": 102, **MODEL, "query_prompt": "query: "},
+        "fusion": {"rrf_k": 60, "top_k": 103},
+        "teacher": {"kind": "cross_encoder", "model": "/home/me/private/reranker", **MODEL, "prompt": None},
+        "mining": {"margin": 0.95, "num_negatives": 7, "strategy": "top", "seed": 4},
+        "publish": [],
+        "corpus": {
+            "inputs": {"source": {"kind": "local", "files": {}}},
+            "pairs_used": 1001,
+            "pairs_seen": 1002,
+            "documents": 1003,
+            "exact_duplicate_documents_merged": 1004,
+            "near_duplicate_documents": 1005,
+            "near_duplicate_groups": 1006,
+            "queries": {"test": 1007, "train": 1008},
+            "duplicate_queries_merged": 1009,
+            "leaking_queries_dropped": 1010,
+            "queries_without_positive_dropped": 1011,
+        },
+        "candidates": {"inputs": {"dense": {"model": "f1f1f1"}}, "candidates": 1012, "queries": 1013},
+        "scores": {
+            "inputs": {"teacher": {"model": "e2e2e2"}},
+            "graded": 1014,
+            "queries": 1015,
+            "calibration": {"a": 17.25, "b": -6.5, "positives": 1016, "others": 1017, "auc": 0.9485, "error": 0.0252},
+            "flat_rows": 1018,
+            "one_hot_rows": 1019,
+            "warnings": ["30 % of the queries are one-hot"],
+            "versions": {"bm25s": "0.3.16", "torch": "2.13.0"},
+        },
+        "mined": {
+            "rows": 1234,
+            "rows_dropped": {"too_few_negatives": 1020, "no_qualifying_candidate": 1021},
+            "candidates": {"is_other_positive": 1022, "is_duplicate_of_positive": 1023, "shares_class": 1024},
+            "yield": {"qualifying_per_row": {"min": 0, "max": 1025}, "rows_per_query": {"min": 0, "max": 1026}},
+        },
+        "audit": {
+            "mined_rows": {
+                "queries": 1027,
+                "queries_without_rows": 1028,
+                "rows": 1234,
+                "negatives": 8638,
+                "violations": {"above_margin": 0, "repeated_in_row": 0},
+                "distinct_negatives": 1029,
+                "median_uses": 3,
+                "most_uses": 1030,
+                "share_of_top_percent": 0.123,
+            },
+            "labels": {
+                name: {"mean": mean} for name, mean in (("positives", 0.91), ("negatives", 0.52), ("candidates", 0.13))
+            },
+            "false_negatives": {
+                "reason": None,
+                "queries": 1031,
+                "hidden": 1032,
+                "by_margin": [{"margin": 0.95, "admitted": share(0.2), "among_negatives": share(0.03)}],
+            },
+            "found_by": {
+                name: {"count": 1033, "bm25_only": 0.25, "dense_only": 0.35, "both": 0.4, "neither": 0.0}
+                for name in ("candidates", "positives", "negatives")
+            },
+            "negative_quality": {
+                "temperature": 0.05,
+                "strategies": [
+                    {
+                        "strategy": "top",
+                        "margin": 0.95,
+                        "rows": 1234,
+                        "hardness": 0.33,
+                        "safety": 0.52,
+                        "useful": 0.17,
+                    },
+                    {
+                        "strategy": "random",
+                        "margin": 0.95,
+                        "rows": 0,
+                        "hardness": None,
+                        "safety": None,
+                        "useful": None,
+                    },
+                ],
+            },
+            "ndcg_at_10": {"queries": 1034, "bm25": None, "dense": 0.7, "rrf": 0.8, "graded": 0.9},
+            "plots": ["labels.png", "false_negatives.png", "reliability.png"],
+        },
+        "sts": None,
+    }
+
+
+def test_docstring_examples():
+    found = doctest.testmod(card)
+    assert found.attempted >= 7 and found.failed == 0
+
+
+def test_the_hub_reads_the_metadata(facts):
+    data = DatasetCard(render_card(CONFIGS, facts)).data
+    assert (data.language, data.license, data.size_categories) == (["en"], "unknown", ["1K<n<10K"])
+    assert data.task_categories == ["text-retrieval", "sentence-similarity"]
+    assert [(config["config_name"], config.get("default")) for config in data.configs] == [
+        ("train", True),
+        ("candidates", None),
+    ]
+    assert data.configs[1]["data_files"] == [{"split": "train", "path": CONFIGS[1]["files"]}]
+
+
+def test_every_count_is_told(facts):
+    text = render_card(CONFIGS, facts)
+    missing = [number for number in range(1001, 1035) if f"{number:,}" not in text]
+    # dropped rows are told one by one and as a sum
+    assert missing == [] and f"{1020 + 1021:,}" in text
+    for words in ("k1 = 1.5, b = 0.75", "bm25s 0.3.16", "k = 60", "f1f1f1", "e2e2e2", "17.2500", "-6.5000", "0.9485"):
+        assert words in text
+    for words in ("label < 0.95", "seed 4", "query_prompt 'query: '", "20.0 % (10.0 % to 40.0 %)", "not ECI"):
+        assert words in text
+    assert "| - | 0.7000 | 0.8000 | 0.9000 |" in text
+    assert "**Warning of the grading step:** 30 % of the queries are one-hot" in text
+    for name in facts["audit"]["plots"]:
+        assert f"(assets/{name})" in text
+
+
+def test_no_path_of_this_machine_is_told(facts):
+    facts["decontamination"] = {"benchmark": None, "tasks": [], "local": {"SciFact": "/home/me/private/scifact"}}
+    text = render_card(CONFIGS, facts)
+    assert "/home" not in text and "private" not in text
+    assert "`reranker`" in text and "# scifact, graded" in text
+
+
+def test_a_relative_model_folder_loses_its_path(facts, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    facts["teacher"]["model"] = "runs/mine"  # looks like a Hub id
+    assert "runs/mine" not in render_card(CONFIGS, facts)
+
+
+def test_markdown_tables_are_whole(facts):
+    """A newline that Jinja swallowed would put two rows on one line."""
+    lines = render_card(CONFIGS, facts).splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) > 25
+    for line in tables:
+        assert line.endswith("|"), line
+    for first, second in pairwise(lines):
+        if second.startswith("|---"):
+            assert first.count("|") == second.count("|"), first
+    for heading in (line for line in lines if line.startswith("## ")):
+        assert lines[lines.index(heading) - 1] == "", heading
+
+
+def test_the_recipe_in_the_card_builds_the_same(facts):
+    from dataset_builders.candidates import Fusion
+    from dataset_builders.dense import Dense
+    from dataset_builders.mine import Mining
+
+    text = render_card(CONFIGS, facts)
+    recipe = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert recipe["mining"] == facts["mining"] and Mining(**recipe["mining"]).seed == 4
+    assert Fusion(**recipe["fusion"]).rrf_k == 60 and Dense(**recipe["dense"]).query_prompt == "query: "
+    assert "--data_root" in text
+
+
+def test_a_hub_source_is_pinned_to_the_commit_that_was_read(facts):
+    facts["source"] = {"kind": "hub", "dataset": "org/set", "revision": "main", "split": "train"}
+    facts["corpus"]["inputs"] = {"source": {"commit": "c" * 40}}
+    text = render_card(CONFIGS, facts)
+    assert f"revision: {'c' * 40}" in text and "revision: main" not in text
+    assert "--data_root" not in text and public_recipe(facts, None)["source"]["revision"] == "main"
+
+
+def test_a_set_of_the_registry_has_its_licence_and_its_policy(facts):
+    from dataset_builders.sources import registry
+
+    name, entry = next(item for item in registry().items() if not item[1].in_batch_negatives and item[1].split)
+    facts["source"] = {"kind": "registry", "name": name, "split": entry.split}
+    facts["task_type"] = entry.task_type
+    facts["corpus"]["inputs"] = {"source": {"commit": "c" * 40}}
+    text = render_card(CONFIGS, facts)
+    assert entry.dataset in text and "Use each row's own negatives only" in text
+    assert DatasetCard(text).data.license == license_id(entry.licence)
+
+
+@pytest.mark.parametrize("task_type", ["classification", "clustering"])
+def test_rows_of_classes_must_not_be_each_others_negatives(facts, task_type):
+    facts["task_type"] = task_type
+    assert "Use each row's own negatives only" in render_card(CONFIGS, facts)
+
+
+def test_what_was_not_estimated_says_why(facts):
+    facts["audit"]["false_negatives"] = {"reason": "no query has two labelled positives", "by_margin": []}
+    facts["audit"]["plots"] = ["labels.png"]
+    text = render_card(CONFIGS, facts)
+    assert "Not estimated: no query has two labelled positives." in text
+    assert "false_negatives.png" not in text and "reliability.png" not in text
+
+
+def test_sections_of_steps_that_were_not_made_are_left_out(facts):
+    facts["audit"] = None
+    text = render_card(CONFIGS, facts)
+    assert "## Audit" not in text and "assets/" not in text and "## How it was made" in text
+
+
+def test_a_set_of_published_pairs_has_a_card_without_the_steps():
+    facts = {
+        "source": {"kind": "local", "path": "stsb", "split": "train", "score_range": [0, 5]},
+        "task_type": "sts",
+        "instruction": "Find alike text",
+        "mined": None,
+        "sts": {"inputs": {"source": {"kind": "local"}}, "rows": 10, "rows_by_label_bin": [1] * 10},
+    }
+    text = render_card([{"name": "sts", "rows": 10, "columns": ["sentence1"], "files": ["sts/a.parquet"]}], facts)
+    assert "moved from [0, 5] into (0, 1)" in text
+    assert not {"## How it was made", "## Audit", "## Limits"} & set(text.splitlines())
+    assert DatasetCard(text).data.size_categories == ["n<1K"]
+
+
+def test_sizes_follow_the_hubs_names():
+    names = [size_category(rows) for rows in (0, 10**4, 10**5, 10**6, 10**7, 10**8)]
+    assert names == ["n<1K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "n>100M"]
