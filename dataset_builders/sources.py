@@ -1,44 +1,63 @@
-"""Where raw data comes from: docstrings (`pydocs`), a local folder (`local`) or the Hugging Face Hub (`hub`).
+"""Where raw data comes from: docstrings (`pydocs`), a folder (`local`), the Hugging Face Hub (`hub`), or a set of
+sources.yaml (`registry`), which is on the Hub too and comes with its columns, licence and instruction.
 
 Whatever the source, out come documents, queries and qrels (or sentence pairs with a score), checked row by row.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
+import difflib
+import functools
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dataset_builders import pydocs
 from dataset_builders.cli import InputError
-from dataset_builders.folders import file_sha256, files_of, read_parquet
-from dataset_builders.recipes import Section
-from dataset_builders.references import hub_commit
-from dataset_builders.schema import (
-    DOCUMENTS,
-    LABEL_FLOOR,
-    QRELS,
-    STS,
-    check_known,
-    check_rows,
-    check_texts,
-    check_unique,
-    to_schema,
+from dataset_builders.folders import file_sha256, files_of
+from dataset_builders.layouts import (
+    COLUMNS,
+    LABEL_SCORES,
+    Draw,
+    FolderTables,
+    HubTables,
+    Layout,
+    Rows,
+    Tables,
+    read_graded_pairs,
+    read_layout,
 )
+from dataset_builders.layouts import stable_hash as stable_hash  # for the rooms to the right
+from dataset_builders.recipes import Section, parse_recipe, read_yaml
+from dataset_builders.references import hub_commit
+from dataset_builders.schema import DOCUMENTS, LABEL_FLOOR, QRELS, STS
+
+REGISTRY = Path(__file__).with_name("sources.yaml")
+TaskType = Literal["retrieval", "classification", "clustering", "duplicates", "nli", "sts"]
+TASK_LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "retrieval": ("corpus", "pairs"),
+    "classification": ("texts",),
+    "clustering": ("texts",),
+    "duplicates": ("text_pairs",),
+    "nli": ("text_pairs",),
+    "sts": ("graded_pairs",),
+}
 
 
-class Splits(Section):
+class Disclosed(Section):
+    # the mteb tasks whose data this is: what a model trained on it declares as its `training_datasets`
+    training_datasets: tuple[str, ...] = ()
+
+
+class Splits(Disclosed):
     """`split` is graded and mined; the queries of `eval_splits` get candidates only."""
 
     split: str = "train"
@@ -55,39 +74,7 @@ class Splits(Section):
         return self
 
 
-class PydocsSource(Splits):
-    """Docstrings of the standard library and of this project's dependencies: summary = query, body = document."""
-
-    kind: Literal["pydocs"]
-    num_pairs: int | None = Field(None, ge=1)  # a stable subset; a larger number contains a smaller one's
-    seed: int = 0
-
-
-class LocalSource(Splits):
-    """corpus.parquet (_id, title, text), queries.parquet (_id, text), qrels.parquet (see CORPUS_FILES)."""
-
-    kind: Literal["local"]
-    path: str
-
-
-class PairColumns(Section):
-    query: str = "query"
-    positive: str = "positive"
-
-
-class HubSource(Splits):
-    """A data set of (query, positive) rows on the Hub, or in a folder that `load_dataset` reads."""
-
-    kind: Literal["hub"]
-    dataset: str
-    config: str | None = None
-    revision: str | None = None
-    columns: PairColumns = PairColumns()
-    num_pairs: int | None = Field(None, ge=1)
-    seed: int = 0
-
-
-class Graded(Section):
+class Graded(Disclosed):
     """Sentence pairs whose published scores run from score_range[0] to score_range[1]."""
 
     split: str = "train"
@@ -100,6 +87,112 @@ class Graded(Section):
         return self
 
 
+class Sample(Section):
+    """A stable subset of `split`: a larger number contains a smaller one's."""
+
+    num_pairs: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+class HubSet(Section):
+    """A data set on the Hub, or a folder that `load_dataset` reads; see layouts.py."""
+
+    dataset: str
+    config: str | None = None
+    revision: str | None = None
+    layout: Layout = "pairs"
+    columns: Mapping[str, str | tuple[str, ...]] = {}  # our name -> theirs; several are joined by a space
+    label_separator: str | None = Field(None, min_length=1)  # of texts: a label is several classes with this between
+    label_scores: Mapping[str, int] = LABEL_SCORES  # of text_pairs: pairs with another label are left out
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> HubSet:
+        for name in self.columns:
+            if name not in COLUMNS[self.layout]:
+                known = ", ".join(COLUMNS[self.layout]) or "none to rename"
+                raise ValueError(f"layout {self.layout!r} has no column {name!r}; it has {known}")
+        return self
+
+
+class Entry(HubSet):
+    """A set of sources.yaml."""
+
+    task_type: TaskType
+    split: str | None  # null: nothing to train on, and `note` says why
+    instruction: str
+    licence: str
+    in_batch_negatives: bool  # false where the positive of one row may be of another row's class
+    mteb_task: str | None  # the evaluation that this is the training set of
+    training_datasets: tuple[str, ...]
+    score_range: tuple[float, float] | None = None
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Entry:
+        if self.layout not in TASK_LAYOUTS[self.task_type]:
+            raise ValueError(f"layout {self.layout!r} does not go with task type {self.task_type!r}")
+        if (self.task_type == "sts") != (self.score_range is not None):
+            raise ValueError("score_range goes with task type 'sts', and only with that")
+        if self.split is None and not self.note:
+            raise ValueError("a set without a split to train on says why in its note")
+        return self
+
+
+@functools.cache
+def registry() -> dict[str, Entry]:
+    """sources.yaml, in its order."""
+    return {name: parse_recipe(Entry, values, f"{REGISTRY}, {name}") for name, values in read_yaml(REGISTRY).items()}
+
+
+class PydocsSource(Splits, Sample):
+    """Docstrings of the standard library and of this project's dependencies: summary = query, body = document."""
+
+    kind: Literal["pydocs"]
+
+
+class LocalSource(Splits):
+    """A folder in one of the layouts of layouts.py, which shows in its files; read whole."""
+
+    kind: Literal["local"]
+    path: str
+    seed: int = 0  # of the positives that are drawn from a class
+
+
+class HubSource(Splits, Sample, HubSet):
+    kind: Literal["hub"]
+
+
+class RegistrySource(Splits, Sample):
+    """A set of sources.yaml; `split` and `training_datasets` are the set's unless the recipe has its own."""
+
+    kind: Literal["registry"]
+    name: str
+
+    @property
+    def entry(self) -> Entry:
+        return registry()[self.name]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, values: Any) -> Any:
+        entry = registry().get(str(values.get("name")))
+        if entry is None or entry.split is None:
+            return values  # the name is refused below
+        return {"split": entry.split, "training_datasets": entry.training_datasets, **values}
+
+    @field_validator("name")
+    @classmethod
+    def _trainable(cls, name: str) -> str:
+        if name not in registry():
+            close = difflib.get_close_matches(name, registry(), n=1)
+            raise ValueError(
+                f"not in the registry; {f'did you mean {close[0]!r}?' if close else 'see --list_sources'}"
+            )
+        if registry()[name].split is None:
+            raise ValueError(registry()[name].note)
+        return name
+
+
 class LocalStsSource(Graded):
     """A folder with SPLIT.parquet (sentence1, sentence2, score)."""
 
@@ -107,87 +200,74 @@ class LocalStsSource(Graded):
     path: str
 
 
-class StsColumns(Section):
-    sentence1: str = "sentence1"
-    sentence2: str = "sentence2"
-    score: str = "score"
-
-
-class HubStsSource(Graded):
+class HubStsSource(Graded, Sample, HubSet):
     kind: Literal["hub"]
-    dataset: str
-    config: str | None = None
-    revision: str | None = None
-    columns: StsColumns = StsColumns()
+    layout: Literal["graded_pairs"] = "graded_pairs"
 
 
-Source = Annotated[PydocsSource | LocalSource | HubSource, Field(discriminator="kind")]
-StsSource = Annotated[LocalStsSource | HubStsSource, Field(discriminator="kind")]
-
-CORPUS_FILES = {
-    "corpus.parquet": ["_id", "text"],  # and title, where there is one
-    "queries.parquet": ["_id", "text"],
-    "qrels.parquet": ["query_id", "corpus_id", "score", "split"],
-}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Raw data: `qrels.split` is null where the source has no splits of its own."""
-
-    documents: dict[str, str]  # document_id -> text
-    queries: dict[str, str]  # query_id -> text
-    qrels: list[tuple[str, str, int, str | None]]  # query_id, document_id, score, split
-    seen: int  # pairs or judgements that the source holds
+Source = Annotated[PydocsSource | LocalSource | HubSource | RegistrySource, Field(discriminator="kind")]
+StsSource = Annotated[LocalStsSource | HubStsSource | RegistrySource, Field(discriminator="kind")]
 
 
 def describe_source(source: Any, data_root: str | None) -> dict[str, Any]:
     """What decides a source's rows, for the fingerprint of the step that reads them. Raises InputError."""
-    keys = source.model_dump(mode="json")
+    keys = source.model_dump(mode="json", exclude={"training_datasets"})
     if source.kind == "pydocs":
         packages = {name: importlib.metadata.version(name) for name in pydocs.dependencies(pydocs.PROJECT)}
         parser = file_sha256(Path(pydocs.__file__))
         return {**keys, "python": platform.python_version(), "packages": packages, "parser": parser}
     if source.kind == "local":
-        folder = find_folder(keys.pop("path"), data_root)
-        names = CORPUS_FILES if isinstance(source, LocalSource) else [f"{source.split}.parquet"]
-        for name in names:
-            if not (folder / name).is_file():
-                raise InputError(f"{folder / name}: no such file; {type(source).__doc__.splitlines()[0]}")
-        return {**keys, "files": {name: file_sha256(folder / name) for name in names}}
-    if Path(source.dataset).is_dir():
-        return {**keys, "files": files_of(Path(source.dataset))}
-    return {**keys, "commit": hub_commit(source.dataset, source.revision, repo_type="dataset")}
+        del keys["path"]  # the same files are the same source wherever they lie
+        return {**keys, "files": {path.name: file_sha256(path) for path in open_tables(source, data_root).files}}
+    found = _hub_set(source)
+    keys |= {"set": found.model_dump(mode="json", include={*HubSet.model_fields, "score_range"})}
+    if Path(found.dataset).is_dir():
+        return {**keys, "files": files_of(Path(found.dataset))}
+    return {**keys, "commit": hub_commit(found.dataset, found.revision, repo_type="dataset")}
 
 
-def read_rows(source: PydocsSource | LocalSource | HubSource, data_root: str | None) -> Rows:
+def check_task_type(task_type: str, source: Any, data_root: str | None) -> None:
+    """Raises InputError when a source's rows are not of this task type."""
+    if source.kind == "registry" and source.entry.task_type != task_type:
+        raise InputError(f"source.name {source.name!r} is for task_type {source.entry.task_type!r}, not {task_type!r}")
+    layout = "pairs" if source.kind == "pydocs" else open_tables(source, data_root).layout
+    if layout not in TASK_LAYOUTS[task_type]:
+        fitting = ", ".join(name for name, layouts in TASK_LAYOUTS.items() if layout in layouts)
+        raise InputError(f"task_type {task_type!r}: the source holds {layout!r}, which is for {fitting}")
+
+
+def read_rows(source: PydocsSource | LocalSource | HubSource | RegistrySource, data_root: str | None) -> Rows:
+    """Documents, queries and qrels. Raises InputError at the first row that cannot be used."""
     if source.kind == "pydocs":
         return _read_pydocs(source)
-    if source.kind == "local":
-        return _read_local(source, find_folder(source.path, data_root))
-    return _read_hub(source)
+    return read_layout(open_tables(source, data_root), source.searched, _draw_of(source))
 
 
-def read_sts(source: LocalStsSource | HubStsSource, data_root: str | None) -> pa.Table:
+def read_sts(source: LocalStsSource | HubStsSource | RegistrySource, data_root: str | None) -> pa.Table:
     """(sentence1, sentence2, label): the published score moved from its stated range into (0, 1)."""
-    if source.kind == "local":
-        path = find_folder(source.path, data_root) / f"{source.split}.parquet"
-        table, where = read_parquet(path, ["sentence1", "sentence2", "score"]), str(path)
-    else:
-        table, where = _load_hub_split(source, source.split), source.dataset
-    check_rows(table, where)
-    raw = pa.schema([STS.field("sentence1"), STS.field("sentence2"), ("score", pa.float64())])
-    table = to_schema(table, raw, where)
-    for name in ("sentence1", "sentence2"):
-        check_texts(table[name].to_pylist(), [f"{name} in row {row}" for row in range(len(table))], where)
+    tables = open_tables(source, data_root)
+    table = read_graded_pairs(tables, source.split, _draw_of(source))
+    lowest, highest = source.entry.score_range if source.kind == "registry" else source.score_range
     scores = table["score"].to_numpy()
-    lowest, highest = source.score_range
     outside = np.flatnonzero(~((scores >= lowest) & (scores <= highest)))
     if len(outside):
-        row = outside[0]
-        raise InputError(f"{where}: score {scores[row]} in row {row} is outside score_range [{lowest}, {highest}]")
+        where = f"{tables.where(source.split)}: score {scores[outside[0]]} in row {outside[0]}"
+        raise InputError(f"{where} is outside score_range [{lowest}, {highest}]")
     labels = np.clip((scores - lowest) / (highest - lowest), LABEL_FLOOR, 1 - LABEL_FLOOR)
     return pa.table([table["sentence1"], table["sentence2"], pa.array(labels, pa.float32())], schema=STS)
+
+
+def open_tables(source: Any, data_root: str | None) -> Tables:
+    """The tables of a source that has some. Raises InputError when there is no such folder or data set."""
+    if source.kind == "local":
+        splits = source.searched if isinstance(source, LocalSource) else (source.split,)
+        return FolderTables(find_folder(source.path, data_root), splits)
+    found = _hub_set(source)
+    revision = found.revision
+    if revision is None and not Path(found.dataset).is_dir():
+        revision = hub_commit(found.dataset, None, repo_type="dataset")
+    keys = {name: getattr(found, name) for name in HubSet.model_fields}
+    return HubTables(**{**keys, "revision": revision})
 
 
 def find_folder(path: str, data_root: str | None) -> Path:
@@ -201,97 +281,54 @@ def find_folder(path: str, data_root: str | None) -> Path:
     raise InputError(f"source.path {path!r}: no such folder (looked for {looked}); set data_root or $DATA_ROOT")
 
 
-def stable_hash(*parts: object) -> int:
-    """64 bits that depend on nothing but `parts`: the same in every process, on every machine."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+def sources_table() -> str:
+    """The registry for people to read, by task type."""
+    line = "  {:<38} {:<52} {:<10} {:<8} {:<15} {}"
+    lines = [line.format("name", "data set on the Hub", "split", "revision", "licence", "in-batch")]
+    for task_type in TASK_LAYOUTS:
+        lines += ["", task_type]
+        for name, entry in registry().items():
+            if entry.task_type == task_type:
+                dataset = f"{entry.dataset} ({entry.config})" if entry.config else entry.dataset
+                revision = entry.revision[:8] if entry.revision else "newest*"
+                in_batch = "yes" if entry.in_batch_negatives else "no"
+                lines.append(
+                    line.format(name, dataset, entry.split or "none**", revision, entry.licence[:15], in_batch)
+                )
+    lines += [
+        "",
+        "*  not pinned: the commit that is read is kept in corpus/manifest.json",
+        "** nothing to train on",
+        "",
+    ]
+    for name, entry in registry().items():
+        if entry.note:
+            lines += textwrap.wrap(f"{name}: {entry.note}", 119, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def _hub_set(source: HubSource | HubStsSource | RegistrySource) -> HubSet:
+    return source.entry if source.kind == "registry" else source
+
+
+def _draw_of(source: Any) -> Draw:
+    if isinstance(source, Sample):
+        return Draw(source.num_pairs, source.seed)
+    return Draw(None, source.seed if isinstance(source, LocalSource) else 0)
 
 
 def _read_pydocs(source: PydocsSource) -> Rows:
-    found = list(pydocs.docstring_pairs())
-    chosen = _subset([(pair.name, pair.summary, pair.body) for pair in found], source)
+    found = pydocs.docstring_pairs()
+    kept = _draw_of(source).keeps([pair.name for pair in found], np.ones(len(found)))
+    pairs = [pair for pair, drawn in zip(found, kept, strict=True) if drawn]
+    names = pa.array([pair.name for pair in pairs], pa.string())
+    summaries, bodies = ([getattr(pair, side) for pair in pairs] for side in ("summary", "body"))
     return Rows(
-        documents={name: body for name, _, body in chosen},
-        queries={name: summary for name, summary, _ in chosen},
-        qrels=[(name, name, 1, None) for name, _, _ in chosen],
+        documents=pa.table([names, pa.array(bodies, pa.string())], schema=DOCUMENTS),
+        queries=pa.table({"query_id": names, "text": pa.array(summaries, pa.string())}),
+        qrels=pa.table(
+            [names, names, pa.repeat(pa.scalar(1, pa.int32()), len(pairs)), pa.nulls(len(pairs), pa.string())],
+            schema=QRELS,
+        ),
         seen=len(found),
     )
-
-
-def _read_local(source: LocalSource, folder: Path) -> Rows:
-    corpus, queries, qrels = (
-        _read_file(folder / name, columns, DOCUMENTS if "text" in columns else QRELS)
-        for name, columns in CORPUS_FILES.items()
-    )
-    document_ids, texts = corpus["document_id"].to_pylist(), corpus["text"].to_pylist()
-    if "title" in pq.read_schema(folder / "corpus.parquet").names:
-        titles = read_parquet(folder / "corpus.parquet", ["title"])["title"].cast(pa.string()).to_pylist()
-        texts = [f"{title or ''} {text}".strip() for title, text in zip(titles, texts, strict=True)]
-    query_ids, query_texts = queries["document_id"].to_pylist(), queries["text"].to_pylist()
-    for ids, found, name in ((document_ids, texts, "corpus"), (query_ids, query_texts, "queries")):
-        check_unique(ids, str(folder / f"{name}.parquet"))
-        check_texts(found, ids, str(folder / f"{name}.parquet"))
-    where = str(folder / "qrels.parquet")
-    check_known(qrels["query_id"].to_pylist(), query_ids, where, "queries.parquet")
-    check_known(qrels["document_id"].to_pylist(), document_ids, where, "corpus.parquet")
-    judgements = list(zip(*(qrels[name].to_pylist() for name in QRELS.names), strict=True))
-    return Rows(
-        documents=dict(zip(document_ids, texts, strict=True)),
-        queries=dict(zip(query_ids, query_texts, strict=True)),
-        qrels=judgements,
-        seen=len(judgements),
-    )
-
-
-def _read_file(path: Path, columns: list[str], schema: pa.Schema) -> pa.Table:
-    table = read_parquet(path, columns)
-    check_rows(table, str(path))
-    return to_schema(table.rename_columns(schema.names), schema, str(path))
-
-
-def _read_hub(source: HubSource) -> Rows:
-    """Rows without ids get them from their texts, so that the same text has the same id in every build."""
-    documents, queries, qrels, seen = {}, {}, [], 0
-    for split in source.searched:
-        table = _load_hub_split(source, split)
-        where = f"{source.dataset} ({split})"
-        check_rows(table, where)
-        table = to_schema(table, pa.schema([("query", pa.string()), ("positive", pa.string())]), where)
-        rows = list(zip(table["query"].to_pylist(), table["positive"].to_pylist(), strict=True))
-        seen += len(rows)
-        for side in zip(*rows, strict=True):
-            check_texts(side, [f"row {row}" for row in range(len(rows))], where)
-        if split == source.split:
-            rows = [row[1:] for row in _subset([(f"{query}\x1f{text}", query, text) for query, text in rows], source)]
-        for query, text in rows:
-            query_id, document_id = f"q{stable_hash(query):016x}", f"d{stable_hash(text):016x}"
-            queries[query_id], documents[document_id] = query, text
-            qrels.append((query_id, document_id, 1, split))
-    return Rows(documents, queries, qrels, seen)
-
-
-def _load_hub_split(source: HubSource | HubStsSource, split: str) -> pa.Table:
-    """One split, its columns renamed to ours. Raises InputError when the Hub does not have it."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        dataset = load_dataset(source.dataset, source.config, split=split, revision=source.revision)
-    except (DatasetsError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"dataset {source.dataset!r}, split {split!r}: {reason}") from None
-    names = source.columns.model_dump()
-    for name in names.values():
-        if name not in dataset.column_names:
-            raise InputError(
-                f"dataset {source.dataset!r}: no column {name!r}; it has {', '.join(dataset.column_names)}"
-            )
-    return dataset.with_format("arrow").select_columns(list(names.values()))[:].rename_columns(list(names))
-
-
-def _subset(pairs: Iterable[tuple[str, ...]], source: PydocsSource | HubSource) -> list[tuple[str, ...]]:
-    """`num_pairs` of `pairs` (all, when it is null), chosen by a seeded hash of each pair's first part."""
-    pairs = sorted(set(pairs))
-    if source.num_pairs is None:
-        return pairs
-    return heapq.nsmallest(source.num_pairs, pairs, key=lambda pair: stable_hash(source.seed, pair[0]))

@@ -1,15 +1,39 @@
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from local_hub import LocalHub
 from tiny_data import SHARED_DATA, write_encoder, write_table
 
 from dataset_builders import pydocs, sources
 from dataset_builders.build import load_recipe, main
 from dataset_builders.cli import InputError
 from dataset_builders.folders import read_manifest
-from dataset_builders.sources import HubSource, LocalStsSource, PydocsSource, find_folder, read_rows, read_sts
+from dataset_builders.layouts import Draw, draw_of_class
+from dataset_builders.recipes import parse_recipe
+from dataset_builders.sources import (
+    TASK_LAYOUTS,
+    HubSource,
+    HubStsSource,
+    LocalSource,
+    LocalStsSource,
+    PydocsSource,
+    RegistrySource,
+    Rows,
+    Splits,
+    check_task_type,
+    describe_source,
+    find_folder,
+    read_rows,
+    read_sts,
+    registry,
+    sources_table,
+)
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 DATA_RECIPES = [path for path in RECIPES if path.parent.name == "data" or path.name == "data.yaml"]
@@ -18,12 +42,13 @@ DATA_RECIPES = [path for path in RECIPES if path.parent.name == "data" or path.n
 @pytest.mark.parametrize("path", DATA_RECIPES, ids=lambda path: path.name)
 def test_every_recipe_that_ships_is_read(path):
     recipe = load_recipe(str(path), [])
-    assert recipe.source.kind in ("pydocs", "local", "hub") and recipe.data_root is None
+    assert recipe.source.kind in ("pydocs", "local", "hub", "registry") and recipe.data_root is None
     assert ".." not in str(recipe.source) and recipe.instruction
 
 
-def test_the_recipes_were_found():
-    assert len(DATA_RECIPES) >= 3
+def test_there_is_a_recipe_for_every_task_type():
+    task_types = {load_recipe(str(path), []).task_type for path in DATA_RECIPES}
+    assert len(DATA_RECIPES) >= 9 and task_types == set(TASK_LAYOUTS)
 
 
 @pytest.fixture
@@ -34,27 +59,172 @@ def docstrings(monkeypatch):
 
 def test_a_larger_subset_contains_a_smaller_one(docstrings):
     small, large, other = (
-        set(read_rows(PydocsSource(kind="pydocs", num_pairs=number, seed=seed), None).documents)
+        set(
+            read_rows(PydocsSource(kind="pydocs", num_pairs=number, seed=seed), None)
+            .documents["document_id"]
+            .to_pylist()
+        )
         for number, seed in ((20, 0), (50, 0), (20, 1))
     )
     assert len(small) == 20 and small < large and small != other
     assert read_rows(PydocsSource(kind="pydocs"), None).seen == 200
 
 
-def test_hub_rows_come_from_load_dataset_with_their_columns_renamed(tmp_path):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    columns = {"question": ["who", "what", "who"], "answer": ["he", "it", "she"]}
-    write_table(folder / "train-00000-of-00001.parquet", **columns, other=[1, 2, 3])
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
+def test_whole_queries_are_drawn_up_to_the_number_of_pairs(positives, number, more, seed):
+    positives, ids = np.array(positives), [f"q{row}" for row in range(len(positives))]
+    small = Draw(number, seed).keeps(ids, positives)
+    large = Draw(number + more, seed).keeps(ids, positives)
+    assert small.any() and not (small & ~large).any()
+    assert positives[small].sum() <= number or small.sum() == 1
+    assert Draw(None).keeps(ids, positives).all()
+
+
+def judged(rows: Rows) -> list[tuple[str, str, int, str | None]]:
+    """The qrels, with texts for ids."""
+    queries = dict(zip(*rows.queries.to_pydict().values(), strict=True))
+    documents = dict(zip(*(rows.documents[name].to_pylist() for name in ("document_id", "text")), strict=True))
+    assert len(queries) == len(rows.queries) and len(documents) == len(rows.documents)
+    found = [
+        (queries[row["query_id"]], documents[row["document_id"]], row["score"], row["split"])
+        for row in rows.qrels.to_pylist()
+    ]
+    return sorted(found, key=str)
+
+
+def texts(table: pa.Table) -> list[str]:
+    return sorted(table["text"].to_pylist())
+
+
+def write_rows(path: Path, **columns) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    write_table(path, **columns)
+    return path.parent
+
+
+def test_pairs_come_from_load_dataset_with_their_columns_renamed(tmp_path):
+    columns = {"question": ["who", "what", "who", "who"], "answer": ["he", "it", "she", "he"]}
+    folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns, other=[1, 2, 3, 4])
     source = HubSource(kind="hub", dataset=str(folder), columns={"query": "question", "positive": "answer"})
     rows = read_rows(source, None)
-    assert sorted(rows.queries.values()) == ["what", "who"] and sorted(rows.documents.values()) == ["he", "it", "she"]
-    pairs = {(rows.queries[query], rows.documents[document], split) for query, document, _, split in rows.qrels}
-    assert pairs == {("who", "he", "train"), ("what", "it", "train"), ("who", "she", "train")}
+    assert judged(rows) == [("what", "it", 1, "train"), ("who", "he", 1, "train"), ("who", "she", 1, "train")]
+    assert rows.seen == 4 and texts(rows.queries) == ["what", "who"]
     with pytest.raises(InputError, match="no column 'query'"):
         read_rows(HubSource(kind="hub", dataset=str(folder)), None)
     with pytest.raises(InputError, match="dev"):
         read_rows(source.model_copy(update={"split": "dev"}), None)
+
+
+def test_pairs_hold_lists_and_judged_negatives_when_they_are_asked_for(tmp_path):
+    columns = {"query": ["q1", "q2"], "positive": [["a", "b"], ["c"]], "negative": [["d"], []]}
+    folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns)
+    source = HubSource(kind="hub", dataset=str(folder), columns={"negative": "negative"})
+    expected = [("q1", "a", 1, "train"), ("q1", "b", 1, "train"), ("q1", "d", 0, "train"), ("q2", "c", 1, "train")]
+    assert judged(read_rows(source, None)) == expected
+    without = read_rows(source.model_copy(update={"columns": {}}), None)
+    assert judged(without) == [row for row in expected if row[2]] and "d" not in texts(without.documents)
+
+
+def test_a_published_row_without_text_is_left_out_and_told(tmp_path, capsys):
+    columns = {"query": ["q1", " ", "q3", "q4"], "positive": ["a", "b", None, "d"]}
+    folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns)
+    rows = read_rows(HubSource(kind="hub", dataset=str(folder)), None)
+    assert judged(rows) == [("q1", "a", 1, "train"), ("q4", "d", 1, "train")] and rows.seen == 4
+    assert capsys.readouterr().err.count("1 rows without") == 2
+
+
+def test_a_query_that_is_drawn_keeps_all_its_positives(tmp_path):
+    columns = {"query": [f"q{row // 3}" for row in range(60)], "positive": [f"d{row}" for row in range(60)]}
+    folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns)
+    rows = read_rows(HubSource(kind="hub", dataset=str(folder), num_pairs=10), None)
+    assert len(rows.queries) == 3 and len(rows.qrels) == len(rows.documents) == 9
+
+
+LABELLED = {"text": ["a", "b", "c", "x", "y", "alone", "A "], "label_text": [*"111", *"222"[:2], "3", "1"]}
+
+
+def test_a_text_is_a_query_whose_positive_is_another_of_its_class(tmp_path):
+    folder = write_rows(tmp_path / "set" / "train.parquet", **LABELLED, label=[0] * 7)
+    write_table(folder / "test.parquet", text=["new", "b", "stranger"], label_text=["2", "1", "9"], label=[1, 0, 8])
+    source = LocalSource(kind="local", path=str(folder), eval_splits=["test"])
+    rows = read_rows(source, None)
+    assert rows.seen == 10 and rows.documents.column_names == ["document_id", "text", "class"]
+    assert texts(rows.documents) == sorted(["a", "b", "c", "x", "y", "alone"])  # "A " says the same as "a"
+    assert texts(rows.queries) == sorted(["a", "b", "c", "x", "y", "alone", "new", "stranger"])
+    classes = dict(zip(LABELLED["text"], LABELLED["label_text"], strict=True)) | {"new": "2"}
+    found = judged(rows)
+    # "alone" has no other of its class, "stranger" no class
+    assert [query for query, *_ in found] == sorted(["a", "b", "c", "x", "y", "new", "b"])
+    for query, document, score, split in found:
+        assert classes[query] == classes[document] and query != document and score == 1
+        assert (split == "test") == (query == "new") or query == "b"
+    assert judged(read_rows(source, None)) == found
+    drawn = {tuple(judged(read_rows(source.model_copy(update={"seed": seed}), None))) for seed in range(8)}
+    assert len(drawn) > 3
+
+
+def test_texts_in_lists_and_texts_of_several_classes(tmp_path):
+    folder = write_rows(
+        tmp_path / "lists" / "train.parquet", sentences=[["a", "b"], ["c"]], labels=[["1", "1"], ["2"]]
+    )
+    columns = {"text": "sentences", "label": "labels"}
+    rows = read_rows(HubSource(kind="hub", dataset=str(folder), layout="texts", columns=columns), None)
+    assert judged(rows) == [("a", "b", 1, "train"), ("b", "a", 1, "train")]
+    folder = write_rows(tmp_path / "classes" / "train.parquet", title=["a", "b", "c"], label=["x y", "y", "x"])
+    columns = {"text": ["title"]}
+    source = HubSource(kind="hub", dataset=str(folder), layout="texts", columns=columns, label_separator=" ")
+    rows = read_rows(source, None)
+    found = zip(rows.documents["text"].to_pylist(), rows.documents["class"].to_pylist(), strict=True)
+    assert sorted(found) == [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x")]
+    folder = write_rows(tmp_path / "odd" / "train.parquet", text=[["a", "b"], ["c"]], label=[["1"], ["2", "3"]])
+    with pytest.raises(InputError, match="not as many labels as texts"):
+        read_rows(HubSource(kind="hub", dataset=str(folder), layout="texts"), None)
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=40), st.lists(st.integers(0, 6), max_size=10), st.integers(0, 9)
+)
+def test_positives_are_drawn_from_the_class_and_never_the_text_itself(classes, others, seed):
+    documents = np.random.default_rng(seed).permutation(1000)[: len(classes)].astype(np.uint64)
+    new = np.arange(2000, 2000 + len(others), dtype=np.uint64)
+    queries, labels = np.concatenate([documents, new]), [*classes, *others]
+    names = [pa.chunked_array([[str(label) for label in some]], pa.string()) for some in (labels, classes)]
+    drawn = draw_of_class(queries, names[0], documents, names[1], seed)
+    for query, label, row in zip(queries, labels, drawn, strict=True):
+        possible = [other for other, found in enumerate(classes) if found == label and documents[other] != query]
+        assert row in possible if possible else row == -1
+
+
+def test_texts_with_several_parts_are_joined(tmp_path):
+    columns = {"title": ["Big", None, "Old"], "abstract": ["dogs", "cats", ""], "category": ["p", "p", "p"]}
+    folder = write_rows(tmp_path / "set" / "train.parquet", **columns)
+    columns = {"text": ["title", "abstract"], "label": "category"}
+    rows = read_rows(HubSource(kind="hub", dataset=str(folder), layout="texts", columns=columns), None)
+    assert texts(rows.documents) == ["Big dogs", "Old", "cats"]
+
+
+def test_labels_of_pairs_say_what_was_judged_relevant(tmp_path):
+    columns = {"text1": ["p"] * 3, "text2": ["yes", "no", "maybe"]}
+    folder = write_rows(
+        tmp_path / "set" / "train.parquet", **columns, label_text=["entailment", "contradiction", "neutral"]
+    )
+    rows = read_rows(LocalSource(kind="local", path=str(folder)), None)
+    assert judged(rows) == [("p", "no", 0, "train"), ("p", "yes", 1, "train")] and rows.seen == 3
+    folder = write_rows(tmp_path / "hub" / "train.parquet", **columns, label=[0, 2, -1])
+    source = HubSource(kind="hub", dataset=str(folder), layout="text_pairs", label_scores={"0": 1, "2": 0})
+    assert judged(read_rows(source, None)) == judged(rows)
+    with pytest.raises(InputError, match=r"no label is one of entailment, .*; found: 0, 2, -1"):
+        read_rows(HubSource(kind="hub", dataset=str(folder), layout="text_pairs"), None)
+
+
+def test_sts_pairs_are_a_stable_subset(tmp_path):
+    columns = {"sentence1": [f"a{row}" for row in range(40)], "sentence2": [f"b{row}" for row in range(40)]}
+    folder = write_rows(tmp_path / "set" / "train.parquet", **columns, score=[row / 10 for row in range(40)])
+    small, large = (
+        read_sts(HubStsSource(kind="hub", dataset=str(folder), score_range=(0, 5), num_pairs=number), None).to_pylist()
+        for number in (5, 20)
+    )
+    assert len(small) == 5 and len(large) == 20 and all(row in large for row in small)
 
 
 def test_local_folders_are_found_under_data_root_then_the_variable_then_here(tmp_path, monkeypatch):
@@ -91,10 +261,10 @@ def test_the_sts_recipe_builds(tmp_path, capsys):
 
 def test_a_pydocs_build_knows_what_its_pairs_depend_on(docstrings, monkeypatch):
     source = PydocsSource(kind="pydocs", num_pairs=20)
-    described = sources.describe_source(source, None)
+    described = describe_source(source, None)
     assert "numpy" in described["packages"] and described["num_pairs"] == 20
     monkeypatch.setattr(sources.platform, "python_version", lambda: "4.0")
-    assert sources.describe_source(source, None) != described
+    assert describe_source(source, None) != described
 
 
 def test_a_source_from_the_hub_builds_end_to_end(tmp_path):
@@ -117,3 +287,308 @@ def test_a_source_from_the_hub_builds_end_to_end(tmp_path):
     main(["--config", str(recipe), "--output_dir", str(tmp_path / "data")])
     manifest = read_manifest(tmp_path / "data" / "corpus")
     assert manifest["queries"] == {"test": 20, "train": 30} and manifest["pairs_seen"] == 60
+
+
+def test_a_task_type_reads_the_layouts_that_hold_it(tmp_path):
+    folder = write_rows(tmp_path / "set" / "train.parquet", **LABELLED)
+    source = LocalSource(kind="local", path=str(folder))
+    check_task_type("clustering", source, None)
+    check_task_type("retrieval", PydocsSource(kind="pydocs"), None)
+    check_task_type("sts", RegistrySource(kind="registry", name="STS12"), None)
+    for task_type, wrong, message in [
+        ("retrieval", source, "holds 'texts', which is for classification, clustering"),
+        ("sts", PydocsSource(kind="pydocs"), "holds 'pairs', which is for retrieval"),
+        ("clustering", RegistrySource(kind="registry", name="Banking77Classification"), "is for task_type 'classif"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check_task_type(task_type, wrong, None)
+
+
+def test_the_fingerprint_of_a_set_is_its_files_and_keys(tmp_path):
+    folder = write_rows(tmp_path / "set" / "train.parquet", **LABELLED)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.parquet").write_bytes((folder / "train.parquet").read_bytes())
+    source = LocalSource(kind="local", path=str(folder))
+    described = describe_source(source, None)
+    same = {"path": str(tmp_path / "other"), "training_datasets": ("X",)}
+    assert describe_source(source.model_copy(update=same), None) == described
+    assert describe_source(source.model_copy(update={"seed": 1}), None) != described
+    write_table(folder / "train.parquet", text=["a", "b"], label_text=["1", "1"])
+    assert describe_source(source, None) != described
+
+
+# Bad input
+
+
+def a_corpus(folder: Path, **changes) -> Path:
+    columns = {
+        "corpus": {"_id": ["d1", "d2"], "text": ["one", "two"]},
+        "queries": {"_id": ["q1", "q2"], "text": ["first", "second"]},
+        "qrels": {"query_id": ["q1", "q2"], "corpus_id": ["d1", "d2"], "score": [1, 1], "split": ["train"] * 2},
+    }
+    for name, table in columns.items():
+        write_rows(folder / f"{name}.parquet", **(table | changes.get(name, {})))
+    return folder
+
+
+def not_utf8(texts: list[str]) -> pa.Array:
+    """Strings of which the last is no UTF-8, as some writers leave them in Parquet."""
+    data = pa.array([*(text.encode() for text in texts), b"caf\xe9"])
+    return pa.StringArray.from_buffers(len(data), data.buffers()[1], data.buffers()[2])
+
+
+BAD_CORPORA = {
+    "document twice": ({"corpus": {"_id": ["d1", "d1"]}}, "corpus.parquet: id 'd1' occurs twice"),
+    "query twice": ({"queries": {"_id": ["q1", "q1"]}}, "queries.parquet: id 'q1' occurs twice"),
+    "positive not in the corpus": (
+        {"qrels": {"corpus_id": ["d1", "d9"]}},
+        r"qrels.parquet: id 'd9' \(and 0 more\) is not in corpus",
+    ),
+    "no id": ({"corpus": {"_id": [None, "d2"]}}, "row 0 has no 'id'"),
+    "not UTF-8": ({"corpus": {"text": not_utf8(["one"])}}, "'text' of row 1 is not UTF-8"),
+    "id not UTF-8": ({"queries": {"_id": not_utf8(["q1"])}}, "'id' of row 1 is not UTF-8"),
+    "binary, not UTF-8": ({"corpus": {"text": [b"one", b"\xff"]}}, "'text' cannot be read as text"),
+    "list for a text": ({"corpus": {"text": [["one"], ["two"]]}}, "'text' cannot be read as text"),
+    "empty query": ({"queries": {"text": ["first", "\u2003 "]}}, "the text of q2 is empty"),
+    "half a score": ({"qrels": {"score": [0.5, 1.0]}}, "'score' cannot be read as int32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CORPORA)
+def test_bad_corpora_are_refused(case, tmp_path):
+    changes, message = BAD_CORPORA[case]
+    with pytest.raises(InputError, match=message):
+        read_rows(LocalSource(kind="local", path=str(a_corpus(tmp_path / "set", **changes))), None)
+    read_rows(LocalSource(kind="local", path=str(a_corpus(tmp_path / "whole"))), None)
+
+
+BAD_SPLITS = {
+    "wrong columns": ({"texts": ["a"], "labels": ["1"]}, "columns labels, texts; a split has query and positive"),
+    "empty text": ({"text": ["a", ""], "label_text": ["1", "1"]}, "the text of row 1 is empty"),
+    "no label": ({"text": ["a", "b"], "label_text": ["1", None]}, "row 1 has no 'label'"),
+    "no positive": ({"query": ["a"], "positive": [None]}, "row 0 has no 'positive'"),
+    "no rows": ({"text1": [], "text2": [], "label_text": []}, "no rows"),
+    "for sts": ({"sentence1": ["a"], "sentence2": ["b"], "score": [1]}, "are data for task_type 'sts'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPLITS)
+def test_bad_splits_are_refused(case, tmp_path):
+    columns, message = BAD_SPLITS[case]
+    folder = write_rows(tmp_path / "set" / "train.parquet", **columns)
+    with pytest.raises(InputError, match=message):
+        read_rows(LocalSource(kind="local", path=str(folder)), None)
+
+
+def test_documents_of_a_megabyte_are_documents(tmp_path):
+    large = "long " * 210_000
+    folder = a_corpus(tmp_path / "set", corpus={"text": [large, "two"]})
+    assert read_rows(LocalSource(kind="local", path=str(folder)), None).documents["text"][0].as_py() == large
+
+
+# The registry
+
+# mteb's newer copies, or what mteb drew its sets from, and sets that mteb does not have
+NOT_OF_MTEB = {"ELI5", "NQ", "SQuAD", "TriviaQA", "SciDocsReranking", "StackOverflowDupQuestions", "Quora", "SNLI"}
+NOT_OF_MTEB |= {f"{site}Clustering{side}" for site in ("Arxiv", "Biorxiv", "Medrxiv") for side in ("S2S", "P2P")}
+NOT_OF_MTEB |= {"RedditClustering", "RedditClusteringP2P", "TwentyNewsgroupsClustering"}
+TASK_TYPES = {"Retrieval": {"retrieval", "duplicates"}, "Reranking": {"retrieval"}, "STS": {"sts"}}
+TASK_TYPES |= {"Classification": {"classification"}, "Clustering": {"clustering"}}
+
+
+def test_the_registry_agrees_with_mteb():
+    import mteb
+
+    tasks = {name: mteb.get_task(entry.mteb_task).metadata for name, entry in registry().items() if entry.mteb_task}
+    checked = 0
+    for name, task in tasks.items():
+        entry = registry()[name]
+        assert entry.task_type in TASK_TYPES[task.type], name
+        if name in NOT_OF_MTEB:
+            assert entry.dataset != task.dataset["path"], name
+            continue
+        assert (entry.dataset, entry.revision) == (task.dataset["path"], task.dataset["revision"]), name
+        assert entry.split not in task.eval_splits and entry.licence == task.license, name
+        languages = task.eval_langs
+        assert entry.config is None if isinstance(languages, list) else languages[entry.config] == ["eng-Latn"], name
+        checked += 1
+    assert len(registry()) == 35 and len(tasks) == 31 and checked == 18
+    assert {name for name, entry in registry().items() if entry.mteb_task is None} | set(tasks) == set(registry())
+    assert set(registry()) >= NOT_OF_MTEB
+
+
+def test_the_registry_is_what_the_paper_trained_on():
+    from mteb.models.model_implementations.lgai_embedding_models import LGAI_EMBEDDING_TRAINING_DATA as paper
+
+    spelt = {"QuoraDuplicateQuestions": "Quora"}
+    assert {spelt.get(name, name) for name in paper} | {"TriviaQA"} == set(registry()) and len(paper) == 34
+
+
+def test_every_evaluation_of_a_set_is_disclosed():
+    import mteb
+
+    known = {task.metadata.name for task in mteb.get_benchmark("MTEB(eng, v2)").tasks}
+    related = 0
+    for entry in registry().values():
+        assert entry.training_datasets
+        for task in mteb.get_benchmark("MTEB(eng, v2)").tasks:
+            same = task.metadata.dataset["path"] == entry.dataset
+            if same or entry.mteb_task in {task.metadata.name, *(task.metadata.adapted_from or [])}:
+                assert task.metadata.name in entry.training_datasets, entry
+                related += 1
+        names = set(entry.training_datasets) - known - {entry.mteb_task}
+        assert not names or entry.mteb_task is None, names
+    assert related >= 15
+
+
+def test_revisions_are_commits_or_unpinned_and_policies_follow_the_task_type():
+    pinned = [entry.revision for entry in registry().values() if entry.revision]
+    assert len(pinned) == 25 and all(len(revision) == 40 and int(revision, 16) for revision in pinned)
+    for entry in registry().values():
+        assert entry.in_batch_negatives == (entry.task_type in ("retrieval", "duplicates", "nli"))
+        assert entry.instruction and entry.licence
+
+
+def test_the_table_of_sources_can_be_read_in_a_terminal():
+    table = sources_table()
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 140
+    for name, entry in registry().items():
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert entry.dataset in line and ("none**" in line) == (entry.split is None)
+        assert ("newest*" in line) == (entry.revision is None)
+    assert [line for line in lines if line in TASK_LAYOUTS] == list(TASK_LAYOUTS)
+    assert "mteb#1372" in table
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "ArguAna"}, "key 'source.name' is 'ArguAna': ArguAna has a test split alone"),
+        ({"name": "StackExchangeClusteringP2P"}, "does not name the site"),
+        ({"name": "HotPotQA"}, "not in the registry; did you mean 'HotpotQA'"),
+        ({"name": "MSMARCO", "eval_splits": ["train"]}, "cannot be an eval split too"),
+        ({"name": "MSMARCO", "dataset": "x/y"}, "'source.dataset' does not go with"),
+        ({}, "key 'source.name' is missing"),
+    ],
+)
+def test_sets_that_cannot_be_trained_on_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        parse_source({"kind": "registry", **values})
+
+
+def test_hub_sources_know_their_columns():
+    with pytest.raises(InputError, match="layout 'pairs' has no column 'question'; it has query, positive, negative"):
+        parse_source({"kind": "hub", "dataset": "x/y", "columns": {"question": "query"}})
+
+
+def parse_source(values: dict) -> Splits:
+    from dataset_builders.recipes import Section
+
+    class Recipe(Section):
+        source: sources.Source
+
+    return parse_recipe(Recipe, {"source": values}, "recipe").source
+
+
+# Over HTTP, from a stand-in of the Hub
+
+
+def json_lines(*rows: dict) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+FIQA = {
+    "README.md": b"""---
+configs:
+- {config_name: default, data_files: [{split: train, path: qrels/train.jsonl}, {split: dev, path: qrels/dev.jsonl}]}
+- {config_name: corpus, data_files: [{split: corpus, path: corpus.jsonl}]}
+- {config_name: queries, data_files: [{split: queries, path: queries.jsonl}]}
+---
+""",
+    # as the set itself has some: a document without a text
+    "corpus.jsonl": json_lines(
+        *({"_id": str(row), "title": "", "text": f"reply {row}" if row != 3 else ""} for row in range(6))
+    ),
+    "queries.jsonl": json_lines(*({"_id": f"q{row}", "text": f"question {row}"} for row in range(6))),
+    "qrels/train.jsonl": json_lines(
+        *({"query-id": f"q{row}", "corpus-id": str(row), "score": 1.0} for row in (0, 1, 3))
+    ),
+    "qrels/dev.jsonl": json_lines({"query-id": "q4", "corpus-id": "4", "score": 1.0}),
+}
+READ = """
+import json
+from dataset_builders.sources import RegistrySource, describe_source, read_rows
+source = RegistrySource(kind="registry", **json.loads({values!r}))
+rows = read_rows(source, None)
+tables = {{name: getattr(rows, name).to_pylist() for name in ("documents", "queries", "qrels")}}
+print(json.dumps({{"commit": describe_source(source, None)["commit"], **tables}}))
+"""
+
+
+def read_over_http(hub: LocalHub, folder: Path, **values) -> dict:
+    done = hub.run(READ.format(values=json.dumps(values)), folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_pinned_set_is_read_from_the_hub_at_its_commit(tmp_path):
+    entry = registry()["FiQA2018"]
+    with LocalHub({entry.dataset: {entry.revision: FIQA, "0" * 40: {"README.md": b"gone"}}}) as hub:
+        rows = read_over_http(hub, tmp_path, name="FiQA2018", eval_splits=["dev"])
+        assert len([line for line in hub.asked if entry.revision in line]) > 5
+        assert not [line for line in hub.asked if "/main" in line or "0" * 40 in line]
+    assert rows["commit"] == entry.revision
+    assert [row["text"] for row in rows["documents"]] == [f"reply {row}" for row in (0, 1, 2, 4, 5)]
+    assert [row["query_id"] for row in rows["queries"]] == ["q0", "q1", "q4"]
+    assert [tuple(row.values()) for row in rows["qrels"]] == [
+        ("q0", "0", 1, "train"),
+        ("q1", "1", 1, "train"),
+        ("q4", "4", 1, "dev"),
+    ]
+
+
+def test_an_unpinned_set_is_read_at_its_newest_commit_which_is_kept(tmp_path):
+    entry = registry()["ELI5"]
+    readme = b"---\nconfigs: [{config_name: pair, data_files: [{split: train, path: pair/train.jsonl}]}]\n---\n"
+    old, new = (
+        {"README.md": readme, "pair/train.jsonl": json_lines({"question": "why", "answer": answer})}
+        for answer in ("so", "because")
+    )
+    assert entry.revision is None
+    hub = LocalHub({entry.dataset: {"1" * 40: old}})
+    with hub:
+        first = read_over_http(hub, tmp_path, name="ELI5")
+        hub.repos[entry.dataset]["2" * 40] = new
+        second = read_over_http(hub, tmp_path, name="ELI5")
+    assert [rows["commit"] for rows in (first, second)] == ["1" * 40, "2" * 40]
+    assert [rows["documents"][0]["text"] for rows in (first, second)] == ["so", "because"]
+
+
+def test_a_set_that_the_hub_does_not_have_is_told_in_one_line(tmp_path):
+    with LocalHub({"mteb/fiqa": {registry()["FiQA2018"].revision: {"README.md": FIQA["README.md"]}}}) as hub:
+        for name, message in (("HotpotQA", "mteb/hotpotqa"), ("SQuAD", "rajpurkar/squad"), ("FiQA2018", "corpus")):
+            done = hub.run(READ.format(values=json.dumps({"name": name})), tmp_path)
+            last = done.stderr.strip().splitlines()[-1]
+            assert done.returncode == 1 and "InputError: data set " in last and message in last
+
+
+# Sets of others, where they are on this machine
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "banking77").is_dir(), reason="the labelled sets are not on this machine")
+@pytest.mark.parametrize(
+    ("path", "split", "task_type", "counts"),
+    [
+        ("scifact", "train", "retrieval", (5183, 1109, 1258)),
+        ("banking77", "train", "classification", (9999, 9999, 9999)),
+        ("stackoverflow20", "test", "clustering", (19980, 19980, 19980)),
+        ("quora_pairs", "test", "duplicates", (9674, 9696, 10000)),
+        ("snli_eval", "test", "nli", (6377, 3303, 6604)),
+    ],
+)
+def test_sets_of_every_task_type_are_read(path, split, task_type, counts):
+    source = LocalSource(kind="local", path=path, split=split)
+    check_task_type(task_type, source, str(SHARED_DATA))
+    rows = read_rows(source, str(SHARED_DATA))
+    assert (len(rows.documents), len(rows.queries), len(rows.qrels)) == counts
