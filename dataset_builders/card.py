@@ -13,10 +13,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dataset_builders.cli import InputError
+from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 
 CARD = Path(__file__).with_name("dataset_card.md")
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
+BENCHMARK = "MTEB(eng, v2)"  # that zero-shot is stated for, unless the recipe names another
 # What the Hub can be searched by. Every row is about which texts are alike; a retrieval set can be searched, too.
 TASK_CATEGORIES = {"retrieval": ["text-retrieval", "sentence-similarity"]}
 # Texts of one class are positives of each other, so one row's document is no negative of another's query.
@@ -39,6 +41,8 @@ def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     public = public_recipe(recipe, source_commit(made))
     entry = registry()[recipe["source"]["name"]] if recipe["source"]["kind"] == "registry" else None
     licence = entry.licence if entry else recipe["source"].get("licence")
+    trained_on = recipe["source"].get("training_datasets")
+    benchmark = (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK
     metadata = card_metadata(configs, public["task_type"], licence)
     environment = Environment(
         loader=FileSystemLoader(CARD.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
@@ -61,6 +65,8 @@ def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
         licence=licence,
         commit=source_commit(made),
         in_batch_negatives=entry.in_batch_negatives if entry else public["task_type"] not in CLASS_TASKS,
+        compared=compared_tasks(made["corpus"]),
+        zero_shot=zero_shot(trained_on, benchmark) if trained_on else None,
         **made,
     )
     if DatasetCard(card).data.to_dict() != metadata.to_dict():
@@ -177,6 +183,12 @@ def interval(share: Mapping[str, float | None]) -> str:
     if share["share"] is None:
         return "-"
     return f"{percent(share['share'])} ({percent(share['low'])} to {percent(share['high'])})"
+
+
+def compared_tasks(corpus: Mapping[str, Any] | None) -> list[str]:
+    """Names of the evaluation tasks that a corpus was compared with."""
+    compared = (corpus or {"inputs": {}})["inputs"].get("decontamination") or {"tasks": (), "local": ()}
+    return sorted({*compared["tasks"], *compared["local"]})
 
 
 def percent(share: float | None) -> str:

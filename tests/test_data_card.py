@@ -63,7 +63,14 @@ def facts():
             "inputs": {"teacher": {"model": "e2e2e2"}},
             "graded": 1014,
             "queries": 1015,
-            "calibration": {"a": 17.25, "b": -6.5, "positives": 1016, "others": 1017, "auc": 0.9485, "error": 0.0252},
+            "calibration": {
+                "a": 17.25,
+                "b": -6.5,
+                "positives": 1016,
+                "others": 1017,
+                "auc": 0.9485,
+                "expected_calibration_error": 0.0252,
+            },
             "flat_rows": 1018,
             "one_hot_rows": 1019,
             "warnings": ["30 % of the queries are one-hot"],
@@ -217,6 +224,36 @@ def test_a_set_of_the_registry_has_its_licence_and_its_policy(facts):
     text = render_card(CONFIGS, facts)
     assert entry.dataset in text and "Use each row's own negatives only" in text
     assert DatasetCard(text).data.license == license_id(entry.licence)
+
+
+def test_what_was_compared_and_dropped_is_told(facts):
+    facts["source"]["training_datasets"] = ["ArguAna", "MSMARCO"]
+    facts["decontamination"] = {
+        "benchmark": None,
+        "tasks": ["ArguAna"],
+        "local": {"Mine": "/home/me/x"},
+        "similarity": 0.8,
+    }
+    facts["corpus"]["inputs"]["decontamination"] = {"similarity": 0.8, "tasks": {"ArguAna": {}}, "local": {"Mine": {}}}
+    facts["corpus"]["contamination"] = {
+        "queries_dropped": 2001,
+        "documents_dropped": 2002,
+        "documents_kept_for_other_splits": 2003,
+        "queries_left_without_positive_dropped": 2004,
+        "matches": {"ArguAna": {"queries": 2005, "documents": 2006}},
+        "documents_that_tasks_search": {"Mine": 2007},
+    }
+    text = render_card(CONFIGS, facts)
+    assert [number for number in range(2001, 2008) if f"{number:,}" not in text] == []
+    assert "2 evaluation tasks ask about (ArguAna, Mine)" in text and "Jaccard similarity of 0.8" in text
+    # 40 of the 41 tasks; mteb rounds down
+    assert "97 % zero-shot on MTEB(eng, v2) (not on ArguAna)" in text
+    assert "`training_datasets`: ArguAna, MSMARCO." in text
+
+
+def test_what_was_not_compared_is_told_too(facts):
+    text = render_card(CONFIGS, facts)
+    assert "not compared with any evaluation task" in text and "names no `training_datasets`" in text
 
 
 @pytest.mark.parametrize("task_type", ["classification", "clustering"])
