@@ -417,9 +417,11 @@ def _whole_rows(
                 raise InputError(f"{where}: row {row} has no {name!r}; fill it in or leave the row out")
             which = ids[row].as_py() if ids else f"row {row}"
             raise InputError(f"{where}: the {name} of {which} is empty; fill it in or leave the row out")
-    kept = table.filter(np.logical_and.reduce([~blank.to_numpy() for blank in bad.values()]))
-    if len(kept) < len(table):
-        tqdm.write(f"{where}: {len(table) - len(kept):,} rows without {' or '.join(names)} left out", file=sys.stderr)
+    whole = np.logical_and.reduce([~blank.to_numpy() for blank in bad.values()])
+    if whole.all():
+        return table
+    tqdm.write(f"{where}: {(~whole).sum():,} rows without {' or '.join(names)} left out", file=sys.stderr)
+    kept = table.filter(whole)
     check_rows(kept, where)
     return kept
 
@@ -456,10 +458,12 @@ def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
     """Texts side by side with a space between; nothing, or white space around, counts for nothing."""
     if len(columns) == 1:
         return columns[0]
-    joined = pc.binary_join_element_wise(
-        *(pc.cast(column, pa.string()) for column in columns), " ", null_handling="skip"
-    )
-    return pc.utf8_trim_whitespace(joined)
+    table = pa.table([column.cast(pa.string()) for column in columns], [str(number) for number in range(len(columns))])
+    chunks = [
+        pc.utf8_trim_whitespace(pc.binary_join_element_wise(*batch.columns, " ", null_handling="skip"))
+        for batch in table.to_batches()
+    ]
+    return pa.chunked_array(chunks, pa.string())
 
 
 def _flattened(column: pa.ChunkedArray, name: str) -> pa.Table:

@@ -230,7 +230,10 @@ def check_task_type(task_type: str, source: Any, data_root: str | None) -> None:
     """Raises InputError when a source's rows are not of this task type."""
     if source.kind == "registry" and source.entry.task_type != task_type:
         raise InputError(f"source.name {source.name!r} is for task_type {source.entry.task_type!r}, not {task_type!r}")
-    layout = "pairs" if source.kind == "pydocs" else open_tables(source, data_root).layout
+    if source.kind == "local":
+        layout = open_tables(source, data_root).layout
+    else:
+        layout = "pairs" if source.kind == "pydocs" else _hub_set(source).layout
     if layout not in TASK_LAYOUTS[task_type]:
         fitting = ", ".join(name for name, layouts in TASK_LAYOUTS.items() if layout in layouts)
         raise InputError(f"task_type {task_type!r}: the source holds {layout!r}, which is for {fitting}")
