@@ -25,16 +25,17 @@ from tqdm import tqdm
 
 from dataset_builders.candidates import queries_of
 from dataset_builders.cli import InputError
+from dataset_builders.corpus import CLASSES
 from dataset_builders.dense import Dense, dense_top_k
 from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.engines import Engine
 from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, row_groups, write_parquet
+from dataset_builders.near_duplicates import take
 from dataset_builders.recipes import Section
 from dataset_builders.schema import SCORES, STS, mined_schema, to_schema
 from dataset_builders.scores import Calibration, PairScorer, Teacher, count_flat_and_one_hot
 from dataset_builders.sources import Splits, stable_hash
 
-CLASSES = pa.schema([("document_id", pa.string()), ("class", pa.string())])
 READ = pa.schema([SCORES.field(name) for name in ("query_id", "document_id", "label", "is_positive")])
 ROWS = 1024  # mined rows in a row group: their texts are in memory at once
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
@@ -378,19 +379,6 @@ def positions_of(ids: pa.Array, known: pa.ChunkedArray, where: str) -> np.ndarra
     if pc.any(unknown).as_py():
         raise InputError(f"{where}: id {ids.filter(unknown)[0].as_py()!r} is not in the corpus; build it again")
     return positions
-
-
-def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
-    """`column.take(rows)`, which would join the chunks first: a copy of every text that is memory-mapped here."""
-    unique, inverse = np.unique(rows, return_inverse=True)
-    starts = np.cumsum([0, *map(len, column.chunks)])
-    bounds = np.searchsorted(unique, starts)
-    parts = [
-        chunk.take(pa.array(unique[first:last] - start))
-        for chunk, start, first, last in zip(column.chunks, starts[:-1], bounds[:-1], bounds[1:], strict=True)
-        if first < last
-    ]
-    return pa.concat_arrays(parts or [pa.array([], column.type)]).take(pa.array(inverse))
 
 
 def write_sts(

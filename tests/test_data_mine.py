@@ -11,11 +11,11 @@ from tiny_data import TOPICS, write_encoder
 
 from dataset_builders import mine as mining_room
 from dataset_builders.cli import InputError
+from dataset_builders.corpus import CLASSES
 from dataset_builders.dense import Dense
 from dataset_builders.engines import LOCAL
 from dataset_builders.folders import ParquetStream, write_arrow, write_parquet
 from dataset_builders.mine import (
-    CLASSES,
     Families,
     Mining,
     Selected,
@@ -26,10 +26,10 @@ from dataset_builders.mine import (
     quantiles,
     select_negatives,
     spread_over_bins,
-    take,
     write_mined,
     write_sts,
 )
+from dataset_builders.near_duplicates import take
 from dataset_builders.schema import DOCUMENTS, GROUPS, QUERIES, SCORES, mined_schema
 from dataset_builders.scores import Calibration, Teacher
 from dataset_builders.sources import Splits
