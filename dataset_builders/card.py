@@ -40,7 +40,7 @@ def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
         recipe["sts"] = made["sts"]["inputs"]["sts"]
     public = public_recipe(recipe, source_commit(made))
     entry = registry()[recipe["source"]["name"]] if recipe["source"]["kind"] == "registry" else None
-    licence = entry.licence if entry else recipe["source"].get("licence")
+    licence = entry.licence if entry else source_licence(recipe["source"])
     trained_on = recipe["source"].get("training_datasets")
     benchmark = (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK
     metadata = card_metadata(configs, public["task_type"], licence)
@@ -147,6 +147,11 @@ def public_name(reference: str) -> str:
 def source_title(source: Mapping[str, Any]) -> str:
     """What the source is called, by whichever key its kind has."""
     return next((source[key] for key in ("name", "path", "dataset") if key in source), "Python documentation")
+
+
+def source_licence(source: Mapping[str, Any]) -> str | None:
+    """What the recipe states; None where nobody said."""
+    return "that of each documented package" if source["kind"] == "pydocs" else source.get("licence")
 
 
 def source_commit(made: Mapping[str, Any]) -> str | None:

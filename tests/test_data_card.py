@@ -190,6 +190,7 @@ def test_markdown_tables_are_whole(facts):
     for first, second in pairwise(lines):
         if second.startswith("|---"):
             assert first.count("|") == second.count("|"), first
+    assert "\n\n\n" not in "\n".join(lines)
     for heading in (line for line in lines if line.startswith("## ")):
         assert lines[lines.index(heading) - 1] == "", heading
 
@@ -212,6 +213,12 @@ def test_a_hub_source_is_pinned_to_the_commit_that_was_read(facts):
     text = render_card(CONFIGS, facts)
     assert f"revision: {'c' * 40}" in text and "revision: main" not in text
     assert "--data_root" not in text and public_recipe(facts, None)["source"]["revision"] == "main"
+
+
+def test_docstrings_are_licensed_as_their_packages(facts):
+    facts["source"] = {"kind": "pydocs", "split": "train"}
+    text = render_card(CONFIGS, facts)
+    assert "that of each documented package" in text and DatasetCard(text).data.license == "other"
 
 
 def test_a_set_of_the_registry_has_its_licence_and_its_policy(facts):
