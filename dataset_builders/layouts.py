@@ -146,10 +146,13 @@ class HubTables:
         with self._answered(split):
             dataset = load_dataset(self.dataset, self.config, split=split, revision=self.revision)
         table = dataset.with_format("arrow")[:]
-        theirs = {name: self.columns.get(name, name) for name in names}
-        theirs = {name: (their,) if isinstance(their, str) else their for name, their in theirs.items()}
-        self._check_columns([name for their in theirs.values() for name in their], table, split)
-        return pa.table({name: _joined([table[column] for column in their]) for name, their in theirs.items()})
+        taken = {}
+        for name in names:
+            theirs = self.columns.get(name, name)
+            theirs = [theirs] if isinstance(theirs, str) else theirs
+            self._check_columns(theirs, table, split)
+            taken[name] = _joined(table.select(theirs), self.where(split))
+        return pa.table(taken)
 
     def read_part(self, part: str, splits: Sequence[str]) -> pa.Table:
         """A part is a config, as mteb's loader reads it. Corpus and queries have a single split, or one for each."""
@@ -259,10 +262,9 @@ def _read_texts_by_id(tables: Tables, part: str, splits: Sequence[str]) -> pa.Ta
     where = tables.where(part)
     table = tables.read_part(part, splits)
     check_rows(table, where)
-    columns = {"id": table["_id"], "text": table["text"]}
-    if "title" in table.column_names:
-        columns["text"] = _joined([table["title"], table["text"]])
-    table = pa.table({name: _as_text(column, name, where) for name, column in columns.items()})
+    sides = ["title", "text"] if "title" in table.column_names else ["text"]
+    text = _as_text(_joined(table.select(sides), where), "text", where)
+    table = pa.table({"id": _as_text(table["_id"], "id", where), "text": text})
     to_schema(table.select(["id"]), pa.schema([("id", pa.string())]), where)
     if pc.count_distinct(table["id"]).as_py() < len(table):
         counts = pc.value_counts(table["id"])
@@ -454,14 +456,14 @@ def _as_text(column: pa.ChunkedArray, name: str, where: str) -> pa.ChunkedArray:
     return column
 
 
-def _joined(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
-    """Texts side by side with a space between; nothing, or white space around, counts for nothing."""
-    if len(columns) == 1:
-        return columns[0]
-    table = pa.table([column.cast(pa.string()) for column in columns], [str(number) for number in range(len(columns))])
+def _joined(table: pa.Table, where: str) -> pa.ChunkedArray:
+    """The columns side by side with a space between; nothing, or white space around, counts for nothing."""
+    if table.num_columns == 1:
+        return table[0]
+    columns = [_as_text(table[name], name, where) for name in table.column_names]
     chunks = [
         pc.utf8_trim_whitespace(pc.binary_join_element_wise(*batch.columns, " ", null_handling="skip"))
-        for batch in table.to_batches()
+        for batch in pa.table(columns, table.column_names).to_batches()
     ]
     return pa.chunked_array(chunks, pa.string())
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dataset_builders import pydocs
 from dataset_builders.cli import InputError
@@ -163,7 +163,7 @@ class HubSource(Splits, Sample, HubSet):
 
 
 class RegistrySource(Splits, Sample):
-    """A set of sources.yaml; `split` and `training_datasets` are the set's unless the recipe has its own."""
+    """A set of sources.yaml, whose `split` and `training_datasets` are filled in."""
 
     kind: Literal["registry"]
     name: str
@@ -182,7 +182,7 @@ class RegistrySource(Splits, Sample):
 
     @field_validator("name")
     @classmethod
-    def _trainable(cls, name: str) -> str:
+    def _trainable(cls, name: str, info: ValidationInfo) -> str:
         if name not in registry():
             close = difflib.get_close_matches(name, registry(), n=1)
             raise ValueError(
@@ -190,6 +190,8 @@ class RegistrySource(Splits, Sample):
             )
         if registry()[name].split is None:
             raise ValueError(registry()[name].note)
+        if info.data.get("split") != registry()[name].split:
+            raise ValueError(f"its split to train on is {registry()[name].split!r}; the others are for evaluation")
         return name
 
 
