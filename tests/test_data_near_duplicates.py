@@ -1,0 +1,182 @@
+import itertools
+import re
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_data import SHARED_DATA, WORDS
+
+from dataset_builders import near_duplicates
+from dataset_builders.folders import read_parquet
+from dataset_builders.near_duplicates import (
+    TextRows,
+    band_keys,
+    first_equal,
+    jaccard,
+    near_duplicate_groups,
+    near_matches,
+    same_text,
+    shingles,
+    take,
+    text_keys,
+)
+
+SENTENCE = (
+    "Return the sorted list of all names that were defined in the given module, oldest first and without copies."
+)
+words = st.lists(st.sampled_from(WORDS[:6]), max_size=6).map(" ".join)
+
+
+def rows_of(texts: list[str]) -> TextRows:
+    return TextRows(pa.chunked_array([pa.array(texts, pa.string())]), np.arange(len(texts)))
+
+
+def grams(text: str) -> set[str]:
+    text = " ".join(re.findall(r"\w+", text.casefold()))
+    return {text[start : start + 5] for start in range(len(text) - 4)}
+
+
+def similarity(one: str, other: str) -> float:
+    return len(grams(one) & grams(other)) / len(grams(one) | grams(other))
+
+
+def groups_by_brute_force(texts: list[str]) -> set[frozenset[int]]:
+    groups = {frozenset((row,)) for row in range(len(texts))}
+    sets = [grams(text) for text in texts]
+    for one, other in itertools.combinations(range(len(texts)), 2):
+        if len(sets[one] & sets[other]) / len(sets[one] | sets[other]) >= 0.8:
+            joined = [group for group in groups if {one, other} & group]
+            groups = groups.difference(joined) | {frozenset().union(*joined)}
+    return groups
+
+
+def groups_found(texts: list[str]) -> set[frozenset[int]]:
+    group = near_duplicate_groups(rows_of(texts), band_keys(rows_of(texts)))
+    members = [frozenset(np.flatnonzero(group == root).tolist()) for root in set(group.tolist())]
+    assert all(min(found) in set(group.tolist()) for found in members)  # a group is named by its smallest row
+    return set(members)
+
+
+def variants_of_a_sentence() -> list[str]:
+    words = SENTENCE.split()
+    variants = [SENTENCE, SENTENCE.upper(), SENTENCE + " Slow."]
+    variants += [" ".join([*words[:place], "else", *words[place + 1 :]]) for place in (0, 5, 9)]
+    return [
+        *variants,
+        " ".join(words[:6]),
+        " ".join(reversed(words)),
+        "Something else entirely about parsing dates in text.",
+    ]
+
+
+def test_near_duplicates_are_those_of_brute_force_jaccard():
+    texts = variants_of_a_sentence()
+    expected = groups_by_brute_force(texts)
+    assert max(map(len, expected)) >= 4  # the case is not empty
+    assert groups_found(texts) == expected
+
+
+def test_near_duplicates_in_real_abstracts_with_planted_ones():
+    path = SHARED_DATA / "scifact" / "corpus.parquet"
+    if not path.exists():
+        pytest.skip("the shared data set scifact is not there")
+    texts = read_parquet(path)["text"].to_pylist()[:120]
+    edited = [text[: int(len(text) * 0.9)] for text in texts[:20]] + [text + " The end." for text in texts[20:40]]
+    expected = groups_by_brute_force(texts + edited)
+    assert sum(len(group) == 2 for group in expected) >= 40
+    assert groups_found(texts + edited) == expected
+
+
+def test_matches_between_two_sets_are_those_of_brute_force():
+    texts, others = (
+        variants_of_a_sentence(),
+        [SENTENCE[:-15], "Something else entirely about parsing dates in a text."],
+    )
+    expected = {
+        (row, other): similarity(texts[row], others[other])
+        for row, other in itertools.product(range(len(texts)), range(len(others)))
+        if similarity(texts[row], others[other]) >= 0.8
+    }
+    sides = [rows_of(texts), rows_of(others)]
+    rows, found, scores = near_matches(sides[0], band_keys(sides[0]), sides[1], band_keys(sides[1]), similarity=0.8)
+    assert len(expected) >= 3
+    assert dict(zip(zip(rows.tolist(), found.tolist(), strict=True), scores, strict=True)) == pytest.approx(expected)
+    nothing = near_matches(sides[0], band_keys(sides[0]), rows_of([]), band_keys(rows_of([])))
+    assert [len(part) for part in nothing] == [0, 0, 0]
+
+
+def test_thousands_of_alike_texts_cost_no_square(monkeypatch):
+    """3,000 texts from one template and 1,500 copies: a square would be ten million comparisons."""
+    rng = np.random.default_rng(0)
+    fill = [" ".join(rng.choice(WORDS, 2)) for _ in range(3000)]
+    texts = [
+        f"What are the known side effects of the medicine called {name}, and how common are they?" for name in fill
+    ]
+    texts += ["The same words, again and again: " + SENTENCE + "!" * row for row in range(1500)]
+    compared = 0
+
+    def counted(one, other):
+        nonlocal compared
+        compared += 1
+        return jaccard(one, other)
+
+    monkeypatch.setattr(near_duplicates, "jaccard", counted)
+    group = near_duplicate_groups(rows_of(texts), band_keys(rows_of(texts)))
+    assert set(group[3000:].tolist()) == {3000}  # the same 5-grams are always one group
+    assert compared < 25 * 17 * len(texts) / 4
+
+
+def test_a_text_of_a_megabyte_needs_few(monkeypatch):
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 250_000))
+    assert len(text) > 1_000_000
+    whole = band_keys(rows_of([text]))
+    monkeypatch.setattr(near_duplicates, "_HASHES", 1 << 10)
+    tracemalloc.start()
+    np.testing.assert_array_equal(band_keys(rows_of([text])), whole)  # however many hashes at a time
+    assert tracemalloc.get_traced_memory()[1] < 100 * len(text)
+    tracemalloc.stop()
+
+
+@given(words, words)
+def test_similarity_of_hashes_is_that_of_sets(one, other):
+    if min(len(grams(one)), len(grams(other))) > 0:
+        assert jaccard(shingles(one), shingles(other)) == similarity(one, other)
+
+
+def test_texts_without_words_are_told_apart():
+    assert jaccard(shingles("+ + + + +"), shingles("☂☂☂☂☂")) == 0
+    assert shingles("").size == 1
+
+
+@given(st.lists(st.sampled_from(["a b", "A  b", "ab", " c", "C", ""]), max_size=12))
+def test_equal_texts_are_known_by_their_keys(texts):
+    keys = text_keys(rows_of(texts))
+    normal = [" ".join(text.split()).casefold() for text in texts]
+    assert first_equal(keys).tolist() == [normal.index(text) for text in normal]
+    known = text_keys(rows_of(["c", "unknown"]))
+    assert same_text(keys, known).tolist() == [0 if text == "c" else -1 for text in normal]
+    assert same_text(keys, known[:0]).tolist() == [-1] * len(texts)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.text(max_size=3), max_size=4), max_size=4), st.data())
+def test_take_gives_the_rows_in_their_order(chunks, data):
+    column = pa.chunked_array(chunks, pa.string())
+    count = len(column)
+    rows = data.draw(st.lists(st.integers(0, count - 1), max_size=8)) if count else []
+    values = [text for chunk in chunks for text in chunk]
+    assert take(column, np.array(rows, np.int64)).to_pylist() == [values[row] for row in rows]
+
+
+def test_take_reads_no_more_than_it_gives(tmp_path):
+    batch = pa.record_batch({"text": ["x" * 1000] * 1000})
+    with pa.ipc.new_file(tmp_path / "texts.arrow", batch.schema) as writer:
+        for _ in range(20):
+            writer.write_batch(batch)
+    column = pa.ipc.open_file(pa.memory_map(str(tmp_path / "texts.arrow"))).read_all()["text"]
+    before = pa.total_allocated_bytes()
+    taken = take(column, np.array([19_999, 3, 7_000]))
+    assert len(taken) == 3 and pa.total_allocated_bytes() - before < 100_000
