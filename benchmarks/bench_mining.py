@@ -1,0 +1,517 @@
+"""Mining graded data: our steps against the tools that people would otherwise use, on the same inputs.
+
+    python -m benchmarks.bench_mining [bm25] [negatives] [script] [grading] [--set DATA/scifact --split test]
+
+| part | ours | against |
+|---|---|---|
+| bm25 | BM25 by parts of the corpus, with bm25s inside | rank_bm25 |
+| negatives | dense search by parts, then the margin | sentence-transformers' mine_hard_negatives |
+| script | dense search by parts, grading in shards | one script in the style of FlagEmbedding's two |
+| grading | a cross-encoder's grading in shards | CrossEncoder.predict, over all pairs and query by query |
+
+Texts are synthetic, or those of a --set (a folder that `kind: local` reads). The sides take turns in one process, and
+seconds are process CPU seconds: medians over the rounds. Ratios are of one round each, with their range. Memory is
+of a further process for each side, which makes the inputs and then does the side's work once.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.measure import environment, in_child, markdown, median_and_range, peak_memory
+from benchmarks.synthetic import write_cross_encoder, write_encoder, zipf_texts
+from dataset_builders.bm25 import Bm25, search_bm25, tokenise
+from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.dense import Dense, search_dense
+from dataset_builders.embeddings import SHARD, Vectors
+from dataset_builders.engines import LOCAL, compute_shards
+from dataset_builders.folders import TextColumn, write_arrow
+from dataset_builders.hits import merge_keys, positions_and_scores
+from dataset_builders.mine import select_negatives
+from dataset_builders.schema import LABEL_FLOOR
+from dataset_builders.scores import PairScorer, Teacher
+from dataset_builders.sources import LocalSource, read_rows
+
+DEPTH = 100  # documents retrieved for a query
+PART = 16_384  # documents in a part; a build's parts are larger, which favours it
+BLOCK = 8192  # queries that a part answers at a time
+OKAPI_QUERIES = 20  # that rank_bm25 answers of a synthetic set; its time is scaled to all
+NEGATIVES, MARGIN = 7, 0.95
+SCRIPT_RANKS, SCRIPT_NEGATIVES = (10, 210), 15  # hn_mine.py's defaults
+
+Seconds = dict[str, float]  # of the parts of a side's work
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Queries and documents, all different, and what is relevant to which: position of the document -> score."""
+
+    documents: list[str]
+    queries: list[str]
+    judged: list[dict[int, int]]
+
+
+def main(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    print(environment("bm25s", "rank_bm25", "sentence-transformers", "transformers", "torch", "faiss-cpu"), flush=True)
+    for name in args.parts:
+        rounds, title, remarks = in_child(_timed, name, args)
+        memory = {side: in_child(_memory, name, side, args) for side in rounds[0]}
+        print(f"\n{name}: {title}, {len(rounds)} rounds\n\n{format_table(rounds, memory)}\n")
+        print("\n".join(f"- {remark}" for remark in remarks), flush=True)
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(prog="python -m benchmarks.bench_mining", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all, if none is named")
+    parser.add_argument("--documents", type=int, default=50_000, help="synthetic documents (default: 50,000)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--set", type=Path, help="folder of corpus.parquet, queries.parquet and qrels.parquet")
+    parser.add_argument("--split", default="test", help="whose queries of the set are asked (default: test)")
+    args = parser.parse_args(argv)
+    for name in args.parts:
+        if name not in PARTS:
+            raise InputError(f"part {name!r}: the parts are {', '.join(PARTS)}")
+    args.parts = args.parts or list(PARTS)
+    return args
+
+
+def format_table(rounds: Sequence[Mapping[str, Seconds]], memory: Mapping[str, tuple[float, float]]) -> str:
+    """One row for each side; the first is ours, and the others' seconds are divided by its seconds."""
+    ours = next(iter(rounds[0]))
+    parts = list(rounds[0][ours])
+    rows = []
+    for side in rounds[0]:
+        seconds = [[one[side][part] for one in rounds] for part in parts]
+        ratios = [[one[side][part] / one[ours][part] for one in rounds] for part in parts]
+        if len(parts) > 1:
+            ratios.append([sum(one[side].values()) / sum(one[ours].values()) for one in rounds])
+        before, peak = memory[side]
+        written = ["1" if side == ours else median_and_range(ratio) for ratio in ratios]
+        middles = [f"{statistics.median(values):.2f}" for values in seconds]
+        rows.append([side, *middles, *written, f"{peak - before:,.0f}", f"{before:,.0f}"])
+    names = [*parts, "all"] if len(parts) > 1 else parts
+    header = [*(f"{part}, s" for part in parts), *(f"{name}, ratio" for name in names)]
+    return markdown(["side", *header, "memory, MiB", "on top of"], rows)
+
+
+def _timed(name: str, args: Namespace) -> tuple[list[dict[str, Seconds]], str, list[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        part = PARTS[name](args, Path(folder))
+        rounds, results = [], {}
+        for _ in range(args.rounds):
+            seconds: dict[str, Seconds] = {side: {} for side in part.sides}
+            for side, work in part.sides.items():
+                results[side] = work(seconds[side])
+            rounds.append(seconds)
+        return rounds, part.title, part.remarks(results)
+
+
+def _memory(name: str, side: str, args: Namespace) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        part = PARTS[name](args, Path(folder))
+        return peak_memory(lambda: part.sides[side]({}))
+
+
+@contextmanager
+def cpu_seconds(seconds: Seconds, name: str, scale: float = 1.0) -> Iterator[None]:
+    start = time.process_time()
+    yield
+    seconds[name] = scale * (time.process_time() - start)
+
+
+def read_texts(args: Namespace, queries: int) -> Texts:
+    """Up to `queries` queries of the set with a relevant document; or synthetic ones, eight words out of theirs."""
+    if not args.set:
+        documents = zipf_texts(args.documents, (40, 120), seed=0)
+        rows = np.linspace(0, len(documents), min(queries, len(documents)), endpoint=False).astype(np.int64).tolist()
+        rng = np.random.default_rng(1)
+        asked = [" ".join(rng.permutation(documents[row].split())[:8]) for row in rows]
+        return Texts(documents, asked, [{row: 1} for row in rows])
+    rows = read_rows(LocalSource(kind="local", path=str(args.set), split=args.split), None)
+    positions: dict[str, int] = {}  # text -> position: the first of equal documents stands for all
+    ids, texts = (rows.documents[name].to_pylist() for name in ("document_id", "text"))
+    position_of = {name: positions.setdefault(text, len(positions)) for name, text in zip(ids, texts, strict=True)}
+    query_texts = dict(zip(*(rows.queries[name].to_pylist() for name in ("query_id", "text")), strict=True))
+    judged: dict[str, dict[int, int]] = {}
+    for row in rows.qrels.to_pylist():
+        if row["split"] == args.split and row["score"] > 0:
+            judged.setdefault(query_texts[row["query_id"]], {})[position_of[row["document_id"]]] = row["score"]
+    kept = list(judged)[:queries]
+    return Texts(list(positions), kept, [judged[query] for query in kept])
+
+
+def ranges(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def best_of_parts(shards: Sequence[np.ndarray], parts: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and scores of each query's best documents, from the shards of `parts` parts for every block."""
+    blocks = [list(shards)[start : start + parts] for start in range(0, len(shards), parts)]
+    return positions_and_scores(np.concatenate([merge_keys(block, top_k) for block in blocks]))
+
+
+class Bm25Search:
+    """Indexing the documents, and then the queries' best 100. Both sides tokenise alike."""
+
+    def __init__(self, args: Namespace, folder: Path) -> None:
+        import bm25s  # noqa: F401  imported before the clock starts
+        import rank_bm25  # noqa: F401
+        import torch  # noqa: F401
+
+        self.texts, self.folder, self.has_names = read_texts(args, 2000), folder, bool(args.set)
+        batch = pa.record_batch({"text": self.texts.documents})
+        write_arrow(folder / "texts.arrow", [batch], batch.schema)
+        count = len(self.texts.queries)
+        self.asked = np.arange(count) if args.set else np.arange(0, count, max(count // OKAPI_QUERIES, 1))
+        self.sides = {"ours": self._ours, "rank_bm25": self._rank_bm25}
+        self.title = f"{len(self.texts.documents):,} documents, {count:,} queries, top {DEPTH}"
+        if len(self.asked) < count:
+            self.title += f" (rank_bm25: {len(self.asked)} of them, scaled)"
+
+    def _ours(self, seconds: Seconds) -> np.ndarray:
+        parts, blocks = ranges(len(self.texts.documents), PART), ranges(len(self.texts.queries), BLOCK)
+        work = self.folder / "work"
+        search = (Bm25(top_k=DEPTH), TextColumn(self.folder / "texts.arrow"), parts, self.texts.queries, blocks, work)
+        shutil.rmtree(work, ignore_errors=True)
+        with cpu_seconds(seconds, "index"):
+            search_bm25(*search, LOCAL)
+        shutil.rmtree(work / "bm25.shards")
+        with cpu_seconds(seconds, "search"):
+            shards = search_bm25(*search, LOCAL)
+        seconds["index"] -= seconds["search"]
+        return best_of_parts(shards, len(parts), DEPTH)[0][self.asked]
+
+    def _rank_bm25(self, seconds: Seconds) -> np.ndarray:
+        from rank_bm25 import BM25Okapi
+
+        with cpu_seconds(seconds, "index"):
+            index = BM25Okapi(tokenise(self.texts.documents))
+        found = []
+        with cpu_seconds(seconds, "search", len(self.texts.queries) / len(self.asked)):
+            for row in self.asked:
+                scores = index.get_scores(tokenise([self.texts.queries[row]])[0])
+                best = np.argpartition(-scores, DEPTH)[:DEPTH]
+                found.append(best[np.argsort(-scores[best], kind="stable")])
+        return np.array(found)
+
+    def remarks(self, results: Mapping[str, np.ndarray]) -> list[str]:
+        pairs = zip(*(found[:, :10].tolist() for found in results.values()), strict=True)
+        shared = np.mean([len({*one} & {*other}) / 10 for one, other in pairs])
+        remarks = [f"the two share {shared:.0%} of their best 10: rank_bm25 floors negative idf"]
+        judged = [self.texts.judged[row] for row in self.asked]
+        if self.has_names:
+            scores = [f"{side} {ndcg(found, judged):.4f}" for side, found in results.items()]
+            remarks.append(f"nDCG@10: {', '.join(scores)}")
+        return remarks
+
+
+def ndcg(found: np.ndarray, judged: Sequence[Mapping[int, int]]) -> float:
+    """nDCG@10, by ir_measures, of (queries, k) positions, best first (-1: none)."""
+    import ir_measures
+
+    run = {
+        str(row): {str(position): float(-rank) for rank, position in enumerate(positions) if position >= 0}
+        for row, positions in enumerate(found.tolist())
+    }
+    qrels = {str(row): {str(position): score for position, score in one.items()} for row, one in enumerate(judged)}
+    [value] = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run).values()
+    return value
+
+
+@dataclass(frozen=True)
+class Given:
+    """The vectors of a SentenceTransformer that has made them already, for both sides of a comparison."""
+
+    documents: np.ndarray
+    queries: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Texts, folder: Path) -> Given:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(str(write_encoder(folder, texts.documents[:10_000])))
+        sides = (texts.documents, texts.queries)
+        return cls(*(model.encode(side, batch_size=256, normalize_embeddings=True) for side in sides))
+
+    def search(self, folder: Path, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Our dense search, from vectors on disk as a build's are."""
+        shutil.rmtree(folder, ignore_errors=True)
+        queries, documents = (
+            on_disk(vectors, folder / side) for side, vectors in (("q", self.queries), ("d", self.documents))
+        )
+        parts, blocks = ranges(len(documents), PART), ranges(len(queries), BLOCK)
+        shards = search_dense(Dense(model="given", top_k=top_k), queries, blocks, documents, parts, folder, LOCAL)
+        return best_of_parts(shards, len(parts), top_k)
+
+
+def on_disk(vectors: np.ndarray, folder: Path) -> Vectors:
+    sizes = [len(rows) for rows in ranges(len(vectors), SHARD)]
+    return Vectors(compute_shards(_Rows(vectors), sizes, folder, LOCAL, description="vectors", unit="texts"))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    vectors: np.ndarray
+
+    def __call__(self, number: int) -> np.ndarray:
+        return self.vectors[number * SHARD : (number + 1) * SHARD]
+
+
+class GivenModel:
+    """What mine_hard_negatives asks of a SentenceTransformer, answered from vectors. Dot products, the faster way."""
+
+    def __init__(self, given: Given) -> None:
+        import torch
+        from sentence_transformers import util
+
+        self.given, self.device = given, torch.device("cpu")
+        self.similarity, self.similarity_pairwise = util.dot_score, util.pairwise_dot_score
+
+    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        assert len(texts) == len(self.given.documents)
+        return self.given.documents
+
+    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        assert len(texts) == len(self.given.queries)
+        return self.given.queries
+
+
+class Negatives:
+    """(query, positive, 7 negatives) as texts: the closest of 100 documents that are 5 % below the positive.
+
+    One positive for each query, and no near duplicates: there the two mean the same.
+    """
+
+    def __init__(self, args: Namespace, folder: Path) -> None:
+        import datasets  # noqa: F401  imported before the clock starts
+        import sentence_transformers  # noqa: F401
+
+        texts = read_texts(args, 2000)
+        single = [row for row, judged in enumerate(texts.judged) if len(judged) == 1]
+        self.texts = Texts(
+            texts.documents, [texts.queries[row] for row in single], [texts.judged[row] for row in single]
+        )
+        self.given, self.folder = Given.of(self.texts, folder / "encoder"), folder
+        self.positives = np.array([next(iter(judged)) for judged in self.texts.judged])
+        self.sides = {"ours": self._ours, "mine_hard_negatives": self._sentence_transformers}
+        self.title = f"{len(texts.documents):,} documents, {len(single):,} queries, 384 dimensions, vectors given"
+
+    def _ours(self, seconds: Seconds) -> list[tuple[str, ...]]:
+        with cpu_seconds(seconds, "all"):
+            positions, scores = self.given.search(self.folder / "work", DEPTH + 1)
+            own = np.einsum("ij,ij->i", self.given.queries, self.given.documents[self.positives])
+            labels, own = (np.clip(values, LABEL_FLOOR, 1 - LABEL_FLOOR) for values in (scores, own))
+            rows = []
+            for row, positive in enumerate(self.positives.tolist()):
+                chosen = select_negatives(
+                    labels[row], own[row], positions[row] == positive, margin=MARGIN, num_negatives=NEGATIVES
+                )
+                if len(chosen) == NEGATIVES:
+                    documents = [positive, *positions[row, chosen].tolist()]
+                    rows.append((self.texts.queries[row], *(self.texts.documents[place] for place in documents)))
+        return rows
+
+    def _sentence_transformers(self, seconds: Seconds) -> list[tuple[str, ...]]:
+        from datasets import Dataset
+        from sentence_transformers.util import mine_hard_negatives
+
+        with cpu_seconds(seconds, "all"):
+            pairs = {
+                "query": self.texts.queries,
+                "positive": [self.texts.documents[place] for place in self.positives],
+            }
+            mined = mine_hard_negatives(
+                Dataset.from_dict(pairs),
+                GivenModel(self.given),
+                corpus=self.texts.documents,
+                range_max=DEPTH,
+                relative_margin=1 - MARGIN,
+                num_negatives=NEGATIVES,
+                output_format="n-tuple",
+                verbose=False,
+            )
+        return list(zip(*(mined[name] for name in mined.column_names), strict=True))
+
+    def remarks(self, results: Mapping[str, list[tuple[str, ...]]]) -> list[str]:
+        ours, theirs = results.values()
+        return [
+            f"rows: ours {len(ours):,}, theirs {len(theirs):,}; the same in all columns: {len({*ours} & {*theirs}):,}"
+        ]
+
+
+class Script:
+    """Fifteen negatives of ranks 10 to 210 of a flat search, then a teacher's score for them and the positive.
+
+    Imitated of FlagEmbedding's hn_mine.py and add_reranker_score.py (commits 1bfdf2c, 68f984e): FAISS IndexFlatIP
+    over all documents in memory, 64 queries at a time, no scores kept, a random draw, one list of all pairs, one
+    write at the end. Its reranker sorts all pairs by length, as CrossEncoder.predict does; batches of 128. Ours reads
+    vectors from disk part by part and grades in shards; it draws the same ranks here, so both grade the same pairs.
+    """
+
+    def __init__(self, args: Namespace, folder: Path) -> None:
+        import faiss  # noqa: F401  imported before the clock starts
+        import sentence_transformers  # noqa: F401
+
+        self.texts, self.folder = read_texts(args, 150), folder
+        self.given = Given.of(self.texts, folder / "encoder")
+        self.reranker = write_cross_encoder(folder / "reranker", self.texts.documents[:10_000])
+        self.sides = {"ours": self._ours, "script": self._script}
+        self.title = (
+            f"{len(self.texts.documents):,} documents, {len(self.texts.queries)} queries, 384 dimensions, vectors "
+            "given; a BERT cross-encoder 128x2"
+        )
+
+    def _draw(self, ranked: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Positions of each query's positives and of its negatives."""
+        chance, drawn = random.Random(0), []
+        for places, judged in zip(ranked, self.texts.judged, strict=True):
+            others = [place for place in places[slice(*SCRIPT_RANKS)] if place not in judged]
+            drawn.append([*judged, *chance.sample(others, SCRIPT_NEGATIVES)])
+        return drawn
+
+    def _ours(self, seconds: Seconds) -> list[dict[int, float]]:
+        work = self.folder / "work"
+        with cpu_seconds(seconds, "search"):
+            positions, _ = self.given.search(work, SCRIPT_RANKS[1])
+            drawn = self._draw(positions.tolist())
+        with cpu_seconds(seconds, "grade"):
+            pairs = np.array([(query, place) for query, places in enumerate(drawn) for place in places])
+            teacher = Teacher(kind="cross_encoder", model=str(self.reranker))
+            scorer = PairScorer(teacher, work, LOCAL, self.texts.queries, self.texts.documents)
+            scores = iter(scorer.scores(pairs, work).tolist())
+            graded = [{place: next(scores) for place in places} for places in drawn]
+        return graded
+
+    def _script(self, seconds: Seconds) -> list[dict[int, float]]:
+        import faiss
+        import torch
+        from sentence_transformers import CrossEncoder
+
+        with cpu_seconds(seconds, "search"):
+            index = faiss.IndexFlatIP(self.given.documents.shape[1])
+            index.add(self.given.documents)
+            ranked: list[list[int]] = []
+            for start in range(0, len(self.given.queries), 64):
+                ranked += index.search(self.given.queries[start : start + 64], SCRIPT_RANKS[1])[1].tolist()
+            drawn = self._draw(ranked)
+        with cpu_seconds(seconds, "grade"):
+            pairs = [
+                (self.texts.queries[query], self.texts.documents[place])
+                for query, places in enumerate(drawn)
+                for place in places
+            ]
+            model = CrossEncoder(str(self.reranker), activation_fn=torch.nn.Identity())
+            scores = iter(model.predict(pairs, batch_size=128).tolist())
+            graded = [{place: next(scores) for place in places} for places in drawn]
+            lines = []
+            for query, row in zip(self.texts.queries, graded, strict=True):
+                documents = [self.texts.documents[place] for place in row]
+                lines.append({"query": query, "documents": documents, "scores": list(row.values())})
+            (self.folder / "script.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        return graded
+
+    def remarks(self, results: Mapping[str, list[dict[int, float]]]) -> list[str]:
+        ours, theirs = (
+            {(query, place): score for query, row in enumerate(graded) for place, score in row.items()}
+            for graded in results.values()
+        )
+        both = ours.keys() & theirs.keys()
+        apart = max(abs(ours[pair] - theirs[pair]) for pair in both)
+        return [f"pairs graded: {len(ours):,}, the same by both: {len(both):,}; scores differ by at most {apart:.1e}"]
+
+
+class Grading:
+    """A cross-encoder's scores of 20 queries' best 100 documents by dense search."""
+
+    def __init__(self, args: Namespace, folder: Path) -> None:
+        import sentence_transformers  # noqa: F401  imported before the clock starts
+
+        texts = read_texts(args, 20)
+        self.texts, self.folder = texts, folder
+        self.reranker = write_cross_encoder(folder / "reranker", texts.documents[:10_000])
+        positions, _ = Given.of(texts, folder / "encoder").search(folder / "search", DEPTH)
+        queries = np.repeat(np.arange(len(positions)), positions.shape[1])
+        self.pairs = np.stack([queries, positions.ravel()], axis=1)
+        self.tokens: dict[str, tuple[int, int]] = {}
+        self.sides = {"ours": self._ours, "predict(all pairs)": self._all, "predict query by query": self._by_query}
+        self.title = f"{len(self.pairs):,} pairs, a BERT cross-encoder 128x2, predict's batches of 32"
+
+    def _ours(self, seconds: Seconds) -> np.ndarray:
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        teacher = Teacher(kind="cross_encoder", model=str(self.reranker))
+        scorer = PairScorer(teacher, work, LOCAL, self.texts.queries, self.texts.documents)
+        with cpu_seconds(seconds, "grade"), self._counted("ours"):
+            return scorer.scores(self.pairs, work)
+
+    def _all(self, seconds: Seconds) -> np.ndarray:
+        with cpu_seconds(seconds, "grade"), self._counted("predict(all pairs)"):
+            return self._model().predict(self._texts(self.pairs), batch_size=32)
+
+    def _by_query(self, seconds: Seconds) -> np.ndarray:
+        with cpu_seconds(seconds, "grade"), self._counted("predict query by query"):
+            model = self._model()
+            blocks = np.split(self.pairs, np.flatnonzero(np.diff(self.pairs[:, 0])) + 1)
+            found = [model.predict(self._texts(block), batch_size=32, show_progress_bar=False) for block in blocks]
+            return np.concatenate(found)
+
+    def _model(self):
+        import torch
+        from sentence_transformers import CrossEncoder
+
+        return CrossEncoder(str(self.reranker), activation_fn=torch.nn.Identity())
+
+    def _texts(self, pairs: np.ndarray) -> list[tuple[str, str]]:
+        return [(self.texts.queries[query], self.texts.documents[place]) for query, place in pairs.tolist()]
+
+    @contextmanager
+    def _counted(self, side: str) -> Iterator[None]:
+        """Counts what the model's word embedding is asked for: all tokens, and those that are no padding."""
+        import torch
+
+        counts = np.zeros(2, np.int64)
+
+        def count(module: Any, inputs: tuple) -> None:
+            # of BERT's three embeddings only that of words knows of padding
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                counts[:] += inputs[0].numel(), int((inputs[0] != module.padding_idx).sum())
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+        self.tokens[side] = tuple(counts.tolist())
+
+    def remarks(self, results: Mapping[str, np.ndarray]) -> list[str]:
+        ours, *others = results.values()
+        apart = max(float(np.abs(ours - other).max()) for other in others)
+        waste = [f"{side} {computed / needed:.3f}" for side, (computed, needed) in self.tokens.items()]
+        needed = self.tokens["ours"][1]
+        return [
+            f"tokens computed / needed: {', '.join(waste)}; needed {needed:,}, {needed / len(self.pairs):.0f} a pair",
+            f"scores differ by at most {apart:.1e}",
+        ]
+
+
+PARTS = {"bm25": Bm25Search, "negatives": Negatives, "script": Script, "grading": Grading}
+
+
+if __name__ == "__main__":
+    run(main)
