@@ -184,10 +184,10 @@ class RegistrySource(Splits, Sample):
     @classmethod
     def _trainable(cls, name: str, info: ValidationInfo) -> str:
         if name not in registry():
-            close = difflib.get_close_matches(name, registry(), n=1)
-            raise ValueError(
-                f"not in the registry; {f'did you mean {close[0]!r}?' if close else 'see --list_sources'}"
-            )
+            known = {known.lower(): known for known in registry()}
+            close = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f"did you mean {known[close[0]]!r}?" if close else "see --list_sources"
+            raise ValueError(f"not in the registry; {hint}")
         if registry()[name].split is None:
             raise ValueError(registry()[name].note)
         if info.data.get("split") != registry()[name].split:

@@ -483,7 +483,8 @@ def test_the_table_of_sources_can_be_read_in_a_terminal():
     [
         ({"name": "ArguAna"}, "key 'source.name' is 'ArguAna': ArguAna has a test split alone"),
         ({"name": "StackExchangeClusteringP2P"}, "does not name the site"),
-        ({"name": "HotPotQA"}, "not in the registry; did you mean 'HotpotQA'"),
+        ({"name": "fever"}, "not in the registry; did you mean 'FEVER'"),
+        ({"name": "Wikipedia"}, "not in the registry; see --list_sources"),
         ({"name": "MSMARCO", "eval_splits": ["train"]}, "cannot be an eval split too"),
         ({"name": "FEVER", "split": "test"}, "its split to train on is 'train'"),
         ({"name": "MSMARCO", "dataset": "x/y"}, "'source.dataset' does not go with"),
