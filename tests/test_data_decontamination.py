@@ -1,0 +1,274 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+from tiny_data import write_set, write_table
+
+from dataset_builders import decontamination
+from dataset_builders.cli import InputError
+from dataset_builders.corpus import write_corpus
+from dataset_builders.decontamination import (
+    CONTAMINATION,
+    Decontamination,
+    describe_decontamination,
+    mteb_tasks,
+    read_local,
+    read_probes,
+    read_task,
+    zero_shot,
+)
+from dataset_builders.folders import read_arrow, read_parquet
+from dataset_builders.schema import QRELS
+from dataset_builders.sources import Rows, Splits
+
+RNG = np.random.default_rng(0)
+# As long as ArguAna's test queries, which are whole arguments.
+ARGUMENTS = [" ".join(f"a{number:05x}" for number in RNG.integers(16**5, size=160)) + "." for _ in range(8)]
+
+
+def arguana() -> object:
+    """mteb's own ArguAna, holding a small test set: 8 queries that stand in the corpus too, and a train split."""
+    import mteb
+    from datasets import Dataset
+
+    task = mteb.get_task("ArguAna")
+    searched = [{"id": f"d{row}", "title": "On policy", "text": text} for row, text in enumerate(ARGUMENTS)]
+    searched += [{"id": "counter", "title": "Against", "text": "A counter argument, which nobody asks about."}]
+    split = {
+        "queries": Dataset.from_list([{"id": f"q{row}", "text": text} for row, text in enumerate(ARGUMENTS)]),
+        "corpus": Dataset.from_list(searched),
+        "relevant_docs": {f"q{row}": {"counter": 1} for row in range(8)},
+        "top_ranked": None,
+    }
+    asked_in_training = {**split, "queries": Dataset.from_list([{"id": "t", "text": "What is asked in training?"}])}
+    task.dataset, task.data_loaded = {"default": {"test": split, "train": asked_in_training}}, True
+    return task
+
+
+def planted() -> tuple[Rows, dict[str, str]]:
+    """Training rows with copies of test queries on both sides, as mteb#1372 found in a published training set."""
+    words = ARGUMENTS[2].split()
+    copies = {
+        "exact": ARGUMENTS[0],
+        "spaced": "  " + ARGUMENTS[1].upper().replace(" ", "\n ", 9),
+        "one-word": " ".join([*words[:70], "otherwise", *words[71:]]),
+        "truncated": ARGUMENTS[3][: int(len(ARGUMENTS[3]) * 0.9)],
+        "titled": "On policy " + ARGUMENTS[4],
+    }
+    queries = {
+        **copies,
+        "half": ARGUMENTS[5][: len(ARGUMENTS[5]) // 2],  # shows half of a test item: not similar enough
+        "training": "What is asked in training?",  # a training query of the same task
+        "clean": "Is this a question of our own?",
+        "left": "What will this one be answered by?",
+    }
+    documents = {
+        "answer": "An answer to all of that.",
+        "counter": "A counter argument, which nobody asks about.",
+        "copy": ARGUMENTS[6] + " Indeed.",
+        "shared": ARGUMENTS[7],
+    }
+    qrels = [(query, "answer", 1, "train") for query in queries if query != "left"]
+    qrels += [("clean", "counter", 1, "train"), ("clean", "copy", 0, "train"), ("left", "copy", 1, "train")]
+    qrels += [("clean", "shared", 1, "train"), ("evaluation", "shared", 1, "test"), ("eval-copy", "answer", 1, "test")]
+    queries |= {"evaluation": "Is it held out?", "eval-copy": ARGUMENTS[6]}
+    sides = {"document_id": documents, "query_id": queries}
+    tables = [pa.table({name: list(side), "text": list(side.values())}) for name, side in sides.items()]
+    columns = [list(column) for column in zip(*qrels, strict=True)]
+    return Rows(*tables, pa.table(columns, schema=QRELS), len(qrels)), copies
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> Decontamination:
+    """A recipe's section whose one task is `arguana`, without the Hub."""
+    monkeypatch.setattr(decontamination, "mteb_tasks", lambda section: [arguana()])
+    return Decontamination(tasks=("ArguAna",))
+
+
+def test_test_queries_inside_training_data_are_dropped_and_logged(tmp_path, evaluated):
+    rows, copies = planted()
+    counts = write_corpus(rows, Splits(eval_splits=("test",)), tmp_path, evaluated)
+    queries = read_parquet(tmp_path / "queries.parquet").to_pylist()
+    assert [(row["query_id"], row["split"]) for row in queries] == [
+        ("clean", "train"),
+        ("eval-copy", "test"),  # other splits stay as they are
+        ("evaluation", "test"),
+        ("half", "train"),
+        ("training", "train"),
+    ]
+    assert read_arrow(tmp_path / "documents.arrow")["document_id"].to_pylist() == ["answer", "counter", "shared"]
+    qrels = [tuple(row.values()) for row in read_parquet(tmp_path / "qrels.parquet").to_pylist()]
+    assert qrels == [
+        ("clean", "answer", 1, "train"),
+        ("clean", "counter", 1, "train"),
+        ("eval-copy", "answer", 1, "test"),
+        ("evaluation", "shared", 1, "test"),  # and no longer for `clean`
+        ("half", "answer", 1, "train"),
+        ("training", "answer", 1, "train"),
+    ]
+    log = read_parquet(tmp_path / "contamination.parquet")
+    assert log.schema.equals(CONTAMINATION)
+    found = {row["id"]: row for row in log.to_pylist()}
+    assert len(found) == len(log) == 7 and {row["task"] for row in found.values()} == {"ArguAna"}
+    kinds = {name: row["kind"] for name, row in found.items()}
+    assert kinds == {
+        "exact": "exact",
+        "spaced": "exact",
+        "one-word": "near",
+        "truncated": "near",
+        "titled": "near",
+        "copy": "near",
+        "shared": "exact",
+    }
+    assert [found[name]["matched_text"] for name in copies] == ARGUMENTS[:5]
+    assert all((row["similarity"] == 1) == (row["kind"] == "exact") for row in found.values())
+    assert all(0.8 <= row["similarity"] <= 1 for row in found.values())
+    assert {name for name, row in found.items() if not row["dropped"]} == {"shared"}
+    assert counts["contamination"] == {
+        "queries_dropped": 5,
+        "documents_dropped": 1,
+        "documents_kept_for_other_splits": 1,
+        "queries_left_without_positive_dropped": 1,
+        "matches": {"ArguAna": {"queries": 5, "documents": 2}},
+        "documents_that_tasks_search": {"ArguAna": 2},
+    }
+
+
+def test_a_lower_similarity_finds_shorter_pieces(tmp_path, evaluated):
+    rows, _ = planted()
+    cut = ARGUMENTS[5][: int(len(ARGUMENTS[5]) * 0.75)]
+    texts = pa.table({"query_id": rows.queries["query_id"], "text": [cut] * len(rows.queries)})
+    one = rows.qrels.slice(0, 1)
+    rows = Rows(rows.documents, texts, one, 1)
+    counts = write_corpus(rows, Splits(), tmp_path, evaluated)
+    assert counts["contamination"]["queries_dropped"] == 0
+    with pytest.raises(InputError, match="no query is left"):
+        write_corpus(rows, Splits(), tmp_path, evaluated.model_copy(update={"similarity": 0.7}))
+
+
+def test_a_text_of_two_tasks_is_logged_for_both(tmp_path):
+    """The best match of each task, and the same probe in two tasks."""
+    rows, _ = planted()
+    write_table(tmp_path / "test.parquet", text=[ARGUMENTS[0], ARGUMENTS[0] + " Yes."])
+    (tmp_path / "other").mkdir()
+    write_table(tmp_path / "other" / "test.parquet", text=[ARGUMENTS[0], ARGUMENTS[1]])
+    section = Decontamination(local={"first": str(tmp_path), "second": str(tmp_path / "other")})
+    counts = write_corpus(rows, Splits(), tmp_path, section)
+    log = read_parquet(tmp_path / "contamination.parquet").to_pylist()
+    assert [(row["id"], row["task"], row["kind"]) for row in log] == [
+        ("exact", "first", "exact"),
+        ("exact", "second", "exact"),
+        ("spaced", "second", "exact"),
+    ]
+    assert counts["contamination"]["queries_dropped"] == 2
+    matches = {"first": {"queries": 1, "documents": 0}, "second": {"queries": 2, "documents": 0}}
+    assert counts["contamination"]["matches"] == matches
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "searched"),
+    [
+        ("MockRetrievalTask", "This is a test sentence", "Title of d1 This is a positive sentence"),
+        ("MockMultilingualRetrievalTask", "This is a test sentence", "This is a positive sentence"),
+        ("MockRetrievalDialogTask", "What is the capital of France?", "This is a positive sentence"),
+        ("MockRerankingTask", "This is a test sentence", "This is a positive sentence"),
+        ("MockSTSTask", "This is a test sentence", None),
+        ("MockMultilingualSTSTask", "This is a test sentence", None),
+        ("MockPairClassificationTask", "This is a test sentence", None),
+        ("MockClassificationTask", "This is a test sentence", None),
+        ("MockMultilingualClassificationTask", "This is a test sentence", None),
+        ("MockMultilabelClassification", "This is a test sentence", None),
+        ("LegacyMockClusteringFastTask", "This is a test sentence", None),
+        ("MockSummarizationTask", "This is a test sentence", None),
+    ],
+)
+def test_mteb_stores_texts_by_task_type(name, asked, searched):
+    import mteb.mocks
+
+    found, documents = read_task(getattr(mteb.mocks, name)())
+    assert asked in found and all(isinstance(text, str) for text in found)
+    assert searched in documents if searched else documents == []
+
+
+def test_every_task_of_the_benchmark_names_its_texts():
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    tasks = mteb_tasks(Decontamination(benchmark="MTEB(eng, v2)", tasks=("ArguAna", "CQADupstackRetrieval")))
+    assert len(tasks) == 41 + 10  # ArguAna once; CQADupstack's 12 forums, of which the benchmark has two
+    for task in tasks:
+        named = [name for name in decontamination._COLUMN_NAMES if hasattr(task, name)]
+        assert isinstance(task, AbsTaskRetrieval) or named, task.metadata.name
+        assert task.eval_splits and task.metadata.dataset["revision"]
+
+
+def test_local_sets_are_read_by_their_layout(tmp_path):
+    asked, searched = read_local("set", str(write_set(tmp_path / "set")), None)
+    assert len(asked) == 20  # the test queries alone
+    assert len(searched) == 2 * 62  # every document, with and without its title
+    write_table(tmp_path / "test.parquet", text1=["a b", "c"], text2=["d", "e"], label=[0, 1])
+    assert read_local("pairs", str(tmp_path), None) == (["a b", "c", "d", "e"], [])
+
+
+def test_the_fingerprint_holds_files_and_revisions(tmp_path):
+    assert describe_decontamination(None, None) is None
+    write_table(tmp_path / "test.parquet", text=["one text"])
+    section = Decontamination(benchmark="MTEB(eng, v2)", local={"set": str(tmp_path)})
+    described = describe_decontamination(section, None)
+    assert len(described["tasks"]) == 41
+    assert described["tasks"]["ArguAna"]["revision"] == "c22ab2a51041ffd869aaddef7af8d8215647e41a"
+    assert str(tmp_path) not in str(described)  # the same files elsewhere are the same
+    write_table(tmp_path / "test.parquet", text=["another text"])
+    assert describe_decontamination(section, None)["local"] != described["local"]
+
+
+@pytest.mark.parametrize("name", ["intfloat/e5-mistral-7b-instruct", "BAAI/bge-en-icl", "nvidia/NV-Embed-v2"])
+def test_zero_shot_is_what_mteb_says_of_published_models(name):
+    import mteb
+
+    meta = mteb.get_model_meta(name, fetch_from_hf=False)
+    tasks = mteb.get_benchmark("MTEB(eng, v2)").tasks
+    found = zero_shot(sorted(meta.training_datasets), "MTEB(eng, v2)")
+    assert found["zero_shot_percentage"] == meta.zero_shot_percentage(tasks)
+    seen = len(found["trained_on"])
+    assert seen > 0 and found["zero_shot_percentage"] == int(100 - 100 * seen / 41)
+    if "mistral" in name:
+        assert found["zero_shot_percentage"] == 95
+        assert found["trained_on"] == ["FEVERHardNegatives", "HotpotQAHardNegatives"]
+
+
+def test_zero_shot_of_nothing():
+    found = zero_shot([], "MTEB(eng, v2)")
+    assert (found["zero_shot_percentage"], found["trained_on"]) == (100, [])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"benchmark": "MTEB(eng,v2)"}, r"Did you mean: MTEB\(eng, v2\)"),
+        ({"tasks": ["ArguAn"]}, "Did you mean: 'ArguAna'"),
+        ({"local": {"x": "no/such/folder"}}, "no such folder"),
+        ({"local": {"x": "{tmp}"}}, "test.parquet: no such file"),
+        ({"local": {"x": "{tmp}/set"}}, "asks about no text"),
+        ({"tasks": ["Tatoeba"]}, "type BitextMining|cannot be loaded"),
+        ({"tasks": ["STSBenchmark"]}, "'STSBenchmark' cannot be loaded"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, section, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    qrels = write_set(tmp_path / "set") / "qrels.parquet"
+    table = pq.read_table(qrels)
+    pq.write_table(table.set_column(3, "split", pa.array(["train"] * len(table))), qrels)  # and no test split
+    local = {name: path.format(tmp=tmp_path) for name, path in section.get("local", {}).items()}
+    with pytest.raises(InputError, match=message) as raised:
+        section = Decontamination.model_validate({**section, "local": local})
+        describe_decontamination(section, None)
+        read_probes(section, None)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("section", [{}, {"tasks": ["ArguAna"], "similarity": 0.5}])
+def test_a_section_that_would_find_nothing_is_refused(section):
+    with pytest.raises(ValidationError, match=r"name a benchmark|greater than or equal to 0\.7"):
+        Decontamination.model_validate(section)
