@@ -31,6 +31,7 @@ from dataset_builders.folders import file_sha256, read_parquet
 from dataset_builders.near_duplicates import (
     NEAR_DUPLICATE,
     TextRows,
+    Texts,
     band_keys,
     first_equal,
     near_matches,
@@ -93,9 +94,7 @@ class Probes:
     bands: np.ndarray  # (n, BANDS)
     uses: np.ndarray  # (m, 2) row of a probe, row of a task in `tasks`
     tasks: tuple[str, ...]
-    corpora: dict[
-        str, np.ndarray
-    ]  # task -> (k, 2) text keys of the documents that it searches, with and without title
+    corpora: dict[str, np.ndarray]  # task -> (k, 2) distinct text keys of the documents that it searches
     similarity: float
 
 
@@ -137,7 +136,7 @@ def mteb_tasks(section: Decontamination) -> list[AbsTask]:
 def read_probes(section: Decontamination, data_root: str | None) -> Probes:
     """The probes of a section's tasks, loaded by mteb or read from local sets. Raises InputError."""
     tasks = mteb_tasks(section)
-    readers = {name: partial(read_local, name, folder, data_root) for name, folder in section.local.items()}
+    readers = {name: partial(read_local, folder, data_root) for name, folder in section.local.items()}
     readers |= {task.metadata.name: partial(read_task, task) for task in tasks}
     texts: list[str] = []
     owner: list[int] = []
@@ -149,8 +148,8 @@ def read_probes(section: Decontamination, data_root: str | None) -> Probes:
             raise InputError(f"decontamination: task {name!r} asks about no text; leave it out")
         texts += asked
         owner += [number] * len(asked)
-        if searched:
-            corpora[name] = text_keys(searched)
+        if len(searched):
+            corpora[name] = searched
     column = pa.chunked_array([pa.array(texts, pa.string())])
     keys = text_keys(TextRows(column, np.arange(len(texts))))
     first, probe = np.unique(first_equal(keys), return_inverse=True)
@@ -160,19 +159,23 @@ def read_probes(section: Decontamination, data_root: str | None) -> Probes:
     return Probes(distinct, keys[first], bands, uses, tuple(readers), corpora, section.similarity)
 
 
-def read_task(task: AbsTask) -> tuple[list[str], list[str]]:
-    """What a task of mteb asks about in its evaluation splits, and the documents that it searches (none: [])."""
+def read_task(task: AbsTask) -> tuple[list[str], np.ndarray]:
+    """What a task of mteb asks about in its evaluation splits, and the text keys of the documents that it searches."""
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
     name = task.metadata.name
     try:
         task.load_data()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"decontamination: task {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     asked: list[str] = []
-    searched: list[str] = []
+    searched: list[np.ndarray] = []
     if isinstance(task, AbsTaskRetrieval):
         task.convert_v1_dataset_format_to_v2(num_proc=None)
+        for data in _evaluation_data(task):
+            asked += _strings(data["queries"]["text"] if "text" in data["queries"].column_names else [])
+            corpus = data["corpus"]
+            searched += _searched_keys({name: corpus[name] for name in corpus.column_names})
     else:
         attributes = [getattr(task, attribute) for attribute in _COLUMN_NAMES if hasattr(task, attribute)]
         columns = [column for attribute in attributes for column in _strings(attribute)]
@@ -181,33 +184,23 @@ def read_task(task: AbsTask) -> tuple[list[str], list[str]]:
             raise InputError(
                 f"decontamination: task {name!r} is of type {kind}, whose texts are not known; leave it out"
             )
-    for data in _evaluation_data(task):
-        if isinstance(task, AbsTaskRetrieval):
-            asked += _strings(data["queries"]["text"])
-            corpus = data["corpus"]
-            searched += _strings(corpus["text"])
-            if "title" in corpus.column_names:
-                searched += _with_titles(corpus["title"], corpus["text"])
-        else:
-            asked += [text for column in columns for text in _strings(data[column])]
+        asked += [text for data in _evaluation_data(task) for column in columns for text in _strings(data[column])]
     task.unload_data()
-    return asked, searched
+    return asked, _stacked(searched)
 
 
-def read_local(name: str, folder: str, data_root: str | None) -> tuple[list[str], list[str]]:
+def read_local(folder: str, data_root: str | None) -> tuple[list[str], np.ndarray]:
     """The same of a local set. Raises InputError."""
     files = _local_files(folder, data_root)
     if len(files) == 1:
         table = read_parquet(files[0])
-        columns = [
-            column for column in ("text", "text1", "text2", "sentence1", "sentence2") if column in table.column_names
-        ]
-        return [text for column in columns for text in table[column].to_pylist()], []
+        columns = [name for name in ("text", "text1", "text2", "sentence1", "sentence2") if name in table.column_names]
+        return [text for column in columns for text in table[column].to_pylist()], _stacked([])
     corpus, queries, qrels = (read_parquet(path) for path in files)
     judged = pc.filter(qrels["query_id"], pc.equal(qrels["split"], TEST))
     asked = queries.filter(pc.is_in(queries["_id"], pc.unique(judged)))["text"].to_pylist()
-    texts = corpus["text"].to_pylist()
-    return asked, texts + (_with_titles(corpus["title"].to_pylist(), texts) if "title" in corpus.column_names else [])
+    rows = np.arange(len(corpus))
+    return asked, _stacked(_searched_keys({name: TextRows(corpus[name], rows) for name in corpus.column_names}))
 
 
 def find_matches(
@@ -252,10 +245,7 @@ def count_by_task(log: pa.Table) -> dict[str, dict[str, int]]:
 
 def count_searched(keys: np.ndarray, probes: Probes) -> dict[str, int]:
     """task -> number of texts (of these keys) that equal a document that the task searches; no zeros."""
-    found = {}
-    for task, corpus in probes.corpora.items():
-        known = corpus[np.unique(first_equal(corpus))]
-        found[task] = int(np.count_nonzero(same_text(keys, known) >= 0))
+    found = {task: int((same_text(keys, known) >= 0).sum()) for task, known in probes.corpora.items()}
     return {task: count for task, count in sorted(found.items()) if count}
 
 
@@ -300,8 +290,31 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _with_titles(titles: Iterable[str | None], texts: Iterable[str]) -> list[str]:
-    return [f"{title or ''} {text}".strip() for title, text in zip(titles, texts, strict=True)]
+@dataclass(frozen=True)
+class _Titled:
+    """Documents as they are read: title, space, text."""
+
+    titles: Texts
+    texts: Texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, rows: slice) -> list[str]:
+        pairs = zip(self.titles[rows], self.texts[rows], strict=True)
+        return [f"{title or ''} {text}".strip() for title, text in pairs]
+
+
+def _searched_keys(corpus: Mapping[str, Texts]) -> list[np.ndarray]:
+    """Text keys of a corpus, with and without the titles, if it has texts and titles."""
+    keys = [text_keys(corpus["text"])] if "text" in corpus else []
+    return keys + ([text_keys(_Titled(corpus["title"], corpus["text"]))] if keys and "title" in corpus else [])
+
+
+def _stacked(keys: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, 2) distinct text keys of all of `keys`."""
+    stacked = np.concatenate([np.zeros((0, 2), np.uint64), *keys])
+    return stacked[np.unique(first_equal(stacked))]
 
 
 def _local_files(folder: str, data_root: str | None) -> list[Path]:
