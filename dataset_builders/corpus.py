@@ -161,7 +161,7 @@ def write_corpus(
         "pairs_seen": rows.seen,
         "pairs_used": len(rows.qrels),
         "documents": len(kept),
-        "queries": {name: int(np.count_nonzero(asked[1] == split)) for split, name in enumerate(qrels.names)},
+        "queries": {qrels.names[split]: int(np.count_nonzero(asked[1] == split)) for split in np.unique(asked[1])},
         "qrels": len(qrels),
         "near_duplicate_documents": len(grouped),
         "near_duplicate_groups": len(np.unique(smallest)),
