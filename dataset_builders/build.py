@@ -1,6 +1,7 @@
 """Raw text -> graded training data, step by step; finished steps are skipped, a killed one is resumed.
 
     python -m dataset_builders.build --config recipes/data/scifact.yaml --output_dir runs/scifact/data
+    python -m dataset_builders.build --list_sources
 
 Any key of the recipe can be given as a flag: --num_pairs 5000 --margin 0.9 --dense.batch_tokens 8192
 """
@@ -13,30 +14,53 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset_builders.audit import write_audit
 from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
+from dataset_builders.check_teacher import check_teacher
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.corpus import write_corpus
+from dataset_builders.decontamination import Decontamination, describe_decontamination
+from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
 from dataset_builders.folders import MANIFEST, folder_step, read_manifest, write_parquet
 from dataset_builders.mine import Mining, Sts, count_by_bin, write_mined, write_sts
 from dataset_builders.recipes import Section, parse_recipe, read_yaml
 from dataset_builders.scores import Calibration, Teacher, write_scores
-from dataset_builders.sources import Source, StsSource, describe_source, read_rows, read_sts
+from dataset_builders.sources import (
+    Source,
+    StsSource,
+    check_task_type,
+    describe_source,
+    read_rows,
+    read_sts,
+    registry,
+    sources_table,
+)
 
 STEPS = ("corpus", "candidates", "scores", "mined", "hub")
-# sts/ is made after mined/, and anew whenever that is
-FOLDERS = ("corpus", "candidates", "scores", "mined", "sts", "hub")
+# audit/ and sts/ are made after mined/, and anew whenever that is
+FOLDERS = ("corpus", "candidates", "scores", "mined", "audit", "sts", "hub")
+# Where things lie, and who does the work, make no difference to the rows.
+WHERE = {"data_root", "ray"}
 
 
-class RetrievalRecipe(Section):
-    source: Source
-    task_type: Literal["retrieval"]
-    instruction: str
+class Graders(Section):
+    """How candidates are found, graded and mined, whatever the source."""
+
     data_root: str | None = None  # where local sets are; else $DATA_ROOT, else the current folder
+    decontamination: Decontamination | None = None
     bm25: Bm25 = Bm25()
     dense: Dense
     fusion: Fusion = Fusion()
     teacher: Teacher
     mining: Mining = Mining()
+    publish: tuple[Mining, ...] = ()  # further training sets, mined from the same grades
+    ray: Ray = Ray()  # of --engine ray
+
+
+class GradedRecipe(Graders):
+    source: Source
+    task_type: Literal["retrieval", "classification", "clustering", "duplicates", "nli"]
+    instruction: str
     sts: Sts | None = None
 
 
@@ -47,11 +71,25 @@ class StsRecipe(Section):
     data_root: str | None = None
 
 
+class CollectionRecipe(Graders):
+    """Sets of the registry (see --list_sources), each built into a folder of its name."""
+
+    sources: tuple[str, ...]
+    num_pairs: int | None = None  # of each
+    seed: int = 0
+
+
 def main(argv: Sequence[str]) -> None:
+    if "--list_sources" in argv:
+        print(sources_table())
+        return
     options, flags = parse_arguments(argv)
-    recipe = load_recipe(options.config, flags)
-    build = build_retrieval if isinstance(recipe, RetrievalRecipe) else build_sts
-    build(recipe, options.output_dir, options.from_step)
+    for folder, recipe in load_recipes(options.config, flags, options.output_dir).items():
+        if isinstance(recipe, StsRecipe):
+            build_sts(recipe, folder, options.from_step)
+        else:
+            engine = RayEngine(recipe.ray) if options.engine == "ray" else LOCAL
+            build_graded(recipe, folder, engine, options.from_step, options.check_teacher)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
@@ -59,20 +97,42 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
     parser.add_argument("--config", required=True, help="a YAML recipe; see recipes/data/")
     parser.add_argument("--output_dir", required=True, type=Path, help="one folder for each step comes here")
     parser.add_argument("--from_step", choices=STEPS, help="make this step and those after it again")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local")
-    options, flags = parser.parse_known_args(argv)
-    if options.engine == "ray":
-        raise InputError("--engine ray is not there yet; use --engine local")
-    return options, flags
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on the cluster of key ray")
+    parser.add_argument(
+        "--check_teacher", type=int, metavar="PAIRS", help="compare the teacher with its reference scorer, and stop"
+    )
+    parser.add_argument("--list_sources", action="store_true", help="print the sets that source.name can be, and stop")
+    return parser.parse_known_args(argv)
 
 
-def load_recipe(path: str, flags: Sequence[str]) -> RetrievalRecipe | StsRecipe:
+def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, GradedRecipe | StsRecipe]:
+    """Folder -> recipe of what is built there: one, or one for each set of a collection."""
     values = read_yaml(path)
-    kinds = {"retrieval": RetrievalRecipe, "sts": StsRecipe}
+    if "sources" in values:
+        collection = parse_recipe(CollectionRecipe, values, path, flags)
+        return {output / name: recipe_of(name, collection, path) for name in collection.sources}
+    task_types = {
+        "sts": StsRecipe,
+        **dict.fromkeys(GradedRecipe.model_fields["task_type"].annotation.__args__, GradedRecipe),
+    }
     task_type = values.get("task_type")
-    if task_type not in kinds:
-        raise InputError(f"{path}: key 'task_type' is {task_type!r}; it can be {' or '.join(kinds)}")
-    return parse_recipe(kinds[task_type], values, path, flags)
+    if task_type not in task_types:
+        raise InputError(f"{path}: key 'task_type' is {task_type!r}; it can be {', '.join(task_types)}")
+    recipe = parse_recipe(task_types[task_type], values, path, flags)
+    check_task_type(recipe.task_type, recipe.source, recipe.data_root)
+    return {output: recipe}
+
+
+def recipe_of(name: str, collection: CollectionRecipe, path: str) -> GradedRecipe | StsRecipe:
+    """The recipe of one set of a collection; task type and instruction are the registry's."""
+    shared = collection.model_dump(exclude={"sources", "num_pairs", "seed"})
+    source = {"kind": "registry", "name": name, "num_pairs": collection.num_pairs, "seed": collection.seed}
+    entry = registry().get(name)
+    kind = StsRecipe if entry and entry.task_type == "sts" else GradedRecipe
+    own = {name: value for name, value in shared.items() if name in kind.model_fields}
+    # an unknown name is told by RegistrySource
+    facts = {"task_type": entry.task_type, "instruction": entry.instruction} if entry else {}
+    return parse_recipe(kind, {**own, **facts, "source": source}, f"{path}: {name}")
 
 
 def restart_from(step: str | None, output: Path) -> None:
@@ -82,48 +142,70 @@ def restart_from(step: str | None, output: Path) -> None:
             shutil.rmtree(output / name)
 
 
-def build_retrieval(recipe: RetrievalRecipe, output: Path, from_step: str | None) -> None:
+def build_graded(
+    recipe: GradedRecipe, output: Path, engine: Engine, from_step: str | None, check_pairs: int | None
+) -> None:
     # resolved before anything is made: a misspelt model or folder should not cost an hour
     dense, teacher = recipe.dense.describe(), recipe.teacher.describe()
     source = describe_source(recipe.source, recipe.data_root)
+    cleaned = describe_decontamination(recipe.decontamination, recipe.data_root)
+    output = output.resolve()  # other machines have another current folder
     restart_from(from_step, output)
     splits = {"split": recipe.source.split, "eval_splits": recipe.source.eval_splits}
-    keys = recipe.model_dump(mode="json", exclude={"data_root"})
-    folders = {name: output / name for name in FOLDERS}
+    keys = recipe.model_dump(mode="json", exclude=WHERE)
+    corpus, candidates, scores, mined = (output / name for name in ("corpus", "candidates", "scores", "mined"))
     cache = output / "embeddings"
+    symmetric = recipe.task_type != "retrieval"
     made: dict[str, Any] = {"sts": None}
 
     def make(name: str, inputs: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
         """Steps are keyed by the files of the steps that they read, and by their own keys of the recipe."""
         read = {step: made[step]["files"] for step in inputs.get("steps", ())}
-        made[name] = make_step(folders[name], {**inputs, "steps": read}, write)
+        made[name] = make_step(output / name, {**inputs, "steps": read}, write)
 
     make(
         "corpus",
-        {"source": source},
-        lambda folder: write_corpus(read_rows(recipe.source, recipe.data_root), recipe.source, folder),
+        {"source": source, "decontamination": cleaned},
+        lambda folder: write_corpus(
+            read_rows(recipe.source, recipe.data_root), recipe.source, folder, recipe.decontamination, recipe.data_root
+        ),
     )
     make(
         "candidates",
-        {"steps": ["corpus"], **splits, "bm25": keys["bm25"], "dense": dense, "fusion": keys["fusion"]},
+        {
+            "steps": ["corpus"],
+            **splits,
+            "symmetric": symmetric,
+            "bm25": keys["bm25"],
+            "dense": dense,
+            "fusion": keys["fusion"],
+        },
         lambda folder: write_candidates(
-            folders["corpus"], recipe.source, recipe.bm25, recipe.dense, recipe.fusion, cache, folder
+            corpus, recipe.source, symmetric, recipe.bm25, recipe.dense, recipe.fusion, cache, engine, folder
         ),
     )
+    if check_pairs is not None:
+        check_teacher(corpus, candidates, recipe.source, recipe.teacher, cache, engine, check_pairs)
+        return
     make(
         "scores",
         {"steps": ["corpus", "candidates"], **splits, "teacher": teacher},
-        lambda folder: write_scores(
-            folders["corpus"], folders["candidates"], recipe.source, recipe.teacher, cache, folder
-        ),
+        lambda folder: write_scores(corpus, candidates, recipe.source, recipe.teacher, cache, engine, folder),
     )
     make(
         "mined",
         {"steps": ["corpus", "scores"], "mining": keys["mining"]},
-        lambda folder: write_mined(folders["corpus"], folders["scores"], recipe.mining, folder),
+        lambda folder: write_mined(corpus, scores, recipe.mining, folder),
+    )
+    constants = made["scores"]["calibration"]
+    make(
+        "audit",
+        {"steps": ["corpus", "scores", "mined"], **splits, "mining": keys["mining"], "dense": dense},
+        lambda folder: write_audit(
+            corpus, scores, mined, recipe.source, recipe.mining, constants, recipe.dense, cache, engine, folder
+        ),
     )
     if recipe.sts:
-        constants = made["scores"]["calibration"]
         calibration = Calibration(constants["a"], constants["b"])
         make(
             "sts",
@@ -133,14 +215,18 @@ def build_retrieval(recipe: RetrievalRecipe, output: Path, from_step: str | None
                 "sts": keys["sts"],
                 "dense": dense,
                 "teacher": teacher,
-                "calibration": constants,
+                "calibration": [calibration.a, calibration.b],
             },
             lambda folder: write_sts(
-                folders["corpus"], recipe.source, recipe.dense, recipe.teacher, calibration, recipe.sts, cache, folder
+                corpus, recipe.source, recipe.dense, recipe.teacher, calibration, recipe.sts, cache, engine, folder
             ),
         )
     steps = [name for name in made if made[name]]
-    make("hub", {"steps": steps, "recipe": keys}, lambda folder: publish(output, steps, {**keys, **made}, folder))
+    make(
+        "hub",
+        {"steps": steps, "recipe": keys},
+        lambda folder: publish(output, steps, {**keys, **made}, folder, recipe.publish),
+    )
 
 
 def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:
@@ -153,7 +239,7 @@ def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:
         return {"rows": len(table), "rows_by_label_bin": count_by_bin(table["label"].to_numpy())}
 
     made = make_step(output / "sts", {"source": source}, write)
-    keys = recipe.model_dump(mode="json", exclude={"data_root"})
+    keys = recipe.model_dump(mode="json", exclude=WHERE)
     facts = {**keys, "sts": made, "mined": None}
     make_step(
         output / "hub",
@@ -162,10 +248,12 @@ def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:
     )
 
 
-def publish(output: Path, steps: Sequence[str], facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def publish(
+    output: Path, steps: Sequence[str], facts: Mapping[str, Any], folder: Path, further: Sequence[Mining] = ()
+) -> dict[str, Any]:
     from dataset_builders.builders import write_hub  # `datasets` takes seconds to import
 
-    return write_hub(output, steps, facts, folder)
+    return write_hub(output, steps, facts, folder, further)
 
 
 def make_step(folder: Path, inputs: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -176,22 +264,26 @@ def make_step(folder: Path, inputs: Mapping[str, Any], write: Callable[[Path], d
             counts = write(step.path)
             step.finish(counts=list(counts), **counts)
     manifest = read_manifest(folder)
-    counts = ", ".join(in_words(name, manifest[name]) for name in manifest["counts"])
+    counts = ", ".join(filter(None, (in_words(name, manifest[name]) for name in manifest["counts"])))
     line = f"{folder.name}: {state} in {manifest['seconds']:.0f} s: {counts}"
     print(textwrap.fill(line, 119, subsequent_indent="  "), flush=True)
     return manifest
 
 
 def in_words(name: str, value: Any) -> str:
-    """
-    >>> in_words("rows_dropped", {"few": 3, "none": 1200})
+    """A fact, as far as it consists of numbers: tables and texts are for the manifest and the card.
+
+    >>> in_words("rows_dropped", {"few": 3, "none": 1200, "why": "told elsewhere"})
     'rows dropped (few 3, none 1,200)'
     """
     name = name.replace("_", " ")
     if isinstance(value, Mapping):
-        return f"{name} ({', '.join(in_words(key, inner) for key, inner in value.items())})"
-    if isinstance(value, list):
+        inner = ", ".join(filter(None, (in_words(key, item) for key, item in value.items())))
+        return f"{name} ({inner})" if inner else ""
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
         return f"{name} {' '.join(map(str, value))}"
+    if not isinstance(value, int | float):
+        return ""
     return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -52,6 +53,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         main(argv)
     except InputError as error:
         _report(str(error), debug)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except Exception as error:
         advice = _disk_advice(error)
         if advice is None:

@@ -166,7 +166,10 @@ def _encoder(section: EncoderSection, fingerprint: str) -> SentenceTransformer:
 
     model = load_model(SentenceTransformer, section)
     if section.max_seq_length:
-        model.max_seq_length = section.max_seq_length
+        try:
+            model.max_seq_length = section.max_seq_length
+        except AttributeError:  # static embeddings read every word, however many there are
+            raise InputError(f"model {section.model!r} has no maximal length; leave max_seq_length out") from None
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class RayEngine(Engine):
             raise InputError("--engine ray needs Ray: pip install '.[ray]'") from None
         try:
             if not ray.is_initialized():
+                _check_answers(self.ray.address)
                 ray.init(address=self.ray.address, log_to_driver=False, logging_level="error")
             ray.data.DataContext.get_current().enable_progress_bars = False
             rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
@@ -96,8 +98,15 @@ class RayEngine(Engine):
                 if row["refusal"]:
                     raise InputError(row["refusal"])
                 yield row["number"]
-        except ConnectionError as error:
+        except (ConnectionError, TimeoutError, socket.gaierror) as error:
             raise InputError(f"ray.address {self.ray.address!r}: no Ray cluster answers there: {error}") from None
+
+
+def _check_answers(address: str | None) -> None:
+    """Raises ConnectionError unless somebody answers at host:port: Ray itself would try for minutes, then exit."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 class _RayWorker:

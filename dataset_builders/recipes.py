@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -86,7 +86,9 @@ def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tup
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
-    """The Section classes inside a field's annotation (itself, a union's members, ...)."""
+    """The Section classes inside a field's annotation (itself, a union's members, ...), but not those in a list."""
+    if get_origin(annotation) in (tuple, list, dict):
+        return  # a flag could not say which entry it means
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for inner in getattr(annotation, "__args__", ()):

@@ -53,6 +53,7 @@ TASK_LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 class Disclosed(Section):
+    licence: str | None = None  # of the source's texts, as the card states it; a set of the registry brings its own
     # the mteb tasks whose data this is: what a model trained on it declares as its `training_datasets`
     training_datasets: tuple[str, ...] = ()
 
@@ -213,7 +214,7 @@ StsSource = Annotated[LocalStsSource | HubStsSource | RegistrySource, Field(disc
 
 def describe_source(source: Any, data_root: str | None) -> dict[str, Any]:
     """What decides a source's rows, for the fingerprint of the step that reads them. Raises InputError."""
-    keys = source.model_dump(mode="json", exclude={"training_datasets"})
+    keys = source.model_dump(mode="json", exclude={*Disclosed.model_fields})
     if source.kind == "pydocs":
         packages = {name: importlib.metadata.version(name) for name in pydocs.dependencies(pydocs.PROJECT)}
         parser = file_sha256(Path(pydocs.__file__))
