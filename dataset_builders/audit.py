@@ -23,11 +23,13 @@ from tqdm import tqdm
 from dataset_builders.audit_plots import draw
 from dataset_builders.candidates import queries_of
 from dataset_builders.cli import InputError
+from dataset_builders.columns import TextColumn, positions_of
 from dataset_builders.dense import Dense
 from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.engines import Engine
-from dataset_builders.folders import TextColumn, row_groups
-from dataset_builders.mine import Block, Families, Mining, positions_of, read_graded, select_negatives
+from dataset_builders.families import Families
+from dataset_builders.folders import row_groups
+from dataset_builders.mine import Block, Mining, read_graded, select_negatives
 from dataset_builders.schema import QRELS, SCORES
 from dataset_builders.sources import Splits, stable_hash
 
@@ -444,7 +446,8 @@ class NegativeQuality:
 class Ndcg:
     """nDCG@10 of the graded split's queries, by ranking: what fusion adds to the retrievers, and the teacher to both.
 
-    Only retrieved candidates are ranked, and unlabelled ones count as irrelevant. A retriever's list is cut where
+    Only retrieved candidates are ranked, and unlabelled ones count as irrelevant, unless they share the positive's
+    class. A retriever's list is cut where
     fusion dropped some of it: where that touches its first ten, its figure is null.
     """
 
@@ -478,6 +481,9 @@ class Ndcg:
         columns = (rows[name].to_pylist() for name in ("query_id", "document_id", "score"))
         for query_id, document_id, score in zip(*columns, strict=True):
             found[query_id][document_id] = score
+        for place in np.flatnonzero(part.block.shares_class):
+            query = np.searchsorted(part.block.bounds, place, side="right") - 1
+            found[part.block.query_ids[int(query)].as_py()][part.document_ids[int(place)].as_py()] = 1
         return found
 
     def _run(

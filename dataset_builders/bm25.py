@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
+from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.folders import TextColumn
 from dataset_builders.hits import NONE, sort_keys
 from dataset_builders.recipes import Section
 

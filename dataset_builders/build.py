@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         if isinstance(recipe, StsRecipe):
             build_sts(recipe, folder, options.from_step)
         else:
-            engine = RayEngine(recipe.ray) if options.engine == "ray" else LOCAL
+            engine = engine_of(options.engine, recipe.ray)
             build_graded(recipe, folder, engine, options.from_step, options.check_teacher)
 
 
@@ -133,6 +133,14 @@ def recipe_of(name: str, collection: CollectionRecipe, path: str) -> GradedRecip
     # an unknown name is told by RegistrySource
     facts = {"task_type": entry.task_type, "instruction": entry.instruction} if entry else {}
     return parse_recipe(kind, {**own, **facts, "source": source}, f"{path}: {name}")
+
+
+def engine_of(name: str, ray: Ray) -> Engine:
+    if name == "local":
+        return LOCAL
+    engine = RayEngine(ray)
+    engine.connect()  # before anything is made
+    return engine
 
 
 def restart_from(step: str | None, output: Path) -> None:

@@ -29,7 +29,6 @@ from pydantic import ValidationError
 
 from dataset_builders.card import render_card
 from dataset_builders.cli import InputError
-from dataset_builders.corpus import CLASSES
 from dataset_builders.folders import (
     MANIFEST,
     file_sha256,
@@ -40,7 +39,7 @@ from dataset_builders.folders import (
     row_groups,
 )
 from dataset_builders.mine import Graded, Mining, Tally, mine, read_graded
-from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES, STS, train_schema
+from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES, STS, train_schema
 
 # Of rows in memory. What breaks off while being downloaded is fetched again, and readers work on shards side by side.
 MAX_SHARD_SIZE = "500MB"

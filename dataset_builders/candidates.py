@@ -16,12 +16,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from dataset_builders.bm25 import Bm25, search_bm25
-from dataset_builders.corpus import normalised
+from dataset_builders.columns import TextColumn, take
 from dataset_builders.dense import Dense, search_dense
 from dataset_builders.embeddings import Embedder
 from dataset_builders.engines import Engine, Shards
-from dataset_builders.folders import ParquetStream, TextColumn, read_arrow, read_parquet
+from dataset_builders.folders import ParquetStream, read_arrow, read_parquet
 from dataset_builders.hits import NONE, merge_keys, positions_and_scores
+from dataset_builders.near_duplicates import normalised
 from dataset_builders.recipes import Section
 from dataset_builders.schema import CANDIDATES
 from dataset_builders.sources import Splits
@@ -136,7 +137,7 @@ def _fuse(
     columns = np.concatenate([columns for _, columns in fused])
     table = {
         "query_id": pa.array(query_ids).take(np.repeat(np.arange(len(query_ids)), counts)),
-        "document_id": document_ids.take(pa.array(positions)),
+        "document_id": take(document_ids, positions),
         **{name: pa.array(columns[name], mask=np.isnan(columns[name])) for name in columns.dtype.names},
     }
     return pa.table(table).select(CANDIDATES.names).cast(CANDIDATES)

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dataset_builders.cli import InputError
+from dataset_builders.columns import TextRows, take
 from dataset_builders.decontamination import (
     CONTAMINATION,
     Decontamination,
@@ -35,12 +36,10 @@ from dataset_builders.decontamination import (
     read_probes,
 )
 from dataset_builders.folders import ParquetStream, write_arrow, write_parquet
-from dataset_builders.near_duplicates import TextRows, band_keys, first_equal, near_duplicate_groups, take, text_keys
-from dataset_builders.near_duplicates import normalised as normalised
-from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, QUERIES
+from dataset_builders.near_duplicates import band_keys, first_equal, near_duplicate_groups, text_keys
+from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES
 from dataset_builders.sources import Rows, Splits, stable_hash
 
-CLASSES = pa.schema([("document_id", pa.string()), ("class", pa.string())])
 SPLIT_SHARES = {"train": 80, "validation": 10, "test": 10}  # of 100 hash buckets
 BATCH_ROWS = 65_536
 BATCH_BYTES = 64 << 20

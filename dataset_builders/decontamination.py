@@ -27,10 +27,10 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from dataset_builders.cli import InputError
+from dataset_builders.columns import TextRows
 from dataset_builders.folders import file_sha256, read_parquet
 from dataset_builders.near_duplicates import (
     NEAR_DUPLICATE,
-    TextRows,
     Texts,
     band_keys,
     first_equal,

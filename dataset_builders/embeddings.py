@@ -19,8 +19,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from dataset_builders.cli import InputError
+from dataset_builders.columns import TextColumn
 from dataset_builders.engines import LOCAL, Engine, Shards, compute_shards
-from dataset_builders.folders import TextColumn, fingerprint
+from dataset_builders.folders import fingerprint
 from dataset_builders.recipes import Section
 from dataset_builders.references import ModelReference, resolve_model
 from dataset_builders.schema import check_finite

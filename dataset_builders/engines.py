@@ -75,31 +75,38 @@ class RayEngine(Engine):
 
     ray: Ray
 
-    def run(self, work: Work, numbers: Sequence[int], folder: Path) -> Iterator[int]:
+    def connect(self) -> None:
+        """Join the cluster, or start one here. Raises InputError when there is no Ray, or none answers."""
         try:
             import ray
         except ImportError:
             raise InputError("--engine ray needs Ray: pip install '.[ray]'") from None
+        if ray.is_initialized():
+            return
         try:
-            if not ray.is_initialized():
-                _check_answers(self.ray.address)
-                ray.init(address=self.ray.address, log_to_driver=False, logging_level="error")
-            ray.data.DataContext.get_current().enable_progress_bars = False
-            rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
-            done = rows.map_batches(
-                _RayWorker,
-                fn_constructor_args=(work, str(folder.resolve())),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(self.ray.workers, len(numbers))),
-                num_cpus=self.ray.cpus_per_worker,
-                num_gpus=self.ray.gpus_per_worker,
-            )
-            for row in done.iter_rows():
-                if row["refusal"]:
-                    raise InputError(row["refusal"])
-                yield row["number"]
+            _check_answers(self.ray.address)
+            ray.init(address=self.ray.address, log_to_driver=False, logging_level="error")
         except (ConnectionError, TimeoutError, socket.gaierror) as error:
             raise InputError(f"ray.address {self.ray.address!r}: no Ray cluster answers there: {error}") from None
+
+    def run(self, work: Work, numbers: Sequence[int], folder: Path) -> Iterator[int]:
+        self.connect()
+        import ray
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
+        done = rows.map_batches(
+            _RayWorker,
+            fn_constructor_args=(work, str(folder.resolve())),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(self.ray.workers, len(numbers))),
+            num_cpus=self.ray.cpus_per_worker,
+            num_gpus=self.ray.gpus_per_worker,
+        )
+        for row in done.iter_rows():
+            if row["refusal"]:
+                raise InputError(row["refusal"])
+            yield row["number"]
 
 
 def _check_answers(address: str | None) -> None:

@@ -22,12 +22,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -112,28 +109,6 @@ def write_arrow(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema
 def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of an Arrow file, memory-mapped: nothing is read before it is used. Raises as `read_parquet` does."""
     return _readable(path, columns, lambda: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-
-
-@dataclass(frozen=True)
-class TextColumn:
-    """The texts of an Arrow file: memory-mapped when first used, and pickled as the path alone."""
-
-    path: Path
-    column: str = "text"
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> list[str]:
-        """The texts of a slice, or of an array of row numbers."""
-        return (self._texts[rows] if isinstance(rows, slice) else self._texts.take(pa.array(rows))).to_pylist()
-
-    @cached_property
-    def _texts(self) -> pa.ChunkedArray:
-        return read_arrow(self.path, [self.column])[self.column]
-
-    def __reduce__(self) -> tuple:
-        return TextColumn, (self.path, self.column)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:

@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from dataset_builders.candidates import queries_of
 from dataset_builders.cli import InputError
-from dataset_builders.corpus import CLASSES
+from dataset_builders.columns import positions_of, take
 from dataset_builders.dense import Dense, dense_top_k
 from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.engines import Engine
+from dataset_builders.families import Families, read_classes
 from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, row_groups, write_parquet
-from dataset_builders.near_duplicates import take
 from dataset_builders.recipes import Section
 from dataset_builders.schema import SCORES, STS, mined_schema, to_schema
 from dataset_builders.scores import Calibration, PairScorer, Teacher, count_flat_and_one_hot
@@ -152,13 +152,12 @@ def _checked(block: pa.Table, where: str) -> pa.Table:
 
 
 def read_graded(corpus: Path, scores: Path) -> Graded:
-    classes = corpus / "classes.parquet"
     return Graded(
         [scores / "scores.parquet"],
         read_arrow(corpus / "documents.arrow", ["document_id", "text"]),
         read_parquet(corpus / "queries.parquet", ["query_id", "text"]),
         read_parquet(corpus / "groups.parquet", ["document_id", "group"]),
-        read_parquet(classes, CLASSES.names) if classes.exists() else CLASSES.empty_table(),
+        read_classes(corpus),
     )
 
 
@@ -259,32 +258,6 @@ def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
 
 
 @dataclass(frozen=True)
-class Families:
-    """Documents that must not be each other's negatives. A document may be in no family, in one or in several."""
-
-    members: np.ndarray  # positions of documents, ascending
-    numbers: np.ndarray  # the family of each
-
-    @classmethod
-    def of(cls, table: pa.Table, column: str, document_ids: pa.ChunkedArray) -> Families:
-        members = positions_of(table["document_id"], document_ids, f"the documents of a {column}")
-        numbers = table[column].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
-        order = np.argsort(members, kind="stable")
-        return cls(members[order], numbers[order])
-
-    def meet_positive(self, queries: np.ndarray, positions: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
-        """Which candidates share a family with a positive of their query. All arguments have one value for each."""
-        first, last = (np.searchsorted(self.members, positions, side) for side in ("left", "right"))
-        counts = last - first
-        candidates = np.repeat(np.arange(len(positions)), counts)
-        places = np.arange(len(candidates)) + np.repeat(first - np.cumsum(counts) + counts, counts)
-        keys = queries[candidates] * (self.numbers.max(initial=0) + 1) + self.numbers[places]
-        found = np.zeros(len(positions), bool)
-        found[candidates[np.isin(keys, keys[is_positive[candidates]])]] = True
-        return found
-
-
-@dataclass(frozen=True)
 class Block:
     """The graded candidates of some queries: one value for each candidate, unless said otherwise."""
 
@@ -366,19 +339,6 @@ def _with_texts(places: np.ndarray, block: Block, graded: Graded) -> pa.Table:
 def _lists(values: pa.Array, rows: int) -> pa.ListArray:
     """`rows` lists of equal length."""
     return pa.ListArray.from_arrays(np.linspace(0, len(values), rows + 1).astype(np.int32), values)
-
-
-def positions_of(ids: pa.Array, known: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Where `ids` stand in `known`, which is in order: searched, for a table of a large corpus' ids is larger than it.
-
-    Raises InputError for an id that is not there.
-    """
-    positions = pc.search_sorted(known, ids).to_numpy().astype(np.int64)
-    found = take(known, np.minimum(positions, len(known) - 1)) if len(known) else pa.nulls(len(ids), ids.type)
-    unknown = pc.fill_null(pc.not_equal(found, ids), True)
-    if pc.any(unknown).as_py():
-        raise InputError(f"{where}: id {ids.filter(unknown)[0].as_py()!r} is not in the corpus; build it again")
-    return positions
 
 
 def write_sts(

@@ -19,11 +19,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of the sets of character 5-grams
@@ -43,35 +41,6 @@ class Texts(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: slice | np.ndarray) -> Sequence[str]: ...
-
-
-@dataclass(frozen=True)
-class TextRows:
-    """The texts of some rows of an Arrow column, in the order of `rows`; nothing is copied before it is asked for."""
-
-    column: pa.ChunkedArray
-    rows: np.ndarray  # (n,) row numbers
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> list[str]:
-        return take(self.column, self.rows[rows]).to_pylist()
-
-
-def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
-    """The values of `rows`, in their order. `ChunkedArray.take` would copy the whole column into memory first."""
-    starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-    order = np.argsort(rows, kind="stable")
-    numbers = np.searchsorted(starts, rows[order], side="right") - 1
-    parts = [
-        column.chunk(numbers[part[0]]).take(pa.array(rows[order[part]] - starts[numbers[part[0]]]))
-        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(numbers)) + 1)
-        if len(part)
-    ]
-    places = np.empty(len(rows), np.int64)
-    places[order] = np.arange(len(rows))
-    return pa.concat_arrays(parts or [pa.array([], column.type)]).take(pa.array(places))
 
 
 def normalised(text: str) -> str:

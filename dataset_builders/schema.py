@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +14,8 @@ LABEL_FLOOR = 1e-4
 DOCUMENTS = pa.schema([("document_id", pa.string()), ("text", pa.string())])
 # Near duplicates of each other share a group; documents that have none are not listed.
 GROUPS = pa.schema([("document_id", pa.string()), ("group", pa.string())])
+# Documents that share a class are positives of each other; classification and clustering alone have classes.
+CLASSES = pa.schema([("document_id", pa.string()), ("class", pa.string())])
 QUERIES = pa.schema([("query_id", pa.string()), ("text", pa.string()), ("split", pa.string())])
 QRELS = pa.schema(
     [("query_id", pa.string()), ("document_id", pa.string()), ("score", pa.int32()), ("split", pa.string())]
@@ -70,27 +70,6 @@ def to_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
 def check_rows(table: pa.Table, where: str) -> None:
     if not len(table):
         raise InputError(f"{where}: no rows")
-
-
-def check_texts(texts: Sequence[str], names: Sequence[str], where: str) -> None:
-    """Raises InputError for a text without a visible character: it would get a vector and a score all the same."""
-    for name, text in zip(names, texts, strict=True):
-        if not text.strip():
-            raise InputError(f"{where}: the text of {name} is empty; fill it in or leave the row out")
-
-
-def check_unique(ids: Sequence[str], where: str) -> None:
-    seen: set[str] = set()
-    for identifier in ids:
-        if identifier in seen:
-            raise InputError(f"{where}: id {identifier!r} occurs twice; ids must be unique")
-        seen.add(identifier)
-
-
-def check_known(ids: Sequence[str], known: Sequence[str], where: str, source: str) -> None:
-    unknown = sorted(set(ids).difference(known))
-    if unknown:
-        raise InputError(f"{where}: id {unknown[0]!r} (and {len(unknown) - 1} more) is not in {source}")
 
 
 def check_finite(values: np.ndarray, what: str) -> None:

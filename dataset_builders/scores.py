@@ -30,6 +30,7 @@ from pydantic import ValidationInfo, field_validator
 
 from dataset_builders.candidates import queries_of
 from dataset_builders.cli import InputError
+from dataset_builders.columns import TextColumn, positions_of, take
 from dataset_builders.embeddings import (
     Embedder,
     EncoderSection,
@@ -40,7 +41,8 @@ from dataset_builders.embeddings import (
     token_batches,
 )
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.folders import ParquetStream, TextColumn, read_arrow, read_parquet, row_groups, write_arrow
+from dataset_builders.families import Families, read_classes
+from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, row_groups, write_arrow
 from dataset_builders.schema import CANDIDATES, LABEL_FLOOR, SCORES, check_finite, check_rows
 from dataset_builders.sources import Splits
 
@@ -57,7 +59,7 @@ ONE_HOT = 0.99  # share of the odds label / (1 - label) that one document holds:
 WARN_SHARE = 0.2  # of queries that are flat, or one-hot
 WARN_AUC = 0.65  # below, a teacher hardly tells positives from others; 0.5 is chance
 
-# Positions of the query and of the document of a pair.
+# Positions of the query and of the document of a pair. Positive: labelled so, or of the class of one that is.
 PAIRS = pa.schema([("query", pa.int32()), ("document", pa.int32()), ("is_positive", pa.bool_())])
 # What a teacher says of a pair, the pair's tokens and those computed for it, padding included (0: from vectors).
 GRADE = np.dtype([("score", np.float32), ("tokens", np.int32), ("computed", np.int32)])
@@ -393,8 +395,8 @@ def _padded(rows: Sequence[dict[str, Any]], model: CrossEncoder) -> dict[str, to
 def take_texts(texts: Texts, rows: np.ndarray) -> list[str]:
     if isinstance(texts, TextColumn):
         return texts[rows]
-    if isinstance(texts, pa.Array | pa.ChunkedArray):
-        return texts.take(pa.array(rows)).to_pylist()
+    if isinstance(texts, pa.ChunkedArray):
+        return take(texts, rows).to_pylist()
     return [texts[row] for row in rows]
 
 
@@ -402,12 +404,14 @@ def graded_blocks(corpus: Path, candidates: Path, split: str) -> Iterator[pa.Tab
     """CANDIDATES and is_positive of the split's queries, block by block: those retrieved by rank, and below them,
     with null ranks, the judged documents (also those judged not relevant) that no retriever returned.
 
+    Documents that an evaluation task asks about, and that stay for another split's sake, are left out.
     A query's rows are together, queries in order of their ids. Raises InputError when there is nothing to grade.
     """
     split_queries = pa.array(list(queries_of(corpus, [split])), pa.string())
     judged = read_parquet(corpus / "qrels.parquet")
     judged = judged.filter((pc.field("split") == split) & pc.field("query_id").isin(split_queries))
     judged = judged.append_column("is_positive", pc.greater(judged["score"], 0)).drop_columns(["score", "split"])
+    asked_about = _asked_about(corpus)
     path = candidates / "candidates.parquet"
     # after the last block, the queries for which nothing at all was retrieved
     for retrieved in chain(filter(len, row_groups(path, CANDIDATES.names)), [CANDIDATES.empty_table()]):
@@ -416,10 +420,20 @@ def graded_blocks(corpus: Path, candidates: Path, split: str) -> Iterator[pa.Tab
             is_here = pc.less_equal(judged["query_id"], retrieved["query_id"][-1])
             here, judged = judged.filter(is_here), judged.filter(pc.invert(is_here))
         retrieved = retrieved.filter(pc.is_in(retrieved["query_id"], split_queries))
+        retrieved = retrieved.filter(pc.invert(pc.is_in(retrieved["document_id"], asked_about)))
         block = retrieved.join(here, ["query_id", "document_id"], join_type="full outer")
         if len(block):
             block = block.set_column(len(CANDIDATES), "is_positive", block["is_positive"].fill_null(False))
             yield block.sort_by([(name, "ascending") for name in ("query_id", "rrf_rank", "document_id")])
+
+
+def _asked_about(corpus: Path) -> pa.Array:
+    """Ids of the documents in the corpus that match what an evaluation task asks about."""
+    log = corpus / "contamination.parquet"
+    if not log.exists():
+        return pa.array([], pa.string())
+    rows = read_parquet(log, ["side", "id", "dropped"])
+    return rows.filter((pc.field("side") == "document") & ~pc.field("dropped"))["id"].combine_chunks()
 
 
 def pairs_to_grade(
@@ -431,33 +445,21 @@ def pairs_to_grade(
     query_ids = pa.chunked_array([list(queries)], pa.string())
     documents = corpus / "documents.arrow"
     document_ids = read_arrow(documents, ["document_id"])["document_id"]
+    classes = Families.of(read_classes(corpus), "class", document_ids)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for block in graded_blocks(corpus, candidates, splits.split):
-            positions = [
-                positions_of(query_ids, block["query_id"], f"{corpus}: queries"),
-                positions_of(document_ids, block["document_id"], f"{corpus}: documents"),
-            ]
-            yield pa.record_batch([*positions, block["is_positive"].combine_chunks()], schema=PAIRS)
+            asked = positions_of(block["query_id"].combine_chunks(), query_ids, "graded candidates")
+            found = positions_of(block["document_id"].combine_chunks(), document_ids, "graded candidates")
+            labelled = block["is_positive"].to_numpy()
+            is_positive = labelled | classes.meet_positive(asked, found, labelled)
+            columns = [asked.astype(np.int32), found.astype(np.int32), is_positive]
+            yield pa.record_batch(columns, schema=PAIRS)
 
     write_arrow(path, batches(), PAIRS)
     pairs = read_arrow(path)
     check_rows(pairs, f"{candidates}: nothing to grade for split {splits.split!r}")
     return PairScorer(teacher, cache, engine, list(queries.values()), TextColumn(documents)), pairs
-
-
-def positions_of(ids: pa.ChunkedArray, wanted: pa.ChunkedArray, where: str) -> np.ndarray:
-    """(n,) int32 row numbers of the `wanted` in `ids`, which are unique. Raises InputError for one that is not there.
-
-    Only what is wanted is hashed: `ids` may be millions, on disk.
-    """
-    coded = wanted.combine_chunks().dictionary_encode()
-    found = pc.index_in(ids, value_set=coded.dictionary)
-    rows = np.full(len(coded.dictionary), -1, np.int32)
-    rows[pc.drop_null(found).to_numpy()] = np.flatnonzero(pc.is_valid(found).to_numpy())
-    if np.any(rows < 0):
-        raise InputError(f"{where} lack {coded.dictionary[int(np.argmin(rows))].as_py()!r}; make the corpus again")
-    return rows[coded.indices.to_numpy()]
 
 
 def _positives_and_others(pairs: pa.Table, grades: Shards) -> tuple[np.ndarray, np.ndarray]:

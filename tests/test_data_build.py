@@ -275,7 +275,7 @@ from dataset_builders.cli import run
 killed = []
 def kill_one_worker():
     while not killed:
-        found = subprocess.run(["pgrep", "-f", "ray::MapWorker.*submit"], capture_output=True, text=True)
+        found = subprocess.run(["pgrep", "-f", "ray::Map[W]orker.*submit"], capture_output=True, text=True)
         for pid in found.stdout.split()[:1]:
             os.kill(int(pid), signal.SIGKILL)
             killed.append(pid)

@@ -15,10 +15,11 @@ from tiny_data import SHARED_DATA
 from dataset_builders import dense
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise, top_keys
 from dataset_builders.candidates import _ranges, reciprocal_rank_fusion
+from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, dense_top_k, search_dense
 from dataset_builders.embeddings import Vectors
 from dataset_builders.engines import LOCAL, compute_shards
-from dataset_builders.folders import TextColumn, write_arrow
+from dataset_builders.folders import write_arrow
 from dataset_builders.hits import NONE, merge_keys, positions_and_scores
 
 rankings = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=3)

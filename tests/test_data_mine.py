@@ -11,7 +11,7 @@ from tiny_data import TOPICS, write_encoder
 
 from dataset_builders import mine as mining_room
 from dataset_builders.cli import InputError
-from dataset_builders.corpus import CLASSES
+from dataset_builders.columns import take
 from dataset_builders.dense import Dense
 from dataset_builders.engines import LOCAL
 from dataset_builders.folders import ParquetStream, write_arrow, write_parquet
@@ -29,8 +29,7 @@ from dataset_builders.mine import (
     write_mined,
     write_sts,
 )
-from dataset_builders.near_duplicates import take
-from dataset_builders.schema import DOCUMENTS, GROUPS, QUERIES, SCORES, mined_schema
+from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QUERIES, SCORES, mined_schema
 from dataset_builders.scores import Calibration, Teacher
 from dataset_builders.sources import Splits
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tiny_data import SHARED_DATA, WORDS
 
 from dataset_builders import near_duplicates
+from dataset_builders.columns import TextRows, take
 from dataset_builders.folders import read_parquet
 from dataset_builders.near_duplicates import (
-    TextRows,
     band_keys,
     first_equal,
     jaccard,
@@ -20,7 +20,6 @@ from dataset_builders.near_duplicates import (
     near_matches,
     same_text,
     shingles,
-    take,
     text_keys,
 )
 

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from tiny_data import WORDS, write_encoder
 
 from dataset_builders import scores as scores_module
 from dataset_builders.check_teacher import check_teacher, compare_scores
 from dataset_builders.cli import InputError
+from dataset_builders.columns import TextColumn
 from dataset_builders.engines import LocalEngine
-from dataset_builders.folders import ParquetStream, TextColumn, read_arrow, read_parquet, write_arrow, write_parquet
+from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, write_arrow, write_parquet
 from dataset_builders.recipes import parse_recipe
 from dataset_builders.schema import CANDIDATES, DOCUMENTS, LABEL_FLOOR, QRELS, QUERIES, SCORES
 from dataset_builders.scores import (
@@ -34,7 +36,6 @@ from dataset_builders.scores import (
     write_scores,
 )
 from dataset_builders.sources import Splits
-from tests.tiny_data import WORDS, write_encoder
 
 rng = np.random.default_rng(0)
 POSITIVES, OTHERS = rng.normal(0.6, 0.1, 500), rng.normal(0.4, 0.15, 20_000)
@@ -123,10 +124,9 @@ def test_positions_are_found_across_chunks(ids, random):
     ids = sorted(ids)
     wanted = [random.choice(ids) for _ in range(7)]
     column = pa.chunked_array([ids[:2], ids[2:]], pa.string())
-    found = positions_of(column, pa.chunked_array([wanted[:3], wanted[3:]], pa.string()), "corpus: documents")
-    assert [ids[row] for row in found] == wanted
-    with pytest.raises(InputError, match="corpus: documents lack 'longer'"):
-        positions_of(column, pa.chunked_array([[*wanted, "longer"]]), "corpus: documents")
+    assert [ids[row] for row in positions_of(pa.array(wanted), column, "documents")] == wanted
+    with pytest.raises(InputError, match="documents: id 'longer' is not in the corpus"):
+        positions_of(pa.array([*wanted, "longer"]), column, "documents")
 
 
 # Models
@@ -576,7 +576,7 @@ def test_nothing_to_grade_and_unknown_documents_are_refused(graded_set):
     rows = table.to_pylist()
     rows[0]["document_id"] = "lost"
     write_parquet(qrels, pa.Table.from_pylist(rows, schema=QRELS))
-    with pytest.raises(InputError, match="documents lack 'lost'"):
+    with pytest.raises(InputError, match="id 'lost' is not in the corpus"):
         grade(graded_set, teacher)
     write_parquet(qrels, table.filter(pc.field("score") > 0))
     write_parquet(graded_set / "candidates" / "candidates.parquet", CANDIDATES.empty_table())
