@@ -126,7 +126,8 @@ def format_table(runs: Sequence[Measured]) -> str:
 
 def slopes(above: Measured, one: Measured) -> list[str]:
     """
-    >>> slopes(Measured(1000, 5, {"corpus": 2.0}, {"corpus": 90.0}), Measured(5000, 5, {"corpus": 3.0}, {"corpus": 92.0}))
+    >>> above = Measured(1000, 5, seconds={"corpus": 2.0}, anonymous={"corpus": 90.0})
+    >>> slopes(above, Measured(5000, 5, seconds={"corpus": 3.0}, anonymous={"corpus": 92.0}))
     ['0.25', '0.50']
     """
     thousands = max(one.documents - above.documents, one.queries - above.queries) / 1000

@@ -1,0 +1,120 @@
+import doctest
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import bench_scale, measure
+from benchmarks.synthetic import write_set
+from dataset_builders.build import parse_arguments
+from dataset_builders.engines import Ray
+from dataset_builders.folders import read_parquet
+from dataset_builders.recipes import parse_recipe
+from dataset_builders.sources import LocalSource, read_rows
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes" / "ray"
+INSTALLED = "/opt/graded-embedder"  # where the image has the repository
+
+
+def build_commands(text: str) -> list[list[str]]:
+    """The arguments of each dataset_builders.build command in a file, whether in a comment, a key or a paragraph."""
+    joined = re.sub(r"\\\n\s*#?", " ", text)
+    found = re.findall(r"python -m dataset_builders\.build ([^\"`]*?--ray\.[^\"`\n]*(?:\n +--[^\"`\n]*)*)", joined)
+    return [shlex.split(command) for command in found if "..." not in command]
+
+
+def checked(command: list[str]) -> Ray:
+    """The `ray` section of a command whose flags exist, whose recipe ships and whose output is on the volume."""
+    options, flags = parse_arguments(command)
+    assert options.engine == "ray" and str(options.output_dir).startswith("/shared/")
+    assert (ROOT / Path(options.config).relative_to(INSTALLED)).is_file()
+    names = flags[::2]
+    assert names and all(name.startswith("--ray.") for name in names)
+    return parse_recipe(Ray, {}, "command", [flag.replace("--ray.", "--") for flag in flags])
+
+
+def test_the_kubernetes_job_has_the_gpus_that_its_command_asks_for():
+    job = yaml.safe_load((RECIPES / "kuberay.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    entrypoint = job["spec"]["entrypoint"]
+    assert entrypoint.startswith("python -m dataset_builders.build ")
+    ray = checked(shlex.split(entrypoint)[3:])
+    cluster = job["spec"]["rayClusterSpec"]
+    [workers] = cluster["workerGroupSpecs"]
+    assert ray.address == "auto" and ray.workers == workers["replicas"] * ray.gpus_per_worker
+    pods = [cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]]
+    containers = [container for pod in pods for container in pod["containers"]]
+    assert len(containers) == 2
+    limits = containers[1]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == ray.gpus_per_worker and limits["cpu"] >= ray.cpus_per_worker
+    # one image, one volume, one path: what the engine relies on
+    for key in ("image", "volumeMounts", "env"):
+        assert containers[0][key] == containers[1][key]
+    assert pods[0]["volumes"] == pods[1]["volumes"]
+    assert containers[0]["volumeMounts"][0]["mountPath"] == "/shared"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_the_cloud_cluster_has_the_gpus_that_its_command_asks_for():
+    text = (RECIPES / "ray-up.yaml").read_text()
+    cluster = yaml.safe_load(text)
+    commands = build_commands(text)
+    assert len(commands) == 1
+    ray = checked(commands[0])
+    workers = cluster["available_node_types"]["gpu"]
+    assert ray.workers == workers["min_workers"] == workers["max_workers"] == cluster["max_workers"]
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+    assert "--volume=/shared:/shared" in cluster["docker"]["run_options"]
+
+
+def test_the_cloud_cluster_fits_rays_own_schema():
+    autoscaler = pytest.importorskip("ray.autoscaler", reason="Ray is not installed")
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(autoscaler.__file__).parent / "ray-schema.json").read_text())
+    cluster = yaml.safe_load((RECIPES / "ray-up.yaml").read_text())
+    jsonschema.validate(cluster, schema)
+    with pytest.raises(jsonschema.ValidationError, match="head_node"):
+        jsonschema.validate({**cluster, "head_node": "head"}, schema)
+
+
+def test_the_image_has_the_pinned_ray():
+    [pinned] = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert f"FROM rayproject/ray:{pinned}-" in (RECIPES / "Dockerfile").read_text()
+    assert yaml.safe_load((RECIPES / "kuberay.yaml").read_text())["spec"]["rayClusterSpec"]["rayVersion"] == pinned
+
+
+def test_the_page_on_many_machines_says_what_the_recipes_say():
+    page = ROOT / "docs" / "many-machines.md"
+    text = page.read_text()
+    commands = build_commands(text)
+    assert len(commands) == 1 and commands == build_commands((RECIPES / "ray-up.yaml").read_text())
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) >= 3 and all((page.parent / link).exists() for link in links)
+    keys = re.findall(r"`ray\.(\w+)`", text)
+    assert {*keys} == {*Ray.model_fields}
+
+
+@pytest.mark.parametrize("module", [bench_scale, measure])
+def test_examples_in_the_benchmarks(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0
+
+
+def test_the_synthetic_set_is_built_with_its_duplicates_found(tmp_path):
+    bench_scale.prepare(tmp_path, documents=2000, queries=100)
+    rows = read_rows(LocalSource(kind="local", path=str(tmp_path / "set"), eval_splits=("test",)), None)
+    assert (len(rows.documents), len(rows.queries), len(rows.qrels)) == (2000, 100, 100)
+    again = tmp_path / "again"
+    write_set(again, 2000, 100)
+    for name in ("corpus", "queries", "qrels"):
+        assert (again / f"{name}.parquet").read_bytes() == (tmp_path / "set" / f"{name}.parquet").read_bytes()
+    found = bench_scale.Measured(2000, 100)
+    bench_scale.build(tmp_path, "candidates", found)
+    assert list(found.seconds) == ["corpus", "candidates"] and found.anonymous["candidates"] > 50
+    corpus = tmp_path / "build" / "corpus"
+    assert len(read_parquet(corpus / "groups.parquet")) == 4  # one document of a thousand, and what nearly repeats it
+    assert '"documents": 1998' in (corpus / "manifest.json").read_text()
