@@ -19,11 +19,12 @@ from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
 from dataset_builders.check_teacher import check_teacher
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.corpus import write_corpus
-from dataset_builders.decontamination import Decontamination, describe_decontamination
+from dataset_builders.decontamination import Decontamination, clean_pairs, describe_decontamination, read_probes
 from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
 from dataset_builders.folders import MANIFEST, folder_step, read_manifest, write_parquet
 from dataset_builders.mine import Mining, Sts, count_by_bin, write_mined, write_sts
 from dataset_builders.recipes import Section, parse_recipe, read_yaml
+from dataset_builders.schema import check_rows
 from dataset_builders.scores import Calibration, Teacher, write_scores
 from dataset_builders.sources import (
     Source,
@@ -69,6 +70,7 @@ class StsRecipe(Section):
     task_type: Literal["sts"]
     instruction: str
     data_root: str | None = None
+    decontamination: Decontamination | None = None
 
 
 class CollectionRecipe(Graders):
@@ -239,14 +241,21 @@ def build_graded(
 
 def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:
     source = describe_source(recipe.source, recipe.data_root)
+    cleaned = describe_decontamination(recipe.decontamination, recipe.data_root)
     restart_from(from_step, output)
 
     def write(folder: Path) -> dict[str, Any]:
         table = read_sts(recipe.source, recipe.data_root)
+        counts = {"pairs_seen": len(table)}
+        if recipe.decontamination:
+            probes = read_probes(recipe.decontamination, recipe.data_root)
+            table, log, counts["contamination"] = clean_pairs(table, probes)
+            write_parquet(folder / "contamination.parquet", log)
+        check_rows(table, f"{recipe.source.kind} source: after decontamination")
         write_parquet(folder / "sts.parquet", table)
-        return {"rows": len(table), "rows_by_label_bin": count_by_bin(table["label"].to_numpy())}
+        return {**counts, "rows": len(table), "rows_by_label_bin": count_by_bin(table["label"].to_numpy())}
 
-    made = make_step(output / "sts", {"source": source}, write)
+    made = make_step(output / "sts", {"source": source, "decontamination": cleaned}, write)
     keys = recipe.model_dump(mode="json", exclude=WHERE)
     facts = {**keys, "sts": made, "mined": None}
     make_step(
@@ -272,27 +281,28 @@ def make_step(folder: Path, inputs: Mapping[str, Any], write: Callable[[Path], d
             counts = write(step.path)
             step.finish(counts=list(counts), **counts)
     manifest = read_manifest(folder)
-    counts = ", ".join(filter(None, (in_words(name, manifest[name]) for name in manifest["counts"])))
-    line = f"{folder.name}: {state} in {manifest['seconds']:.0f} s: {counts}"
+    counts = {name: manifest[name] for name in manifest["counts"]}
+    line = f"{folder.name}: {state} in {manifest['seconds']:.0f} s: {in_words(counts)}"
     print(textwrap.fill(line, 119, subsequent_indent="  "), flush=True)
     return manifest
 
 
-def in_words(name: str, value: Any) -> str:
-    """A fact, as far as it consists of numbers: tables and texts are for the manifest and the card.
+def in_words(facts: Mapping[str, Any], deep: bool = True) -> str:
+    """The numbers among `facts`, and those one level down; the rest is for the manifest and the card.
 
-    >>> in_words("rows_dropped", {"few": 3, "none": 1200, "why": "told elsewhere"})
-    'rows dropped (few 3, none 1,200)'
+    >>> in_words({"rows": 1200, "dropped": {"few": 3, "why": ["told", "elsewhere"]}, "share": 0.25, "where": "x"})
+    'rows 1,200, dropped (few 3), share 0.25'
     """
-    name = name.replace("_", " ")
-    if isinstance(value, Mapping):
-        inner = ", ".join(filter(None, (in_words(key, item) for key, item in value.items())))
-        return f"{name} ({inner})" if inner else ""
-    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
-        return f"{name} {' '.join(map(str, value))}"
-    if not isinstance(value, int | float):
-        return ""
-    return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
+    found = []
+    for name, value in facts.items():
+        name = name.replace("_", " ")
+        if isinstance(value, int):
+            found.append(f"{name} {value:,}")
+        elif isinstance(value, float):
+            found.append(f"{name} {value:.4g}")
+        elif deep and isinstance(value, Mapping) and (inner := in_words(value, deep=False)):
+            found.append(f"{name} ({inner})")
+    return ", ".join(found)
 
 
 if __name__ == "__main__":

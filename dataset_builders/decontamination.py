@@ -236,6 +236,23 @@ def find_matches(
     return rows[best], pa.table(log)
 
 
+def clean_pairs(pairs: pa.Table, probes: Probes) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
+    """`pairs` (sentence1, sentence2, ...) without those of which a sentence matches a probe; the log; counts.
+
+    In the log a sentence's id is the number of its row, and both sides are queries.
+    """
+    logs, matching = [], np.zeros(len(pairs), bool)
+    ids = pa.array(range(len(pairs))).cast(pa.string())
+    for name in ("sentence1", "sentence2"):
+        texts = TextRows(pairs[name], np.arange(len(pairs)))
+        rows, log = find_matches("query", ids, texts, text_keys(texts), band_keys(texts, f"{name}: MinHash"), probes)
+        matching[rows] = True
+        logs.append(log.append_column("dropped", pa.array([True] * len(log), pa.bool_())))
+    log = pa.concat_tables(logs).cast(CONTAMINATION)
+    matches = {task: sides["queries"] for task, sides in count_by_task(log).items()}
+    return pairs.filter(pa.array(~matching)), log, {"pairs_dropped": int(matching.sum()), "sentences": matches}
+
+
 def count_by_task(log: pa.Table) -> dict[str, dict[str, int]]:
     """task -> number of queries and of documents that match one of its probes."""
     found = Counter(zip(log["task"].to_pylist(), log["side"].to_pylist(), strict=True))

@@ -122,13 +122,13 @@ def format_costs(
     """Seconds, peak memory and counts of every step, as a Markdown table."""
     rows = []
     for name, manifest in manifests.items():
-        counts = ", ".join(in_words(count, manifest[count]) for count in manifest.get("counts", ()))
+        counts = in_words({name: manifest[name] for name in manifest.get("counts", ())})
         rows.append((f"data: {name}", manifest["seconds"], manifest.get("peak_memory_bytes"), counts))
     for row in ledger["stages"]:
         made = f"{row['steps']:,} steps, {row['tokens']:,} tokens on {row['device']}"
         rows.append((f"training: {row['stage']}", row["training_seconds"], row["peak_memory_bytes"], made))
     seconds = sum(row.get("seconds", 0) for row in metrics["systems"])
-    made = ", ".join(in_words(name, number) for name, number in metrics["counts"].items())
+    made = in_words(metrics["counts"])
     rows.append(("evaluation", seconds, metrics.get("peak_memory_bytes"), made))
     lines = ["| step | seconds | peak memory of its process | made |", "|---|---:|---:|---|"]
     lines += [f"| {name} | {seconds:,.0f} | {_gib(memory)} | {made} |" for name, seconds, memory, made in rows]

@@ -18,7 +18,7 @@ from dataset_builders.decontamination import (
     read_task,
     zero_shot,
 )
-from dataset_builders.folders import read_arrow, read_parquet
+from dataset_builders.folders import read_arrow, read_manifest, read_parquet
 from dataset_builders.near_duplicates import same_text, text_keys
 from dataset_builders.schema import QRELS
 from dataset_builders.sources import Rows, Splits
@@ -280,3 +280,37 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, section, message):
 def test_a_section_that_would_find_nothing_is_refused(section):
     with pytest.raises(ValidationError, match=r"name a benchmark|greater than or equal to 0\.7"):
         Decontamination.model_validate(section)
+
+
+def test_graded_pairs_lose_those_that_an_evaluation_task_asks_about(tmp_path, capsys):
+    """Both sentences count: STSBenchmark's training split repeats sentences of other sets' test splits."""
+    from tiny_data import write_table
+
+    from dataset_builders.build import main
+
+    long = "Three dogs run over the fresh snow near the shore of a frozen lake while two people watch them from afar."
+    sets = {
+        "test": {
+            "sentence1": ["A man is playing a flute in the park.", long],
+            "sentence2": ["It snows.", "He sleeps."],
+        },
+        "train": {
+            "sentence1": ["a MAN is playing a flute  in the park.", "Two women talk.", "It rains."],
+            "sentence2": ["Somebody cooks.", long.replace("shore", "edge"), "The sun sets."],
+        },
+    }
+    for name, columns in sets.items():
+        (tmp_path / name).mkdir()
+        write_table(tmp_path / name / f"{name}.parquet", **columns, score=[1.0] * len(columns["sentence1"]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"source: {{kind: local, path: {tmp_path}/train, score_range: [0, 5]}}\ntask_type: sts\ninstruction: x\n"
+        f"decontamination: {{local: {{MySTS: {tmp_path}/test}}}}\n"
+    )
+    main(["--config", str(recipe), "--output_dir", str(tmp_path / "out")])
+    manifest = read_manifest(tmp_path / "out" / "sts")
+    assert manifest["contamination"] == {"pairs_dropped": 2, "sentences": {"MySTS": 2}}
+    assert read_parquet(tmp_path / "out" / "sts" / "sts.parquet")["sentence1"].to_pylist() == ["It rains."]
+    log = read_parquet(tmp_path / "out" / "sts" / "contamination.parquet").to_pylist()
+    assert [(row["id"], row["kind"]) for row in log] == [("0", "exact"), ("1", "near")]
+    assert "2 of 3 pairs were dropped: MySTS 2 sentences" in (tmp_path / "out" / "hub" / "README.md").read_text()

@@ -118,7 +118,8 @@ def test_bad_input(name, tiny_run, tmp_path, capsys, monkeypatch):
     argv = [arg.replace("RUN", str(copy)).replace("OUT", str(tmp_path / "out")) for arg in [*argv, *added]]
     with pytest.raises(SystemExit) as stopped:
         run(main, argv)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # progress bars
+    shown = capsys.readouterr().err.splitlines()
+    lines = [line for line in shown if line.strip() and "%|" not in line]  # without progress bars
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert answer in lines[0]
