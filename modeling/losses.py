@@ -9,33 +9,48 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.losses.merged_forward import embed_columns, merge_feature_batches
+from sentence_transformers.util.distributed import all_gather, get_rank
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from modeling.objectives import info_nce, soft_info_nce
+from modeling.objectives import OBJECTIVES
 
 Features = dict[str, Any]  # what a column's texts become in the collator: input_ids, attention_mask, ...
 
 
-class SoftInfoNCELoss(CachedLossMixin, nn.Module):
-    """Soft InfoNCE over graded rows (query, positive, negative_1, ..., negative_n, label).
+class GradedLoss(CachedLossMixin, nn.Module):
+    """An objective of `modeling.objectives` over graded rows (query, positive, negative_1, ..., negative_n, label).
 
-    Scores are cosines / temperature against every document of the batch. Documents of other rows that are known to be
-    no negatives are left out of a row's denominator: those with the same text as one of the row's own documents, and
-    the positives of rows with the same query. Texts are compared as the model sees them, that is as token ids.
+    Scores are cosines / temperature. Which documents a row is compared with depends on the objective: its own ones, or
+    its own and those of the other rows (in-batch negatives). Of the latter, documents that are known to be no negatives
+    are left out: those with the same text as one of the row's own, and the positives of rows with the same query. Texts
+    are compared as the model sees them, that is as token ids.
+
+    Rows may have fewer documents than there are columns: a missing one is an empty text, and NaN in the label. It is
+    left out of everything.
 
     Args:
         model: the SentenceTransformer to train.
+        objective: a name in `OBJECTIVES`.
         temperature: divides the cosines; 0.02 is what most LLM embedders train with.
         mini_batch_size: texts embedded at a time. None runs one plain forward and backward pass. A number turns on
             GradCache: one forward pass more, but memory for this many texts only. Documents are then sorted by length
             first, so that a mini-batch holds texts of like length and next to no padding.
-        target_temperature: see `modeling.objectives.soft_targets`.
-        alpha: weight of soft InfoNCE; 1 - alpha is that of InfoNCE on the positive. 0 is InfoNCE alone and needs no
+        target_temperature: divides the teacher's logits, in the objectives that read more than their order.
+        alpha: weight of the objective; 1 - alpha is that of InfoNCE on the positive. 0 is InfoNCE alone and needs no
             labels.
+        in_batch_negatives: False leaves all documents of other rows out, as rows of classification and clustering
+            need it, where other rows with the same label are no negatives.
+        false_negative_margin: also leaves out documents of other rows whose cosine exceeds that of the row's positive
+            by more than this (Qwen3 Embedding, arXiv 2506.05176, eq. 2, with 0.1). The model being trained is the
+            judge, so the line lies above the positive: below it (as in GISTEmbedLoss, which asks a guide model) the
+            hard negatives that are still to be learnt would go first. Own documents stay: the teacher graded them.
+        gather_across_devices: in-batch negatives from all processes. Every process computes the loss of its own rows
+            against the documents of all; with the average that DDP takes of gradients it is one process' loss over
+            all rows. All processes need equal numbers of rows and of columns.
 
     References:
-        InfoNCE: arXiv 1807.03748. GradCache: arXiv 2101.06983.
+        GradCache: arXiv 2101.06983. The objectives' are in `modeling.objectives`.
 
     Inputs:
         +-------------------------------------------------+------------------------------+
@@ -45,42 +60,54 @@ class SoftInfoNCELoss(CachedLossMixin, nn.Module):
         +-------------------------------------------------+------------------------------+
 
     Relations:
-        With one-hot labels, or alpha=0, and no duplicates in the batch it equals (Cached)MultipleNegativesRankingLoss.
-        A row with a single document has the target 1 whatever its label: graded pairs want CoSENTLoss.
+        "info_nce" equals (Cached)MultipleNegativesRankingLoss on a batch without duplicates. "kl", "margin_mse" and
+        "lambda_loss" are sentence-transformers' DistillKLDivLoss, MarginMSELoss and LambdaLoss (of CrossEncoders),
+        with GradCache. Graded pairs (one document a row) want CoSENTLoss, or "bixse".
     """
 
     def __init__(
         self,
         model: nn.Module,
+        objective: str = "soft_info_nce",
+        *,
         temperature: float = 0.02,
         mini_batch_size: int | None = None,
         target_temperature: float = 1.0,
         alpha: float = 1.0,
+        in_batch_negatives: bool = True,
+        false_negative_margin: float | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         if temperature <= 0 or target_temperature <= 0:
             raise ValueError(f"temperatures must be > 0, got {temperature} and {target_temperature}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
         if mini_batch_size is not None and mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be None or at least 1, got {mini_batch_size}")
+        if false_negative_margin is not None and false_negative_margin < 0:
+            raise ValueError(f"false_negative_margin must be None or at least 0, got {false_negative_margin}")
         self.model = model
+        self.objective = objective
         self.temperature = temperature
         self.mini_batch_size = mini_batch_size
         self.target_temperature = target_temperature
         self.alpha = alpha
+        self.in_batch_negatives = in_batch_negatives
+        self.false_negative_margin = false_negative_margin
+        self.gather_across_devices = gather_across_devices
         self.uses_gradient_cache = mini_batch_size is not None
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         columns = [dict(column) for column in sentence_features]
         self._check(columns, labels)
-        queries = text_keys(columns[0])
-        documents = torch.cat([text_keys(column) for column in columns[1:]])
+        batch = self._batch(columns, labels)
         if self.uses_gradient_cache:
             columns, order = sort_by_length(columns)
-            return self.forward_cached(columns, _Batch(labels, queries, documents, order))
-        embeddings = [[column] for column in embed_columns(self.model, columns)]
-        return self.calculate_loss(embeddings, _Batch(labels, queries, documents))
+            return self.forward_cached(columns, batch._replace(order=order))
+        return self.calculate_loss([[column] for column in embed_columns(self.model, columns)], batch)
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: _Batch, *, with_backward: bool = False) -> Tensor:
         """The loss over the whole batch, over chunks of `mini_batch_size` rows of the score matrix.
@@ -89,64 +116,165 @@ class SoftInfoNCELoss(CachedLossMixin, nn.Module):
         documents of the rows, then all second ones, ...) by `labels.order`.
         """
         batch = labels
+        # bfloat16 keeps 8 bits of a cosine: at temperature 0.02 an error of 0.1 in the exponent
+        with torch.autocast(reps[0][0].device.type, enabled=False):
+            graph = queries, documents = self._directions(reps, batch)
+            if with_backward:
+                # chunks share all documents: their gradients are summed here, then go on, and between devices, once
+                queries, documents = (directions.detach().requires_grad_() for directions in graph)
+            rows = len(queries)
+            chunk = self.mini_batch_size or rows
+            total = queries.new_zeros(())
+            for begin in range(0, rows, chunk):
+                part = slice(begin, begin + chunk)
+                scores = queries[part] @ documents.T / self.temperature
+                loss = self._objective(scores, batch, part) * (len(scores) / rows)
+                if with_backward:
+                    loss.backward()
+                    loss = loss.detach()
+                total = total + loss
+            if with_backward:
+                torch.autograd.backward(graph, (queries.grad, documents.grad))
+        return total
+
+    def _batch(self, columns: list[Features], labels: Tensor | None) -> _Batch:
+        queries = text_keys(columns[0])
+        documents = torch.stack([text_keys(column) for column in columns[1:]])
+        missing = torch.zeros_like(documents, dtype=torch.bool)
+        if labels is not None and labels.shape == documents.T.shape:
+            missing = labels.isnan().T
+        documents = documents.masked_fill(missing, _MISSING)
+        rows = len(queries)
+        first, everywhere = 0, rows
+        if self._gathers:
+            _check_alike(documents)
+            queries, documents = all_gather(queries), self._gathered(documents.flatten(), rows)
+            first, everywhere = get_rank() * rows, len(queries)
+        documents = documents.flatten()
+        own = torch.arange(len(documents), device=documents.device).view(-1, everywhere).T[first : first + rows]
+        return _Batch(labels, queries, documents, own.masked_fill(missing.T, -1), first)
+
+    def _directions(self, reps: list[list[Tensor]], batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Unit vectors, float32: (B, dim) of the queries, and (N, dim) of the documents, in their order."""
         queries = torch.cat(reps[0])
         documents = torch.cat([embeddings for column in reps[1:] for embeddings in column])
         if batch.order is not None:
             documents = documents[batch.order]
-        rows = len(queries)
-        own = torch.arange(len(documents), device=documents.device).view(-1, rows).T
-        chunk = self.mini_batch_size or rows
-        total = queries.new_zeros((), dtype=torch.float32)
-        # bfloat16 keeps 8 bits of a cosine: at temperature 0.02 an error of 0.1 in the exponent
-        with torch.autocast(queries.device.type, enabled=False):
-            document_directions = normalize(documents.float(), dim=1)
-            for begin in range(0, rows, chunk):
-                part = slice(begin, begin + chunk)
-                scores = normalize(queries[part].float(), dim=1) @ document_directions.T / self.temperature
-                mask = known_relevant(batch.queries, batch.documents, part)
-                loss = self._objective(scores, own[part], batch.labels, part, mask) * (len(scores) / rows)
-                if with_backward:
-                    # the normalised documents are shared by all chunks
-                    loss.backward(retain_graph=begin + chunk < rows)
-                    loss = loss.detach()
-                total = total + loss
-        return total
+        documents = normalize(documents.float(), dim=1)
+        if self._gathers:
+            documents = self._gathered(documents, len(queries), with_grad=True)
+        return normalize(queries.float(), dim=1), documents
 
-    def _objective(self, scores: Tensor, own: Tensor, labels: Tensor | None, part: slice, mask: Tensor) -> Tensor:
-        soft = hard = scores.new_zeros(())
-        if self.alpha > 0:
-            soft = soft_info_nce(scores, own, labels[part], self.target_temperature, mask)
-        if self.alpha < 1:
-            hard = info_nce(scores, own, mask)
-        return self.alpha * soft + (1 - self.alpha) * hard
+    def _objective(self, scores: Tensor, batch: _Batch, part: slice) -> Tensor:
+        """The mean over rows `part` of the batch, alpha of the objective and 1 - alpha of InfoNCE."""
+        own = batch.own[part]
+        settings = {
+            "labels": None if batch.labels is None else batch.labels[part],
+            "target_temperature": self.target_temperature,
+            "mask": self._mask(scores, own, batch, part) if self._sees_batch else None,
+        }
+
+        def value(name: str) -> Tensor:
+            objective = OBJECTIVES[name]
+            return objective.function(scores, own, **{need: settings[need] for need in objective.needs})
+
+        if self.alpha == 1:
+            return value(self.objective)
+        if self.alpha == 0:
+            return value("info_nce")
+        return self.alpha * value(self.objective) + (1 - self.alpha) * value("info_nce")
+
+    def _mask(self, scores: Tensor, own: Tensor, batch: _Batch, part: slice) -> Tensor:
+        """(len(part), N) bool: documents that are no negatives of these rows."""
+        if not self.in_batch_negatives:
+            return torch.ones_like(scores, dtype=torch.bool)
+        rows = slice(batch.first + part.start, batch.first + part.start + len(scores))
+        mask = known_relevant(batch.queries, batch.documents, rows) | (batch.documents == _MISSING)
+        if self.false_negative_margin is not None:
+            mask |= scores > scores.gather(1, own[:, :1]) + self.false_negative_margin / self.temperature
+        return mask
+
+    @property
+    def _sees_batch(self) -> bool:
+        return self.alpha < 1 or "mask" in OBJECTIVES[self.objective].needs
+
+    @property
+    def _gathers(self) -> bool:
+        return self.gather_across_devices and self.in_batch_negatives and self._sees_batch
+
+    @staticmethod
+    def _gathered(documents: Tensor, rows: int, with_grad: bool = False) -> Tensor:
+        """(N, ...) of all processes, in the order of one batch of all their rows."""
+        by_process = all_gather(documents, with_grad=with_grad).unflatten(0, (-1, len(documents) // rows, rows))
+        return by_process.transpose(0, 1).flatten(end_dim=2)
 
     def _check(self, columns: list[Features], labels: Tensor | None) -> None:
-        if len(columns) < 2:
+        documents = len(columns) - 1
+        if documents < 1:
             raise ValueError(f"expected a query and at least one document column, got {len(columns)} column(s)")
-        if self.alpha == 0:
-            return
-        if len(columns) == 2:
+        objective = OBJECTIVES[self.objective]
+        if self.alpha > 0 and documents < objective.documents:
             raise ValueError(
-                "soft labels say nothing about a row with one document: its target is 1 whatever the label. "
+                f"{self.objective} learns nothing from the label of a row with one document: it compares documents. "
                 "Add negatives, or train graded pairs with CoSENTLoss"
             )
-        if labels is None or labels.ndim != 2 or labels.shape[1] != len(columns) - 1:
+        if self.alpha > 0 and "labels" in objective.needs and (labels is None or labels.shape[1:] != (documents,)):
             shape = None if labels is None else tuple(labels.shape)
-            raise ValueError(f"expected {len(columns) - 1} soft labels a row, one a document, got labels {shape}")
+            raise ValueError(f"expected {documents} soft labels a row, one a document, got labels {shape}")
 
     def get_config_dict(self) -> dict[str, Any]:
         """What sentence-transformers' model cards tell about the loss."""
-        names = ("temperature", "mini_batch_size", "target_temperature", "alpha")
+        names = ("objective", "temperature", "mini_batch_size", "target_temperature", "alpha")
+        names += ("in_batch_negatives", "false_negative_margin", "gather_across_devices")
         return {name: getattr(self, name) for name in names}
 
 
+class SoftInfoNCELoss(GradedLoss):
+    """`GradedLoss` with soft InfoNCE, or, with alpha=0, with InfoNCE."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float = 0.02,
+        mini_batch_size: int | None = None,
+        target_temperature: float = 1.0,
+        alpha: float = 1.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            temperature=temperature,
+            mini_batch_size=mini_batch_size,
+            target_temperature=target_temperature,
+            alpha=alpha,
+            **settings,
+        )
+
+
 class _Batch(NamedTuple):
-    """What the loss knows about a batch besides its embeddings. N = B * (n+1) documents."""
+    """What the loss knows about a batch besides its embeddings: B rows here, and of all gathered rows N documents."""
 
     labels: Tensor | None  # (B, n+1)
-    queries: Tensor  # (B,) text keys
-    documents: Tensor  # (N,) text keys
-    order: Tensor | None = None  # (N,): embedding order[j] belongs to document j; None = they are in order
+    queries: Tensor  # text keys, of all rows
+    documents: (
+        Tensor  # (N,) text keys: first documents of all rows, then second ones, ...; _MISSING where there is none
+    )
+    own: Tensor  # (B, n+1) own documents of the rows here, -1 where there is none
+    first: int  # which of all rows is the first one here
+    order: Tensor | None = None  # (B * (n+1),): embedding order[j] is document j of the rows here; None = in order
+
+
+_MISSING = -(2**63)  # a text key that no text has, but by a rare chance
+
+
+def _check_alike(documents: Tensor) -> None:
+    """Raise on every process rather than wait for ever where one holds other shapes. documents: (n+1, B)."""
+    shapes = all_gather(torch.tensor([documents.shape], device=documents.device))
+    if (shapes != shapes[0]).any():
+        raise ValueError(
+            f"gather_across_devices: processes hold (documents a row, rows) {shapes.tolist()}; they must be equal. Draw "
+            "a step's batches from one data set on all processes"
+        )
 
 
 def text_keys(features: Features) -> Tensor:
