@@ -16,10 +16,19 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+    from trl import ModelConfig
 
-# What pooling: means in recipes -> the name sentence-transformers has for it.
-POOLING = {"eos": "lasttoken", "mean": "mean"}
+# What pooling: means in recipes -> settings of sentence-transformers' Pooling, over the states of a text's tokens.
+# BOS counts as the prompt's and EOS as the text's, so that no mean is ever empty. Where a prompt ends in a space that
+# the tokenizer joins to the next word, as byte-level and metaspace BPE do, sentence-transformers counts that word's
+# first token as the prompt's, in training and encoding alike; the states after it have seen it.
+POOLING = {
+    "eos": {"pooling_mode": "lasttoken"},
+    "mean": {"pooling_mode": "mean"},
+    "mean_without_prompt": {"pooling_mode": "mean", "include_prompt": False},
+    "weighted_mean": {"pooling_mode": "weightedmean"},  # by position, 1, 2, ... (SGPT, arXiv 2202.08904, equation 2)
+}
 
 
 def build_encoder(
@@ -31,6 +40,7 @@ def build_encoder(
     pooling: str = "eos",
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
     peft_config: PeftConfig | None = None,
     min_text_tokens: int = 16,
 ) -> SentenceTransformer:
@@ -41,9 +51,10 @@ def build_encoder(
         revision: of the Hub id.
         max_seq_length: longest text in tokens, prompt, BOS and EOS included; longer ones are truncated before EOS.
         prompts: baked into the model by name.
-        pooling: "eos" (the state of the last token) or "mean".
+        pooling: a key of POOLING.
         dtype: of the weights; None keeps that of the checkpoint.
         attn_implementation: as in transformers.
+        quantization_config: of the frozen weights, see `quantization`.
         peft_config: an adapter to inject and train; its weights are kept in float32, which bfloat16 updates need.
         min_text_tokens: least number of tokens that every prompt has to leave for the text.
 
@@ -57,7 +68,11 @@ def build_encoder(
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r}: choose one of {', '.join(POOLING)}")
     where = {"revision": revision} if revision else {}
-    loading = {"dtype": dtype, "attn_implementation": attn_implementation}
+    loading = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "quantization_config": quantization_config,
+    }
     try:
         transformer = Transformer(
             str(model_name_or_path),
@@ -68,7 +83,8 @@ def build_encoder(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"model {str(model_name_or_path)!r} cannot be loaded: {error}") from None
-    longest = getattr(transformer.config, "max_position_embeddings", max_seq_length)
+    # of the text part, where a checkpoint reads images too
+    longest = getattr(transformer.config.get_text_config(), "max_position_embeddings", max_seq_length)
     if max_seq_length > longest:
         raise InputError(f"max_seq_length {max_seq_length}: {model_name_or_path} goes to {longest}; lower it")
     guarantee_eos(transformer.tokenizer)
@@ -78,7 +94,7 @@ def build_encoder(
     encoder = SentenceTransformer(
         modules=[
             transformer,
-            Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING[pooling]),
+            Pooling(transformer.get_embedding_dimension(), **POOLING[pooling]),
             Normalize(),
         ],
         prompts=dict(prompts or {}),
@@ -89,6 +105,27 @@ def build_encoder(
     if peft_config is not None:
         add_adapter(encoder, peft_config)
     return encoder
+
+
+def quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
+    """How to load the frozen weights of a QLoRA stage (arXiv 2305.14314); None when the recipe does not ask for it.
+
+    Quantised weights are for training: merged into them, an adapter would be rounded to 4 bits too. Publish it merged
+    into the weights as they were: `build_encoder` without `quantization_config`, `continue_adapter`, `save_merged`.
+
+    Raises:
+        InputError: quantised weights that nothing would train, or no bitsandbytes.
+    """
+    from transformers import utils
+    from trl import get_quantization_config
+
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return None
+    if not model.use_peft:
+        raise InputError("load_in_4bit and load_in_8bit freeze the weights; add an adapter to train: use_peft: true")
+    if not utils.is_bitsandbytes_available():
+        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes; pip install bitsandbytes, or drop them")
+    return get_quantization_config(model)
 
 
 def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -120,7 +157,7 @@ def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or eos
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"  # saving writes what init_kwargs names
     tokenizer.truncation_side = "right"
 
 
@@ -175,7 +212,11 @@ def add_adapter(encoder: SentenceTransformer, peft_config: PeftConfig) -> None:
 
 def continue_adapter(encoder: SentenceTransformer, folder: Path) -> None:
     """Freeze the weights and go on training the adapter that `save_adapter` wrote into `folder`."""
+    backbone = encoder.transformers_model
+    conversions = backbone._weight_conversions
     encoder.load_adapter(str(folder), is_trainable=True)
+    # load_adapter notes there how it renamed peft's keys; saving the merged weights would rename them the other way
+    backbone._weight_conversions = conversions
     _train_in_float32(encoder)
 
 
@@ -218,11 +259,16 @@ def merge_adapter(encoder: SentenceTransformer) -> None:
     """Add the adapter to the weights it was injected into, and take its layers out again.
 
     peft's `merge_and_unload` is a method of its own wrapper, which an injected adapter does not have.
+
+    Raises:
+        ValueError: the weights are quantised, see `quantization`.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     backbone = encoder.transformers_model
+    if getattr(backbone, "is_quantized", False):
+        raise ValueError("an adapter merged into quantised weights would be rounded with them; load them unquantised")
     for name, module in list(backbone.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)

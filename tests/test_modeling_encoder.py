@@ -1,6 +1,7 @@
 """EOS last in every family of tokenizers and after every detour; room for the text; adapters merged, no trace left."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,24 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaTokenizer,
     GPT2Tokenizer,
+    LlamaConfig,
     LlamaTokenizer,
     MistralConfig,
-    MistralModel,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2Tokenizer,
+    Qwen3Config,
 )
+from trl import ModelConfig
 
 from dataset_builders.cli import InputError
-from modeling.encoder import build_encoder, continue_adapter, save_adapter, save_merged
+from modeling.encoder import POOLING, build_encoder, continue_adapter, quantization, save_adapter, save_merged
 from modeling.prompts import few_shot_prompt, instruction_prompt
 
 TEXTS = ["how do I parse a date", "Instruct: Given a question, retrieve its answer\nQuery: ", "naïve café, 東京", "a"]
@@ -40,14 +49,23 @@ def trained(model, trainer, pre_tokenizer) -> dict:
     return json.loads(tokenizer.to_str())["model"]
 
 
-def llama() -> LlamaTokenizer:
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+def metaspace_bpe(kind, special: list[str], **kwargs):
+    """Spaces are a letter of their own and bytes the last resort, as in the vocabularies of Llama 2 and Gemma."""
+    special = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
     model = trained(
         models.BPE(unk_token="<unk>", byte_fallback=True),
         trainers.BpeTrainer(special_tokens=special, vocab_size=400, show_progress=False),
         pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
     )
-    return LlamaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    return kind(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], **kwargs)
+
+
+def llama(**kwargs) -> LlamaTokenizer:
+    return metaspace_bpe(LlamaTokenizer, ["<unk>", "<s>", "</s>"], **kwargs)
+
+
+def gemma() -> GemmaTokenizer:
+    return metaspace_bpe(GemmaTokenizer, ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
 
 
 def byte_bpe(kind):
@@ -64,6 +82,16 @@ def byte_bpe(kind):
     return kind(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
 
+def llama_3() -> PreTrainedTokenizerFast:
+    """As published: byte-level BPE, no class of its own, no padding token, a post-processor that adds BOS alone."""
+    backend = byte_bpe(GPT2Tokenizer).backend_tokenizer
+    bos, eos = special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    backend.add_special_tokens(special)
+    bos_alone = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_alone])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+
+
 def word_piece(**special) -> BertTokenizer:
     model = trained(
         models.WordPiece(unk_token="[UNK]"),
@@ -75,40 +103,43 @@ def word_piece(**special) -> BertTokenizer:
     return BertTokenizer(vocab=model["vocab"], **special)
 
 
-def byte_bpe_with_bos() -> PreTrainedTokenizerFast:
-    """As Llama 3 ships it: byte-level BPE whose post-processor adds BOS alone."""
-    backend = byte_bpe(GPT2Tokenizer).backend_tokenizer
-    backend.add_special_tokens(["<|begin|>", "<|end|>"])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", backend.token_to_id("<|begin|>"))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>")
-
-
-# family -> (how to make its tokenizer, the tokens before and after a text)
+# family -> (how to make its tokenizer, the tokens before and after a text, its configuration)
 FAMILIES = {
-    "llama and mistral": (llama, ["<s>"], "</s>"),
-    "llama asked for EOS alone": (
-        lambda: LlamaTokenizer(vocab=llama().get_vocab(), add_eos_token=True),
+    "mistral": (llama, ["<s>"], "</s>", MistralConfig),
+    "llama 2": (llama, ["<s>"], "</s>", LlamaConfig),
+    "llama 2, asked for EOS alone": (lambda: llama(add_eos_token=True), ["<s>"], "</s>", LlamaConfig),
+    "llama 3": (llama_3, ["<|begin_of_text|>"], "<|end_of_text|>", LlamaConfig),
+    "qwen 2": (lambda: byte_bpe(Qwen2Tokenizer), [], "<|endoftext|>", Qwen2Config),
+    "qwen 3": (lambda: byte_bpe(Qwen2Tokenizer), [], "<|endoftext|>", Qwen3Config),
+    "gemma 2": (gemma, ["<bos>"], "<eos>", Gemma2Config),
+    "gemma 3": (gemma, ["<bos>"], "<eos>", Gemma3TextConfig),
+    "phi 3": (llama, ["<s>"], "</s>", Phi3Config),
+    "olmo 2": (lambda: byte_bpe(GPT2Tokenizer), [], "<|endoftext|>", Olmo2Config),
+    "bert's tokens, CLS and SEP as BOS and EOS": (
+        lambda: word_piece(bos_token="[CLS]", eos_token="[SEP]"),
+        ["[CLS]"],
+        "[SEP]",
+        MistralConfig,
+    ),
+    "bert's tokens, EOS alone": (lambda: word_piece(eos_token="[SEP]"), ["[CLS]"], "[SEP]", MistralConfig),
+    "bert's tokens and two more": (
+        lambda: word_piece(bos_token="<s>", eos_token="</s>"),
         ["<s>"],
         "</s>",
+        MistralConfig,
     ),
-    "llama 3": (byte_bpe_with_bos, ["<|begin|>"], "<|end|>"),
-    "qwen2": (lambda: byte_bpe(Qwen2Tokenizer), [], "<|endoftext|>"),
-    "gpt2": (lambda: byte_bpe(GPT2Tokenizer), [], "<|endoftext|>"),
-    "bert, CLS and SEP as BOS and EOS": (lambda: word_piece(bos_token="[CLS]", eos_token="[SEP]"), ["[CLS]"], "[SEP]"),
-    "bert, EOS alone": (lambda: word_piece(eos_token="[SEP]"), ["[CLS]"], "[SEP]"),
-    "bert, tokens of its own": (lambda: word_piece(bos_token="<s>", eos_token="</s>"), ["<s>"], "</s>"),
 }
 
 
-def write_model(folder: Path, tokenizer, **config) -> Path:
-    """A random 2-layer Mistral with `tokenizer`, as a plain transformers checkpoint."""
+def write_model(folder: Path, tokenizer, kind=MistralConfig, **config) -> Path:
+    """Two random layers of the family `kind` with `tokenizer`, as a plain transformers checkpoint."""
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    MistralModel(MistralConfig(vocab_size=len(tokenizer), **sizes, **heads, **config)).save_pretrained(folder)
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = {"vocab_size": len(tokenizer), **sizes, **heads, **tokens, **config}
+    AutoModel.from_config(kind(**settings)).save_pretrained(folder)
     return folder
 
 
@@ -117,24 +148,35 @@ def mistral(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "mistral", llama())
 
 
+def test_the_families_are_those_promised():
+    kinds = {kind.model_type for *_, kind in FAMILIES.values()}
+    assert kinds >= {"mistral", "llama", "qwen3", "gemma3_text"}
+    assert (len(FAMILIES), len(kinds)) == (13, 8)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eos_is_last_in_every_family(family, tmp_path):
-    make, before, eos = FAMILIES[family]
-    encoder = build_encoder(write_model(tmp_path / "model", make()), max_seq_length=128, prompts=PROMPTS)
+    make, before, eos, kind = FAMILIES[family]
+    encoder = build_encoder(write_model(tmp_path / "model", make(), kind), max_seq_length=128, prompts=PROMPTS)
+    assert encoder.transformers_model.config.model_type == kind.model_type
     save_merged(encoder, tmp_path / "saved")
     long = "parse a date " * 200
     texts = ["", "a", "how do I parse a date", long]
     assert len(encoder.tokenizer(long, truncation=False)["input_ids"]) > 128
     eos_id, before_ids = (encoder.tokenizer.convert_tokens_to_ids(tokens) for tokens in (eos, before))
     assert eos_id == encoder.tokenizer.eos_token_id
+    reloaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    left = SentenceTransformer(str(tmp_path / "saved"), device="cpu", processor_kwargs={"padding_side": "left"})
     expected = None
-    for model in (encoder, SentenceTransformer(str(tmp_path / "saved"), device="cpu")):
+    for model, side in ((encoder, "right"), (reloaded, "right"), (left, "left")):
+        assert type(model.tokenizer) is type(encoder.tokenizer) and model.tokenizer.padding_side == side
         found = []
         for name in (None, *PROMPTS):
             features = model.preprocess(texts, prompt=model.prompts[name] if name else None)
-            lengths = features["attention_mask"].sum(1).tolist()
-            rows = [row[:length] for row, length in zip(features["input_ids"].tolist(), lengths, strict=True)]
-            assert max(lengths) == 128
+            mask = features["attention_mask"].bool()
+            assert mask[:, 0 if side == "right" else -1].all() and not mask.all()
+            rows = [row[kept].tolist() for row, kept in zip(features["input_ids"], mask, strict=True)]
+            assert max(map(len, rows)) == 128
             assert all(row[-1] == eos_id and row[: len(before)] == before_ids for row in rows)
             assert all(row[len(before) : -1].count(eos_id) == 0 for row in rows)
             found += rows
@@ -144,12 +186,61 @@ def test_eos_is_last_in_every_family(family, tmp_path):
     plain = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert plain(texts, truncation=True)["input_ids"] == expected[:4]
 
+    # the state of that EOS is the vector, whatever stands beside it
+    together = encoder.encode(texts, prompt_name="query")
+    assert abs(together[1] - together[2]).max() > 1e-3
+    for model in (reloaded, left):
+        assert abs(model.encode(texts, prompt_name="query") - together).max() < 1e-5
+    alone = [encoder.encode(text, prompt_name="query") for text in texts]
+    assert max(abs(one - row).max() for one, row in zip(alone, together, strict=True)) < 1e-5
 
-def test_padding_does_not_change_vectors(mistral):
-    encoder = build_encoder(mistral, max_seq_length=128)
-    together = encoder.encode(TEXTS, convert_to_tensor=True)
-    alone = torch.stack([encoder.encode(text, convert_to_tensor=True) for text in TEXTS])
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+def states(encoder, features, row: int) -> torch.Tensor:
+    """(tokens, hidden) last hidden states of a row's tokens, by transformers, without padding."""
+    model = AutoModel.from_pretrained(encoder.transformers_model.name_or_path).eval()
+    with torch.no_grad():
+        hidden = model(input_ids=features["input_ids"], attention_mask=features["attention_mask"]).last_hidden_state
+    return hidden[row][features["attention_mask"][row].bool()]
+
+
+# what each pooling makes of the (tokens, hidden) states of a text whose prompt has `prompt` tokens, BOS included
+BY_HAND = {
+    "eos": lambda states, prompt: states[-1],
+    "mean": lambda states, prompt: states.mean(0),
+    "mean_without_prompt": lambda states, prompt: states[prompt:].mean(0),
+    "weighted_mean": lambda states, prompt: (
+        sum((position + 1) * state for position, state in enumerate(states)) / sum(range(1, len(states) + 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", POOLING)
+def test_pooling_is_what_its_name_says(mistral, tmp_path, pooling, side):
+    assert BY_HAND.keys() == POOLING.keys()
+    build_encoder(mistral, max_seq_length=128, prompts=PROMPTS, pooling=pooling).save(str(tmp_path / "saved"))
+    encoder = SentenceTransformer(str(tmp_path / "saved"), device="cpu", processor_kwargs={"padding_side": side})
+    texts = ["a", "how do I parse a date", ""]
+    for name in ("query", "document"):
+        prompt = PROMPTS[name]
+        taken = len(encoder.tokenizer(prompt)["input_ids"]) - 1 if prompt else 0  # without EOS
+        features = encoder.preprocess(texts, prompt=prompt)
+        vectors = encoder.encode(texts, prompt=prompt, convert_to_tensor=True)
+        for row, vector in enumerate(vectors):
+            pooled = BY_HAND[pooling](states(encoder, features, row), taken)
+            torch.testing.assert_close(vector, pooled / pooled.norm(), atol=1e-6, rtol=0)
+
+
+def test_poolings_differ_and_none_is_empty(mistral):
+    texts = ["", "how do I parse a date"]
+    vectors = {}
+    for pooling in POOLING:
+        encoder = build_encoder(mistral, max_seq_length=128, prompts=PROMPTS, pooling=pooling)
+        vectors[pooling] = encoder.encode(texts, prompt_name="query")
+    for first, second in combinations(POOLING, 2):
+        assert abs(vectors[first][1] - vectors[second][1]).max() > 1e-3
+    # of an empty text nothing but EOS is left
+    assert abs(vectors["mean_without_prompt"][0] - vectors["eos"][0]).max() < 1e-6
 
 
 def test_eos_vector_trains_in_a_checkpoint_that_pads_with_eos(tmp_path):
@@ -166,7 +257,7 @@ def test_eos_vector_trains_in_a_checkpoint_that_pads_with_eos(tmp_path):
     [
         ({"max_seq_length": 24}, "prompt 'few' leaves 0 of 24 tokens"),
         ({"max_seq_length": 64, "min_text_tokens": 60}, "at least 60 are needed"),
-        ({"max_seq_length": 4096}, "goes to 512"),
+        ({"max_seq_length": 513}, "goes to 512; lower it"),
         ({"pooling": "cls"}, "choose one of eos, mean"),
     ],
 )
@@ -219,6 +310,29 @@ def test_merging_keeps_vectors_and_leaves_no_trace(mistral, tmp_path, kwargs):
     assert all(parameter.requires_grad for parameter in encoder.parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_merged_in_every_family(family, tmp_path):
+    make, _, _, kind = FAMILIES[family]
+    base = write_model(tmp_path / "model", make(), kind)
+    encoder = build_encoder(base, max_seq_length=128, prompts=PROMPTS, peft_config=lora())
+    adapted = encoder.encode(TEXTS, prompt_name="query")
+    save_adapter(encoder, tmp_path / "adapter", "org/base")
+    save_merged(encoder, tmp_path / "merged")
+    # an adapter that a second stage goes on with is merged as well: all names of the weights stay the base's
+    continued = build_encoder(base, max_seq_length=128, prompts=PROMPTS)
+    assert abs(continued.encode(TEXTS, prompt_name="query") - adapted).max() > 1e-3
+    continue_adapter(continued, tmp_path / "adapter")
+    save_adapter(continued, tmp_path / "continued", "org/base")
+    save_merged(continued, tmp_path / "merged again")
+    for folder in ("merged", "merged again"):
+        names = load_file(tmp_path / folder / "model.safetensors").keys()
+        assert names == load_file(base / "model.safetensors").keys()
+        merged = SentenceTransformer(str(tmp_path / folder), device="cpu")
+        assert abs(merged.encode(TEXTS, prompt_name="query") - adapted).max() < 1e-5
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "continued"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_adapter_alone_gives_the_same_vectors(mistral, tmp_path):
     """In peft format, under the name of its base that we give it, and by sentence-transformers' own loader too."""
     encoder = build_encoder(mistral, max_seq_length=128, prompts=PROMPTS, peft_config=lora())
@@ -247,3 +361,41 @@ def test_adapter_weights_train_in_float32_over_bfloat16(mistral):
     encoder = build_encoder(mistral, dtype="bfloat16", peft_config=lora())
     types = {parameter.requires_grad: parameter.dtype for parameter in encoder.parameters()}
     assert types == {True: torch.float32, False: torch.bfloat16}
+
+
+# --- quantised weights ----------------------------------------------------------------------------------------------
+
+
+def qlora(**kwargs) -> ModelConfig:
+    return ModelConfig(**{"load_in_4bit": True, "use_bnb_nested_quant": True, "use_peft": True, **kwargs})
+
+
+def test_quantisation_that_cannot_work_is_refused(monkeypatch):
+    assert quantization(ModelConfig()) is None
+    with pytest.raises(InputError, match="use_peft: true"):
+        quantization(qlora(use_peft=False))
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(InputError, match="pip install bitsandbytes"):
+        quantization(qlora())
+
+
+def test_an_adapter_trained_on_quantised_weights_is_merged_into_the_whole_ones(mistral, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    loading = {"max_seq_length": 128, "prompts": PROMPTS, "dtype": "bfloat16"}
+    quantized = build_encoder(
+        mistral, **loading, quantization_config=quantization(qlora(dtype="bfloat16")), peft_config=lora()
+    )
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in quantized.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.uint8), (False, torch.bfloat16)}
+    quantized(quantized.preprocess(TEXTS))["sentence_embedding"][:, 0].sum().backward()
+    trained = [parameter for parameter in quantized.parameters() if parameter.requires_grad]
+    assert len(trained) == 28 and all(parameter.grad.abs().max() > 0 for parameter in trained)
+    save_adapter(quantized, tmp_path / "adapter", "org/base")
+    with pytest.raises(ValueError, match="load them unquantised"):
+        save_merged(quantized, tmp_path / "merged")
+    whole = build_encoder(mistral, **loading)
+    continue_adapter(whole, tmp_path / "adapter")
+    save_merged(whole, tmp_path / "merged")
+    merged = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    cosines = (merged.encode(TEXTS, convert_to_tensor=True) * quantized.encode(TEXTS, convert_to_tensor=True)).sum(1)
+    assert cosines.float().min() > 0.97
