@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.hits import NONE, sort_keys
+from dataset_builders.hits import NONE, positive_keys
 from dataset_builders.recipes import Section
 
 if TYPE_CHECKING:
@@ -205,11 +205,9 @@ class _OkapiSearch:
 
 def top_keys(scores: np.ndarray, top_k: int, first: int) -> np.ndarray:
     """Keys of the `top_k` highest positive scores of documents numbered from `first`, best first; fewer if so."""
-    import torch
-
     scores = np.asarray(scores, np.float32)
-    threshold = np.partition(scores, -top_k)[-top_k] if len(scores) > top_k else 0.0
-    # ties at the threshold are all in, and the keys decide between them
-    places = np.flatnonzero((scores >= threshold) & (scores > 0))
-    keys = sort_keys(torch.from_numpy(scores[places]), torch.from_numpy(first + places))
-    return keys.sort(descending=True).values[:top_k].numpy()
+    places = np.flatnonzero(scores > 0)
+    keys = positive_keys(scores[places], first + places)
+    if len(keys) > top_k:
+        keys = np.partition(keys, -top_k)[-top_k:]  # keys have no ties
+    return np.sort(keys)[::-1]

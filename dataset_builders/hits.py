@@ -24,6 +24,11 @@ def sort_keys(scores: Any, positions: Any) -> Any:
     return (_flip(bits).long() << 32) | (0xFFFFFFFF - positions)
 
 
+def positive_keys(scores: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`sort_keys` of positive float32 scores, as numpy arrays: their bits sort as they are."""
+    return (scores.view(np.int32).astype(np.int64) << 32) | (0xFFFFFFFF - positions)
+
+
 def best_keys(keys: Any, top_k: int) -> Any:
     """The `top_k` highest keys of each row (all, when there are fewer), best first. A torch tensor, as `keys`."""
     return keys.topk(min(top_k, keys.shape[1]), dim=1).values
