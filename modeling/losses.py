@@ -21,10 +21,10 @@ Features = dict[str, Any]  # what a column's texts become in the collator: input
 class GradedLoss(CachedLossMixin, nn.Module):
     """An objective of `modeling.objectives` over graded rows (query, positive, negative_1, ..., negative_n, label).
 
-    Scores are cosines / temperature. Which documents a row is compared with depends on the objective: its own ones, or
-    its own and those of the other rows (in-batch negatives). Of the latter, documents that are known to be no negatives
-    are left out: those with the same text as one of the row's own, and the positives of rows with the same query. Texts
-    are compared as the model sees them, that is as token ids.
+    Scores are cosines / temperature. Which documents a row is compared with depends on the objective: its own ones,
+    or its own and those of the other rows (in-batch negatives). Of the latter, documents that are known to be no
+    negatives are left out: those with the same text as one of the row's own, and the positives of rows with the same
+    query. Texts are compared as the model sees them, that is as token ids.
 
     Rows may have fewer documents than there are columns: a missing one is an empty text, and NaN in the label. It is
     left out of everything.
@@ -143,6 +143,8 @@ class GradedLoss(CachedLossMixin, nn.Module):
         missing = torch.zeros_like(documents, dtype=torch.bool)
         if labels is not None and labels.shape == documents.T.shape:
             missing = labels.isnan().T
+            if missing[0].any():
+                raise ValueError("the first label of a row is NaN: its positive is missing; drop the row")
         documents = documents.masked_fill(missing, _MISSING)
         rows = len(queries)
         first, everywhere = 0, rows
@@ -243,6 +245,7 @@ class SoftInfoNCELoss(GradedLoss):
     ) -> None:
         super().__init__(
             model,
+            "soft_info_nce",
             temperature=temperature,
             mini_batch_size=mini_batch_size,
             target_temperature=target_temperature,
@@ -256,9 +259,7 @@ class _Batch(NamedTuple):
 
     labels: Tensor | None  # (B, n+1)
     queries: Tensor  # text keys, of all rows
-    documents: (
-        Tensor  # (N,) text keys: first documents of all rows, then second ones, ...; _MISSING where there is none
-    )
+    documents: Tensor  # (N,) text keys: first documents of all rows, then second ones, ...; or _MISSING
     own: Tensor  # (B, n+1) own documents of the rows here, -1 where there is none
     first: int  # which of all rows is the first one here
     order: Tensor | None = None  # (B * (n+1),): embedding order[j] is document j of the rows here; None = in order
@@ -272,8 +273,8 @@ def _check_alike(documents: Tensor) -> None:
     shapes = all_gather(torch.tensor([documents.shape], device=documents.device))
     if (shapes != shapes[0]).any():
         raise ValueError(
-            f"gather_across_devices: processes hold (documents a row, rows) {shapes.tolist()}; they must be equal. Draw "
-            "a step's batches from one data set on all processes"
+            f"gather_across_devices: processes hold (documents a row, rows) {shapes.tolist()}; they must be equal. "
+            "Draw a step's batches from one data set on all processes"
         )
 
 

@@ -162,9 +162,10 @@ def margin_mse(scores: Tensor, own: Tensor, labels: Tensor, target_temperature: 
 
         L_i = 1/n sum_k ( (z_i0 - z_ik) - (logit(y_i0) - logit(y_ik)) / target_temperature )^2
 
-    The paper subtracts raw teacher scores. With soft labels the margin is in logits, raw scores times the slope of the
-    calibration, so that the student has no scale of some teacher's to copy; cosines follow at `temperature` a logit (a
-    margin of 5 logits is one of 0.1 in cosine at 0.02). Labels at 0 or 1 count as logits of about -16 and 16.
+    with k over the row's own negatives. The paper's margins are of raw teacher scores. With soft labels they are in
+    logits, raw scores times the slope of the calibration, so that the student has no teacher's scale to copy; cosines
+    follow at `temperature` a logit: at 0.02 a margin of 5 logits is one of 0.1 in cosine. Labels of 0 and 1 count as
+    logits of about -16 and 16.
 
     Example:
         Odds 4 and 1 ask for a margin of log 4; there is none:

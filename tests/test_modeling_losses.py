@@ -1,5 +1,7 @@
 """The loss module against sentence-transformers' own losses, its cached path against the plain one, and its masks."""
 
+import inspect
+
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import (
@@ -8,7 +10,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 from modeling.encoder import build_encoder
-from modeling.losses import SoftInfoNCELoss, known_relevant, sort_by_length, text_keys
+from modeling.losses import GradedLoss, SoftInfoNCELoss, known_relevant, sort_by_length, text_keys
 
 # words of the tiny tokenizer, so that different texts have different ids
 QUERIES = ["how do i parse a date", "read a file", "open a file", "sort a list", "write its answer"]
@@ -182,10 +184,25 @@ def test_settings_that_make_no_sense(kwargs):
 
 
 def test_config_names_every_setting():
-    loss = SoftInfoNCELoss(torch.nn.Identity(), temperature=0.1, mini_batch_size=8, target_temperature=2.0, alpha=0.5)
-    assert loss.get_config_dict() == {
+    """A setting that the card does not tell cannot be reproduced."""
+    settings = {
+        "objective": "kl",
         "temperature": 0.1,
         "mini_batch_size": 8,
         "target_temperature": 2.0,
         "alpha": 0.5,
+        "in_batch_negatives": False,
+        "false_negative_margin": 0.1,
+        "gather_across_devices": True,
     }
+    accepted = inspect.signature(GradedLoss.__init__).parameters.keys() - {"self", "model"}
+    assert accepted == settings.keys()
+    assert GradedLoss(torch.nn.Identity(), **settings).get_config_dict() == settings
+
+
+def test_soft_info_nce_loss_is_the_default_objective():
+    loss = SoftInfoNCELoss(torch.nn.Identity(), 0.1, 8, target_temperature=2.0, alpha=0.5, in_batch_negatives=False)
+    settings = {"temperature": 0.1, "mini_batch_size": 8, "target_temperature": 2.0, "alpha": 0.5}
+    expected = GradedLoss(torch.nn.Identity(), **settings, in_batch_negatives=False)
+    assert loss.get_config_dict() == expected.get_config_dict()
+    assert loss.objective == "soft_info_nce"
