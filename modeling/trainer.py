@@ -1,29 +1,92 @@
-"""What our trainer does besides sentence-transformers': it counts what training costs, and resumes adapters alone."""
+"""What our trainer does besides sentence-transformers': batches by weight, in an order that a resume keeps to; what
+training costs, in lines that a person can read; a stop at the first loss that is no number; adapters resumed alone.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainer
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dataset_builders.cli import InputError
+from modeling.batches import EpochBatchSampler, WeightedBatchSampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.utils.data import ConcatDataset, DataLoader
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."  # transformers saves adapters under the names that peft's own wrapper gives
 
 
 class EmbedderTrainer(SentenceTransformerTrainer):
-    """Logs `seconds` and `tokens` so far with every entry; both go on after a resume."""
+    """Trains on one data set, or on several by name, with their losses by name.
+
+    Where a loss says `in_batch_negatives`, no two rows of a batch have a text in common (modeling.batches). `seconds`
+    and `tokens` so far go with every entry of the log; both go on after a resume.
+
+    Args:
+        weights: of the data sets by name, their share of steps; None gives all the same.
+        *args, **kwargs: as sentence-transformers takes them.
+
+    Raises:
+        InputError: in training, when the loss or the gradient is not finite.
+    """
 
     _seconds_before = 0.0
     _started: float | None = None
+
+    def __init__(self, *args: Any, weights: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weights = weights
+        for callback in (PrinterCallback, ProgressCallback):  # one of them is there; both print whole dictionaries
+            self.remove_callback(callback)
+        if not self.args.disable_tqdm:
+            self.add_callback(_ProgressBar)
+        self.add_callback(_LogLines)
+
+    def get_batch_sampler(
+        self, dataset: Dataset, batch_size: int, drop_last: bool, seed: int = 0, **kwargs: Any
+    ) -> EpochBatchSampler:
+        loss = self.loss
+        if isinstance(loss, dict):
+            loss = loss[next(name for name, rows in self.train_dataset.items() if rows is dataset)]
+        return EpochBatchSampler(
+            dataset,
+            batch_size,
+            drop_last,
+            seed,
+            distinct_texts=getattr(loss, "in_batch_negatives", False),
+            world_size=self.args.world_size,
+        )
+
+    def get_multi_dataset_batch_sampler(
+        self, dataset: ConcatDataset, batch_samplers: list[EpochBatchSampler], seed: int = 0, **kwargs: Any
+    ) -> WeightedBatchSampler:
+        weights = {name: (self.weights or {}).get(name, 1.0) for name in self.train_dataset}
+        return WeightedBatchSampler(dataset, batch_samplers, weights, seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if not hasattr(shard, "set_epoch"):
+            # accelerate's BatchSamplerShard hides our sampler's set_epoch from a trainer that resumes within an
+            # epoch: on several devices it would replay the order of the first one
+            shard.set_epoch = shard.batch_sampler.set_epoch
+        return loader
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:
         if resume_from_checkpoint:
@@ -35,10 +98,29 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        masks = (value for key, value in inputs.items() if key.endswith("attention_mask"))
+        tokens = sum(_count_tokens(inputs, key) for key in inputs if key.endswith("input_ids"))
         # a field of the trainer's state, so that checkpoints carry it
-        self.state.num_input_tokens_seen += int(sum(mask.sum() for mask in masks))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
+        where = f" on data set {inputs['dataset_name']!r}" if "dataset_name" in inputs else ""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._check_finite(float(loss.detach()), f"loss{where}")
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # that of fp16 meets infinite gradients and leaves their step out
+            self._check_finite(float(norm), "norm of the gradient")
+        return norm
+
+    def _check_finite(self, value: float, what: str) -> None:
+        """Stop before weights that are not numbers reach the next checkpoint."""
+        if math.isfinite(value):
+            return
+        checkpoint = last_checkpoint(Path(self.args.output_dir))
+        raise InputError(
+            f"step {self.state.global_step + 1}: the {what} is {value}; lower learning_rate or raise warmup_steps; "
+            + (f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet")
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         cost = {"seconds": round(self.seconds, 2), "tokens": self.state.num_input_tokens_seen}
@@ -81,6 +163,40 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         result = set_peft_model_state_dict(self.model.transformers_model, state)
         if result.unexpected_keys:
             raise RuntimeError(f"{weights}: weights that the model has not: {result.unexpected_keys[:3]}")
+
+
+def _count_tokens(inputs: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    """Tokens of one column; flattened columns come without padding and without a mask."""
+    mask = inputs.get(key.removesuffix("input_ids") + "attention_mask")
+    return torch.tensor(inputs[key].numel(), device=inputs[key].device) if mask is None else mask.sum()
+
+
+class _ProgressBar(ProgressCallback):
+    """The bar alone: `_LogLines` writes the lines."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _LogLines(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        line = log_line(state.global_step, state.max_steps, logs)
+        if line and state.is_world_process_zero:
+            tqdm.write(line)  # above the bar, where there is one
+
+
+def log_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
+    """What a person wants to know of an entry of the log; "" when it says neither loss nor nDCG.
+
+    >>> log_line(40, 120, {"loss": 0.51234, "learning_rate": 2e-5, "seconds": 61.26, "tokens": 81920})
+    'step 40/120: loss 0.5123, learning rate 2e-05, 61 s, 81,920 tokens'
+    """
+    parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
+    parts += [f"learning rate {logs['learning_rate']:.3g}"] if "learning_rate" in logs else []
+    parts += [f"nDCG@10 {value:.4f}" for key, value in logs.items() if key.endswith("ndcg@10")]
+    if not parts:
+        return ""
+    return f"step {step}/{steps}: {', '.join(parts)}, {logs['seconds']:.0f} s, {logs['tokens']:,} tokens"
 
 
 def last_checkpoint(folder: Path) -> str | None:
