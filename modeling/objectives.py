@@ -100,9 +100,9 @@ def weighted_soft_info_nce(
     strength = 0.9
     present = (own >= 0)[:, 1:]
     relevance = soft_targets(labels[:, 1:], target_temperature, present)
-    count = present.sum(dim=1, keepdim=True).clamp(min=1)
+    count = present.sum(dim=1, keepdim=True, dtype=relevance.dtype).clamp(min=1)
     weights = ((1 - strength * relevance) / (1 - strength / count)).masked_fill(~present, 1)
-    log_weights = torch.cat([torch.zeros_like(weights[:, :1]), weights.log()], dim=1)
+    log_weights = torch.cat([weights.new_zeros(len(weights), 1), weights.log()], dim=1)
     targets = torch.zeros_like(log_weights)
     targets[:, 0] = 1
     return cross_entropy_on_own(scores, own, targets, mask, log_weights)
@@ -116,7 +116,8 @@ def bixse(scores: Tensor, own: Tensor, labels: Tensor, mask: Tensor | None = Non
     with y_ij the soft label of an own document and 0 for those of other rows. As in SigLIP (arXiv 2303.15343, eq. 1)
     it is the sum over documents and the mean over rows, and b counters the imbalance that in-batch negatives bring.
     SigLIP learns b; here it is what they do to the log-odds of a document's being relevant, log(own / seen) with the
-    numbers of the row's own documents and of all that it sees: 0 without in-batch negatives, and nothing to save.
+    numbers of the row's own documents and of all that it sees (exact where few of the own ones are relevant): 0
+    without in-batch negatives, and nothing to save.
 
     A logit is a probability here and not one of a softmax, so the temperature wants to be higher than InfoNCE's:
     SigLIP starts at 0.1. It learns from a single graded document a row, too.
@@ -131,7 +132,7 @@ def bixse(scores: Tensor, own: Tensor, labels: Tensor, mask: Tensor | None = Non
     labels = _checked(labels, present)
     scores = _at_least_float32(scores)
     seen = _seen(scores, own, mask)
-    bias = (present.sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)).log()
+    bias = torch.log(present.sum(dim=1, keepdim=True, dtype=scores.dtype) / seen.sum(dim=1, keepdim=True))
     # a missing document adds 0 to the positive's label
     targets = torch.zeros_like(scores).scatter_add(1, columns, labels.masked_fill(~present, 0).to(scores.dtype))
     losses = binary_cross_entropy_with_logits(scores + bias, targets, reduction="none")

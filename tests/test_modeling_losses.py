@@ -1,9 +1,11 @@
-"""The loss module against sentence-transformers' own losses, its cached path against the plain one, and its masks."""
+"""The loss module against sentence-transformers' losses and formulas on embeddings taken by hand; its cached path, and
+two processes, against the plain path in one; its masks."""
 
 import inspect
 
 import pytest
 import torch
+import torch.distributed
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
@@ -11,6 +13,7 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from modeling.encoder import build_encoder
 from modeling.losses import GradedLoss, SoftInfoNCELoss, known_relevant, sort_by_length, text_keys
+from modeling.objectives import OBJECTIVES
 
 # words of the tiny tokenizer, so that different texts have different ids
 QUERIES = ["how do i parse a date", "read a file", "open a file", "sort a list", "write its answer"]
@@ -91,6 +94,185 @@ def test_duplicates_in_the_batch_are_no_negatives(encoder, mini_batch_size):
     assert unmasked.item() - masked.item() > 0.1  # of about log(6 / 5): a duplicate stood against itself
 
 
+# --- every objective: rows of unequal length, duplicates, suspected false negatives; in one process and in two --------
+
+NAN = float("nan")
+# rows 0 and 3 have the same positive, rows 1 and 4 the same query: with two processes of three rows, one in each
+RAGGED = [
+    ["how do i parse a date", "read a file", "open a file", "sort a list", "read a file", "close file"],
+    ["parse date given a date", "read file", "open file and close file", "parse date given a date", "file", "close"],
+    ["close", "write a file given a file", "sort a date", "a", "", "list"],
+    ["given a question retrieve its answer", "", "query", "instruct how do i", "parse parse", "open close"],
+]
+RAGGED_LABELS = torch.tensor(
+    [[0.9, 0.5, 0.1], [0.8, 0.3, NAN], [0.7, 0.6, 0.5], [0.9, 0.05, 0.1], [0.6, NAN, 0.4], [0.95, 0.2, 0.7]]
+)
+SETTINGS = {"temperature": 0.05, "target_temperature": 0.7, "false_negative_margin": 0.1}
+MINI_BATCHES = [None, 2]
+
+
+def rows_of(columns, rows):
+    return [[column[row] for row in rows] for column in columns]
+
+
+def gradient_of(model):
+    gradients = [parameter.grad.flatten() for parameter in model.parameters()]
+    return torch.cat(gradients).clone()
+
+
+def by_hand(encoder, objective, in_batch_negatives=True):
+    """The loss from embeddings of texts one by one, with masks made of the strings; and what they hid."""
+    with torch.no_grad():
+        vectors = [[encoder(encoder.preprocess([text]))["sentence_embedding"][0] for text in col] for col in RAGGED]
+    queries, *columns = [torch.nn.functional.normalize(torch.stack(column), dim=1) for column in vectors]
+    cosines = queries @ torch.cat(columns).T
+    texts = [text for column in RAGGED[1:] for text in column]
+    hidden = {"text": 0, "query": 0, "margin": 0}
+    mask = torch.zeros_like(cosines, dtype=torch.bool)
+    own = torch.full((6, 3), -1)
+    for row in range(6):
+        for k in range(3):
+            if RAGGED[k + 1][row]:
+                own[row, k] = 6 * k + row
+        own_texts = {RAGGED[k + 1][row] for k in range(3)}
+        shared = {RAGGED[1][other] for other in range(6) if RAGGED[0][other] == RAGGED[0][row]}
+        for j, text in enumerate(texts):
+            if not text or not in_batch_negatives:
+                mask[row, j] = True
+            elif j % 6 != row:
+                by = {
+                    "text": text in own_texts,
+                    "query": text in shared,
+                    "margin": bool(cosines[row, j] > cosines[row, row] + SETTINGS["false_negative_margin"]),
+                }
+                mask[row, j] = any(by.values())
+                hidden = {name: hidden[name] + by[name] for name in by}
+    given = {"labels": RAGGED_LABELS, "target_temperature": SETTINGS["target_temperature"], "mask": mask}
+    needs = OBJECTIVES[objective].needs
+    loss = OBJECTIVES[objective].function(
+        cosines / SETTINGS["temperature"], own, **{need: given[need] for need in needs}
+    )
+    return loss.item(), hidden
+
+
+@pytest.mark.parametrize("in_batch_negatives", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_is_its_formula(encoder, objective, in_batch_negatives):
+    expected, hidden = by_hand(encoder, objective, in_batch_negatives)
+    if in_batch_negatives:
+        assert min(hidden.values()) > 0, hidden  # every reason to leave a document out occurs
+    loss = GradedLoss(encoder, objective, in_batch_negatives=in_batch_negatives, **SETTINGS)
+    value, _ = value_and_gradient(encoder, loss, RAGGED_LABELS, *RAGGED)
+    assert value == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_without_in_batch_negatives_rows_do_not_meet(encoder, objective):
+    """The loss of a batch is the mean of its rows', each trained alone with the documents it has."""
+    loss = GradedLoss(encoder, objective, in_batch_negatives=False, **SETTINGS)
+    value, gradient = value_and_gradient(encoder, loss, RAGGED_LABELS, *RAGGED)
+    values, gradients = [], []
+    for row in range(6):
+        kept = [k for k in range(3) if RAGGED[k + 1][row]]
+        columns = [[RAGGED[0][row]], *([RAGGED[k + 1][row]] for k in kept)]
+        encoder.zero_grad()
+        alone = loss(features(encoder, *columns), RAGGED_LABELS[row : row + 1, kept])
+        alone.backward()
+        values.append(alone.item())
+        gradients.append(gradient_of(encoder))
+    assert value == pytest.approx(sum(values) / 6, rel=1e-5)
+    assert (gradient - sum(gradients) / 6).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("mini_batch_size", MINI_BATCHES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_alpha_mixes_with_info_nce(encoder, objective, mini_batch_size):
+    def run(name, **kwargs):
+        loss = GradedLoss(encoder, name, mini_batch_size=mini_batch_size, **SETTINGS, **kwargs)
+        return value_and_gradient(encoder, loss, RAGGED_LABELS, *RAGGED)
+
+    value, gradient = run(objective, alpha=0.3)
+    soft, soft_gradient = run(objective)
+    hard, hard_gradient = run("info_nce")
+    assert value == pytest.approx(0.3 * soft + 0.7 * hard, rel=1e-5)
+    assert (gradient - 0.3 * soft_gradient - 0.7 * hard_gradient).norm() < 1e-5 * gradient.norm()
+    assert run(objective, alpha=0.0)[0] == pytest.approx(hard, rel=1e-6)
+
+
+def train_in_two_processes(rank, folder, checkpoint):
+    """Every case on this process' three rows, under DDP; saves {(objective, mini_batch_size, gather): results}."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    encoder = build_encoder(checkpoint, max_seq_length=32)
+    model = DistributedDataParallel(encoder)
+    rows = range(3 * rank, 3 * rank + 3)
+    results = {}
+    for objective in OBJECTIVES:
+        for mini_batch_size in MINI_BATCHES:
+            for gather in (True, False):
+                model.zero_grad()
+                loss = GradedLoss(
+                    model, objective, mini_batch_size=mini_batch_size, gather_across_devices=gather, **SETTINGS
+                )
+                value = loss(features(encoder, *rows_of(RAGGED, rows)), RAGGED_LABELS[rows])
+                value.backward()
+                results[objective, mini_batch_size, gather] = value.item(), gradient_of(encoder)
+    columns = rows_of(RAGGED[: 4 - rank], rows)
+    try:
+        GradedLoss(model, "info_nce", gather_across_devices=True)(features(encoder, *columns))
+    except ValueError as error:
+        results["unequal"] = str(error)
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_decoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-processes")
+    torch.multiprocessing.spawn(train_in_two_processes, (str(folder), tiny_decoder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("place", ["one process", "two, gathered", "two, each its own"])
+@pytest.mark.parametrize("mini_batch_size", MINI_BATCHES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_exactness(encoder, two_processes, objective, mini_batch_size, place):
+    """Value and gradients of every path are those of the plain path in one process.
+
+    With gather, two processes are one with all rows; without, each is one with its own rows. DDP averages gradients.
+    """
+    halves = [range(3), range(3, 6)] if place == "two, each its own" else [range(6)]
+    expected, expected_gradient = 0.0, 0.0
+    for rows in halves:
+        loss = GradedLoss(encoder, objective, **SETTINGS)
+        value, gradient = value_and_gradient(encoder, loss, RAGGED_LABELS[rows], *rows_of(RAGGED, rows))
+        expected += value / len(halves)
+        expected_gradient += gradient / len(halves)
+    if place == "one process":
+        loss = GradedLoss(encoder, objective, mini_batch_size=mini_batch_size, gather_across_devices=True, **SETTINGS)
+        results = [value_and_gradient(encoder, loss, RAGGED_LABELS, *RAGGED)]
+    else:
+        results = [process[objective, mini_batch_size, place == "two, gathered"] for process in two_processes]
+        assert results[0][1].equal(results[1][1])
+    assert sum(value for value, _ in results) / len(results) == pytest.approx(expected, rel=1e-5)
+    assert (results[0][1] - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if "mask" in OBJECTIVES[name].needs])
+def test_gathering_changes_something(two_processes, objective):
+    """Else the comparison above would pass on a loss that never gathers."""
+    (_, gathered), (_, apart) = (two_processes[0][objective, None, gather] for gather in (True, False))
+    assert (gathered - apart).norm() > 0.01 * apart.norm()
+
+
+def test_unequal_batches_are_refused_by_all_processes(two_processes):
+    """They would wait for each other for ever."""
+    messages = [process["unequal"] for process in two_processes]
+    assert messages[0] == messages[1]
+    assert "[[3, 3], [2, 3]]" in messages[0]
+
+
 def test_known_relevant():
     # documents: positives p0 p1 p2, negatives n0 n1 n2; p1 is n0, and rows 0 and 2 have the same query
     queries, documents = torch.tensor([7, 8, 7]), torch.tensor([1, 2, 3, 2, 5, 6])
@@ -168,6 +350,7 @@ def test_dropout_is_replayed_in_the_cached_path(encoder):
         ([QUERIES, POSITIVES, *NEGATIVES], LABELS[:, :2], "expected 3 soft labels"),
         ([QUERIES, POSITIVES, *NEGATIVES], LABELS[:, 0], "expected 3 soft labels"),
         ([QUERIES, POSITIVES, *NEGATIVES], LABELS * 9, "calibrate"),
+        ([QUERIES, POSITIVES, *NEGATIVES], torch.where(LABELS == 0.9, NAN, LABELS), "positive is missing"),
     ],
 )
 def test_batches_that_cannot_be_trained_on(encoder, columns, labels, message):
@@ -176,11 +359,31 @@ def test_batches_that_cannot_be_trained_on(encoder, columns, labels, message):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"temperature": 0}, {"target_temperature": -1}, {"alpha": 1.5}, {"mini_batch_size": 0}]
+    "kwargs",
+    [
+        {"temperature": 0},
+        {"target_temperature": -1},
+        {"alpha": 1.5},
+        {"mini_batch_size": 0},
+        {"false_negative_margin": -0.1},
+        {"objective": "softinfonce"},
+    ],
 )
 def test_settings_that_make_no_sense(kwargs):
     with pytest.raises(ValueError, match="must"):
-        SoftInfoNCELoss(torch.nn.Identity(), **kwargs)
+        GradedLoss(torch.nn.Identity(), **kwargs)
+
+
+def test_graded_pairs(encoder):
+    """One document a row: an objective that compares documents would learn nothing, without a word."""
+    columns, labels = features(encoder, QUERIES, POSITIVES), LABELS[:, :1]
+    refused = [name for name in OBJECTIVES if name not in ("bixse", "info_nce")]
+    assert len(refused) == 7
+    for name in refused:
+        with pytest.raises(ValueError, match="CoSENTLoss"):
+            GradedLoss(encoder, name)(columns, labels)
+    values = [GradedLoss(encoder, "bixse", temperature=0.1)(columns, grades) for grades in (labels, 1 - labels)]
+    assert abs(values[0] - values[1]) > 0.1
 
 
 def test_config_names_every_setting():
