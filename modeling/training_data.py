@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, fingerprint
 from dataset_builders.references import hub_commit
+from modeling.batches import LABEL
+from modeling.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,35 +73,76 @@ def training_rows(
 ) -> Dataset:
     """The columns that `loss` reads, in its order, after a look at every row; the first `num_negatives` of a row.
 
+    Rows may have fewer negatives than there are columns: a null one comes out as "" in the column and NaN in the
+    label, which is what `modeling.losses.GradedLoss` leaves out. The label may end before the nulls at the end.
+
+    Args:
+        rows: query, positive, negative_1, ... and a list `label` of as many soft labels as documents; or graded pairs,
+            sentence1, sentence2 and a number `label`, for "cosent" and for objectives that learn from one document.
+        loss: "cosent", or a name in `modeling.objectives.OBJECTIVES`.
+        prompted: columns that are to get a prompt.
+        where: names the data set in errors.
+        num_negatives: None = all.
+
     Raises:
         InputError: a missing column, a prompted column that is not there, no rows, an empty text, a bad label.
     """
-    texts = _text_columns(rows.column_names, loss, where)
+    pairs = loss == "cosent" or _learns_from_pairs(loss, rows.column_names)
+    texts = _text_columns(rows.column_names, loss, pairs, where)
     for column in prompted:
         if column not in texts:
             raise InputError(f"{where}: no column {column!r} to prompt; prompted_columns may hold {', '.join(texts)}")
-    labelled = loss != "info_nce"
-    if labelled and "label" not in rows.column_names:
+    labelled = loss == "cosent" or "labels" in OBJECTIVES[loss].needs
+    if labelled and LABEL not in rows.column_names:
         raise InputError(f"{where}: no column 'label', which {loss} trains on")
     if len(rows) == 0:
         raise InputError(f"{where}: no rows; python -m dataset_builders.build makes them")
-    rows = rows.select_columns([*texts, "label"] if labelled else texts)
-    _check_rows(rows, texts, loss, where)
-    return rows if num_negatives is None else _first_negatives(rows, num_negatives, where)
+    rows = rows.select_columns([*texts, LABEL] if labelled else texts)
+    if pairs:
+        _check_pairs(rows, texts, loss, where)
+        return rows if loss == "cosent" else rows.map(_listed, batched=True, desc="Labels of pairs")
+    ragged = _check_rows(rows, texts, labelled, where)
+    if num_negatives is not None:
+        rows = _first_negatives(rows, num_negatives, where)
+    if ragged:
+        rows = rows.map(_filled, batched=True, desc="Missing negatives")
+    return rows
 
 
-def _text_columns(names: Sequence[str], loss: str, where: str) -> list[str]:
-    if loss == "cosent":
+def _learns_from_pairs(loss: str, names: Sequence[str]) -> bool:
+    objective = OBJECTIVES.get(loss)
+    return objective is not None and objective.documents == 1 and "labels" in objective.needs and "query" not in names
+
+
+def _text_columns(names: Sequence[str], loss: str, pairs: bool, where: str) -> list[str]:
+    if pairs:
         wanted = ["sentence1", "sentence2"]
     else:
         negatives = [name for name in names if name.startswith("negative_")]
         wanted = ["query", "positive", *sorted(negatives, key=lambda name: (len(name), name))]
-        if loss == "soft_info_nce" and not negatives:
+        if OBJECTIVES[loss].documents > 1 and not negatives:
             wanted.append("negative_1")
     missing = [name for name in wanted if name not in names]
     if missing:
         raise InputError(f"{where}: no column {missing[0]!r}, which {loss} needs; it has {', '.join(names)}")
     return wanted
+
+
+def _listed(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {**batch, LABEL: [[label] for label in batch[LABEL]]}
+
+
+def _filled(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Missing negatives as "" and NaN. Objectives without labels get a label all the same, to say what is missing."""
+    documents = [name for name in batch if name not in ("query", LABEL)]
+    labels = batch.get(LABEL) or [[0.0] * len(documents)] * len(batch["query"])
+    present = zip(*([text is not None for text in batch[name]] for name in documents), strict=True)
+    filled = {name: [text or "" for text in texts] for name, texts in batch.items() if name != LABEL}
+    filled[LABEL] = [
+        [label if there else math.nan for there, label in zip_longest(is_there, row)]
+        for is_there, row in zip(present, labels, strict=True)
+    ]
+    return filled
 
 
 def _first_negatives(rows: Dataset, num_negatives: int, where: str) -> Dataset:
@@ -105,15 +151,47 @@ def _first_negatives(rows: Dataset, num_negatives: int, where: str) -> Dataset:
     if num_negatives > len(negatives):
         raise InputError(f"{where}: rows have {len(negatives)} negatives; num_negatives is {num_negatives}")
     rows = rows.remove_columns(negatives[num_negatives:])
-    if "label" not in rows.column_names:
+    if LABEL not in rows.column_names:
         return rows
-    labels = pc.list_slice(rows.with_format("arrow")["label"][:], 0, num_negatives + 1)
+    labels = pc.list_slice(rows.with_format("arrow")[LABEL][:], 0, num_negatives + 1)
     features = rows.features
-    return rows.remove_columns("label").add_column("label", labels).cast(features)
+    return rows.remove_columns(LABEL).add_column(LABEL, labels).cast(features)
 
 
-def _check_rows(rows: Dataset, texts: Sequence[str], loss: str, where: str) -> None:
-    """Refuse empty texts and labels the loss cannot take. Reads the rows once, in blocks."""
+def _check_pairs(rows: Dataset, texts: Sequence[str], loss: str, where: str) -> None:
+    for block, refuse in _blocks(rows, where):
+        _refuse_empty(block, texts, refuse)
+        labels = block[LABEL].to_numpy().astype(float)
+        refuse(~np.isfinite(labels), "label is not a finite number")
+        if loss != "cosent":
+            refuse(
+                (labels < 0) | (labels > 1), f"label must lie in (0, 1) for {loss}; rescale the scores, or use cosent"
+            )
+
+
+def _check_rows(rows: Dataset, texts: Sequence[str], labelled: bool, where: str) -> bool:
+    """Whether any row lacks negatives. Refuses empty texts and labels that are no soft labels."""
+    documents = texts[1:]
+    ragged = False
+    for block, refuse in _blocks(rows, where):
+        _refuse_empty(block, texts, refuse)
+        present = np.stack([block[name].is_valid().to_numpy() for name in documents], axis=1)
+        ragged |= not present.all()
+        if not labelled:
+            continue
+        counts = pc.fill_null(pc.list_value_length(block[LABEL]), 0).to_numpy()
+        given = np.arange(len(documents)) < counts[:, None]
+        wrong = (counts > len(documents)) | (present & ~given).any(axis=1)
+        refuse(wrong, f"label must hold {len(documents)} numbers, one for each document")
+        labels = np.full(present.shape, np.nan)
+        labels[given] = pc.list_flatten(block[LABEL]).to_numpy()
+        outside = present & ~((labels >= 0) & (labels <= 1))  # NaN is neither
+        refuse(outside.any(axis=1), "labels must lie in (0, 1): these are not calibrated teacher scores")
+    return ragged
+
+
+def _blocks(rows: Dataset, where: str) -> Iterator[tuple[pa.Table, Callable[[np.ndarray, str], None]]]:
+    """The rows in blocks, read once, each with a function that refuses the first row that is bad."""
     first = 0
     for block in rows.with_format("arrow").iter(10_000):
 
@@ -121,19 +199,18 @@ def _check_rows(rows: Dataset, texts: Sequence[str], loss: str, where: str) -> N
             if bad.any():
                 raise InputError(f"{where}: row {first + int(bad.argmax())}: {what}")
 
-        for name in texts:
-            lengths = pc.fill_null(pc.utf8_length(pc.utf8_trim_whitespace(block[name])), 0)
-            refuse(lengths.to_numpy() == 0, f"column {name!r} is empty; drop the row")
-        if loss == "cosent":
-            refuse(~np.isfinite(block["label"].to_numpy().astype(float)), "label is not a finite number")
-        elif loss == "soft_info_nce":
-            counts = pc.fill_null(pc.list_value_length(block["label"]), 0).to_numpy()
-            documents = len(texts) - 1
-            refuse(counts != documents, f"label must hold {documents} numbers, one for each document")
-            labels = pc.list_flatten(block["label"]).to_numpy().reshape(-1, documents)
-            inside = (labels >= 0) & (labels <= 1)  # NaN is neither
-            refuse(~inside.all(axis=1), "labels must lie in (0, 1): these are not calibrated teacher scores")
+        yield block, refuse
         first += len(block)
+
+
+def _refuse_empty(block: pa.Table, texts: Sequence[str], refuse: Callable[[np.ndarray, str], None]) -> None:
+    for name in texts:
+        # a column of nulls alone has a type of its own
+        lengths = pc.utf8_length(pc.utf8_trim_whitespace(block[name].cast(pa.string())))
+        if name.startswith("negative_"):  # null, and no other way, says that there is none
+            refuse(pc.fill_null(lengths, 1).to_numpy() == 0, f"column {name!r} is empty; make it null or drop the row")
+        else:
+            refuse(pc.fill_null(lengths, 0).to_numpy() == 0, f"column {name!r} is empty; drop the row")
 
 
 def search_sample(

@@ -1,0 +1,124 @@
+"""Rows with fewer negatives than columns, graded pairs, and what each objective reads."""
+
+import math
+
+import pytest
+from datasets import Dataset
+
+from dataset_builders.cli import InputError
+from modeling.objectives import OBJECTIVES
+from modeling.training_data import training_rows
+
+ROWS = [
+    {"query": "q0", "positive": "p0", "negative_1": "a0", "negative_2": "b0", "label": [0.9, 0.4, 0.2]},
+    {"query": "q1", "positive": "p1", "negative_1": None, "negative_2": "b1", "label": [0.8, None, 0.1]},
+    {"query": "q2", "positive": "p2", "negative_1": "a2", "negative_2": None, "label": [0.7, 0.3]},
+    {"query": "q3", "positive": "p3", "negative_1": None, "negative_2": None, "label": [0.6]},
+]
+
+
+def made(rows: list[dict], loss: str = "soft_info_nce", **keys) -> list[dict]:
+    return list(training_rows(Dataset.from_list(rows), loss, [], "here", **keys))
+
+
+def test_missing_negatives_are_empty_texts_and_nan():
+    rows = made(ROWS)
+    assert [(row["negative_1"], row["negative_2"]) for row in rows] == [("a0", "b0"), ("", "b1"), ("a2", ""), ("", "")]
+    nan = math.nan
+    expected = [[0.9, 0.4, 0.2], [0.8, nan, 0.1], [0.7, 0.3, nan], [0.6, nan, nan]]
+    assert [row["label"] for row in rows] == [pytest.approx(label, nan_ok=True) for label in expected]
+    assert [list(row) for row in rows] == [["query", "positive", "negative_1", "negative_2", "label"]] * 4
+
+
+def test_a_missing_negative_needs_no_label_and_keeps_none():
+    """A teacher's score of nothing is no score; NaN is as good as null."""
+    changed = [*ROWS[:1], {**ROWS[1], "label": [0.8, 0.5, 0.1]}, {**ROWS[2], "label": [0.7, 0.3, math.nan]}, ROWS[3]]
+    rows = made(changed)
+    assert rows[1]["label"] == pytest.approx([0.8, math.nan, 0.1], nan_ok=True)
+    assert rows[2]["label"] == pytest.approx([0.7, 0.3, math.nan], nan_ok=True)
+
+
+def test_fewer_negatives_of_rows_that_lack_some():
+    rows = made(ROWS, num_negatives=1)
+    assert list(rows[0]) == ["query", "positive", "negative_1", "label"]
+    assert [row["label"] for row in rows] == [
+        pytest.approx(label, nan_ok=True) for label in ([0.9, 0.4], [0.8, math.nan], [0.7, 0.3], [0.6, math.nan])
+    ]
+
+
+def test_info_nce_on_ragged_rows_is_told_what_is_missing():
+    unlabelled = [{key: value for key, value in row.items() if key != "label"} for row in ROWS]
+    assert "label" not in made(unlabelled[:1], "info_nce")[0]
+    rows = made(unlabelled, "info_nce")
+    assert [[math.isnan(label) for label in row["label"]] for row in rows] == [
+        [False, False, False],
+        [False, True, False],
+        [False, False, True],
+        [False, True, True],
+    ]
+
+
+def test_the_loss_leaves_them_out(tiny_encoder):
+    """Collated and computed: the row without negatives has the loss of a row with its positive alone."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+    from modeling.losses import GradedLoss
+
+    model = SentenceTransformer(str(tiny_encoder), device="cpu")
+    collate = SentenceTransformerDataCollator(model.preprocess)
+    texts = ["parse a date", "read a file", "sort a list", "open", "close", "write"]
+    rows = [
+        {"query": texts[0], "positive": texts[1], "negative_1": texts[2], "negative_2": None, "label": [0.9, 0.4]},
+        {"query": texts[3], "positive": texts[4], "negative_1": texts[5], "negative_2": None, "label": [0.8, 0.1]},
+    ]
+
+    def loss(rows: list[dict]) -> float:
+        batch = collate(rows)
+        names = [name for name in rows[0] if name != "label"]
+        columns = [{key: batch[f"{name}_{key}"] for key in ("input_ids", "attention_mask")} for name in names]
+        return GradedLoss(model)(columns, batch["label"]).item()
+
+    whole = made([{key: value for key, value in row.items() if key != "negative_2"} for row in rows])
+    assert loss(made(rows)) == pytest.approx(loss(whole), abs=1e-6)
+    assert loss(whole) > 0.01
+
+
+@pytest.mark.parametrize("loss", [*OBJECTIVES, "cosent"])
+def test_every_objective_gets_its_columns(loss):
+    """Graded triples for all of them but CoSENT; pairs for those that learn from one document's label."""
+    triple, pair = ROWS[:1], [{"sentence1": "a", "sentence2": "b", "label": 0.5}]
+    if loss == "cosent":
+        with pytest.raises(InputError, match="no column 'sentence1'"):
+            made(triple, loss)
+    else:
+        assert ("label" in made(triple, loss)[0]) == (loss != "info_nce")
+    if loss in ("cosent", "bixse"):
+        assert made(pair, loss) == [{**pair[0], "label": [0.5] if loss == "bixse" else 0.5}]
+    else:
+        with pytest.raises(InputError, match="no column 'query'"):
+            made(pair, loss)
+
+
+BAD = {
+    "negative of spaces": ({**ROWS[0], "negative_2": " "}, "row 1: column 'negative_2' is empty; make it null"),
+    "no positive": ({**ROWS[0], "positive": None}, "row 1: column 'positive' is empty"),
+    "no label of a document": ({**ROWS[0], "label": [0.9, 0.4]}, "row 1: label must hold 3 numbers"),
+    "null label of a document": ({**ROWS[0], "label": [0.9, None, 0.2]}, "row 1: labels must lie in"),
+    "label of nothing": ({**ROWS[3], "label": [0.9, 0.4, 0.2, 0.1]}, "row 1: label must hold 3 numbers"),
+    "no label": ({**ROWS[0], "label": None}, "row 1: label must hold 3 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows(case):
+    row, message = BAD[case]
+    with pytest.raises(InputError, match=f"^here: {message}"):
+        made([ROWS[0], row])
+
+
+def test_scores_of_pairs_that_are_no_soft_labels():
+    pairs = [{"sentence1": "a", "sentence2": "b", "label": label} for label in (0.5, 4.2)]
+    assert len(made(pairs, "cosent")) == 2
+    with pytest.raises(InputError, match="row 1: label must lie in"):
+        made(pairs, "bixse")
