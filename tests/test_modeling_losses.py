@@ -94,7 +94,7 @@ def test_duplicates_in_the_batch_are_no_negatives(encoder, mini_batch_size):
     assert unmasked.item() - masked.item() > 0.1  # of about log(6 / 5): a duplicate stood against itself
 
 
-# --- every objective: rows of unequal length, duplicates, suspected false negatives; in one process and in two --------
+# --- every objective: unequal rows, duplicates, suspected false negatives; in one process and in two -----------------
 
 NAN = float("nan")
 # rows 0 and 3 have the same positive, rows 1 and 4 the same query: with two processes of three rows, one in each
