@@ -2,260 +2,103 @@
 
     python train_st.py --config recipes/demo/train.yaml [--stages sts,retrieval] [--max_steps N]
                        [--resume_from_checkpoint true] [--KEY VALUE ...]
+    accelerate launch --num_processes 8 train_st.py --config ...        # the same on many devices
 
-A recipe is a YAML file of shared keys and a list `stages:` of mappings with a `name`, each of which may override any
-shared key; a flag overrides both. Keys are the fields of `StageArguments` below, of trl's ModelConfig (lora_r, ...)
-and of sentence-transformers' training arguments (learning_rate, ...). `--stages` selects stages and orders them. With
-a `student:` mapping (modeling.student.StudentConfig) training starts from a small model built on the spot; its keys
-are flags too: --student.hidden_size 256.
+modeling/recipe.py says what a recipe holds; every key of it is a flag, too, and --student.hidden_size 256 a key of its
+`student:`. `--stages` selects stages and orders them. `--max_steps` holds for each stage; `--total_steps` is shared
+out among those that run, so that any selection of stages costs the same.
 
 Result in output_dir: recipe.yaml (what was run), STAGE/ for each stage (a plain SentenceTransformer folder), model/
-(the last one), adapter/ (peft format, when the last stage trained LoRA), logs/STAGE.json (the trainer's log history)
-and ledger.json (what it cost). Finished stages are skipped. A killed stage starts again, or, with
---resume_from_checkpoint true, goes on from its last checkpoint to the same result.
+(the last one, or what `merge:` makes of them), adapter/ (peft format, when the last stage trained LoRA and nothing is
+merged), logs/STAGE.json (the trainer's log history) and ledger.json (what it cost, the data included).
+
+An adapter names the Hub id and revision it was trained from when all LoRA stages up to the last have equal settings:
+they then train one adapter. On top of a stage that trained all weights, or other LoRA settings, there is no Hub model
+it could belong to: it names that stage's folder, relative to its own (../sts), and model/ is what can be published.
+
+Finished stages are skipped. A killed stage, or one that ran out of memory or disk or into a loss that is no number,
+starts again, or, with --resume_from_checkpoint true, goes on from its last checkpoint to the same result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
-import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.folders import MANIFEST, files_of, fingerprint, folder_step, read_manifest, write_json
-from dataset_builders.recipes import read_yaml
+from dataset_builders.cli import InputError, run
+from dataset_builders.folders import MANIFEST, Step, files_of, fingerprint, folder_step, read_manifest, write_json
 from dataset_builders.references import resolve_model
 from modeling.prompts import baked_prompts, instruction_prompt
+from modeling.recipe import DatasetArguments, MergeArguments, Recipe, Stage, parse_keys, read_recipe, write_recipe
+from modeling.recipe import StageArguments as StageArguments  # for push_to_hub.py
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from datasets import Dataset
-    from peft import PeftConfig
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from torch import nn
-    from trl import ModelConfig
 
     from modeling.trainer import EmbedderTrainer
     from modeling.training_data import SearchSample
 
-# Defaults that are ours and not the libraries'.
-DEFAULTS = {
-    "lora_task_type": "FEATURE_EXTRACTION",  # trl's CAUSAL_LM adapter would not load on a model without LM head
-    "save_total_limit": 1,  # resuming needs the last checkpoint alone, and a 7B one is 14 GB
-    "logging_steps": 10,
-}
 # Keys that decide where a result lies and how it is shown, not what it is: a stage is not trained again for them.
 NO_INPUTS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "save_total_limit")
 NO_INPUTS += ("dataset_name", "model_name_or_path", "model_revision")  # fingerprinted by content instead
 ADAPTER = "adapter"
 
 
-@dataclass
-class StageArguments:
-    """What a stage trains on, and by which objective."""
-
-    dataset_name: str = field(metadata={"help": "Hub id, or folder with a README.md that has `configs:` (DIR/hub)"})
-    dataset_config: str = field(default="train", metadata={"help": "`train`: query, positive, negative_1 ..., label"})
-    dataset_revision: str | None = field(default=None, metadata={"help": "of the Hub id"})
-    loss: Literal["soft_info_nce", "info_nce", "cosent"] = "soft_info_nce"
-    temperature: float = field(default=0.02, metadata={"help": "divides cosines"})
-    target_temperature: float = field(default=1.0, metadata={"help": "divides the logits of soft labels"})
-    alpha: float = field(default=1.0, metadata={"help": "of soft InfoNCE against 1 - alpha of InfoNCE"})
-    mini_batch_size: int | None = field(default=None, metadata={"help": "texts at a time, by GradCache; null = all"})
-    num_negatives: int | None = field(default=None, metadata={"help": "the first of each row's; null = all"})
-    instruction: str | None = field(default=None, metadata={"help": "one sentence; null = queries without prompt"})
-    prompted_columns: list[str] = field(default_factory=lambda: ["query"], metadata={"help": "get the instruction"})
-    max_seq_length: int = field(default=512, metadata={"help": "tokens the model reads, prompt and EOS included"})
-    train_max_seq_length: int | None = field(default=None, metadata={"help": "in training; null = max_seq_length"})
-    min_text_tokens: int = field(default=16, metadata={"help": "least room that a prompt must leave"})
-    pooling: Literal["eos", "mean"] = "eos"
-    eval_queries: int = field(default=200, metadata={"help": "sample of the validation queries, at each evaluation"})
-    eval_documents: int = field(default=2000, metadata={"help": "sample they search, with all their relevant ones"})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One entry of the curriculum, read and checked."""
-
-    name: str
-    values: dict[str, Any]  # the recipe's keys, overrides applied
-    own: StageArguments
-    model: ModelConfig
-    training: SentenceTransformerTrainingArguments
-
-    @property
-    def peft_config(self) -> PeftConfig | None:
-        from trl import get_peft_config
-
-        return get_peft_config(self.model)
-
-    @property
-    def lora_settings(self) -> dict[str, Any] | None:
-        config = self.peft_config
-        return config and config.to_dict()
+class TrainingStopped(Exception):
+    """Training cannot go on. Unlike InputError, which leaves nothing behind, it keeps a step's checkpoints."""
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe, output_dir, stages = read_recipe(argv)
-    data = {stage.name: load_data(stage) for stage in stages}
-    start = first_start(recipe, stages[0], output_dir)
+    recipe = read_recipe(argv, description=__doc__)
+    stages, output_dir = recipe.stages, recipe.output_dir
+    with processes().main_process_first():  # who comes later finds the rows in the cache of `datasets`
+        data = {stage.name: load_data(stage) for stage in stages}
+    start = first_start(recipe)
     check_room(stages, start)
-    write_recipe(recipe, output_dir)
+    if processes().is_main_process:
+        write_recipe(recipe)
+    results = {}
     for stage in stages:
-        start = train_stage(stage, start, data[stage.name], output_dir)
-        write_ledger(stages, output_dir)
-    publish(start, output_dir)
+        start = results[stage.name] = train_stage(stage, start, data[stage.name], output_dir)
+        if processes().is_main_process:
+            write_ledger(stages, output_dir)
+    if recipe.merge:
+        publish_merge(recipe.merge, results, output_dir)
+    else:
+        publish(start, output_dir)
 
 
-# --- recipe ---------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------------------------
 
 
-def read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], Path, list[Stage]]:
-    """The recipe with all overrides applied, its output_dir, and its selected stages."""
-    parser = ArgumentParser(prog="python train_st.py", description=__doc__)
-    parser.add_argument("--config", required=True, type=Path, metavar="RECIPE")
-    parser.add_argument("--stages", metavar="NAME,NAME", help="stages to run, in this order; all by default")
-    arguments, flags = parser.parse_known_args(argv)
-    recipe = read_yaml(arguments.config)
-    stages = _stage_entries(recipe.pop("stages", None), arguments.config)
-    if arguments.stages:
-        stages = _select(stages, arguments.stages)
-    overrides = _read_flags(flags)
-    student = {**(recipe.pop("student", None) or {}), **overrides.pop("student", {})}
-    recipe |= overrides
-    stages = {name: {k: v for k, v in keys.items() if k not in overrides} for name, keys in stages.items()}
-    parsed = [_read_stage(name, {**recipe, **keys}, str(arguments.config)) for name, keys in stages.items()]
-    output_dirs = {stage.training.output_dir for stage in parsed}
-    if None in output_dirs or len(output_dirs) > 1:
-        raise InputError(f"{arguments.config}: name one output_dir for all stages, in the recipe or by --output_dir")
-    if not student and not recipe.get("model_name_or_path"):
-        raise InputError(f"{arguments.config}: name the model to start from: model_name_or_path, or student:")
-    if student:
-        recipe["student"] = student
-    recipe["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
-    return recipe, Path(output_dirs.pop()), parsed
+def processes() -> PartialState:
+    """Who of how many we are: one, or as many as `accelerate launch` or torchrun started."""
+    from accelerate import PartialState
+
+    return PartialState()
 
 
-def _stage_entries(entries: Any, where: Path) -> dict[str, dict[str, Any]]:
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{where}: `stages` must be a list of mappings, each with a name")
-    stages = {}
-    for entry in entries:
-        if not isinstance(entry, dict) or not str(entry.get("name", "")).isidentifier():
-            raise InputError(f"{where}: stage {entry!r}: a stage is a mapping with a name of letters, digits and _")
-        name = entry["name"]
-        if name in stages or name in ("model", "adapter", "student", "logs", "data", "results", "report"):
-            raise InputError(f"{where}: stage name {name!r} is taken; choose another")
-        stages[name] = {key: value for key, value in entry.items() if key != "name"}
-    return stages
-
-
-def _select(stages: dict[str, dict[str, Any]], names: str) -> dict[str, dict[str, Any]]:
-    selected = names.split(",")
-    unknown = [name for name in selected if name not in stages]
-    if unknown or len(set(selected)) < len(selected):
-        wrong = f"no stage {unknown[0]!r}" if unknown else "a stage twice"
-        raise InputError(f"--stages {names}: {wrong}; the recipe has {', '.join(stages)}")
-    return {name: stages[name] for name in selected}
-
-
-def _read_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """--key value, --key=value and --key value value (a list) as a mapping; --student.key goes into `student`."""
-    groups: list[list[str]] = []
-    for flag in flags:
-        if flag.startswith("--"):
-            groups.append(flag.split("=", 1))
-        elif not groups:
-            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
-        else:
-            groups[-1].append(flag)
-    values: dict[str, Any] = {}
-    for flag, *texts in groups:
-        if not texts:
-            raise InputError(f"{flag} needs a value")
-        parsed = [yaml.safe_load(text) for text in texts]
-        target, name = values, flag.removeprefix("--")
-        if name.startswith("student."):
-            target, name = values.setdefault("student", {}), name.removeprefix("student.")
-        target[name] = parsed[0] if len(parsed) == 1 else parsed
-    return values
-
-
-def _read_stage(name: str, values: dict[str, Any], where: str) -> Stage:
-    from sentence_transformers import SentenceTransformerTrainingArguments
-    from trl import ModelConfig
-
-    where = f"{where}: stage {name!r}"
-    if "prompts" in values:
-        raise InputError(f"{where}: prompts are made of `instruction` and `prompted_columns`; use these")
-    types = (StageArguments, ModelConfig, SentenceTransformerTrainingArguments)
-    own, model, training = parse_keys(types, values, where)
-    if model.load_in_4bit or model.load_in_8bit:
-        raise InputError(f"{where}: quantised training is not supported; drop load_in_4bit and load_in_8bit")
-    if own.loss == "cosent" and own.mini_batch_size is not None:
-        raise InputError(f"{where}: cosent has no GradCache; drop mini_batch_size or lower the batch size")
-    if own.train_max_seq_length is None:
-        own.train_max_seq_length = own.max_seq_length
-    if own.train_max_seq_length > own.max_seq_length:
-        raise InputError(f"{where}: train_max_seq_length is above max_seq_length ({own.max_seq_length}); lower it")
-    for key in ("temperature", "target_temperature", "train_max_seq_length", "eval_queries", "eval_documents"):
-        if getattr(own, key) <= 0:
-            raise InputError(f"{where}: {key} is {getattr(own, key)}; it must be above 0")
-    if own.num_negatives is not None and own.num_negatives < (own.loss == "soft_info_nce"):
-        raise InputError(f"{where}: num_negatives is {own.num_negatives}; {own.loss} needs more")
-    if not 0 <= own.alpha <= 1:
-        raise InputError(f"{where}: alpha is {own.alpha}; it must lie in [0, 1]")
-    return Stage(name, values, own, model, training)
-
-
-def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> list[Any]:
-    """`values` as instances of the dataclasses `types`. Raises InputError on an unknown or ill-typed key."""
-    from trl import TrlParser
-
-    class Parser(TrlParser):
-        def error(self, message: str) -> None:
-            raise InputError(f"{where}: {message}")
-
-    fields = [field.name for kind in types for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "python train_st.py --help says where keys are listed"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")
-    parser = Parser(list(types), allow_abbrev=False)
-    parser.set_defaults_with_config(**{key: value for key, value in DEFAULTS.items() if key in fields})
-    parser.set_defaults_with_config(**{key: [] for key, value in values.items() if value == []})  # no flag says that
-    # as flags, so that a recipe's values are checked and converted as those of the command line are
-    flags = [part for key, value in values.items() if value is not None for part in _as_flags(key, value)]
-    try:
-        return list(parser.parse_args_and_config(args=flags))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _as_flags(key: str, value: Any) -> list[str]:
-    if value == []:
-        return []
-    if value is False and key.endswith("_strategy"):
-        value = "no"  # which YAML reads as false
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-
-def write_recipe(recipe: dict[str, Any], output_dir: Path) -> None:
-    """Write what is run, as a recipe that runs it again: before anything else, for whoever reads a half-done run."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=119)
-    (output_dir / "recipe.yaml").write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def joint_step(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Step]:
+    """`folder_step` of all processes: the main one makes the folder and finishes it, and they leave together."""
+    if processes().is_main_process:
+        with folder_step(folder, inputs) as step:
+            processes().wait_for_everyone()
+            yield step
+    else:
+        processes().wait_for_everyone()  # until the partial folder is there
+        yield Step(folder, inputs)
+    processes().wait_for_everyone()
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -263,30 +106,53 @@ def write_recipe(recipe: dict[str, Any], output_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class StageData:
-    train: Dataset
-    validation: SearchSample | None  # None when the stage does not evaluate
-    key: str  # changes when the data do
+    train: dict[str, Dataset]  # by data set
+    validation: dict[str, SearchSample]  # by the name that scores are logged under; empty when the stage has none
+    keys: dict[str, str]  # change when the data do
 
 
 def load_data(stage: Stage) -> StageData:
-    """A stage's rows and, if it evaluates while it trains, its validation sample; all checked before training."""
-    from modeling.training_data import data_key, load_config, search_sample, training_rows
+    """A stage's rows and, if it evaluates while it trains, its validation samples; all checked before training."""
+    from modeling.training_data import data_key, load_config, training_rows
+
+    train, keys = {}, {}
+    for name, own in stage.datasets.items():
+        where = location(stage, name)
+        keys[name] = data_key(own.dataset_name, own.dataset_revision, where)
+        prompted = own.prompted_columns if own.instruction else []
+        rows = load_config(own.dataset_name, own.dataset_config, own.dataset_revision, keys[name], where)
+        config = f"{where}: config {own.dataset_config!r}"
+        train[name] = training_rows(rows, own.loss, prompted, config, own.num_negatives)
+    evaluated = stage.training.eval_strategy.value != "no"
+    return StageData(train, load_validation(stage, keys) if evaluated else {}, keys)
+
+
+def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSample]:
+    """A sample of searches of each data set that publishes any, once where several entries read one data set."""
+    from datasets import get_dataset_config_names
+
+    from modeling.training_data import load_config, search_sample
 
     own = stage.own
-    where = f"stage {stage.name!r}"
-    key = data_key(own.dataset_name, own.dataset_revision, where)
+    size = {"max_queries": own.eval_queries, "max_documents": own.eval_documents, "seed": stage.training.seed}
+    samples = {}
+    for name in {key: name for name, key in keys.items()}.values():
+        dataset, where = stage.datasets[name], location(stage, name)
+        source = (dataset.dataset_name, dataset.dataset_revision)
+        if len(stage.datasets) > 1 and "qrels" not in get_dataset_config_names(source[0], revision=source[1]):
+            continue  # graded pairs have nothing to search
+        configs = ("queries", "documents", "qrels")
+        tables = [load_config(source[0], config, source[1], keys[name], where) for config in configs]
+        title = "validation" if len(stage.datasets) == 1 else f"validation_{name}"
+        samples[title] = search_sample(*tables, **size, where=where)
+    if not samples:
+        raise InputError(f"stage {stage.name!r}: no data set to evaluate on has qrels; set eval_strategy: 'no'")
+    return samples
 
-    def load(config: str) -> Dataset:
-        return load_config(own.dataset_name, config, own.dataset_revision, key, where)
 
-    prompted = own.prompted_columns if own.instruction else []
-    rows = load(own.dataset_config)
-    rows = training_rows(rows, own.loss, prompted, f"{where}: config {own.dataset_config!r}", own.num_negatives)
-    sample = None
-    if stage.training.eval_strategy.value != "no":
-        size = {"max_queries": own.eval_queries, "max_documents": own.eval_documents, "seed": stage.training.seed}
-        sample = search_sample(load("queries"), load("documents"), load("qrels"), **size, where=where)
-    return StageData(rows, sample, key)
+def location(stage: Stage, dataset: str) -> str:
+    """How messages call a data set of a stage."""
+    return f"stage {stage.name!r}" if dataset == stage.name else f"stage {stage.name!r}: data set {dataset!r}"
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -318,29 +184,30 @@ class TrainedAdapter:
     base: Start
 
 
-def first_start(recipe: dict[str, Any], stage: Stage, output_dir: Path) -> Start:
+def first_start(recipe: Recipe) -> Start:
     """Where the first stage starts: the recipe's model, or the student, which is built here."""
-    if "student" not in recipe:
+    stage = recipe.stages[0]
+    if "student" not in recipe.values:
         reference = resolve_model(stage.model.model_name_or_path)
         revision = None if stage.model.model_revision == "main" else stage.model.model_revision
         reference = dataclasses.replace(reference, revision=reference.revision or revision)
         return Start(reference.name_or_path, reference.revision, reference.fingerprint(), reference.reference)
     from modeling.student import StudentConfig, build_student
 
-    instruction = recipe.get("instruction")
+    instruction = recipe.values.get("instruction")
     prompt = {"prompt": instruction_prompt(instruction)} if instruction else {}
-    (config,) = parse_keys([StudentConfig], {**prompt, **recipe["student"]}, "student")
-    folder = output_dir / "student"
+    (config,) = parse_keys([StudentConfig], {**prompt, **recipe.values["student"]}, "student")
+    folder = recipe.output_dir / "student"
     inputs = {
         **dataclasses.asdict(config),
         "teacher": resolve_model(config.teacher).fingerprint(),
         "corpus": fingerprint(files_of(Path(config.corpus))),
     }
-    with folder_step(folder, inputs) as step:
-        if not step.done:
+    with joint_step(folder, inputs) as step:
+        if not step.done and processes().is_main_process:
             build_student(config, step.path)
             step.finish()
-    return Start(str(folder), None, read_manifest(folder)["key"], "student")
+    return Start(str(folder), None, step.key, "student")
 
 
 def check_room(stages: Sequence[Stage], start: Start) -> None:
@@ -357,7 +224,8 @@ def check_room(stages: Sequence[Stage], start: Start) -> None:
     for stage in stages:
         prompts = baked_prompts(stage.own.instruction)
         check_prompts(tokenizer, prompts, stage.own.max_seq_length, stage.own.min_text_tokens)
-        trained = {"query": prompts["query"]} if stage.own.instruction else {}
+        instructions = {name: own.instruction for name, own in stage.datasets.items() if own.instruction}
+        trained = {name: instruction_prompt(text) for name, text in instructions.items()}
         check_prompts(tokenizer, trained, stage.own.train_max_seq_length, stage.own.min_text_tokens)
 
 
@@ -386,33 +254,33 @@ def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]
     return encoder, base
 
 
-def build_loss(stage: Stage, encoder: SentenceTransformer) -> nn.Module:
+def build_loss(own: DatasetArguments, encoder: SentenceTransformer) -> nn.Module:
     from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
-    from modeling.losses import SoftInfoNCELoss
+    from modeling.losses import GradedLoss
 
-    own = stage.own
     if own.loss == "cosent":
         return CoSENTLoss(encoder, scale=1 / own.temperature)
-    return SoftInfoNCELoss(
+    return GradedLoss(
         encoder,
+        own.loss,
         temperature=own.temperature,
         mini_batch_size=own.mini_batch_size,
         target_temperature=own.target_temperature,
-        # InfoNCE is the case without soft labels: the same masks and the same code, for a fair comparison
-        alpha=own.alpha if own.loss == "soft_info_nce" else 0.0,
+        alpha=own.alpha,
+        in_batch_negatives=own.in_batch_negatives,
+        false_negative_margin=own.false_negative_margin,
+        gather_across_devices=processes().num_processes > 1,
     )
 
 
 def build_evaluator(
-    sample: SearchSample | None, encoder: SentenceTransformer, batch_size: int
-) -> InformationRetrievalEvaluator | None:
+    name: str, sample: SearchSample, encoder: SentenceTransformer, batch_size: int
+) -> InformationRetrievalEvaluator:
     """nDCG@10 (and MRR@10, recall@10, MAP) of the model as it stands, by sentence-transformers."""
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.util import cos_sim
 
-    if sample is None:
-        return None
     return InformationRetrievalEvaluator(
         sample.queries,
         sample.documents,
@@ -420,7 +288,7 @@ def build_evaluator(
         accuracy_at_k=[10],
         precision_recall_at_k=[10],
         batch_size=batch_size,
-        name="validation",
+        name=name,
         write_csv=False,
         score_functions={"cosine": cos_sim},
         query_prompt=encoder.prompts["query"],
@@ -436,14 +304,19 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
     arguments = stage.training
     arguments.output_dir = str(checkpoints)
     arguments.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it only warns, at every epoch
-    if stage.own.instruction:
-        arguments.prompts = dict.fromkeys(stage.own.prompted_columns, instruction_prompt(stage.own.instruction))
+    arguments.prompts = {
+        name: dict.fromkeys(own.prompted_columns, instruction_prompt(own.instruction)) if own.instruction else {}
+        for name, own in stage.datasets.items()
+    }
+    batch_size = arguments.per_device_eval_batch_size
     return EmbedderTrainer(
         model=encoder,
         args=arguments,
         train_dataset=data.train,
-        loss=build_loss(stage, encoder),
-        evaluator=build_evaluator(data.validation, encoder, arguments.per_device_eval_batch_size),
+        loss={name: build_loss(own, encoder) for name, own in stage.datasets.items()},
+        evaluator=[build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
+        or None,
+        weights={name: own.weight for name, own in stage.datasets.items()},
     )
 
 
@@ -452,37 +325,101 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
 
 def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -> Start:
     """Train one stage, unless it is done already, and return its result as the start of the next one."""
-    from modeling.encoder import save_adapter, save_merged
-    from modeling.trainer import last_checkpoint
-
     folder = output_dir / stage.name
     keys = {key: value for key, value in stage.values.items() if key not in NO_INPUTS}
-    with folder_step(folder, {"keys": keys, "data": data.key, "start": start.key}) as step:
-        if step.done:
-            print(f"stage {stage.name}: done before, kept in {folder}", flush=True)
-        else:
-            checkpoints = step.path / "checkpoints"
-            resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"
-            if not resuming:
-                shutil.rmtree(checkpoints, ignore_errors=True)
-            encoder, base = build_model(stage, start)
-            trainer = build_trainer(stage, encoder, data, checkpoints)
-            encoder.max_seq_length = stage.own.train_max_seq_length
-            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-            encoder.max_seq_length = stage.own.max_seq_length
-            if stage.peft_config:
-                save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
-            save_merged(encoder, step.path)
-            write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            cost = trainer.cost()
-            step.finish(**cost)
-            print(closing_line(stage.name, cost, trainer.state.log_history, folder), flush=True)
+    if stage.values.get("datasets"):
+        entries = stage.values["datasets"]
+        keys["datasets"] = [{key: value for key, value in entry.items() if key not in NO_INPUTS} for entry in entries]
+    try:
+        with joint_step(folder, {"keys": keys, "data": data.keys, "start": start.key}) as step:
+            if step.done and processes().is_main_process:
+                print(f"stage {stage.name}: done before, kept in {folder}", flush=True)
+            elif not step.done:
+                run_stage(stage, start, data, step, output_dir)
+    except TrainingStopped as reason:
+        raise InputError(f"stage {stage.name!r}: {reason}") from reason
     adapter = None
     if stage.peft_config:
         base = start.adapter.base if start.adapter and start.adapter.settings == stage.lora_settings else start
         adapter = TrainedAdapter(folder / ADAPTER, stage.lora_settings, base)
-    return Start(str(folder), None, read_manifest(folder)["key"], stage.name, adapter)
+    return Start(str(folder), None, step.key, stage.name, adapter)
+
+
+def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_dir: Path) -> None:
+    """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
+    from modeling.encoder import save_adapter, save_merged
+    from modeling.trainer import last_checkpoint
+
+    checkpoints = step.path / "checkpoints"
+    resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"
+    if processes().is_main_process and not resuming:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    processes().wait_for_everyone()
+    encoder, base = build_model(stage, start)
+    trainer = build_trainer(stage, encoder, data, checkpoints)
+    encoder.max_seq_length = stage.own.train_max_seq_length
+    with sharing(stage, encoder), stopping(stage, checkpoints):
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    encoder.max_seq_length = stage.own.max_seq_length
+    cost = stage_cost(trainer)
+    if not processes().is_main_process:
+        return
+    if stage.peft_config:
+        save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
+    save_merged(encoder, step.path)
+    write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    step.finish(**cost)
+    print(closing_line(stage.name, cost, trainer.state.log_history, step.folder), flush=True)
+
+
+def sharing(stage: Stage, encoder: SentenceTransformer) -> contextlib.AbstractContextManager[Any]:
+    """Prompts shared within a batch are computed once, if the stage asks for it."""
+    if not stage.own.share_prefix:
+        return contextlib.nullcontext()
+    from modeling.shared_prefix import share_prefix
+
+    return share_prefix(encoder)
+
+
+@contextlib.contextmanager
+def stopping(stage: Stage, checkpoints: Path) -> Iterator[None]:
+    """What ends training as one line: what happened and what to lower. Raises TrainingStopped where there is a
+    checkpoint to go on from, else InputError.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    from modeling.trainer import last_checkpoint
+
+    try:
+        yield
+        return
+    except InputError as error:  # a loss that is no number, too few rows for a batch
+        reason, cause = str(error), error
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        reason, cause = f"out of memory; lower {sizes(stage)}", error
+    checkpoint = last_checkpoint(checkpoints)
+    if checkpoint is None:
+        raise InputError(f"stage {stage.name!r}: {reason}") from cause
+    raise TrainingStopped(f"{reason}; --resume_from_checkpoint true goes on from {checkpoint}") from cause
+
+
+def sizes(stage: Stage) -> str:
+    """What a stage's memory depends on, with its values, first what changes no result."""
+    rows = f"per_device_train_batch_size ({stage.training.per_device_train_batch_size})"
+    cached = [own.mini_batch_size for own in stage.datasets.values() if own.loss != "cosent"]
+    if not cached:
+        return rows
+    now = ", ".join("null, which is all" if size is None else str(size) for size in dict.fromkeys(cached))
+    return f"mini_batch_size ({now}), which changes no result, or {rows}"
+
+
+def stage_cost(trainer: EmbedderTrainer) -> dict[str, Any]:
+    """The trainer's cost, and the seconds of it that went into evaluation."""
+    evaluations = [entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history]
+    return {**trainer.cost(), "evaluation_seconds": round(sum(evaluations), 2)}
 
 
 def write_log(history: list[dict[str, Any]], path: Path) -> None:
@@ -505,36 +442,74 @@ def closing_line(name: str, cost: dict[str, Any], history: list[dict[str, Any]],
 
 
 def write_ledger(stages: Sequence[Stage], output_dir: Path) -> None:
-    """ledger.json: what every finished stage cost, from their manifests, and the sum."""
-    sums = ("seconds", "training_seconds", "device_seconds", "tokens")
-    facts = ("steps", *sums, "device", "peak_memory_bytes", "peak_device_memory_bytes")
+    """ledger.json: what every step cost, from their manifests: those of the data where they were built here, and those
+    of the finished stages, whose seconds of evaluation are part of their seconds of training. Memory is the high-water
+    mark of the main process. `total` sums `seconds` over data and stages, the rest over stages.
+    """
+    sums = ("training_seconds", "evaluation_seconds", "device_seconds", "tokens")
+    facts = ("steps", "seconds", *sums, "device", "peak_memory_bytes", "peak_device_memory_bytes")
     rows = []
     for stage in stages:
         if (output_dir / stage.name / MANIFEST).is_file():
             manifest = read_manifest(output_dir / stage.name)
             rows.append({"stage": stage.name, **{name: manifest[name] for name in facts}})
+    data = data_costs(stages)
     total = {name: round(sum(row[name] for row in rows), 2) for name in sums}
-    write_json(output_dir / "ledger.json", {"stages": rows, "total": total})
+    total = {"seconds": round(sum(row["seconds"] for row in [*data, *rows]), 2), **total}
+    write_json(output_dir / "ledger.json", {"data": data, "stages": rows, "total": total})
+
+
+def data_costs(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """What the steps of dataset_builders.build cost, for every data set that is read from a folder it made."""
+    from dataset_builders.build import FOLDERS
+
+    names = dict.fromkeys(own.dataset_name for stage in stages for own in stage.datasets.values())
+    hubs = [Path(name) for name in names if (Path(name) / MANIFEST).is_file()]
+    rows = []
+    for step in (hub.parent / folder for hub in hubs for folder in FOLDERS):
+        if (step / MANIFEST).is_file():
+            manifest = read_manifest(step)
+            facts = {name: manifest[name] for name in ("seconds", "peak_memory_bytes")}
+            rows.append({"data": str(step.parent), "step": step.name, **facts})
+    return rows
 
 
 def publish(result: Start, output_dir: Path) -> None:
     """model/ and, if the last stage trained LoRA, adapter/: the last stage's two results under fixed names."""
     from modeling.encoder import name_base
 
-    with folder_step(output_dir / "model", {"stage": result.key}) as step:
-        if not step.done:
+    with joint_step(output_dir / "model", {"stage": result.key}) as step:
+        if not step.done and processes().is_main_process:
             copy_files(Path(result.name_or_path), step.path, without=(ADAPTER, MANIFEST))
             step.finish()
-    adapter = output_dir / ADAPTER
     if result.adapter is None:
-        shutil.rmtree(adapter, ignore_errors=True)  # of an earlier run whose last stage trained LoRA
+        drop_adapter(output_dir)
         return
-    with folder_step(adapter, {"stage": result.key}) as step:
-        if not step.done:
+    with joint_step(output_dir / ADAPTER, {"stage": result.key}) as step:
+        if not step.done and processes().is_main_process:
             copy_files(result.adapter.folder, step.path)
             base = result.adapter.base
             name_base(step.path, base.name_from(step.path), base.revision)
             step.finish()
+
+
+def publish_merge(merge: MergeArguments, results: Mapping[str, Start], output_dir: Path) -> None:
+    """model/: the average of stages. There is no adapter/, which would be that of one stage."""
+    from modeling.merging import merge_models
+
+    chosen = [results[name] for name in merge.stages]
+    inputs = {"stages": [result.key for result in chosen], "method": merge.method, "weights": merge.weights}
+    with joint_step(output_dir / "model", inputs) as step:
+        if not step.done and processes().is_main_process:
+            merge_models([Path(result.name_or_path) for result in chosen], merge.weights, merge.method, step.path)
+            step.finish()
+    drop_adapter(output_dir)
+
+
+def drop_adapter(output_dir: Path) -> None:
+    """Of an earlier run into the same folder, whose model/ it belonged to."""
+    if processes().is_main_process:
+        shutil.rmtree(output_dir / ADAPTER, ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path, without: Sequence[str] = ()) -> None:

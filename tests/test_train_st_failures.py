@@ -1,0 +1,195 @@
+"""Training that is killed at any moment, or stopped by memory, disk or a loss that is no number, and goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_training import distance, own_cache, train, two_stages, weights, write_hub
+
+import train_st
+from dataset_builders.cli import run
+
+KILLS = """
+import json, os, random, signal, sys, time
+import datasets, peft, sentence_transformers, torch, trl
+from pathlib import Path
+from sentence_transformers.sentence_transformer import evaluation, losses
+from modeling import encoder, losses, recipe, student, trainer, training_data
+from train_st import main
+recipe, output = sys.argv[1], Path(sys.argv[2])
+os.dup2(os.open(output / "log", os.O_WRONLY | os.O_CREAT), 2)
+
+def start(folder):
+    child = os.fork()
+    if not child:
+        main(["--config", recipe, "--output_dir", str(folder), "--resume_from_checkpoint", "true"])
+        sys.stdout.flush()
+        os._exit(0)
+    return child
+
+assert os.waitpid(start(output / "whole"), 0)[1] == 0
+ledger = json.loads((output / "whole" / "ledger.json").read_text())
+seconds = {row["stage"]: row["seconds"] for row in ledger["stages"]}
+chance, kills, finished = random.Random(0), 0, 0
+while kills < 20:
+    folder = output / f"{finished:02d}"
+    for _ in range(5):
+        stage = chance.choice([stage for stage in seconds if not (folder / stage).exists()] or [None])
+        child = start(folder)
+        # some time into a stage that is not done yet
+        while stage and not any((folder / name).exists() for name in (f"{stage}.partial", stage)):
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, seconds[stage]) if stage else 0)
+        os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+        kills += 1
+        steps = [path.parent.name for path in folder.glob("*.partial/checkpoints/*/trainer_state.json")]
+        print("state", *sorted(path.name for path in folder.glob("*")), *sorted(steps), flush=True)
+    assert os.waitpid(start(folder), 0)[1] == 0
+    finished += 1
+print("kills", kills, "finished", finished, flush=True)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    with own_cache(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_decoder, tmp_path_factory) -> dict:
+    """Dropout in the adapter, so that a resume has to find the state of the random numbers, too."""
+    hub = write_hub(tmp_path_factory.mktemp("data") / "hub")
+    recipe = {**two_stages(tiny_decoder, hub), "eval_strategy": "no", "save_steps": 3}
+    return recipe
+
+
+def test_runs_killed_at_random_moments_come_to_the_same_weights(recipe, tmp_path):
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", KILLS, str(tmp_path / "train.yaml"), str(tmp_path)]
+    root = Path(__file__).parents[1]
+    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stdout[-2000:] + (tmp_path / "log").read_text()[-3000:]
+    lines = answer.stdout.splitlines()
+    kills, finished = map(int, lines[-1].split()[1::2])
+    assert kills >= 20 and finished >= 4
+    whole = tmp_path / "whole"
+    costs = [row["tokens"] for row in json.loads((whole / "ledger.json").read_text())["stages"]]
+    for number in range(finished):
+        folder = tmp_path / f"{number:02d}"
+        # same order of batches, same dropout, same optimiser state: equal but for the rounding of sums
+        assert distance(folder / "model", whole / "model") < 1e-5
+        assert not list(folder.rglob("checkpoint*")) + list(folder.glob("*.partial"))
+        assert [row["tokens"] for row in json.loads((folder / "ledger.json").read_text())["stages"]] == costs
+    # it was hit in both stages, with and without checkpoints
+    states = {line for line in lines if line.startswith("state")}
+    assert len(states) >= 4
+    for part in ("sts.partial", "retrieval.partial", "checkpoint-"):
+        assert any(part in state for state in states)
+
+
+def stop(folder: Path, recipe: dict, capsys, *flags: str) -> str:
+    """The one line with which a run ends."""
+    (folder / "train.yaml").write_text(yaml.safe_dump(recipe))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(train_st.main, ["--config", str(folder / "train.yaml"), "--output_dir", str(folder / "run"), *flags])
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert exit_.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def break_at(monkeypatch, step: int, how) -> None:
+    """Let `how()` stand for the loss, once, at a step of the trainer."""
+    from modeling.trainer import EmbedderTrainer
+
+    original = EmbedderTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return how(loss) if self.state.global_step == step else loss
+
+    monkeypatch.setattr(EmbedderTrainer, "compute_loss", broken)
+
+
+def out_of_memory(_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def goes_on_to_the_same(folder: Path, recipe: dict, whole: Path) -> None:
+    resumed = train(folder, recipe, "--resume_from_checkpoint", "true")
+    assert distance(resumed / "model", whole / "model") < 1e-5
+    steps = [entry["step"] for entry in json.loads((resumed / "logs" / "retrieval.json").read_text())]
+    assert steps == sorted(steps)
+
+
+@pytest.fixture(scope="module")
+def one_stage(recipe) -> dict:
+    return {**recipe, "stages": recipe["stages"][1:], "num_train_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(one_stage, tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("whole"), one_stage)
+
+
+def test_out_of_memory_says_what_to_lower_and_goes_on(one_stage, whole, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_at(patch, 4, out_of_memory)
+        line = stop(tmp_path, one_stage, capsys)
+    assert "stage 'retrieval': out of memory; lower mini_batch_size (4), which changes no result" in line
+    assert "per_device_train_batch_size (8)" in line
+    assert "--resume_from_checkpoint true goes on from" in line and line.endswith("checkpoint-3")
+    assert not (tmp_path / "run" / "model").exists()
+    goes_on_to_the_same(tmp_path, one_stage, whole)
+
+
+def test_memory_that_was_never_enough_leaves_nothing_behind(one_stage, tmp_path, capsys, monkeypatch):
+    break_at(monkeypatch, 0, out_of_memory)
+    line = stop(tmp_path, {**one_stage, "mini_batch_size": None}, capsys)
+    assert line.endswith("per_device_train_batch_size (8)")
+    assert os.listdir(tmp_path / "run") == ["recipe.yaml"]
+
+
+def test_what_a_cpu_says_when_memory_ends_is_known(one_stage, tmp_path, capsys, monkeypatch):
+    break_at(monkeypatch, 0, lambda _: torch.empty(2**60, dtype=torch.uint8))
+    assert "out of memory; lower" in stop(tmp_path, one_stage, capsys)
+
+
+def test_a_loss_that_is_no_number_stops_and_goes_on(one_stage, whole, tmp_path, capsys, monkeypatch):
+    """NaN in the gradient, as a bad batch gives it; the checkpoint holds the weights from before it."""
+    with monkeypatch.context() as patch:
+        break_at(patch, 4, lambda loss: loss * torch.nan)
+        line = stop(tmp_path, one_stage, capsys)
+    assert "nan" in line and "step 5" in line and "checkpoint-3" in line
+    checkpoint = tmp_path / "run" / "retrieval.partial" / "checkpoints" / "checkpoint-3"
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert all(state["exp_avg"].isfinite().all() for state in saved["state"].values())
+    goes_on_to_the_same(tmp_path, one_stage, whole)
+
+
+def test_a_full_disk_stops_and_goes_on(one_stage, whole, tmp_path, capsys, monkeypatch):
+    """The optimiser's state of the second checkpoint goes to /dev/full, which answers as a full disk does."""
+    original = torch.save
+
+    def full(state, path, *args, **kwargs):
+        original(state, "/dev/full" if "checkpoint-6" in str(path) else path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        line = stop(tmp_path, one_stage, capsys)
+    assert "the disk is full" in line
+    from modeling.trainer import last_checkpoint
+
+    assert last_checkpoint(tmp_path / "run" / "retrieval.partial" / "checkpoints").endswith("checkpoint-3")
+    goes_on_to_the_same(tmp_path, one_stage, whole)
+    assert weights(whole / "model")  # compared on something
