@@ -23,9 +23,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dataset_builders.cli import InputError
 from modeling.batches import EpochBatchSampler, WeightedBatchSampler
+from modeling.demonstrations import DemonstrationCollator, Demonstrations
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
     from torch.utils.data import ConcatDataset, DataLoader
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,6 +42,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
 
     Args:
         weights: of the data sets by name, their share of steps; None gives all the same.
+        demonstrations: of the data sets by name, for those that have any.
         *args, **kwargs: as sentence-transformers takes them.
 
     Raises:
@@ -49,14 +52,28 @@ class EmbedderTrainer(SentenceTransformerTrainer):
     _seconds_before = 0.0
     _started: float | None = None
 
-    def __init__(self, *args: Any, weights: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weights: Mapping[str, float] | None = None,
+        demonstrations: Mapping[str, Demonstrations] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.weights = weights or {}
+        self.demonstrations = demonstrations or {}
         super().__init__(*args, **kwargs)
-        self.weights = weights
         for callback in (PrinterCallback, ProgressCallback):  # one of them is there; both print whole dictionaries
             self.remove_callback(callback)
         if not self.args.disable_tqdm:
             self.add_callback(_ProgressBar)
         self.add_callback(_LogLines)
+
+    def get_data_collator(
+        self, model: SentenceTransformer, args: SentenceTransformerTrainingArguments, processing_class: Any = None
+    ) -> DemonstrationCollator:
+        return DemonstrationCollator(
+            model.preprocess, prompts=args.prompts, model=model, demonstrations=self.demonstrations
+        )
 
     def get_batch_sampler(
         self, dataset: Dataset, batch_size: int, drop_last: bool, seed: int = 0, **kwargs: Any
@@ -76,7 +93,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
     def get_multi_dataset_batch_sampler(
         self, dataset: ConcatDataset, batch_samplers: list[EpochBatchSampler], seed: int = 0, **kwargs: Any
     ) -> WeightedBatchSampler:
-        weights = {name: (self.weights or {}).get(name, 1.0) for name in self.train_dataset}
+        weights = {name: self.weights.get(name, 1.0) for name in self.train_dataset}
         return WeightedBatchSampler(dataset, batch_samplers, weights, seed)
 
     def get_train_dataloader(self) -> DataLoader:

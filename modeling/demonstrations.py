@@ -1,0 +1,169 @@
+"""Demonstrations in training: a batch's prompt shows rows of the same data set before its instruction.
+
+All rows of a batch share one prompt, so that its states need to be computed once (modeling.shared_prefix). What a
+batch gets is a function of the seed and of its own texts: a resumed run, and every worker that loads data, comes to
+the same prompt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+from dataset_builders.cli import InputError
+from modeling.batches import LABEL
+from modeling.prompts import few_shot_prompt, instruction_prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+_TRIES = 10  # rows looked at for one shot, before a batch goes with fewer
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """How a data set's batches are given demonstrations.
+
+    Args:
+        rows: what shots are drawn from: the training rows, with columns query and positive.
+        instruction: one sentence, of the prompt that the shots stand before.
+        shots: the most in a prompt; a batch that has any gets 1 to `shots`, each number as often as the others.
+        shots_budget: the most tokens that a prompt may have, instruction and special tokens included; None = as many
+            as leave the texts of a batch whole.
+        zero_shot_probability: of a batch without shots.
+        seed: of all this.
+
+    Raises:
+        InputError: no columns query and positive, or a number out of its range.
+    """
+
+    rows: Dataset
+    instruction: str
+    shots: int
+    shots_budget: int | None = None
+    zero_shot_probability: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        missing = {"query", "positive"} - set(self.rows.column_names)
+        if missing:
+            raise InputError(f"shots: rows without column {min(missing)!r} make no demonstrations; drop shots")
+        if self.shots < 1:
+            raise InputError(f"shots is {self.shots}; it must be at least 1")
+        if self.shots_budget is not None and self.shots_budget < 1:
+            raise InputError(f"shots_budget is {self.shots_budget}; it must be at least 1 token")
+        if not 0 <= self.zero_shot_probability <= 1:
+            raise InputError(f"zero_shot_probability is {self.zero_shot_probability}; it must lie in [0, 1]")
+
+    def draw(self, texts: Collection[str]) -> list[tuple[str, str]]:
+        """(query, positive) of 0 to `shots` rows, none of whose texts is among `texts`, those of the batch.
+
+        So a shot is no row of the batch, and gives away neither the positive of one nor of another row of its query.
+        Shots have no text in common with each other either. There may be fewer where such rows are hard to find.
+        """
+        generator = random.Random("\0".join([str(self.seed), *sorted(texts)]))
+        if generator.random() < self.zero_shot_probability:
+            return []
+        count = generator.randint(1, self.shots)
+        seen, drawn = set(texts), []
+        for _ in range(_TRIES * count):
+            row = self.rows[generator.randrange(len(self.rows))]
+            shot = (row["query"], row["positive"])
+            if seen.isdisjoint(shot):
+                drawn.append(shot)
+                seen.update(shot)
+            if len(drawn) == count:
+                break
+        return drawn
+
+
+def fitting_prompt(
+    instruction: str,
+    shots: Sequence[tuple[str, str]],
+    texts: Sequence[str],
+    count_tokens: Callable[[Sequence[str]], Sequence[int]],
+    max_seq_length: int,
+    shots_budget: int | None = None,
+) -> str:
+    """The few-shot prompt with as many of `shots`, from the first on, as cost no text a token.
+
+    A text that is too long even after the bare instruction gets no shots, nor do those beside it in the batch.
+
+    Args:
+        instruction: one sentence.
+        shots: (query, response) pairs.
+        texts: that will stand after the prompt.
+        count_tokens: of whole strings, special tokens included and nothing truncated. Prompt and text are counted as
+            the one string that the tokenizer gets: counted apart, tokens at the boundary would come out otherwise.
+        max_seq_length: in tokens.
+        shots_budget: the most tokens of a prompt with shots.
+
+    >>> words = lambda strings: [len(string.split()) for string in strings]
+    >>> shots = [("two", "2"), ("three", "3")]
+    >>> fitting_prompt("Count", shots, ["four"], words, max_seq_length=12)
+    'Instruct: Count\\nQuery: two\\nResponse: 2\\n\\nInstruct: Count\\nQuery: '
+    """
+    for count in range(len(shots), 0, -1):
+        prompt = few_shot_prompt(instruction, shots[:count])
+        length, *whole = count_tokens([prompt, *(prompt + text for text in texts)])
+        if max(whole) <= max_seq_length and (shots_budget is None or length <= shots_budget):
+            return prompt
+    return instruction_prompt(instruction)
+
+
+@dataclass
+class DemonstrationCollator(SentenceTransformerDataCollator):
+    """sentence-transformers' collator, with a prompt of its own for each batch of a data set that has demonstrations.
+
+    All prompted columns of such a batch get the same prompt. Other data sets keep their `prompts`.
+
+    Args:
+        model: tells what fits: its tokenizer, and its max_seq_length at the time of the batch.
+        demonstrations: by name of the data set; the trainer takes its data sets by name, too.
+        prompts: zero-shot, by name of the data set and column, as in the training arguments.
+
+    Raises:
+        InputError: demonstrations for a data set without prompts.
+    """
+
+    model: SentenceTransformer | None = field(default=None, repr=False)
+    demonstrations: Mapping[str, Demonstrations] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.demonstrations:
+            if not (self.prompts or {}).get(name):
+                raise InputError(f"data set {name!r}: shots stand before an instruction; name it and prompted_columns")
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        self._prompts_of_batch = self.choose_prompts(features)
+        return super().__call__(features)
+
+    def _resolve_prompts(self, batch: dict[str, Any]) -> str | dict[str, str] | None:
+        return self._prompts_of_batch or super()._resolve_prompts(batch)
+
+    def choose_prompts(self, features: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+        """Column -> prompt for the rows of a batch; None if their data set has no demonstrations."""
+        name = features[0].get("dataset_name")
+        demonstrations = self.demonstrations.get(name)
+        if demonstrations is None:
+            return None
+        columns = [column for column in features[0] if column not in ("dataset_name", LABEL)]
+        shots = demonstrations.draw({row[column] for row in features for column in columns})
+        prompted = [column for column in columns if column in self.prompts[name]]
+        prompt = fitting_prompt(
+            demonstrations.instruction,
+            shots,
+            [row[column] for row in features for column in prompted],
+            self._count_tokens,
+            self.model.max_seq_length,
+            demonstrations.shots_budget,
+        )
+        return dict.fromkeys(prompted, prompt)
+
+    def _count_tokens(self, strings: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.model.tokenizer(list(strings), verbose=False)["input_ids"]]
