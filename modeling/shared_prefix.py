@@ -18,7 +18,7 @@ A key-value cache would not do: transformers drops it under gradient checkpointi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,8 +58,9 @@ def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
 
     Vectors and gradients are those of the plain path up to rounding, in `encode` and in training. A model that this
     cannot be done for (an encoder, a bidirectional decoder, an architecture not in `ARCHITECTURES`) runs as before;
-    so does a batch in which nothing is shared and nothing padded. A backward pass belongs into the context that its
-    forward pass ran in: gradient checkpointing runs the layers once more, and fails outside.
+    so does a batch in which nothing is shared and nothing padded. With last-token pooling the states of other tokens
+    are not laid out again: `token_embeddings` then holds the last one alone. A backward pass belongs into the context
+    that its forward pass ran in: gradient checkpointing runs the layers once more, and fails outside.
 
     >>> with share_prefix(model) as counts:                                                        # doctest: +SKIP
     ...     vectors = model.encode(texts, prompt=prompt)
@@ -74,7 +76,7 @@ def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
     before = backbone.config._attn_implementation
     backbone.set_attn_implementation(_ATTENTION)
     hooks = [
-        transformer.register_forward_pre_hook(_Packer(counts)),
+        transformer.register_forward_pre_hook(_Packer(counts, pools_last_token([*model][1:]))),
         transformer.register_forward_hook(_unpack),
     ]
     try:
@@ -93,6 +95,12 @@ def can_share(module: nn.Module) -> bool:
     return getattr(module.config, "is_causal", True) and not bidirectional
 
 
+def pools_last_token(modules: Sequence[nn.Module]) -> bool:
+    """Whether the modules after the first read nothing but the state of each text's last token."""
+    pooling = next(iter(modules), None)
+    return isinstance(pooling, Pooling) and pooling.pooling_mode == "lasttoken" and pooling.include_prompt
+
+
 # --- layout ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +112,8 @@ class Packing:
     own: list[int]  # tokens of each text after them, at least one
     tokens: Tensor  # (N,): place of each token of the row in the flattened batch
     positions: Tensor  # (N,): of each token in its own text, from 0
-    places: Tensor  # shape of the batch: place of each of its tokens in the row; 0, of any token, for padding
+    places: Tensor  # shape of the batch: place of each of its tokens in the row; 0, of any token, for padding.
+    # Or (B, 1): place of each text's last token
     _masks: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
@@ -143,8 +152,11 @@ def causal_mask(before: int, length: int, window: int | None, like: Tensor) -> T
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, -torch.inf)
 
 
-def pack(features: Features) -> Packing | None:
-    """The packing of a batch, padded on either side or flattened; None if that would save nothing."""
+def pack(features: Features, last_only: bool = False) -> Packing | None:
+    """The packing of a batch, padded on either side or flattened; None if that would save nothing.
+
+    `last_only` lays out the last tokens of a padded batch alone.
+    """
     ids = features.get("input_ids")
     if ids is None or ids.numel() == 0 or "packing" in features:
         return None
@@ -171,10 +183,14 @@ def pack(features: Features) -> Packing | None:
     first = torch.arange(prefix, device=ids.device)
     positions = torch.cat([first, prefix + offsets])
     tokens = torch.cat([starts[0] + first, starts.repeat_interleave(own) + prefix + offsets])
-    places = torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
-    places[starts[:, None] + first] = first
-    places[tokens[prefix:]] = torch.arange(prefix, len(tokens), device=ids.device)
-    return Packing(prefix, own.tolist(), tokens, positions, places.view(ids.shape))
+    if padded and last_only:
+        places = prefix + own.cumsum(0)[:, None] - 1
+    else:
+        places = torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
+        places[starts[:, None] + first] = first
+        places[tokens[prefix:]] = torch.arange(prefix, len(tokens), device=ids.device)
+        places = places.view(ids.shape)
+    return Packing(prefix, own.tolist(), tokens, positions, places)
 
 
 def common_prefix(ids: Tensor, starts: Tensor, longest: int) -> int:
@@ -195,10 +211,11 @@ class _Packer:
     """Forward pre-hook: hands the module a packed row in the place of the batch."""
 
     counts: TokenCounts
+    last_only: bool
 
     def __call__(self, module: nn.Module, args: tuple[Features]) -> tuple[Features] | None:
         (features,) = args
-        packing = pack(features)
+        packing = pack(features, self.last_only)
         if packing is None:
             computed = features["input_ids"].numel() if "input_ids" in features else 0
             self.counts.tokens_computed += computed
@@ -221,7 +238,7 @@ class _Packer:
 
 
 def _unpack(module: Transformer, args: tuple[Features], output: Features) -> Features | None:
-    """Forward hook: the states of the row, laid out as the batch was; pooling notices nothing."""
+    """Forward hook: the states of the row, laid out as the batch was, or the last ones; pooling notices nothing."""
     if "packing" not in output:
         return None
     features, places = output["batch"], output["packing"].places

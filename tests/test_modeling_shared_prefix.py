@@ -152,6 +152,9 @@ def test_a_packed_row_holds_each_text_once_and_gives_every_batch_back(prefix, re
     assert packing.positions.tolist() == positions
     assert packing.own == [len(text) - common for text in texts]
     assert torch.equal(row[packing.places][present.bool()], batch["input_ids"][present.bool()])
+    if layout != "flattened":
+        last = row[pack(batch, last_only=True).places]
+        assert last.tolist() == [[text[-1]] for text in texts]
 
 
 @given(before=st.integers(0, 8), length=st.integers(1, 6), window=st.none() | st.integers(1, 12))
@@ -234,7 +237,7 @@ def test_padding_alone_is_left_out(make):
 
 
 def test_token_states_are_those_of_the_plain_path(make):
-    model = make()
+    model = make(pooling="mean")
     plain = encode(model, output_value="token_embeddings", convert_to_tensor=False)
     with share_prefix(model):
         shared = encode(model, output_value="token_embeddings", convert_to_tensor=False)
