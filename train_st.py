@@ -41,9 +41,11 @@ from modeling.recipe import StageArguments as StageArguments  # for push_to_hub.
 if TYPE_CHECKING:
     from accelerate import PartialState
     from datasets import Dataset
+    from peft import PeftConfig
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from torch import nn
+    from transformers import BitsAndBytesConfig
 
     from modeling.trainer import EmbedderTrainer
     from modeling.training_data import SearchSample
@@ -233,12 +235,26 @@ def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]
     """The encoder to train (all weights, a new adapter, or that of the stage before), and what it was loaded from."""
     from transformers import set_seed
 
-    from modeling.encoder import build_encoder, continue_adapter
+    from modeling.encoder import continue_adapter, quantization
 
     adapter = start.adapter if start.adapter and start.adapter.settings == stage.lora_settings else None
     base = adapter.base if adapter else start
     set_seed(stage.training.seed)  # a new adapter starts at random
-    encoder = build_encoder(
+    encoder = load_encoder(stage, base, quantization(stage.model), None if adapter else stage.peft_config)
+    if adapter:
+        continue_adapter(encoder, adapter.folder)
+    return encoder, base
+
+
+def load_encoder(
+    stage: Stage,
+    base: Start,
+    quantization_config: BitsAndBytesConfig | None = None,
+    peft_config: PeftConfig | None = None,
+) -> SentenceTransformer:
+    from modeling.encoder import build_encoder
+
+    return build_encoder(
         base.name_or_path,
         revision=base.revision,
         max_seq_length=stage.own.max_seq_length,
@@ -246,12 +262,10 @@ def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]
         pooling=stage.own.pooling,
         dtype=stage.model.dtype,
         attn_implementation=stage.model.attn_implementation,
-        peft_config=None if adapter else stage.peft_config,
+        quantization_config=quantization_config,
+        peft_config=peft_config,
         min_text_tokens=stage.own.min_text_tokens,
     )
-    if adapter:
-        continue_adapter(encoder, adapter.folder)
-    return encoder, base
 
 
 def build_loss(own: DatasetArguments, encoder: SentenceTransformer) -> nn.Module:
@@ -299,6 +313,7 @@ def build_evaluator(
 def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, checkpoints: Path) -> EmbedderTrainer:
     import torch
 
+    from modeling.demonstrations import Demonstrations
     from modeling.trainer import EmbedderTrainer
 
     arguments = stage.training
@@ -317,6 +332,18 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
         evaluator=[build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
         or None,
         weights={name: own.weight for name, own in stage.datasets.items()},
+        demonstrations={
+            name: Demonstrations(
+                data.train[name],
+                own.instruction,
+                own.shots,
+                own.shots_budget,
+                own.zero_shot_probability,
+                arguments.seed,
+            )
+            for name, own in stage.datasets.items()
+            if own.shots
+        },
     )
 
 
@@ -347,7 +374,7 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
 
 def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_dir: Path) -> None:
     """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
-    from modeling.encoder import save_adapter, save_merged
+    from modeling.encoder import continue_adapter, quantization, save_adapter, save_merged
     from modeling.trainer import last_checkpoint
 
     checkpoints = step.path / "checkpoints"
@@ -366,6 +393,9 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
         return
     if stage.peft_config:
         save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
+    if quantization(stage.model):  # 4 bits were for training: the adapter belongs into the weights as they were
+        encoder = load_encoder(stage, base)
+        continue_adapter(encoder, step.path / ADAPTER)
     save_merged(encoder, step.path)
     write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
     shutil.rmtree(checkpoints, ignore_errors=True)

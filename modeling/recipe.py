@@ -64,6 +64,9 @@ class DatasetArguments:
     num_negatives: int | None = field(default=None, metadata={"help": "the first of each row's; null = all"})
     instruction: str | None = field(default=None, metadata={"help": "one sentence; null = queries without prompt"})
     prompted_columns: list[str] = field(default_factory=lambda: ["query"], metadata={"help": "get the instruction"})
+    shots: int = field(default=0, metadata={"help": "the most demonstrations that a batch's prompt shows"})
+    shots_budget: int | None = field(default=None, metadata={"help": "the most tokens of such a prompt; null = any"})
+    zero_shot_probability: float = field(default=0.0, metadata={"help": "of a batch without demonstrations"})
 
 
 @dataclass
@@ -73,7 +76,7 @@ class StageArguments(DatasetArguments):
     max_seq_length: int = field(default=512, metadata={"help": "tokens the model reads, prompt and EOS included"})
     train_max_seq_length: int | None = field(default=None, metadata={"help": "in training; null = max_seq_length"})
     min_text_tokens: int = field(default=16, metadata={"help": "least room that a prompt must leave"})
-    pooling: Literal["eos", "mean"] = "eos"
+    pooling: Literal["eos", "mean", "mean_without_prompt", "weighted_mean"] = "eos"
     share_prefix: bool = field(default=False, metadata={"help": "compute a prompt that a batch shares once"})
     eval_queries: int = field(default=200, metadata={"help": "sample of the validation queries, at each evaluation"})
     eval_documents: int = field(default=2000, metadata={"help": "sample they search, with all their relevant ones"})
@@ -260,12 +263,16 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig
 
+    from modeling.encoder import quantization
+
     if "prompts" in values:
         raise InputError(f"{where}: prompts are made of `instruction` and `prompted_columns`; use these")
     types = (StageArguments, ModelConfig, SentenceTransformerTrainingArguments)
     own, model, training = parse_keys(types, {k: v for k, v in values.items() if k != "datasets"}, where)
-    if model.load_in_4bit or model.load_in_8bit:
-        raise InputError(f"{where}: quantised training is not supported; drop load_in_4bit and load_in_8bit")
+    try:
+        quantization(model)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     if own.train_max_seq_length is None:
         own.train_max_seq_length = own.max_seq_length
     if own.train_max_seq_length > own.max_seq_length:
@@ -307,8 +314,13 @@ def _check_dataset(own: DatasetArguments, where: str) -> None:
         raise InputError(
             f"{where}: false_negative_margin is {own.false_negative_margin}; it must be 0 or more, or null"
         )
-    if not 0 <= own.alpha <= 1:
-        raise InputError(f"{where}: alpha is {own.alpha}; it must lie in [0, 1]")
+    for key in ("alpha", "zero_shot_probability"):
+        if not 0 <= getattr(own, key) <= 1:
+            raise InputError(f"{where}: {key} is {getattr(own, key)}; it must lie in [0, 1]")
+    if own.shots < 0:
+        raise InputError(f"{where}: shots is {own.shots}; it must be 0 or more")
+    if own.shots and not (own.instruction and own.prompted_columns):
+        raise InputError(f"{where}: shots stand before an instruction; name it and prompted_columns")
 
 
 def _read_merge(values: Any, stages: Mapping[str, Any], where: str) -> MergeArguments:
