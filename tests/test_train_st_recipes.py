@@ -1,20 +1,27 @@
 """Every training recipe that ships is read as training reads it, every accelerate configuration as accelerate does."""
 
+import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from peft import LoraConfig
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 from trl import get_quantization_config
 
 from modeling.recipe import Recipe, read_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+PAGE = ROOT / "docs" / "rented-gpus.md"
 TRAIN = sorted(RECIPES.glob("*/train.yaml"))
 ACCELERATE = sorted(RECIPES.glob("accelerate/*.yaml"))
 
@@ -97,3 +104,82 @@ def test_layers_to_wrap_exist(kind):
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
     model = AutoModel.from_config(kind(**sizes, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0))
     assert type(model.layers[0]).__name__ in (RECIPES / "accelerate" / "fsdp.yaml").read_text()
+
+
+# --- docs/rented-gpus.md --------------------------------------------------------------------------------------------
+
+# backbone -> its configuration, as its authors publish it
+SIZES = {
+    "Mistral-7B": MistralConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "Llama 3.1 8B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "Qwen3 4B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "Gemma 3 1B": Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+    ),
+}
+
+
+@pytest.mark.parametrize("backbone", SIZES)
+def test_the_page_counts_parameters_right(backbone):
+    [row] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {backbone} | ")]
+    whole, in_bfloat16, in_4_bits, trained, _ = [cell.strip() for cell in row.split("|")[2:-1]]
+    with torch.device("meta"):
+        model = AutoModel.from_config(SIZES[backbone])
+        count = sum(parameter.numel() for parameter in model.parameters())
+        embeddings = model.get_input_embeddings().weight.numel()
+        model.add_adapter(LoraConfig(r=16, target_modules="all-linear", task_type="FEATURE_EXTRACTION"))
+    lora = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert whole == f"{count / 1e9:.2f} G"
+    assert in_bfloat16 == f"{count * 2 / 1e9:.1f} GB"
+    assert in_4_bits == f"{((count - embeddings) * 4.127 / 8 + embeddings * 2) / 1e9:.1f} GB"
+    assert trained == f"{lora / 1e6:.0f} M: {lora * 16 / 1e9:.1f} GB"
+
+
+def test_the_page_adds_up():
+    rows = re.findall(r"\| ([\d. +]+) \| (\d+) GB \|", PAGE.read_text())
+    assert len(rows) == 7
+    for parts, together in rows:
+        assert round(sum(map(float, parts.split(" + ")))) == int(together)
+
+
+def test_the_page_names_files_and_flags_that_exist():
+    text = PAGE.read_text()
+    files = set(re.findall(r"(?:--config|--config_file) (recipes/(?!X/)\S+\.yaml)", text))
+    files |= {f"recipes/{name}" for name in re.findall(r"`(accelerate/\w+\.yaml)`", text)}
+    files |= {f"recipes/{name}/train.yaml" for name in re.findall(r"GB \| `([\w-]+)`", text)}
+    assert len(files) == 7 and all((ROOT / name).is_file() for name in files)
+    hf = Path(sys.executable).with_name("hf")
+    for command in ("jobs run", "buckets create", "buckets sync"):
+        used = {flag for line in re.findall(rf"hf {command} (.*)", text) for flag in re.findall(r"--[a-z]+", line)}
+        shown = subprocess.run([hf, *command.split(), "--help"], capture_output=True, text=True, check=True).stdout
+        assert used and all(re.search(rf"{flag}\b", shown) for flag in used)
+    [task] = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert {"resources", "workdir", "file_mounts", "setup", "run"} <= yaml.safe_load(task).keys()
