@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 PARTS = ("encode", "train")
 SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 8},
     "base": {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8},
     "mistral-7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
@@ -122,6 +123,7 @@ def build_model(folder: Path, args: Namespace) -> SentenceTransformer:
     with torch.device(args.device):
         config.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         transformer.model = MistralModel._from_config(config, attn_implementation=args.attention).to(config.dtype)
+    transformer.unpad_inputs = None  # decide again, for this model: flash attention takes texts without padding
     pooling = Pooling(config.hidden_size, pooling_mode="lasttoken")
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=args.device)
 

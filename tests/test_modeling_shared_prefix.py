@@ -29,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from modeling import shared_prefix
 from modeling.encoder import add_adapter, build_encoder, guarantee_eos
 from modeling.losses import SoftInfoNCELoss
 from modeling.shared_prefix import ARCHITECTURES, Packing, causal_mask, pack, share_prefix
@@ -173,6 +174,45 @@ def test_masks_are_made_once_for_all_layers():
     assert packing.mask(None, like) is packing.mask(None, like) is packing.mask(99, like)
     assert packing.mask(5, like) is not packing.mask(None, like)
     assert Packing(0, [2, 4], None, None, None).mask(4, like) is None
+
+
+def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """torch's varlen_attn by its documentation: the last query of a sequence sees up to its last key."""
+    assert enable_gqa and window_size[1] == 0
+    states = []
+    for i in range(len(cu_q) - 1):
+        q, k, v = query[cu_q[i] : cu_q[i + 1]], key[cu_k[i] : cu_k[i + 1]], value[cu_k[i] : cu_k[i + 1]]
+        assert 0 < len(q) <= max_q and len(k) <= max_k
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        visible = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        states.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(states)
+
+
+@pytest.mark.parametrize("prefix", [0, 9])
+@pytest.mark.parametrize("window", [None, 3, 10])
+def test_both_attentions_are_the_same(monkeypatch, prefix, window):
+    """That for CUDA with a reference in the place of its kernel: there is no GPU here."""
+    monkeypatch.setattr(shared_prefix, "varlen_attn", reference_varlen)
+    packing = Packing(prefix, [2, 7, 1], None, None, None)
+    generator = torch.Generator().manual_seed(0)
+    heads = {"query": 4, "key": 2, "value": 2}
+    parts = {
+        name: torch.randn(1, count, prefix + 10, 8, generator=generator).requires_grad_()
+        for name, count in heads.items()
+    }
+    by_text = shared_prefix._attention_by_text(*parts.values(), packing, 0.0, 0.3, window)
+    varlen = shared_prefix._varlen_attention(*parts.values(), packing, 0.3, window)
+    assert by_text.shape == (1, prefix + 10, 4, 8)
+    torch.testing.assert_close(varlen, by_text, rtol=0, atol=1e-5)
+    along = torch.randn(by_text.shape, generator=generator)
+    expected = torch.autograd.grad(by_text, list(parts.values()), along)
+    for found, other in zip(torch.autograd.grad(varlen, list(parts.values()), along), expected, strict=True):
+        assert other.norm() > 0.1
+        torch.testing.assert_close(found, other, rtol=0, atol=1e-5)
 
 
 # --- encoding -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""The benchmark of the shared prefix runs, and its figures add up."""
+
+import pytest
+import torch
+
+from benchmarks import bench_prefix
+from dataset_builders.cli import InputError
+
+
+def test_both_parts_on_a_few_texts(capsys):
+    sizes = ["--texts", "6", "--batch_size", "4", "--mini_batch_size", "2", "--rounds", "1", "--architecture", "tiny"]
+    bench_prefix.main(["--prompts", "64", *sizes])
+    tables = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if "| 64 " in line]
+    assert [row[1] for row in rows][:1] == ["sentence-transformers"] and len(rows) == 4 + 3
+    for part in (rows[:4], rows[4:]):
+        plain = float(part[0][4])  # tokens that go through the layers, by those needed
+        assert plain > 1.3
+        for row in part:
+            assert float(row[2]) >= 0 and float(row[7]) < 1e-5
+            assert 1 <= float(row[4]) < plain if "share_prefix" in row[1] else float(row[4]) > 1.3
+
+
+def test_live_tensors_counts_what_is_alive_together():
+    weights = torch.zeros(1000)  # from before: not counted
+    with bench_prefix.live_tensors() as live:
+        for _ in range(5):
+            made = weights.view(10, 100) + 1  # 4,000 bytes; the one before it is alive until it is there
+        del made
+    assert (live.now, live.peak) == (0, 8000)
+
+
+def test_unknown_part():
+    with pytest.raises(InputError, match="the parts are"):
+        bench_prefix.main(["mining"])
