@@ -37,7 +37,7 @@ from transformers.masking_utils import sdpa_mask
 # Causal decoders whose layers know of other tokens by attention and rotary positions alone, and whose attention is
 # softmax(q k * scaling) v within a causal window: what `packed_attention` computes. (Gemma 2 caps its logits, GPT-OSS
 # has sinks.)
-ARCHITECTURES = ("gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 _ATTENTION = "shared_prefix"  # its name in transformers
 _SHORTEST_PREFIX = 8  # a shorter one (BOS, mostly) costs more to put before every text's keys than it saves
 
@@ -277,8 +277,12 @@ def packed_attention(
     if packing is None:
         settings = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        return _varlen_attention(query, key, value, packing, scaling, sliding_window), None
+    if query.is_cuda and not dropout:
+        # under autocast rotary positions leave queries and keys in float32, values not
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            query, key, value = (part.to(dtype) for part in (query, key, value))
+            return _varlen_attention(query, key, value, packing, scaling, sliding_window), None
     return _attention_by_text(query, key, value, packing, dropout, scaling, sliding_window), None
 
 
