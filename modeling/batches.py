@@ -211,7 +211,7 @@ def fill_up(batches: list[list[int]], shared: Sequence[Sequence[int]], size: int
     """The batches of `first_fit` with the rows of surplus ones moved into the others, as far as that goes.
 
     What first fit leaves for the end are rows whose texts the incomplete batches hold already. Each takes the place of
-    a row of a complete batch that fits into an incomplete one.
+    another, which fits into an incomplete batch.
 
     >>> fill_up([[0, 2], [1], [3]], [[7], [7], [], [7]], 2)  # three rows with text 7 need three batches
     [[0, 2], [1], [3]]
@@ -226,9 +226,10 @@ def fill_up(batches: list[list[int]], shared: Sequence[Sequence[int]], size: int
     def make_room(row: int) -> bool:
         room = [number for number, batch in enumerate(batches) if len(batch) < size]
         for number, batch in enumerate(batches):
-            if not texts[number].isdisjoint(shared[row]):
-                continue
+            common = texts[number].intersection(shared[row])
             for place, other in enumerate(batch):
+                if not common.issubset(shared[other]):
+                    continue
                 for target in room:
                     if target != number and texts[target].isdisjoint(shared[other]):
                         batches[target].append(other)

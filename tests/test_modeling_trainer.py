@@ -1,0 +1,231 @@
+"""Runs that end early: killed ones go on with the batches they would have had, and bad numbers stop one at once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from torch import nn
+from torch.utils.data import ConcatDataset
+from transformers import TrainerCallback
+
+from dataset_builders.cli import InputError
+from modeling.batches import EpochBatchSampler, WeightedBatchSampler
+from modeling.demonstrations import Demonstrations
+from modeling.losses import GradedLoss
+from modeling.prompts import instruction_prompt
+from modeling.trainer import EmbedderTrainer, last_checkpoint, log_line
+
+INSTRUCTION = "retrieve answer"
+VOCABULARY = ["how", "do", "i", "parse", "date", "read", "write", "file", "open", "close", "sort", "list"]
+
+
+def mined(rows: int, seed: int) -> Dataset:
+    """Mined rows of 6-word texts, whose documents several rows share."""
+    generator = np.random.default_rng(seed)
+    documents = [" ".join(generator.choice(VOCABULARY, 6)) for _ in range(10 * rows)]
+    drawn = generator.integers(0, len(documents), (rows, 3))
+    columns = [[documents[number] for number in drawn[:, at]] for at in range(3)]
+    queries = [" ".join(generator.choice(VOCABULARY, 6)) for _ in range(rows)]
+    names = ("query", "positive", "negative_1", "negative_2")
+    return Dataset.from_dict(dict(zip(names, [queries, *columns], strict=True)) | {"label": [[0.9, 0.3, 0.1]] * rows})
+
+
+class Recorder(nn.Module):
+    """A loss that also writes down what it was given, as token ids."""
+
+    def __init__(self, model: SentenceTransformer, batches: list) -> None:
+        super().__init__()
+        self.loss, self.batches = GradedLoss(model), batches
+        self.in_batch_negatives = True
+
+    def forward(self, columns, labels):
+        columns = list(columns)
+        self.batches.append([column["input_ids"].tolist() for column in columns])
+        return self.loss(columns, labels)
+
+
+def trainer(model: Path, folder: Path, batches: list, *callbacks: TrainerCallback, **settings) -> EmbedderTrainer:
+    """Two data sets of unequal shares, one of them with demonstrations; 3 epochs of 12 steps (of 6 on two devices)."""
+    encoder = SentenceTransformer(str(model), device="cpu")
+    data = {"shown": mined(24, 0), "plain": mined(24, 1)}
+    prompts = {"shown": {"query": instruction_prompt(INSTRUCTION)}, "plain": {"query": "query : "}}
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        prompts=prompts,
+        save_steps=5,
+        save_total_limit=1,
+        logging_steps=4,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=True,
+        seed=3,
+        **settings,
+    )
+    return EmbedderTrainer(
+        model=encoder,
+        args=arguments,
+        train_dataset=data,
+        loss={name: Recorder(encoder, batches) for name in data},
+        weights={"shown": 2, "plain": 1},
+        demonstrations={"shown": Demonstrations(data["shown"], INSTRUCTION, shots=2, zero_shot_probability=0.3)},
+        callbacks=list(callbacks),
+    )
+
+
+class Failure(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            raise RuntimeError("struck by lightning")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_encoder, tmp_path_factory):
+    batches = []
+    run = trainer(tiny_encoder, tmp_path_factory.mktemp("whole"), batches)
+    run.train()
+    return run, batches
+
+
+@pytest.mark.parametrize("struck", [18, 29])
+def test_a_resumed_run_has_the_batches_of_a_whole_one(whole, tiny_encoder, tmp_path, struck):
+    """Rows, their order and their prompts, in the second epoch (after step 12) and in the third."""
+    run, expected = whole
+    assert len(expected) == 36
+    assert [len({str(batch[0]) for batch in expected[begin : begin + 12]}) for begin in (0, 12, 24)] == [12] * 3
+    assert expected[:12] != expected[12:24] != expected[24:]
+    shown = [batch[0][0] for batch in expected]
+    assert len({len(ids) for ids in shown}) > 3  # prompts of several lengths
+
+    before = []
+    with pytest.raises(RuntimeError, match="lightning"):
+        trainer(tiny_encoder, tmp_path, before, Failure(struck)).train()
+    checkpoint = last_checkpoint(tmp_path)
+    assert checkpoint.endswith(f"-{struck // 5 * 5}")
+    after = []
+    resumed = trainer(tiny_encoder, tmp_path, after)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert before == expected[:struck]
+    assert after == expected[struck // 5 * 5 :]
+    weights = [dict(each.model.named_parameters()) for each in (run, resumed)]
+    assert max((value - weights[1][name]).abs().max().item() for name, value in weights[0].items()) < 1e-6
+    assert [entry["tokens"] for entry in resumed.state.log_history] == [
+        entry["tokens"] for entry in run.state.log_history
+    ]
+
+
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+import test_modeling_trainer as tests
+from modeling.trainer import last_checkpoint
+model, folder, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "resume"
+
+class Killed(tests.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+batches = []
+run = tests.trainer(model, folder, batches, *([] if resume else [Killed()]))
+run.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+(folder / f"after-{os.environ.get('RANK', 0)}.json").write_text(json.dumps([batch[0] for batch in batches]))
+"""
+
+
+def test_two_processes_killed_and_resumed_within_an_epoch(tiny_encoder, tmp_path):
+    """SIGKILL in the second epoch (6 steps each). accelerate hides a sampler's set_epoch: the first would be replayed.
+
+    What to expect comes from the sampler and the collator alone, without a run.
+    """
+    (tmp_path / "program.py").write_text(PROGRAM)
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(tmp_path / "program.py"), str(tiny_encoder), str(tmp_path / "run")]
+    killed = subprocess.run([*command, "start"], env=environment, capture_output=True, text=True)
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr
+    assert last_checkpoint(tmp_path / "run").endswith("-10")
+    resumed = subprocess.run([*command, "resume"], env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+
+    run = trainer(tiny_encoder, tmp_path / "alone", [])
+    sets = list(run.train_dataset.values())
+    samplers = [EpochBatchSampler(rows, 4, False, 3, world_size=2) for rows in sets]
+    rows = ConcatDataset(sets)
+    sampler = WeightedBatchSampler(rows, samplers, run.weights, 3)
+    steps = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        steps += [run.data_collator([rows[row] for row in batch])["query_input_ids"].tolist() for batch in sampler]
+    assert len(steps) == 2 * 18
+    for rank in range(2):
+        found = json.loads((tmp_path / "run" / f"after-{rank}.json").read_text())
+        assert found == [steps[2 * step + rank] for step in range(10, 18)]
+
+
+# --- numbers that are none ------------------------------------------------------------------------------------------
+
+
+class Poisoned(nn.Module):
+    """Finite until its third call; then the loss, or its gradient alone, is not."""
+
+    def __init__(self, model: SentenceTransformer, what: str) -> None:
+        super().__init__()
+        self.loss, self.what, self.calls = GradedLoss(model), what, 0
+
+    def forward(self, columns, labels):
+        self.calls += 1
+        loss = self.loss(columns, labels)
+        if self.calls < 8:
+            return loss
+        if self.what == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+            return loss
+        return loss * float(self.what)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
+def test_a_number_that_is_none_stops_training(tiny_encoder, tmp_path, what):
+    """Before the optimizer's step: the checkpoint that is named, and the weights, stay good."""
+    run = trainer(tiny_encoder, tmp_path, [])
+    poisoned = Poisoned(run.model, what)
+    run.loss = dict.fromkeys(run.loss, poisoned)
+    name = "norm of the gradient is nan" if what == "gradient" else f"loss on data set '.*' is {what}"
+    with pytest.raises(InputError, match=f"^step 8: the {name}; lower learning_rate .* checkpoint is .*checkpoint-5$"):
+        run.train()
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert run.state.global_step == 7
+
+
+# --- what a person reads --------------------------------------------------------------------------------------------
+
+
+def test_lines_say_what_matters_and_the_history_says_all(tiny_encoder, tmp_path, capsys):
+    run = trainer(tiny_encoder, tmp_path, [], max_steps=8)
+    run.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    history = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(history) == 2
+    assert lines == [log_line(entry["step"], 8, entry) for entry in history]
+    assert lines[0].startswith(f"step 4/8: loss {history[0]['loss']:.4f}, learning rate ")
+    assert lines[1].endswith(f" s, {run.state.num_input_tokens_seen:,} tokens")
+    assert {"grad_norm", "epoch", "seconds", "tokens"} <= set(history[0])
+
+
+def test_evaluations_show_ndcg_alone():
+    logs = {"eval_a_cosine_ndcg@10": 0.31, "eval_a_cosine_map@100": 0.2, "eval_runtime": 3.0, "seconds": 1.0}
+    assert log_line(5, 9, {**logs, "tokens": 1000}) == "step 5/9: nDCG@10 0.3100, 1 s, 1,000 tokens"
+    assert log_line(9, 9, {"train_runtime": 3.0, "train_loss": 0.2, "seconds": 1.0, "tokens": 1}) == ""
