@@ -63,6 +63,7 @@ class TrainingStopped(Exception):
 def main(argv: Sequence[str]) -> None:
     recipe = read_recipe(argv, description=__doc__)
     stages, output_dir = recipe.stages, recipe.output_dir
+    refuse_shards(stages)
     with processes().main_process_first():  # who comes later finds the rows in the cache of `datasets`
         data = {stage.name: load_data(stage) for stage in stages}
     start = first_start(recipe)
@@ -88,6 +89,15 @@ def processes() -> PartialState:
     from accelerate import PartialState
 
     return PartialState()
+
+
+def refuse_shards(stages: Sequence[Stage]) -> None:
+    """Refuse what would train for hours and then fail to save: weights shared out among processes are not gathered."""
+    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    if launched or any(stage.training.fsdp or stage.training.deepspeed for stage in stages):
+        raise InputError(
+            "weights shared out by FSDP or DeepSpeed cannot be saved yet; use recipes/accelerate/ddp.yaml"
+        )
 
 
 @contextlib.contextmanager

@@ -354,6 +354,18 @@ def test_bad_recipes(case, recipe, tmp_path, capsys, monkeypatch):
     assert os.listdir() == ["train.yaml"]
 
 
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_could_not_be_saved_is_not_trained(variable, recipe, tmp_path, capsys, monkeypatch):
+    """As `accelerate launch` tells its processes of FSDP and DeepSpeed."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(yaml.safe_dump(recipe))
+    recipe_read = train_st.read_recipe(["--config", "train.yaml", "--output_dir", "run"], "")
+    monkeypatch.setattr(train_st, "read_recipe", lambda *_, **__: recipe_read)  # without deepspeed, it ends there
+    monkeypatch.setenv(variable, "true")
+    check_refused(["--config", "train.yaml", "--output_dir", "run"], "cannot be saved yet", capsys)
+    assert not Path("run").exists()
+
+
 def check_refused(argv, message, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
