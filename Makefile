@@ -24,7 +24,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.bench_bm25
+	$(BIN)/python -m benchmarks.bench_mining
 
 clean:
 	rm -rf runs results build *.egg-info .pytest_cache .ruff_cache .hypothesis

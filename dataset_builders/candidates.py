@@ -27,7 +27,8 @@ from dataset_builders.recipes import Section
 from dataset_builders.schema import CANDIDATES
 from dataset_builders.sources import Splits
 
-PART = 65_536  # documents searched at a time: 100 MB of vectors of 384 dimensions
+PART = 65_536  # documents searched at a time, at least: 100 MB of vectors of 384 dimensions
+MAX_PARTS = 64  # of a larger corpus; each keeps its own best documents for every query until they are merged
 SEARCH_BLOCK = 8192  # queries that one search of a part answers
 QUERY_BLOCK = 1024  # queries in a row group: what the later steps hold in memory
 Identifier = TypeVar("Identifier", bound=Hashable)
@@ -56,7 +57,8 @@ def write_candidates(
     documents = TextColumn(corpus / "documents.arrow")
     queries = queries_of(corpus, splits.searched)
     texts = list(queries.values())
-    parts, blocks = _ranges(len(documents), PART), _ranges(len(texts), SEARCH_BLOCK)
+    parts = _ranges(len(documents), PART * -(-len(documents) // (PART * MAX_PARTS)))
+    blocks = _ranges(len(texts), SEARCH_BLOCK)
     sparse = search_bm25(bm25, documents, parts, texts, blocks, folder, engine)
     embedder = Embedder(dense, cache, engine)
     found = search_dense(dense, embedder.queries(texts), blocks, embedder.documents(documents), parts, folder, engine)
