@@ -171,9 +171,9 @@ def pack(features: Features, last_only: bool = False) -> Packing | None:
     else:
         return None
     shortest = int(lengths.min())
-    if shortest == 0:
+    if shortest == 0 and padded:
         return None  # a text without a token: what the plain path makes of it is its own affair
-    prefix = common_prefix(ids.flatten(), starts, shortest - 1) if len(lengths) > 1 else 0
+    prefix = common_prefix(ids.flatten(), starts, shortest - 1) if len(lengths) > 1 and shortest > 0 else 0
     if prefix < _SHORTEST_PREFIX:
         prefix = 0
     own = lengths - prefix
