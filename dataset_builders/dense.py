@@ -93,7 +93,7 @@ def _top_keys(scores: Any, positions: Any, top_k: int) -> Any:
     values, columns = scores.topk(min(top_k + 1, scores.shape[1]), dim=1)
     if scores.shape[1] > top_k and (values[:, -1] == values[:, -2]).any():
         return best_keys(sort_keys(scores, positions), top_k)
-    return sort_keys(values[:, :top_k], positions[columns[:, :top_k]])
+    return best_keys(sort_keys(values[:, :top_k], positions[columns[:, :top_k]]), top_k)  # ties in their order
 
 
 @dataclass(frozen=True)
