@@ -21,7 +21,7 @@ from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.recipes import read_yaml
 from eval.report import format_ledger, read_json, read_metrics
 from eval.retrieval import format_table
-from train_st import StageArguments
+from modeling.recipe import StageArguments
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -195,7 +195,6 @@ def render_card(repo_id: str, license: str | None, facts: Mapping[str, Any], sou
         loader=FileSystemLoader(TEMPLATE.parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    default_loss = sources["recipe"].get("loss", StageArguments.loss)
     metadata = card_metadata(license, sources["recipe"])
     card = environment.get_template(TEMPLATE.name).render(
         metadata=metadata.to_yaml(),
@@ -204,7 +203,10 @@ def render_card(repo_id: str, license: str | None, facts: Mapping[str, Any], sou
         base_model=metadata.base_model,
         table=format_table(sources["metrics"]) if sources["metrics"] else None,
         ledger_table=format_ledger(sources["ledger"]),
-        stages=[(stage["name"], stage.get("loss", default_loss)) for stage in sources["recipe"]["stages"]],
+        stages=[
+            (stage["name"], stage_values(sources["recipe"], stage, "loss", StageArguments.loss))
+            for stage in sources["recipe"]["stages"]
+        ],
         **facts,
         **sources,
     )
@@ -214,12 +216,17 @@ def render_card(repo_id: str, license: str | None, facts: Mapping[str, Any], sou
     return card
 
 
+def stage_values(recipe: Mapping[str, Any], stage: Mapping[str, Any], key: str, default: Any = None) -> list[Any]:
+    """The distinct values that a key has in a stage: one, or those of its `datasets:`."""
+    shared = stage.get(key, recipe.get(key, default))
+    return list(dict.fromkeys(entry.get(key, shared) for entry in stage.get("datasets") or [{}]))
+
+
 def card_metadata(license: str | None, recipe: Mapping[str, Any]) -> ModelCardData:
     """What the Hub searches by. A local folder is no base model and no data set for a reader elsewhere."""
     from huggingface_hub import ModelCardData
 
-    stages = recipe["stages"]
-    names = [stage.get("dataset_name", recipe.get("dataset_name")) for stage in stages]
+    names = [name for stage in recipe["stages"] for name in stage_values(recipe, stage, "dataset_name")]
     datasets = [name for name in dict.fromkeys(names) if name and _is_hub_id(name)]
     base = None if recipe.get("student") else recipe["model_name_or_path"]
     return ModelCardData(

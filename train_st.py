@@ -36,7 +36,6 @@ from dataset_builders.folders import MANIFEST, Step, files_of, fingerprint, fold
 from dataset_builders.references import resolve_model
 from modeling.prompts import baked_prompts, instruction_prompt
 from modeling.recipe import DatasetArguments, MergeArguments, Recipe, Stage, parse_keys, read_recipe, write_recipe
-from modeling.recipe import StageArguments as StageArguments  # for push_to_hub.py
 
 if TYPE_CHECKING:
     from accelerate import PartialState

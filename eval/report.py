@@ -106,8 +106,10 @@ def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def format_ledger(ledger: Mapping[str, Any]) -> str:
-    """What training cost by stage, as a Markdown table."""
-    lines = ["| stage | steps | tokens | seconds | device | peak memory |", "|---|---:|---:|---:|---|---:|"]
+    """What the data and each stage of training cost, as a Markdown table; evaluations in training are included."""
+    lines = ["| step | steps | tokens | seconds | device | peak memory |", "|---|---:|---:|---:|---|---:|"]
+    for row in ledger["data"]:
+        lines.append(f"| data: {row['step']} | | | {row['seconds']:,.0f} | | {_gib(row['peak_memory_bytes'])} |")
     for row in ledger["stages"]:
         lines.append(
             f"| {row['stage']} | {row['steps']:,} | {row['tokens']:,} | {row['training_seconds']:,.0f} "

@@ -77,7 +77,8 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
     cost = {"steps": 20, "tokens": 4000, "training_seconds": 61.2, "device": "cpu", "device_seconds": 61.2}
     cost |= {"peak_memory_bytes": 3 * 2**30, "peak_device_memory_bytes": 0}
     stages = [{"stage": "sts", **cost}, {"stage": "retrieval", **cost}]
-    write_json(run / "ledger.json", {"stages": stages, "total": {"tokens": 8000}})
+    data = [{"data": "data", "step": "corpus", "seconds": 3.0, "peak_memory_bytes": 2**30}]
+    write_json(run / "ledger.json", {"data": data, "stages": stages, "total": {"tokens": 8000}})
     texts = ["parse a date", "read a file", "write a file", "open a file", "sort a list", "close a file"]
     documents = [f"d{number}" for number in range(6)]
     # (document, BM25 rank, dense rank) by query; the relevant documents are d0, d4 and d2
