@@ -1,11 +1,14 @@
 import itertools
-import multiprocessing
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,54 +95,108 @@ def test_bad_input_leaves_nothing(tmp_path, trace):
     assert not (tmp_path / "x").exists()
 
 
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path, trace):
-    computed(Squares(trace), tmp_path / "whole")
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    chance, context = random.Random(0), multiprocessing.get_context("fork")
-    done, kills = [], 0
+def killed_twenty_times(folder: Path) -> list[int]:
+    """Compute shards in forks that are killed at random moments; how many shards stood after each of them.
+
+    In a process of its own: what is forked must not have threads, which a progress bar has.
+    """
+    trace = folder / "trace"
+    trace.mkdir(parents=True)
+    chance, kills, done = random.Random(0), 0, []
     for attempt in itertools.count():
-        process = context.Process(target=computed, args=(Squares(trace, seconds=0.02), tmp_path / "killed"))
-        process.start()
-        time.sleep(chance.uniform(0.0, 0.06))
-        if process.is_alive() and kills < 20:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.join()
-        done.append(len(list((tmp_path / "killed").glob("*.npy"))) if (tmp_path / "killed").exists() else 0)
-        if process.exitcode == 0:
+        child = os.fork()
+        if not child:
+            computed(Squares(trace, seconds=0.02), folder / "shards")
+            os._exit(0)
+        if kills < 20:
+            time.sleep(chance.uniform(0.0, 0.06))
+            os.kill(child, signal.SIGKILL)
+        killed = os.waitpid(child, 0)[1] != 0
+        kills += killed
+        done.append(len(list((folder / "shards").glob("*.npy"))))
+        if not killed:
             if kills == 20:
-                break
-            next((tmp_path / "killed").glob("*.npy")).unlink()  # finished too soon: give the next one work
+                return done
+            next((folder / "shards").glob("*.npy")).unlink()  # finished too soon: give the next one work
         assert attempt < 100
-    assert kills == 20 and 0 < min(filter(None, done)) < len(SIZES) == done[-1]
-    found = {path.name: path.read_bytes() for path in (tmp_path / "killed").glob("*.npy")}
+
+
+def in_process_of_its_own(function: str, folder: Path) -> Any:
+    """What a function of this file returns for `folder`."""
+    script = (
+        "import json, pathlib, sys, test_data_engines as tests\n"
+        "print('found', json.dumps(getattr(tests, sys.argv[1])(pathlib.Path(sys.argv[2]))), flush=True)"
+    )
+    paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    answer = subprocess.run(
+        [sys.executable, "-c", script, function, str(folder)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("found ")]
+    assert lines, answer.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("found "))
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path, trace):
+    done = in_process_of_its_own("killed_twenty_times", tmp_path / "killed")
+    assert len(done) > 20 and 0 < min(filter(None, done)) < len(SIZES) == done[-1]
+    computed(Squares(trace), tmp_path / "whole")
+    found, whole = (
+        {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+        for folder in (tmp_path / "killed" / "shards", tmp_path / "whole")
+    )
     assert found == whole
 
 
-@pytest.fixture(scope="module")
-def ray_engine():
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
+def ray_scenarios(folder: Path) -> dict:
+    """What becomes of the shards on a local cluster of two workers, in a process that starts no other threads."""
+    import ray
+
     # the workers import this file, as they import the project
     ray.init(num_cpus=2, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}})
-    yield RayEngine(Ray(workers=2))
-    ray.shutdown()
+    engine, found = RayEngine(Ray(workers=2)), {}
+    for name, work in {
+        "plain": Squares(folder / "plain", seconds=0.05),
+        "killed": Squares(folder / "killed", fault="kill once"),
+        "refused": Squares(folder / "refused", fault="input"),
+    }.items():
+        work.trace.mkdir()
+        try:
+            found[name] = computed(work, folder / f"{name}-shards", engine)
+        except InputError as error:
+            found[name] = str(error)
+    return {**found, "driver": os.getpid()}
 
 
-def test_ray_workers_compute_the_same_files(tmp_path, trace, ray_engine):
-    assert computed(Squares(trace, seconds=0.05), tmp_path / "ray", ray_engine) == EXPECTED
-    workers = {pid for path in trace.iterdir() for pid in path.read_text().split()}
-    assert len(workers) == 2 and str(os.getpid()) not in workers
+@pytest.fixture(scope="module")
+def ray_found(tmp_path_factory):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    folder = tmp_path_factory.mktemp("ray")
+    return folder, in_process_of_its_own("ray_scenarios", folder)
+
+
+def test_ray_workers_compute_the_same_files(tmp_path, trace, ray_found):
+    folder, found = ray_found
+    assert found["plain"] == EXPECTED
+    workers = {pid for path in (folder / "plain").iterdir() for pid in path.read_text().split()}
+    assert len(workers) == 2 and str(found["driver"]) not in workers
     computed(Squares(trace), tmp_path / "local")
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("ray", "local")]
+    files = [
+        {path.name: path.read_bytes() for path in place.iterdir()}
+        for place in (folder / "plain-shards", tmp_path / "local")
+    ]
     assert files[0] == files[1]
 
 
-def test_a_ray_worker_that_is_killed_changes_nothing(tmp_path, trace, ray_engine):
-    assert computed(Squares(trace, fault="kill once"), tmp_path / "x", ray_engine) == EXPECTED
-    assert calls(trace)[5] == 2  # it was killed, and another worker was given the shard
+def test_a_ray_worker_that_is_killed_changes_nothing(ray_found):
+    folder, found = ray_found
+    assert found["killed"] == EXPECTED
+    assert calls(folder / "killed")[5] == 2  # it was killed, and another worker was given the shard
 
 
-def test_ray_tells_of_bad_input_as_the_local_engine_does(tmp_path, trace, ray_engine):
-    with pytest.raises(InputError, match=r"^shard 5 is bad$"):
-        computed(Squares(trace, fault="input"), tmp_path / "x", ray_engine)
-    assert not (tmp_path / "x").exists()
+def test_ray_tells_of_bad_input_as_the_local_engine_does(ray_found):
+    folder, found = ray_found
+    assert found["refused"] == "shard 5 is bad" and not (folder / "refused-shards").exists()
