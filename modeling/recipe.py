@@ -267,6 +267,9 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
 
     if "prompts" in values:
         raise InputError(f"{where}: prompts are made of `instruction` and `prompted_columns`; use these")
+    for key in ("batch_sampler", "multi_dataset_batch_sampler"):
+        if key in values:
+            raise InputError(f"{where}: {key} has no effect: batches are made by modeling/batches.py; leave it out")
     types = (StageArguments, ModelConfig, SentenceTransformerTrainingArguments)
     own, model, training = parse_keys(types, {k: v for k, v in values.items() if k != "datasets"}, where)
     try:

@@ -319,6 +319,7 @@ BAD_RECIPES = {
     "temperature": ({"temperature": 0}, [], "temperature is 0.0"),
     "quantised": ({"load_in_4bit": True}, [], "stage 'sts': load_in_4bit and load_in_8bit freeze"),
     "prompts": ({"prompts": {"query": "q: "}}, [], "prompted_columns"),
+    "batch sampler": ({"batch_sampler": "no_duplicates"}, [], "batch_sampler has no effect"),
     "no stages": ({"stages": None}, [], "`stages` must be a list"),
     "stage without name": ({"stages": [{"loss": "cosent"}]}, [], "a stage is a mapping with a name"),
     "stage name taken": ({"stages": [{"name": "model"}]}, [], "stage name 'model' is taken"),
