@@ -118,6 +118,7 @@ class HubSet(Section):
 class Entry(HubSet):
     """A set of sources.yaml."""
 
+    revision: str = Field(pattern="^[0-9a-f]{40}$")  # a commit, so that a build reads the same rows in years
     task_type: TaskType
     split: str | None  # null: nothing to train on, and `note` says why
     instruction: str
@@ -296,17 +297,11 @@ def sources_table() -> str:
         for name, entry in registry().items():
             if entry.task_type == task_type:
                 dataset = f"{entry.dataset} ({entry.config})" if entry.config else entry.dataset
-                revision = entry.revision[:8] if entry.revision else "newest*"
                 in_batch = "yes" if entry.in_batch_negatives else "no"
                 lines.append(
-                    line.format(name, dataset, entry.split or "none**", revision, entry.licence[:15], in_batch)
+                    line.format(name, dataset, entry.split or "none*", entry.revision[:8], entry.licence[:15], in_batch)
                 )
-    lines += [
-        "",
-        "*  not pinned: the commit that is read is kept in corpus/manifest.json",
-        "** nothing to train on",
-        "",
-    ]
+    lines += ["", "* nothing to train on", ""]
     for name, entry in registry().items():
         if entry.note:
             lines += textwrap.wrap(f"{name}: {entry.note}", 119, subsequent_indent="  ", break_on_hyphens=False)

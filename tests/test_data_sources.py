@@ -458,10 +458,12 @@ def test_every_evaluation_of_a_set_is_disclosed():
     assert related >= 15
 
 
-def test_revisions_are_commits_or_unpinned_and_policies_follow_the_task_type():
-    pinned = [entry.revision for entry in registry().values() if entry.revision]
-    assert len(pinned) == 25 and all(len(revision) == 40 and int(revision, 16) for revision in pinned)
+def test_revisions_are_commits_and_policies_follow_the_task_type():
+    assert len(registry()) == 35
+    by_dataset = {}
     for entry in registry().values():
+        assert len(entry.revision) == 40 and int(entry.revision, 16)
+        assert by_dataset.setdefault(entry.dataset, entry.revision) == entry.revision
         assert entry.in_batch_negatives == (entry.task_type in ("retrieval", "duplicates", "nli"))
         assert entry.instruction and entry.licence
 
@@ -472,8 +474,8 @@ def test_the_table_of_sources_can_be_read_in_a_terminal():
     assert max(map(len, lines)) <= 140
     for name, entry in registry().items():
         (line,) = (line for line in lines if line.split()[:1] == [name])
-        assert entry.dataset in line and ("none**" in line) == (entry.split is None)
-        assert ("newest*" in line) == (entry.revision is None)
+        assert entry.dataset in line and ("none*" in line) == (entry.split is None)
+        assert entry.revision[:8] in line
     assert [line for line in lines if line in TASK_LAYOUTS] == list(TASK_LAYOUTS)
     assert "mteb#1372" in table
 
@@ -535,8 +537,10 @@ configs:
 }
 READ = """
 import json
-from dataset_builders.sources import RegistrySource, describe_source, read_rows
-source = RegistrySource(kind="registry", **json.loads({values!r}))
+from dataset_builders.sources import HubSource, RegistrySource, describe_source, read_rows
+kinds = {{"hub": HubSource, "registry": RegistrySource}}
+values = json.loads({values!r})
+source = kinds[values["kind"]](**values)
 rows = read_rows(source, None)
 tables = {{name: getattr(rows, name).to_pylist() for name in ("documents", "queries", "qrels")}}
 print(json.dumps({{"commit": describe_source(source, None)["commit"], **tables}}))
@@ -544,7 +548,7 @@ print(json.dumps({{"commit": describe_source(source, None)["commit"], **tables}}
 
 
 def read_over_http(hub: LocalHub, folder: Path, **values) -> dict:
-    done = hub.run(READ.format(values=json.dumps(values)), folder)
+    done = hub.run(READ.format(values=json.dumps({"kind": "registry", **values})), folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -565,19 +569,19 @@ def test_a_pinned_set_is_read_from_the_hub_at_its_commit(tmp_path):
     ]
 
 
-def test_an_unpinned_set_is_read_at_its_newest_commit_which_is_kept(tmp_path):
-    entry = registry()["ELI5"]
+def test_a_set_named_without_a_commit_is_read_at_its_newest_one_which_is_kept(tmp_path):
     readme = b"---\nconfigs: [{config_name: pair, data_files: [{split: train, path: pair/train.jsonl}]}]\n---\n"
     old, new = (
         {"README.md": readme, "pair/train.jsonl": json_lines({"question": "why", "answer": answer})}
         for answer in ("so", "because")
     )
-    assert entry.revision is None
-    hub = LocalHub({entry.dataset: {"1" * 40: old}})
+    asked = {"kind": "hub", "dataset": "org/why", "config": "pair"}
+    asked |= {"columns": {"query": "question", "positive": "answer"}}
+    hub = LocalHub({"org/why": {"1" * 40: old}})
     with hub:
-        first = read_over_http(hub, tmp_path, name="ELI5")
-        hub.repos[entry.dataset]["2" * 40] = new
-        second = read_over_http(hub, tmp_path, name="ELI5")
+        first = read_over_http(hub, tmp_path, **asked)
+        hub.repos["org/why"]["2" * 40] = new
+        second = read_over_http(hub, tmp_path, **asked)
     assert [rows["commit"] for rows in (first, second)] == ["1" * 40, "2" * 40]
     assert [rows["documents"][0]["text"] for rows in (first, second)] == ["so", "because"]
 
@@ -585,7 +589,7 @@ def test_an_unpinned_set_is_read_at_its_newest_commit_which_is_kept(tmp_path):
 def test_a_set_that_the_hub_does_not_have_is_told_in_one_line(tmp_path):
     with LocalHub({"mteb/fiqa": {registry()["FiQA2018"].revision: {"README.md": FIQA["README.md"]}}}) as hub:
         for name, message in (("HotpotQA", "mteb/hotpotqa"), ("SQuAD", "rajpurkar/squad"), ("FiQA2018", "corpus")):
-            done = hub.run(READ.format(values=json.dumps({"name": name})), tmp_path)
+            done = hub.run(READ.format(values=json.dumps({"kind": "registry", "name": name})), tmp_path)
             last = done.stderr.strip().splitlines()[-1]
             assert done.returncode == 1 and "InputError: data set " in last and message in last
 
