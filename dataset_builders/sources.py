@@ -299,7 +299,9 @@ def sources_table() -> str:
                 dataset = f"{entry.dataset} ({entry.config})" if entry.config else entry.dataset
                 in_batch = "yes" if entry.in_batch_negatives else "no"
                 lines.append(
-                    line.format(name, dataset, entry.split or "none*", entry.revision[:8], entry.licence[:15], in_batch)
+                    line.format(
+                        name, dataset, entry.split or "none*", entry.revision[:8], entry.licence[:15], in_batch
+                    )
                 )
     lines += ["", "* nothing to train on", ""]
     for name, entry in registry().items():
