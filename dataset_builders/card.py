@@ -1,6 +1,7 @@
 """Recipe and manifests -> README.md of the published folder: how the data were made, checked, and can be made again.
 
-It is also what `load_dataset` reads: the YAML on top names the files of each configuration.
+It is also what `load_dataset` and the Hub's viewer read: the YAML on top names the files of each configuration, their
+columns and their sizes. A build does not know which repository it will be in; `card_for` puts the name in.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 
 CARD = Path(__file__).with_name("dataset_card.md")
+REPO_ID = "ORG/NAME"  # stands in the card of a build for the repository's name
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
 BENCHMARK = "MTEB(eng, v2)"  # that zero-shot is stated for, unless the recipe names another
 # What the Hub can be searched by. Every row is about which texts are alike; a retrieval set can be searched, too.
@@ -57,6 +59,7 @@ def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     }
     card = environment.get_template(CARD.name).render(
         metadata=metadata.to_yaml(),
+        repo_id=REPO_ID,
         configs=configs,
         recipe=public,
         recipe_yaml=yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110).strip(),
@@ -72,6 +75,11 @@ def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     if DatasetCard(card).data.to_dict() != metadata.to_dict():
         raise InputError(f"{CARD}: the metadata on top does not read back as it was written")
     return card
+
+
+def card_for(folder: Path, repo_id: str) -> str:
+    """The card in `folder` as it is published under `repo_id`: every line that a reader runs names the repository."""
+    return (folder / "README.md").read_text(encoding="utf-8").replace(REPO_ID, repo_id)
 
 
 def card_metadata(configs: Sequence[Mapping[str, Any]], task_type: str, licence: str | None) -> Any:
