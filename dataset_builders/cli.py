@@ -79,5 +79,18 @@ def _disk_advice(error: Exception) -> str | None:
 def _report(message: str, debug: bool) -> NoReturn:
     if debug:
         raise
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + one_line(message), file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def one_line(message: str, longest: int = 2000) -> str:
+    """`message` in one line of at most `longest` characters that a terminal shows as they are.
+
+    A value out of a file may be a megabyte long, or hold codes that move the cursor.
+
+    >>> one_line("a\\n  b\\x1b[2J" + 3000 * "c" + " end", longest=24)
+    'a b\\\\x1b[2J ... ccccc end'
+    """
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
+    half = (longest - len(" ... ")) // 2
+    return line if len(line) <= longest else f"{line[: longest - 5 - half]} ... {line[-half:]}"

@@ -1,5 +1,8 @@
 """Recipes: YAML files whose keys are fields of pydantic models. An unknown key is an error.
 
+They are plain data of a size that people write: no tags that make objects, no key twice, no alias that writes out to
+more than MAX_VALUES values.
+
 Every key can be overridden on the command line by a flag of the same name: `--mining.margin 0.9`, or `--margin 0.9`
 when only one section has a key of that name.
 """
@@ -24,20 +27,86 @@ class Section(BaseModel):
 
 
 Recipe = TypeVar("Recipe", bound=Section)
+MAX_BYTES = 1 << 18  # of a recipe's file
+MAX_VALUES = 100_000  # of a recipe, each alias counted as what it stands for
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError when there is none."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise InputError(f"{path}: more than {MAX_BYTES:,} bytes; name a recipe")
+        content = load_yaml(text.decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe; recipes that ship are under recipes/") from None
-    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:  # a folder, a loop of links, other bytes than UTF-8, a name with a NUL
         raise InputError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: a recipe is a mapping of names to values, this file is not")
     return content
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says, as plain data. Raises ValueError for what is no YAML, or more than plain data."""
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count_values(node, loader, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _count_values(node: yaml.Node, loader: yaml.SafeLoader, counted: dict[yaml.Node, int | None]) -> int:
+    """How many values there are in `node`, aliases written out; `counted` holds None for those around it.
+
+    Raises YAMLError for what safe_load would take, make endless, or fail on in ways of its own: a key that is there
+    twice, a value inside itself, a tag that does not fit its text, text that no UTF-8 file can hold.
+    """
+    if node in counted:
+        if counted[node] is None:
+            raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
+        return counted[node]
+    counted[node] = None
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        names: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+            names.add(key.value)
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    else:
+        _check_scalar(node, loader)
+    counted[node] = 1 + sum(_count_values(part, loader, counted) for part in inner)
+    if counted[node] > MAX_VALUES:
+        raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES:,} values", problem_mark=node.start_mark)
+    return counted[node]
+
+
+def _check_scalar(node: yaml.ScalarNode, loader: yaml.SafeLoader) -> None:
+    problem = None
+    is_typed = node.tag.startswith("tag:yaml.org,2002:") and node.tag != loader.DEFAULT_SCALAR_TAG
+    if is_typed and loader.resolve(yaml.ScalarNode, node.value, (True, False)) != node.tag:
+        problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+    try:
+        node.value.encode()
+    except UnicodeEncodeError:
+        problem = f"{node.value!r} is no text: half of a surrogate pair"
+    if problem:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: Sequence[str] = ()) -> Recipe:
@@ -79,8 +148,8 @@ def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tup
                 f"{flag} could be any of {', '.join('--' + '.'.join(path) for path in matches)}: name one"
             )
         try:
-            yield matches[0], yaml.safe_load(flags[position + 1])
-        except yaml.YAMLError:
+            yield matches[0], load_yaml(flags[position + 1])
+        except ValueError:
             yield matches[0], flags[position + 1]
         position += 2
 
