@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset_builders.cli import InputError
 from dataset_builders.recipes import read_yaml
-from eval.report import format_ledger, read_json, read_metrics
+from eval.report import format_ledger, read_ledger, read_metrics
 from eval.retrieval import format_table
 from modeling.recipe import StageArguments
 
@@ -28,7 +28,7 @@ def read_evidence(run_folder: Path, results: Path | None = None, ablations: Path
     return {
         "recipe": read_yaml(path),
         "recipe_text": path.read_text(encoding="utf-8").strip(),
-        "ledger": read_json(run_folder / "ledger.json"),
+        "ledger": read_ledger(run_folder),
         "metrics": read_metrics(results) if (results / "metrics.json").is_file() else None,
     }
 

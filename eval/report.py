@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by every reader, in grey print as well.
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
+KEY = "Results"  # the text chunk of a PNG that holds metrics.json's `key`
 VALIDATION_KEY = "eval_validation_cosine_ndcg@10"
 NOT_MEASURED = (
     "MTEB and other collections: the table is about held-out queries of the run's own data. "
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     stages = [stage["name"] for stage in recipe["stages"]]
     logs = read_logs(run_folder, stages)
     manifests = read_manifests(data)
-    ledger = read_json(run_folder / "ledger.json")
+    ledger = read_ledger(run_folder)
 
     figures = {"systems.png": plot_systems(metrics)}
     if logs:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
             "Versions: " + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()) + ".",
         ]
     )
-    save(page, figures, Path(args.output_dir))
+    save(page, figures, metrics["key"], Path(args.output_dir))
 
 
 def _parse(argv: Sequence[str]):
@@ -89,9 +90,19 @@ def read_metrics(results: Path) -> dict[str, Any]:
     """What eval.retrieval measured."""
     path = results / "metrics.json"
     metrics = read_json(path)
-    if not isinstance(metrics, dict) or not {"systems", "measures", "run", "data"} <= set(metrics):
+    if not isinstance(metrics, dict) or not {"key", "systems", "measures", "run", "data"} <= set(metrics):
         raise InputError(f"{path}: not written by eval.retrieval; run python -m eval.retrieval")
     return metrics
+
+
+def read_ledger(run_folder: Path) -> dict[str, Any]:
+    """What train_st.py says the run cost. Ledgers of its first version do not tell about the data."""
+    path = run_folder / "ledger.json"
+    ledger = read_json(path)
+    rows = ledger.get("stages") if isinstance(ledger, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "device_seconds" in row for row in rows):
+        raise InputError(f"{path}: not a ledger of train_st.py; run the training command again, it keeps what is done")
+    return {"data": [], **ledger}
 
 
 def read_logs(run_folder: Path, stages: Sequence[str]) -> dict[str, Log]:
@@ -106,16 +117,29 @@ def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def format_ledger(ledger: Mapping[str, Any]) -> str:
-    """What the data and each stage of training cost, as a Markdown table; evaluations in training are included."""
-    lines = ["| step | steps | tokens | seconds | device | peak memory |", "|---|---:|---:|---:|---|---:|"]
+    """What the data and each stage of training cost, as a Markdown table; evaluations in training are included.
+
+    A device hour is one hour of one device: an hour on eight GPUs is eight of them.
+    """
+    lines = [
+        "| step | steps | tokens | seconds | device | peak memory | device hours |",
+        "|---|---:|---:|---:|---|---:|---:|",
+    ]
     for row in ledger["data"]:
-        lines.append(f"| data: {row['step']} | | | {row['seconds']:,.0f} | | {_gib(row['peak_memory_bytes'])} |")
+        lines.append(f"| data: {row['step']} | | | {row['seconds']:,.0f} | | {_gib(row['peak_memory_bytes'])} | |")
     for row in ledger["stages"]:
+        devices = round(row["device_seconds"] / max(row["training_seconds"], 1e-9))
         lines.append(
             f"| {row['stage']} | {row['steps']:,} | {row['tokens']:,} | {row['training_seconds']:,.0f} "
-            f"| {row['device']} | {_gib(row['peak_device_memory_bytes'] or row['peak_memory_bytes'])} |"
+            f"| {f'{devices} x ' if devices > 1 else ''}{row['device']} "
+            f"| {_gib(row['peak_device_memory_bytes'] or row['peak_memory_bytes'])} "
+            f"| {row['device_seconds'] / 3600:.2f} |"
         )
-    return "\n".join(lines)
+    tokens = sum(row["tokens"] for row in ledger["stages"])
+    seconds = sum(row["training_seconds"] for row in ledger["stages"])
+    seconds += sum(row["seconds"] for row in ledger["data"])
+    hours = sum(row["device_seconds"] for row in ledger["stages"]) / 3600
+    return "\n".join([*lines, f"| **all** | | {tokens:,} | **{seconds:,.0f}** | | | **{hours:.2f}** |"])
 
 
 def format_costs(
@@ -220,11 +244,11 @@ def _figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def save(page: str, figures: Mapping[str, Figure], output: Path) -> None:
-    """The pictures, then the page that shows them."""
+def save(page: str, figures: Mapping[str, Figure], key: str, output: Path) -> None:
+    """The pictures, then the page that shows them. Each picture carries the key of the results it was drawn from."""
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(output / name)
+        figure.savefig(output / name, metadata={KEY: key})
     (output / "report.md").write_text(page + "\n", encoding="utf-8")
     print(output / "report.md")
 

@@ -4,10 +4,13 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
+from dataset_builders.cli import InputError
 from dataset_builders.folders import write_json
 from eval import retrieval
 from eval.report import (
+    KEY,
     VALIDATION_KEY,
     format_costs,
     format_ledger,
@@ -15,6 +18,7 @@ from eval.report import (
     not_run,
     plot_systems,
     plot_training,
+    read_ledger,
     read_manifests,
     read_metrics,
 )
@@ -82,7 +86,7 @@ def test_curves_are_the_logged_points():
 
 def test_costs_add_up(run, metrics):
     ledger = {"stages": [{"stage": "sts", "steps": 2, "tokens": 1234, "training_seconds": 90.0, "device": "cpu"}]}
-    ledger["stages"][0] |= {"peak_memory_bytes": 2**30, "peak_device_memory_bytes": 2**31}
+    ledger["stages"][0] |= {"device_seconds": 90.0, "peak_memory_bytes": 2**30, "peak_device_memory_bytes": 2**31}
     ledger["data"] = [{"data": "x", "step": "corpus", "seconds": 10.0, "peak_memory_bytes": 2**29}]
     manifests = {"corpus": {"seconds": 10.0, "peak_memory_bytes": 2**29, "counts": ["rows"], "rows": 1200}}
     metrics = {**metrics, "systems": [{"seconds": 5.0}, {}], "peak_memory_bytes": 2**30}
@@ -90,8 +94,38 @@ def test_costs_add_up(run, metrics):
     assert costs[2] == "| data: corpus | 10 | 0.50 GiB | rows 1,200 |"
     assert costs[3] == "| training: sts | 90 | 1.00 GiB | 2 steps, 1,234 tokens on cpu |"
     assert costs[-1] == "| **all** | **105** | | |"
-    shown = ["| data: corpus | | | 10 | | 0.50 GiB |", "| sts | 2 | 1,234 | 90 | cpu | 2.00 GiB |"]
-    assert format_ledger(ledger).splitlines()[2:] == shown
+    assert format_ledger(ledger).splitlines()[2:] == [
+        "| data: corpus | | | 10 | | 0.50 GiB | |",
+        "| sts | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
+        "| **all** | | 1,234 | **100** | | | **0.03** |",
+    ]
+
+
+def test_eight_devices_for_an_hour_are_eight_device_hours():
+    stage = {"stage": "retrieval", "steps": 98, "tokens": 10**8, "training_seconds": 3600.0, "device": "A100"}
+    stage |= {"device_seconds": 8 * 3600.0, "peak_memory_bytes": 2**30, "peak_device_memory_bytes": 2**36}
+    row = format_ledger({"data": [], "stages": [stage]}).splitlines()[2]
+    assert row == "| retrieval | 98 | 100,000,000 | 3,600 | 8 x A100 | 64.00 GiB | 8.00 |"
+
+
+def test_a_ledger_without_data_costs_is_read(tmp_path):
+    """train_st.py's first version wrote such; the report ended in a traceback."""
+    write_json(tmp_path / "ledger.json", {"stages": [], "total": {}})
+    assert format_ledger(read_ledger(tmp_path)).splitlines()[2:] == ["| **all** | | 0 | **0** | | | **0.00** |"]
+
+
+@pytest.mark.parametrize("content", [[], {}, {"stages": None}, {"stages": [{"stage": "sts"}]}, {"stages": [1]}])
+def test_what_is_no_ledger_is_one_line(tmp_path, content):
+    write_json(tmp_path / "ledger.json", content)
+    with pytest.raises(InputError, match=r"ledger.json: not a ledger of train_st.py; run the training command again"):
+        read_ledger(tmp_path)
+
+
+def test_pictures_carry_the_key_of_their_results(run, tmp_path, metrics):
+    """What the card ships: a picture of results that were replaced since can be told."""
+    main([str(run / "results"), "--output_dir", str(tmp_path / "report")])
+    for name in ("systems.png", "training.png"):
+        assert Image.open(tmp_path / "report" / name).text[KEY] == metrics["key"]
 
 
 def test_what_was_not_run_is_said(run, metrics):
