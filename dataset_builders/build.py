@@ -12,7 +12,9 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from dataset_builders.audit import write_audit
 from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
@@ -42,6 +44,9 @@ STEPS = ("corpus", "candidates", "scores", "mined", "hub")
 FOLDERS = ("corpus", "candidates", "scores", "mined", "audit", "sts", "hub")
 # Where things lie, and who does the work, make no difference to the rows.
 WHERE = {"data_root", "ray"}
+# Of a published file's rows in memory; compressed they are less. What breaks off in a download is fetched again, and
+# readers work on shards side by side.
+ShardSize = Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")]
 
 
 class Graders(Section):
@@ -55,6 +60,7 @@ class Graders(Section):
     teacher: Teacher
     mining: Mining = Mining()
     publish: tuple[Mining, ...] = ()  # further training sets, mined from the same grades
+    max_shard_size: ShardSize = "500MB"
     ray: Ray = Ray()  # of --engine ray
 
 
@@ -71,6 +77,7 @@ class StsRecipe(Section):
     instruction: str
     data_root: str | None = None
     decontamination: Decontamination | None = None
+    max_shard_size: ShardSize = "500MB"
 
 
 class CollectionRecipe(Graders):
@@ -235,7 +242,7 @@ def build_graded(
     make(
         "hub",
         {"steps": steps, "recipe": keys},
-        lambda folder: publish(output, steps, {**keys, **made}, folder, recipe.publish),
+        lambda folder: publish(output, steps, {**keys, **made}, folder, recipe.max_shard_size, recipe.publish),
     )
 
 
@@ -261,16 +268,21 @@ def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:
     make_step(
         output / "hub",
         {"files": made["files"], "recipe": keys},
-        lambda folder: publish(output, ["sts"], facts, folder),
+        lambda folder: publish(output, ["sts"], facts, folder, recipe.max_shard_size),
     )
 
 
 def publish(
-    output: Path, steps: Sequence[str], facts: Mapping[str, Any], folder: Path, further: Sequence[Mining] = ()
+    output: Path,
+    steps: Sequence[str],
+    facts: Mapping[str, Any],
+    folder: Path,
+    max_shard_size: str,
+    further: Sequence[Mining] = (),
 ) -> dict[str, Any]:
     from dataset_builders.builders import write_hub  # `datasets` takes seconds to import
 
-    return write_hub(output, steps, facts, folder, further)
+    return write_hub(output, steps, facts, folder, max_shard_size, further)
 
 
 def make_step(folder: Path, inputs: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

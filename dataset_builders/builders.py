@@ -27,7 +27,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 from pydantic import ValidationError
 
-from dataset_builders.card import render_card
+from dataset_builders.card import Config, render_card
 from dataset_builders.cli import InputError
 from dataset_builders.folders import (
     MANIFEST,
@@ -41,8 +41,6 @@ from dataset_builders.folders import (
 from dataset_builders.mine import Graded, Mining, Tally, mine, read_graded
 from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES, STS, train_schema
 
-# Of rows in memory. What breaks off while being downloaded is fetched again, and readers work on shards side by side.
-MAX_SHARD_SIZE = "500MB"
 TEXT_ROWS = 1024  # documents in a row group: what a streaming reader holds at a time
 README = "README.md"
 
@@ -57,6 +55,7 @@ TABLES = {
     "sts": ("sts/sts.parquet", STS),
 }
 STEPS = sorted({file.partition("/")[0] for file, _ in TABLES.values()})
+_PATTERN = re.compile(r"[\w.-]+/train-\*-[0-9a-f]{8}\.parquet")  # of a published config's shards
 _MINED = re.compile(r"train-n(?P<num_negatives>\d+)(-m(?P<margin>[\d.]+))?(-(?P<strategy>random)(-s(?P<seed>\d+))?)?")
 
 
@@ -153,7 +152,7 @@ def is_build(folder: Path) -> bool:
 
 
 def find_files(folder: Path, name: str) -> list[Path]:
-    """The files of a config in the folder of a build, or in a published one. Raises InputError when there are none."""
+    """The files of a config in the folder of a build, or in a published one. Raises InputError when one is missing."""
     files = _built_files(folder) if is_build(folder) else _published_files(folder)
     if name not in files:
         raise InputError(f"{folder}: no config {name!r}; it has {', '.join(files) or 'none'}")
@@ -168,10 +167,19 @@ def _built_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _published_files(folder: Path) -> dict[str, list[Path]]:
+    """All shards of every config, as many as their names say there are, whether they were downloaded or not."""
     if not (folder / README).is_file():
         raise InputError(f"{folder}: neither a build nor a published data set; download its {README}, too")
     configs = DatasetCard.load(folder / README, ignore_metadata_errors=True).data.to_dict().get("configs", [])
-    return {config["config_name"]: [folder / path for path in config["data_files"][0]["path"]] for config in configs}
+    return {config["config_name"]: _shards(folder, config["data_files"][0]["path"]) for config in configs}
+
+
+def _shards(folder: Path, pattern: str) -> list[Path]:
+    if not _PATTERN.fullmatch(pattern):
+        raise InputError(f"{folder / README}: data files {pattern!r} are none that graded-embedder published")
+    found = sorted(folder.glob(pattern))
+    number = int(found[0].name.split("-")[3]) if found else 1  # train-00000-of-NUMBER-HASH.parquet
+    return [folder / pattern.replace("*", f"{shard:05d}-of-{number:05d}") for shard in range(number)]
 
 
 def _content_key(folder: Path) -> str:
@@ -179,7 +187,7 @@ def _content_key(folder: Path) -> str:
     if is_build(folder):
         made = [step for step in STEPS if (folder / step / MANIFEST).is_file()]
         return fingerprint({step: read_manifest(folder / step)["files"] for step in made})
-    return fingerprint({name: list(map(str, paths)) for name, paths in _published_files(folder).items()})
+    return fingerprint({name: [str(path) for path in paths] for name, paths in _published_files(folder).items()})
 
 
 def graded_of(folder: Path, cache_dir: str) -> Graded:
@@ -211,47 +219,53 @@ def _with_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def write_hub(
-    data: Path, steps: Sequence[str], facts: Mapping[str, Any], folder: Path, publish: Sequence[Mining] = ()
+    data: Path,
+    steps: Sequence[str],
+    facts: Mapping[str, Any],
+    folder: Path,
+    max_shard_size: str,
+    publish: Sequence[Mining] = (),
 ) -> dict[str, Any]:
     """Publish what `steps` left under `data` into `folder`, with a card; returns row counts.
 
-    `publish`: further training sets, mined from the same graded candidates.
+    `publish`: further training sets, mined from the same graded candidates. A shard ends with the row group in which
+    its rows exceed `max_shard_size` in memory; on disk, compressed, it is smaller.
     """
     names = [name for name in _built_files(data) if TABLES[name][0].partition("/")[0] in steps]
     further = dict.fromkeys(mining.config_name() for mining in publish)
     names[1:1] = further  # after `train`, which is the default
-    configs = [_write_config(name, data, folder) for name in names]
+    configs = [_write_config(name, data, folder, max_shard_size) for name in names]
     if "audit" in steps:
         (folder / "assets").mkdir(exist_ok=True)
         for plot in sorted((data / "audit").glob("*.png")):
             shutil.copyfile(plot, folder / "assets" / plot.name)
     (folder / README).write_text(render_card(configs, facts), encoding="utf-8")
-    return {"rows": {config["name"]: config["rows"] for config in configs}}
+    return {"rows": {config.name: config.rows for config in configs}}
 
 
-def _write_config(name: str, data: Path, folder: Path) -> dict[str, Any]:
+def _write_config(name: str, data: Path, folder: Path, max_shard_size: str) -> Config:
     scratch = folder / "scratch"  # also what a killed run left
     shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(folder / name, ignore_errors=True)
     builder = GradedDataset(
         config_name=name, data_dir=str(data), cache_dir=str(scratch / "cache"), dataset_name="graded"
     )
-    builder.download_and_prepare(str(scratch / "files"), file_format="parquet", max_shard_size=MAX_SHARD_SIZE)
-    (folder / name).mkdir(exist_ok=True)
-    files = [_name_by_content(path, folder / name) for path in sorted((scratch / "files").glob("*.parquet"))]
+    builder.download_and_prepare(str(scratch / "files"), file_format="parquet", max_shard_size=max_shard_size)
+    (folder / name).mkdir()
+    pattern, files = _name_by_content(sorted((scratch / "files").glob("*.parquet")), folder / name)
     shutil.rmtree(scratch)
-    return {
-        "name": name,
-        "rows": builder.info.splits["train"].num_examples,
-        "columns": list(builder.info.features),
-        "files": [path.relative_to(folder).as_posix() for path in files],
-    }
+    builder.info.download_size = sum(path.stat().st_size for path in files)
+    return Config(name, f"{name}/{pattern}", builder.info)
 
 
-def _name_by_content(path: Path, folder: Path) -> Path:
-    """Move graded-train-00000-of-00002.parquet to train-00000-of-00002-HASH.parquet in `folder`.
+def _name_by_content(shards: Sequence[Path], folder: Path) -> tuple[str, list[Path]]:
+    """Move shards of Parquet into `folder` as train-00000-of-00002-HASH.parquet, ...; returns their pattern, and them.
 
-    `datasets` 5.2 caches a local folder under its name and the file names in its README: with the same names a
-    rebuilt folder, or another one called hub, would be answered with the rows of the first.
+    The hash is that of the config's whole content: `datasets` 5.2 caches a local folder under its name and what its
+    README says, so that with the same pattern a rebuilt folder, or another one called hub, would be answered with the
+    rows of the first. A shard of an earlier version that was left beside these does not match their pattern.
     """
-    name = f"{path.stem.removeprefix('graded-')}-{file_sha256(path)[:8]}.parquet"
-    return path.rename(folder / name)
+    content = fingerprint([file_sha256(path) for path in shards])[:8]
+    names = [f"train-{number:05d}-of-{len(shards):05d}-{content}.parquet" for number in range(len(shards))]
+    moved = [path.rename(folder / name) for path, name in zip(shards, names, strict=True)]
+    return f"train-*-{content}.parquet", moved

@@ -6,9 +6,11 @@ columns and their sizes. A build does not know which repository it will be in; `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,10 +19,24 @@ from dataset_builders.cli import InputError
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 
+if TYPE_CHECKING:
+    from datasets import DatasetInfo
+    from huggingface_hub import DatasetCardData
+
 CARD = Path(__file__).with_name("dataset_card.md")
 REPO_ID = "ORG/NAME"  # stands in the card of a build for the repository's name
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
 BENCHMARK = "MTEB(eng, v2)"  # that zero-shot is stated for, unless the recipe names another
+# The Hub's identifiers (huggingface.co/docs/hub/repositories-licenses), those for model weights left out; it refuses a
+# card with any other.
+LICENSES = """
+afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc0-1.0
+cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
+cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-permissive-1.0
+cdla-permissive-2.0 cdla-sharing-1.0 ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gfdl gpl gpl-2.0 gpl-3.0 isc lgpl
+lgpl-2.1 lgpl-3.0 lgpl-lr lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 osl-3.0 pddl postgresql unlicense
+wtfpl zlib unknown
+"""
 # What the Hub can be searched by. Every row is about which texts are alike; a retrieval set can be searched, too.
 TASK_CATEGORIES = {"retrieval": ["text-retrieval", "sentence-similarity"]}
 # Texts of one class are positives of each other, so one row's document is no negative of another's query.
@@ -28,11 +44,28 @@ CLASS_TASKS = ("classification", "clustering")
 SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M", 1e8: "10M<n<100M"}
 
 
-def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Config:
+    """A table that was written: `path` is the pattern that its files match, and no others."""
+
+    name: str
+    path: str
+    info: DatasetInfo  # features, rows and bytes of the one split, `train`
+
+    @property
+    def rows(self) -> int:
+        return self.info.splits["train"].num_examples
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.info.features)
+
+
+def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
     """README.md. `facts`: the recipe's keys, and the manifest of each of STEPS; a step that was not made is left out.
 
-    Each of `configs` has name, rows, columns and files; the first is the default one. Raises InputError where the
-    Hub would read other metadata than was written.
+    The first of `configs` is the default one. Raises InputError where the Hub would read other metadata than was
+    written.
     """
     from huggingface_hub import DatasetCard
 
@@ -40,12 +73,14 @@ def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
     recipe = {key: value for key, value in facts.items() if key not in STEPS}
     if made["sts"] and "sts" in made["sts"]["inputs"]:  # the manifest stands where the recipe's section was
         recipe["sts"] = made["sts"]["inputs"]["sts"]
-    public = public_recipe(recipe, source_commit(made))
+    commit = source_commit(made)
+    public = public_recipe(recipe, commit, used_models(made))
     entry = registry()[recipe["source"]["name"]] if recipe["source"]["kind"] == "registry" else None
     licence = entry.licence if entry else source_licence(recipe["source"])
     trained_on = recipe["source"].get("training_datasets")
     benchmark = (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK
-    metadata = card_metadata(configs, public["task_type"], licence)
+    found_on_hub = (entry.dataset if entry else public["source"].get("dataset")) if commit else None
+    metadata = card_metadata(configs, public, licence, found_on_hub)
     environment = Environment(
         loader=FileSystemLoader(CARD.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
@@ -66,7 +101,7 @@ def render_card(configs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) 
         title=source_title(public["source"]),
         entry=entry,
         licence=licence,
-        commit=source_commit(made),
+        commit=commit,
         in_batch_negatives=entry.in_batch_negatives if entry else public["task_type"] not in CLASS_TASKS,
         compared=compared_tasks(made["corpus"]),
         zero_shot=zero_shot(trained_on, benchmark) if trained_on else None,
@@ -82,33 +117,54 @@ def card_for(folder: Path, repo_id: str) -> str:
     return (folder / "README.md").read_text(encoding="utf-8").replace(REPO_ID, repo_id)
 
 
-def card_metadata(configs: Sequence[Mapping[str, Any]], task_type: str, licence: str | None) -> Any:
-    """What the Hub searches by, and what `load_dataset` finds files by."""
+def card_metadata(
+    configs: Sequence[Config], recipe: Mapping[str, Any], licence: str | None, source_dataset: str | None
+) -> DatasetCardData:
+    """What the Hub searches by, what `load_dataset` finds files by, and what the viewer shows without reading them.
+
+    `source_dataset`: the Hub's data set that the texts come from, if they come from one.
+    """
+    from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
 
     files = [
-        {"config_name": config["name"], "data_files": [{"split": "train", "path": config["files"]}]}
-        for config in configs
+        {"config_name": config.name, "data_files": [{"split": "train", "path": config.path}]} for config in configs
     ]
-    return DatasetCardData(
-        language=["en"],
-        license=license_id(licence),
+    task_type = recipe["task_type"]
+    metadata = DatasetCardData(
+        pretty_name=f"{source_title(recipe['source'])}, graded",
+        language=["en"],  # BM25's stop words and stems are English, and so is the registry
+        **license_fields(licence),
+        # labels are a teacher's, on pairs whose relevance others judged; published pairs keep their own scores
+        annotations_creators=["found"] if task_type == "sts" else ["machine-generated", "found"],
+        language_creators=["found"],
+        multilinguality=["monolingual"],
+        source_datasets=[source_dataset] if source_dataset else None,
         task_categories=TASK_CATEGORIES.get(task_type, ["sentence-similarity"]),
-        size_categories=[size_category(configs[0]["rows"])],
+        size_categories=[size_category(configs[0].rows)],
         tags=["sentence-transformers", "graded-embedder", "hard-negatives", "distillation", task_type],
         configs=[{**files[0], "default": True}, *files[1:]],
     )
+    DatasetInfosDict({config.name: config.info for config in configs}).to_dataset_card_data(metadata)
+    return metadata
 
 
-def license_id(licence: str | None) -> str:
-    """As the Hub writes licences: an identifier, `other` for what has only a name or an address, or `unknown`.
+def license_fields(licence: str | None) -> dict[str, str]:
+    """As the Hub writes licences: one of its identifiers, `other` with a name or an address, or `unknown`.
 
-    >>> [license_id(licence) for licence in ("CC-BY-SA-4.0", "https://example.org/terms", "not specified", None)]
-    ['cc-by-sa-4.0', 'other', 'unknown', 'unknown']
+    >>> license_fields("CC-BY-SA-4.0"), license_fields(None)
+    ({'license': 'cc-by-sa-4.0'}, {'license': 'unknown'})
+    >>> license_fields("https://example.org/terms")
+    {'license': 'other', 'license_name': 'terms-of-the-source', 'license_link': 'https://example.org/terms'}
+    >>> license_fields("Educational use only")
+    {'license': 'other', 'license_name': 'educational-use-only'}
     """
     if licence is None or licence == "not specified":
-        return "unknown"
-    return "other" if any(mark in licence for mark in (" ", "/", ",")) else licence.lower()
+        return {"license": "unknown"}
+    if licence.startswith(("http://", "https://")):
+        return {"license": "other", "license_name": "terms-of-the-source", "license_link": licence}
+    name = "-".join(re.findall(r"[a-z0-9.]+", licence.lower()))
+    return {"license": name} if name in LICENSES.split() else {"license": "other", "license_name": name}
 
 
 def size_category(rows: int) -> str:
@@ -119,15 +175,24 @@ def size_category(rows: int) -> str:
     return next((name for limit, name in SIZES.items() if rows < limit), "n>100M")
 
 
-def public_recipe(recipe: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
-    """The recipe as a stranger can use it: what was left at null left out, the source pinned, no path of ours.
+def public_recipe(recipe: Mapping[str, Any], commit: str | None, models: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe as a stranger can use it: what was left at null left out, source and models pinned, no path of ours.
 
     Where a local folder lay on this machine is nobody's business; what it was called is.
     """
     cleaned = _without_paths(recipe)
     if commit and "revision" in recipe["source"]:
         cleaned["source"]["revision"] = commit
+    for section, model in models.items():
+        cleaned[section]["model"] = model
     return cleaned
+
+
+def used_models(made: Mapping[str, Any]) -> dict[str, str]:
+    """Section of the recipe -> ORG/NAME@COMMIT, of those models that came from the Hub."""
+    read = {"dense": made["candidates"], "teacher": made["scores"]}
+    models = {section: step["inputs"][section]["model"] for section, step in read.items() if step}
+    return {section: model for section, model in models.items() if "@" in model}
 
 
 def _without_paths(value: Any, key: str = "") -> Any:
@@ -148,8 +213,12 @@ def public_name(reference: str) -> str:
     >>> public_name("org/model@main"), public_name("/home/me/models/mine"), public_name("package:name")
     ('org/model@main', 'mine', 'package:name')
     """
-    is_path = reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
-    return Path(reference).name if is_path else reference
+    return Path(reference).name if is_path(reference) else reference
+
+
+def is_path(reference: str) -> bool:
+    """Whether a model or data set is a folder on this machine, and no Hub id or package."""
+    return reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
 
 
 def source_title(source: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ class ModelReference:
         """
         if self.is_local:
             return fingerprint(files_of(Path(self.name_or_path)))
-        return fingerprint([self.name_or_path, hub_commit(self.name_or_path, self.revision)])
+        return f"{self.name_or_path}@{hub_commit(self.name_or_path, self.revision)}"  # cards tell it
 
 
 def resolve_model(reference: str) -> ModelReference:
@@ -41,12 +41,17 @@ def resolve_model(reference: str) -> ModelReference:
         raise InputError(f"model reference {reference!r}: name a Hub id, a folder or package:NAME")
     if reference.startswith("package:"):
         return ModelReference(reference, str(_folder_in_package(reference.removeprefix("package:"))))
-    if Path(reference).expanduser().is_dir():
-        return ModelReference(reference, str(Path(reference).expanduser()))
+    if expand_user(reference).is_dir():
+        return ModelReference(reference, str(expand_user(reference)))
     name, _, revision = reference.partition("@")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"model {reference!r}: no such folder, and no Hub id (those look like org/name or name)")
     return ModelReference(reference, name, revision or None)
+
+
+def expand_user(path: str) -> Path:
+    """`path` with its ~ written out; as it is where nobody of that name has a home (pathlib raises RuntimeError)."""
+    return Path(os.path.expanduser(path))
 
 
 def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> str:

@@ -16,6 +16,7 @@ from test_data_mine import table_of, write_graded
 
 from dataset_builders import builders
 from dataset_builders.builders import GradedConfig, GradedDataset, write_hub
+from dataset_builders.card import card_metadata
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, folder_step, write_parquet
 from dataset_builders.mine import Mining, write_mined
@@ -51,11 +52,8 @@ def plain_card(monkeypatch):
     """The YAML that the card starts with, without the page below it, which asks for every step's facts."""
 
     def render(configs, facts):
-        entries = [
-            {"config_name": config["name"], "data_files": [{"split": "train", "path": config["files"]}]}
-            for config in configs
-        ]
-        return f"---\n{yaml.safe_dump({'configs': entries})}---\n"
+        recipe = {"task_type": "retrieval", "source": {"path": "set"}}
+        return f"---\n{card_metadata(configs, recipe, None, None).to_yaml()}\n---\n"
 
     monkeypatch.setattr(builders, "render_card", render)
 
@@ -70,9 +68,9 @@ def hub(build) -> Path:
     return publish(build, build / "hub")
 
 
-def publish(build: Path, folder: Path, sets=PUBLISH) -> Path:
+def publish(build: Path, folder: Path, sets=PUBLISH, size="500MB") -> Path:
     folder.mkdir(exist_ok=True)
-    write_hub(build, STEPS, {}, folder, sets)
+    write_hub(build, STEPS, {}, folder, size, sets)
     return folder
 
 
@@ -153,7 +151,7 @@ assert not any(module.startswith("dataset_builders") for module in sys.modules)
 def test_the_recipes_rows_come_first_and_the_audits_pictures_along(build, tmp_path):
     folder = tmp_path / "hub"
     folder.mkdir()
-    counts = write_hub(build, STEPS, {}, folder, PUBLISH)
+    counts = write_hub(build, STEPS, {}, folder, "500MB", PUBLISH)
     assert list(counts["rows"]) == list(COLUMNS) and min(counts["rows"].values()) > 0
     assert (folder / "assets" / "labels.png").read_bytes() == b"a picture"
     names = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
@@ -208,9 +206,8 @@ def test_sets_without_classes_or_near_duplicates(tmp_path, plain_card):
     assert len(expected) >= len(before) and not expected.equals(before), "the case this test is about"
 
 
-def test_shards_keep_a_querys_candidates_together(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, "MAX_SHARD_SIZE", 1000)
-    hub = publish(build, tmp_path / "hub")
+def test_shards_keep_a_querys_candidates_together(build, tmp_path):
+    hub = publish(build, tmp_path / "hub", size="1KB")
     shards = sorted((hub / "candidates").glob("*.parquet"))
     assert [path.name[:20] for path in shards] == ["train-00000-of-00002", "train-00001-of-00002"]
     queries = [set(pq.read_table(path)["query_id"].to_pylist()) for path in shards]
@@ -283,7 +280,7 @@ def test_folders_without_the_data_are_refused(build, hub, tmp_path):
 def test_a_set_that_cannot_be_mined_is_refused_before_the_card(build, tmp_path):
     (tmp_path / "hub").mkdir()
     with pytest.raises(InputError, match="lower --num_negatives"):
-        write_hub(build, STEPS, {}, tmp_path / "hub", [Mining(num_negatives=60)])
+        write_hub(build, STEPS, {}, tmp_path / "hub", "500MB", [Mining(num_negatives=60)])
     assert not (tmp_path / "hub" / "README.md").exists()
 
 

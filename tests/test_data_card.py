@@ -5,25 +5,26 @@ from itertools import pairwise
 
 import pytest
 import yaml
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
 from huggingface_hub import DatasetCard
 
 from dataset_builders import card
-from dataset_builders.card import license_id, public_recipe, render_card, size_category
+from dataset_builders.card import Config, license_fields, public_recipe, render_card, size_category
 
 MODEL = {"max_seq_length": 128, "dtype": "float32", "batch_tokens": 1024, "vector_dtype": "float16"}
+
+
+def config_of(name, rows, *columns):
+    """A table that was written: as many rows as said, none of them needed."""
+    features = Features({column: Value("string") for column in columns})
+    splits = SplitDict({"train": SplitInfo("train", num_bytes=rows * 100, num_examples=rows)})
+    info = DatasetInfo(features=features, splits=splits, download_size=rows * 10, dataset_size=rows * 100)
+    return Config(name, f"{name}/train-*-01234567.parquet", info)
+
+
 CONFIGS = [
-    {
-        "name": "train",
-        "rows": 1234,
-        "columns": ["query", "positive", "negative_1", "label"],
-        "files": ["train/a.parquet"],
-    },
-    {
-        "name": "candidates",
-        "rows": 56789,
-        "columns": ["query_id"],
-        "files": ["candidates/b.parquet", "candidates/c.parquet"],
-    },
+    config_of("train", 1234, "query", "positive", "negative_1", "label"),
+    config_of("candidates", 56789, "query_id"),
 ]
 
 
@@ -148,7 +149,7 @@ def test_the_hub_reads_the_metadata(facts):
         ("train", True),
         ("candidates", None),
     ]
-    assert data.configs[1]["data_files"] == [{"split": "train", "path": CONFIGS[1]["files"]}]
+    assert data.configs[1]["data_files"] == [{"split": "train", "path": "candidates/train-*-01234567.parquet"}]
 
 
 def test_every_count_is_told(facts):
@@ -212,7 +213,7 @@ def test_a_hub_source_is_pinned_to_the_commit_that_was_read(facts):
     facts["corpus"]["inputs"] = {"source": {"commit": "c" * 40}}
     text = render_card(CONFIGS, facts)
     assert f"revision: {'c' * 40}" in text and "revision: main" not in text
-    assert "--data_root" not in text and public_recipe(facts, None)["source"]["revision"] == "main"
+    assert "--data_root" not in text and public_recipe(facts, None, {})["source"]["revision"] == "main"
 
 
 def test_docstrings_are_licensed_as_their_packages(facts):
@@ -230,7 +231,7 @@ def test_a_set_of_the_registry_has_its_licence_and_its_policy(facts):
     facts["corpus"]["inputs"] = {"source": {"commit": "c" * 40}}
     text = render_card(CONFIGS, facts)
     assert entry.dataset in text and "Use each row's own negatives only" in text
-    assert DatasetCard(text).data.license == license_id(entry.licence)
+    assert DatasetCard(text).data.license == license_fields(entry.licence)["license"]
 
 
 def test_what_was_compared_and_dropped_is_told(facts):
@@ -291,7 +292,7 @@ def test_a_set_of_published_pairs_has_a_card_without_the_steps():
         "mined": None,
         "sts": {"inputs": {"source": {"kind": "local"}}, "rows": 10, "rows_by_label_bin": [1] * 10},
     }
-    text = render_card([{"name": "sts", "rows": 10, "columns": ["sentence1"], "files": ["sts/a.parquet"]}], facts)
+    text = render_card([config_of("sts", 10, "sentence1")], facts)
     assert "moved from [0, 5] into (0, 1)" in text
     assert not {"## How it was made", "## Audit", "## Limits"} & set(text.splitlines())
     assert DatasetCard(text).data.size_categories == ["n<1K"]
