@@ -35,7 +35,7 @@ Identifier = TypeVar("Identifier", bound=Hashable)
 
 
 class Fusion(Section):
-    rrf_k: int = Field(60, ge=0)
+    rrf_k: int = Field(60, ge=0, le=1_000_000)
     top_k: int = Field(100, ge=1)
 
 

@@ -23,6 +23,7 @@ _DISK_ADVICE = {
     errno.EEXIST: "a file stands where a folder is needed; choose another path",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.ELOOP: "a symbolic link leads back to itself; choose another path",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
 }
 # How libraries that are not written in Python tell of a full disk: safetensors, and torch.save.

@@ -27,7 +27,7 @@ class Dense(EncoderSection):
     faiss_from: int = Field(20_000_000, ge=1)
     # Lists of an inverted file that a query visits, of about 4 sqrt(documents of a part); 64 of 1,024 found 79 % of
     # the 100 nearest of static embeddings in half the time of exact search.
-    faiss_probes: int = Field(64, ge=1)
+    faiss_probes: int = Field(64, ge=1, le=1_000_000)
 
 
 def search_dense(

@@ -46,9 +46,9 @@ STS_POOL = 10  # pairs graded for each pair wanted
 
 class Mining(Section):
     margin: float = Field(0.95, gt=0, le=1)
-    num_negatives: int = Field(7, ge=1)
+    num_negatives: int = Field(7, ge=1, le=1000)  # each is a column of the training set
     strategy: Literal["top", "random"] = "top"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     def config_name(self) -> str:
         """What a published set mined so is called.
@@ -64,7 +64,7 @@ class Mining(Section):
 
 class Sts(Section):
     num_rows: int = Field(8000, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 def select_negatives(

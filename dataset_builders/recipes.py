@@ -12,18 +12,36 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dataset_builders.cli import InputError
+
+_NUMBERS = {int, float}
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and strict about the names and the types of its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        """pydantic would read `yes` as 1; as a word it is refused."""
+        if not isinstance(values, dict):
+            return values
+        numbers = [
+            name
+            for name, field in cls.model_fields.items()
+            if _NUMBERS & {field.annotation, *get_args(field.annotation)}
+        ]
+        return {
+            name: str(value).lower() if isinstance(value, bool) and name in numbers else value
+            for name, value in values.items()
+        }
 
 
 Recipe = TypeVar("Recipe", bound=Section)

@@ -37,7 +37,7 @@ from dataset_builders.layouts import (
 )
 from dataset_builders.layouts import stable_hash as stable_hash  # for the rooms to the right
 from dataset_builders.recipes import Section, parse_recipe, read_yaml
-from dataset_builders.references import hub_commit
+from dataset_builders.references import expand_user, hub_commit
 from dataset_builders.schema import DOCUMENTS, LABEL_FLOOR, QRELS, STS
 
 REGISTRY = Path(__file__).with_name("sources.yaml")
@@ -72,6 +72,8 @@ class Splits(Disclosed):
     def _apart(self) -> Splits:
         if self.split in self.eval_splits:
             raise ValueError(f"split {self.split!r} cannot be an eval split too: it would be trained on")
+        if len(set(self.eval_splits)) < len(self.eval_splits):
+            raise ValueError(f"eval_splits {', '.join(self.eval_splits)}: name each once")
         return self
 
 
@@ -92,7 +94,7 @@ class Sample(Section):
     """A stable subset of `split`: a larger number contains a smaller one's."""
 
     num_pairs: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class HubSet(Section):
@@ -157,7 +159,7 @@ class LocalSource(Splits):
 
     kind: Literal["local"]
     path: str
-    seed: int = 0  # of the positives that are drawn from a class
+    seed: int = Field(0, ge=0)  # of the positives that are drawn from a class
 
 
 class HubSource(Splits, Sample, HubSet):
@@ -280,7 +282,7 @@ def open_tables(source: Any, data_root: str | None) -> Tables:
 def find_folder(path: str, data_root: str | None) -> Path:
     """A local set's folder: under `data_root`, else under $DATA_ROOT, else as written. Raises InputError."""
     roots = [root for root in (data_root, os.environ.get("DATA_ROOT")) if root]
-    places = [*(Path(root).expanduser() / path for root in roots), Path(path).expanduser()]
+    places = [*(expand_user(root) / path for root in roots), expand_user(path)]
     for place in places:
         if place.is_dir():
             return place
