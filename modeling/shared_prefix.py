@@ -10,15 +10,22 @@ tokenised on its own would end in other tokens. Everything but attention works o
 up to rounding, forward and backward, whatever the weights are: LoRA, gradient checkpointing, GradCache. Only where
 dropout is on are its draws others (one draw for the prefix of all texts).
 
-sentence-transformers' encode, losses and trainer, transformers' modules and all that is saved stay as they are: two
-hooks on the first module pack a batch and lay the states out again, and one attention function runs between them.
-A key-value cache would not do: transformers drops it under gradient checkpointing, and trains on, wrongly.
+The batches of one call of `encode` share their prefix too: the first one's keys and values are kept for the others,
+which compute no more than what they begin with beyond it. They go when the call ends. Weights, adapters, autocast,
+device and config cannot change within a call, so what is kept is never stale, and nothing has to watch for it.
+
+sentence-transformers' losses and trainer, transformers' modules and all that is saved stay as they are: two hooks on
+the first module pack a batch and lay the states out again, one attention function runs between them, and `encode` gets
+a beginning and an end. transformers' own key-value cache would not do: it is dropped under gradient checkpointing, and
+the model trains on, wrongly.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +53,9 @@ Features = dict[str, Any]
 
 @dataclass
 class TokenCounts:
-    """What a context has saved, in tokens that went through the layers (GradCache's second pass counts again)."""
+    """What a context has saved, in tokens that went through the layers: in every forward pass, so GradCache's second
+    one counts again, and so does an evaluation. Of this process.
+    """
 
     tokens_computed: int = 0
     tokens_padded: int = 0  # those that the plain path would have computed: rows times the longest text
@@ -54,37 +63,43 @@ class TokenCounts:
 
 @contextmanager
 def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
-    """Within the context, `model` computes what the texts of a batch begin with once, and no padding.
+    """Within the context, `model` computes what texts begin with once a batch, or once a call of `encode`; no padding.
 
     Vectors and gradients are those of the plain path up to rounding, in `encode` and in training. A model that this
-    cannot be done for (an encoder, a bidirectional decoder, an architecture not in `ARCHITECTURES`) runs as before;
-    so does a batch in which nothing is shared and nothing padded. With last-token pooling the states of other tokens
-    are not laid out again: `token_embeddings` then holds the last one alone. A backward pass belongs into the context
-    that its forward pass ran in: gradient checkpointing runs the layers once more, and fails outside.
+    cannot be done for (an encoder, a bidirectional decoder, an architecture not in `ARCHITECTURES`) runs as before,
+    with a warning; so, without one, does a batch in which nothing is shared and nothing padded. With last-token
+    pooling the states of other tokens are not laid out again: `token_embeddings` then holds the last one alone. A
+    backward pass belongs into the context that its forward pass ran in: gradient checkpointing runs the layers once
+    more, and fails outside.
 
     >>> with share_prefix(model) as counts:                                                        # doctest: +SKIP
     ...     vectors = model.encode(texts, prompt=prompt)
     >>> counts.tokens_padded / counts.tokens_computed                                              # doctest: +SKIP
     10.4
     """
-    counts = TokenCounts()
     transformer = model[0]
+    packer = _Packer(pools_last_token([*model][1:]))
     if not can_share(transformer):
-        yield counts
+        _warn_once(transformer.config.model_type if hasattr(transformer, "config") else type(transformer).__name__)
+        yield packer.counts
         return
     backbone = transformer.model
-    before = backbone.config._attn_implementation
+    attention, encode = backbone.config._attn_implementation, vars(model).get("encode")  # an outer context's, or None
     backbone.set_attn_implementation(_ATTENTION)
     hooks = [
-        transformer.register_forward_pre_hook(_Packer(counts, pools_last_token([*model][1:]))),
-        transformer.register_forward_hook(_unpack),
+        transformer.register_forward_pre_hook(packer.pack),
+        transformer.register_forward_hook(packer.unpack),
     ]
+    model.encode = functools.partial(_encode, model.encode, packer)
     try:
-        yield counts
+        yield packer.counts
     finally:
+        del model.encode
+        if encode is not None:
+            model.encode = encode
         for hook in hooks:
             hook.remove()
-        backbone.set_attn_implementation(before)
+        backbone.set_attn_implementation(attention)
 
 
 def can_share(module: nn.Module) -> bool:
@@ -101,38 +116,78 @@ def pools_last_token(modules: Sequence[nn.Module]) -> bool:
     return isinstance(pooling, Pooling) and pooling.pooling_mode == "lasttoken" and pooling.include_prompt
 
 
+def rotates_by_position(backbone: nn.Module) -> bool:
+    """Whether the rotary angles of a token are those of its position alone, however long the batch's longest text."""
+    kinds = backbone.rotary_emb.rope_type
+    return not any(
+        "dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+    )
+
+
+@functools.cache
+def _warn_once(kind: str) -> None:
+    logging.getLogger(__name__).warning(
+        f"share_prefix changes nothing for this model, of type {kind}: it is for causal decoders of type "
+        f"{', '.join(ARCHITECTURES)}"
+    )
+
+
 # --- layout ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
+class Prefix:
+    """P tokens that texts have begun with, and what the layers made of them; empty at first."""
+
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (P,)
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # rotated keys and values by layer, each (1, key-value heads, P, head size)
+    states: Tensor | None = None  # (P, hidden size), after the last layer
+
+    def begins(self, ids: Tensor) -> int:
+        """How many of `ids`, (n,), the prefix begins with.
+
+        >>> Prefix(torch.tensor([5, 6, 7])).begins(torch.tensor([5, 6, 8, 9]))
+        2
+        """
+        if not len(self.ids):
+            return 0
+        length = min(len(self.ids), len(ids))
+        return _length_of_run(self.ids[:length] == ids[:length])
+
+
+@dataclass
 class Packing:
-    """Where the tokens of B texts lie in a row of N tokens."""
+    """Where the tokens of B texts lie in a row of N tokens.
+
+    The first `known` of them are not computed: they are the first of `kept`, a prefix of batches before this one.
+    """
 
     prefix: int  # tokens that all texts begin with; they lie first
     own: list[int]  # tokens of each text after them, at least one
-    tokens: Tensor  # (N,): place of each token of the row in the flattened batch
-    positions: Tensor  # (N,): of each token in its own text, from 0
+    tokens: Tensor  # (N - known,): place of each token to compute in the flattened batch
+    positions: Tensor  # (N - known,): of each in its own text, from 0
     places: Tensor  # shape of the batch: place of each of its tokens in the row; 0, of any token, for padding.
     # Or (B, 1): place of each text's last token
+    known: int = 0
+    kept: Prefix | None = None
+    keeps: Prefix | None = None  # filled with this batch's prefix, for those after it
     _masks: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
-    def spans(self) -> list[int]:
-        """Lengths of the parts of the row: prefix, if there is one, and texts."""
-        return [self.prefix, *self.own] if self.prefix else self.own
+    def new(self) -> int:
+        """Tokens of the prefix that are computed."""
+        return self.prefix - self.known
 
-    def mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        """(longest, prefix + longest) additive: what the own tokens of a text see of the prefix and of themselves.
-
-        The mask of a shorter text is its upper left corner. None is plain causal attention.
-        """
-        longest = max(self.own)
-        binding = window is not None and window < self.prefix + longest
-        if not self.prefix and not binding:
+    def mask(self, before: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
+        """`causal_mask`, made once for all layers; None where it is plain causal attention."""
+        if window is not None and window >= before + length:
+            window = None
+        if not before and window is None:
             return None
-        key = (window if binding else None, like.dtype, like.device)
-        if key not in self._masks:  # once for all layers
-            self._masks[key] = causal_mask(self.prefix, longest, window if binding else None, like)
+        key = (before, length, window, like.dtype, like.device)
+        if key not in self._masks:
+            self._masks[key] = causal_mask(before, length, window, like)
         return self._masks[key]
 
 
@@ -152,10 +207,11 @@ def causal_mask(before: int, length: int, window: int | None, like: Tensor) -> T
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, -torch.inf)
 
 
-def pack(features: Features, last_only: bool = False) -> Packing | None:
+def pack(features: Features, last_only: bool = False, kept: Prefix | None = None) -> Packing | None:
     """The packing of a batch, padded on either side or flattened; None if that would save nothing.
 
-    `last_only` lays out the last tokens of a padded batch alone.
+    `last_only` lays out the last tokens of a padded batch alone. With `kept`, what the batch has in common with it is
+    known, and what it has in common beyond that is to be kept in turn.
     """
     ids = features.get("input_ids")
     if ids is None or ids.numel() == 0 or "packing" in features:
@@ -173,9 +229,11 @@ def pack(features: Features, last_only: bool = False) -> Packing | None:
     shortest = int(lengths.min())
     if shortest == 0 and padded:
         return None  # a text without a token: what the plain path makes of it is its own affair
-    prefix = common_prefix(ids.flatten(), starts, shortest - 1) if len(lengths) > 1 and shortest > 0 else 0
-    if prefix < _SHORTEST_PREFIX:
-        prefix = 0
+    flat = ids.flatten()
+    common = common_prefix(flat, starts, max(shortest - 1, 0))
+    known = _worthwhile(kept.begins(flat[starts[0] : starts[0] + common])) if kept is not None else 0
+    new = _worthwhile(common - known) if len(lengths) > 1 else 0
+    prefix = known + new
     own = lengths - prefix
     if padded and not prefix and int(own.sum()) == ids.numel():
         return None
@@ -190,7 +248,8 @@ def pack(features: Features, last_only: bool = False) -> Packing | None:
         places[starts[:, None] + first] = first
         places[tokens[prefix:]] = torch.arange(prefix, len(tokens), device=ids.device)
         places = places.view(ids.shape)
-    return Packing(prefix, own.tolist(), tokens, positions, places)
+    keeps = Prefix(flat[tokens[:prefix]]) if kept is not None and new else None
+    return Packing(prefix, own.tolist(), tokens[known:], positions[known:], places, known, kept, keeps)
 
 
 def common_prefix(ids: Tensor, starts: Tensor, longest: int) -> int:
@@ -200,22 +259,33 @@ def common_prefix(ids: Tensor, starts: Tensor, longest: int) -> int:
     2
     """
     heads = ids[starts[:, None] + torch.arange(longest, device=ids.device)]
-    return int((heads == heads[0]).all(dim=0).long().cumprod(dim=0).sum())
+    return _length_of_run((heads == heads[0]).all(dim=0))
 
 
-# --- hooks on the first module --------------------------------------------------------------------------------------
+def _length_of_run(equal: Tensor) -> int:
+    """How many elements there are before the first that is False."""
+    return int(equal.long().cumprod(dim=0).sum())
+
+
+def _worthwhile(tokens: int) -> int:
+    return tokens if tokens >= _SHORTEST_PREFIX else 0
+
+
+# --- hooks on the first module, and on encode -----------------------------------------------------------------------
 
 
 @dataclass
 class _Packer:
-    """Forward pre-hook: hands the module a packed row in the place of the batch."""
+    """Hands the module a packed row in the place of a batch, and lays its states out as the batch was."""
 
-    counts: TokenCounts
     last_only: bool
+    counts: TokenCounts = field(default_factory=TokenCounts)
+    kept: Prefix | None = None  # what the batches of a call of `encode` have computed; None outside
 
-    def __call__(self, module: nn.Module, args: tuple[Features]) -> tuple[Features] | None:
+    def pack(self, module: Transformer, args: tuple[Features]) -> tuple[Features] | None:
+        """Forward pre-hook."""
         (features,) = args
-        packing = pack(features, self.last_only)
+        packing = pack(features, self.last_only, self.kept if rotates_by_position(module.model) else None)
         if packing is None:
             computed = features["input_ids"].numel() if "input_ids" in features else 0
             self.counts.tokens_computed += computed
@@ -236,16 +306,29 @@ class _Packer:
             },
         )
 
+    def unpack(self, module: Transformer, args: tuple[Features], output: Features) -> Features | None:
+        """Forward hook: the states of all tokens, or of the last ones alone; pooling notices nothing."""
+        if "packing" not in output:
+            return None
+        packing, features, name = output["packing"], output["batch"], module.module_output_name
+        states = output[name].squeeze(0)
+        if packing.known:
+            states = torch.cat([packing.kept.states[: packing.known], states])
+        if packing.keeps:
+            packing.keeps.states = states[: packing.prefix].clone()
+            self.kept = packing.keeps  # only now that it is whole
+        rows = states.index_select(0, packing.places.flatten())
+        features[name] = rows.view(*packing.places.shape, -1)
+        return features
 
-def _unpack(module: Transformer, args: tuple[Features], output: Features) -> Features | None:
-    """Forward hook: the states of the row, laid out as the batch was, or the last ones; pooling notices nothing."""
-    if "packing" not in output:
-        return None
-    features, places = output["batch"], output["packing"].places
-    states = output[module.module_output_name].squeeze(0)
-    rows = states.index_select(0, places.flatten())
-    features[module.module_output_name] = rows.view(*places.shape, -1)
-    return features
+
+def _encode(encode: Callable[..., Any], packer: _Packer, *args: Any, **kwargs: Any) -> Any:
+    """`encode(*args, **kwargs)`, whose batches share their prefix; it is freed in the end."""
+    packer.kept = Prefix()
+    try:
+        return encode(*args, **kwargs)
+    finally:
+        packer.kept = None
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -266,17 +349,22 @@ def packed_attention(
     """Attention of each text to the prefix and itself, as transformers' AttentionInterface calls it.
 
     Args:
-        query: (1, heads, N, head size), rotated.
-        key: (1, key-value heads, N, head size), rotated; value likewise.
+        query: (1, heads, N - known, head size), rotated.
+        key: (1, key-value heads, N - known, head size), rotated; value likewise.
         packing: where the texts lie; None is a padded batch, which attends as `sdpa` does.
         sliding_window: tokens that a token sees, itself included; None is all.
 
     Returns:
-        (1, N, heads, head size), and None for the weights.
+        (1, N - known, heads, head size), and None for the weights.
     """
     if packing is None:
         settings = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if packing.known:
+        kept = (part[:, :, : packing.known] for part in packing.kept.layers[module.layer_idx])
+        key, value = (torch.cat(parts, dim=2) for parts in zip(kept, (key, value), strict=True))
+    if packing.keeps:  # copies: views would keep the whole row
+        packing.keeps.layers[module.layer_idx] = tuple(part[:, :, : packing.prefix].clone() for part in (key, value))
     if query.is_cuda and not dropout:
         # under autocast rotary positions leave queries and keys in float32, values not
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
@@ -296,33 +384,33 @@ def _attention_by_text(
     window: int | None,
 ) -> Tensor:
     """One call of torch's attention for the prefix and one for each text: on a CPU as fast as a single one."""
-    settings = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
-    queries, keys, values = (part.split(packing.spans, dim=2) for part in (query, key, value))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        settings = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+
+    prefix_query, *queries = query.split([packing.new, *packing.own], dim=2)
+    (prefix_key, *keys), (prefix_value, *values) = (
+        part.split([packing.prefix, *packing.own], dim=2) for part in (key, value)
+    )
     states = []
+    if packing.new:
+        mask = packing.mask(packing.known, packing.new, window, query)
+        states.append(attend(prefix_query, prefix_key, prefix_value, mask))
     if packing.prefix:
-        mask = None
-        if window is not None and window < packing.prefix:
-            mask = causal_mask(0, packing.prefix, window, query)
-        attended = scaled_dot_product_attention(
-            queries[0], keys[0], values[0], attn_mask=mask, is_causal=mask is None, **settings
-        )
-        states.append(attended)
-        queries = queries[1:]
-        keys, values = (_after_prefix(part) for part in (keys, values))
-    mask = packing.mask(window, query)
-    for length, q, k, v in zip(packing.own, queries, keys, values, strict=True):
-        own_mask = None if mask is None else mask[:length, : packing.prefix + length]
-        states.append(scaled_dot_product_attention(q, k, v, attn_mask=own_mask, is_causal=mask is None, **settings))
+        keys, values = _after_prefix(prefix_key, keys), _after_prefix(prefix_value, values)
+    mask = packing.mask(packing.prefix, max(packing.own), window, query)  # a shorter text's is its upper left corner
+    for length, *text in zip(packing.own, queries, keys, values, strict=True):
+        states.append(attend(*text, None if mask is None else mask[:length, : packing.prefix + length]))
     return torch.cat(states, dim=2).transpose(1, 2).contiguous()
 
 
-def _after_prefix(parts: tuple[Tensor, ...]) -> list[Tensor]:
+def _after_prefix(prefix: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
     """Keys (or values) of the prefix before those of each text.
 
     The gradients of the prefix's are summed over the texts in one sum (the backward of `expand`), which in bfloat16
     loses less than adding them up one by one.
     """
-    prefix, *own = parts
     copies = prefix.expand(len(own), -1, -1, -1).split(1)
     return [torch.cat(pair, dim=2) for pair in zip(copies, own, strict=True)]
 
@@ -333,22 +421,18 @@ def _varlen_attention(
     """One call of the flash kernel for sequences of different lengths, of fewer queries than keys where a text has a
     prefix. Half precision on CUDA alone. Not run yet: there was no GPU.
     """
-    device = query.device
-    spans = packing.spans
-    visible = [packing.prefix, *(packing.prefix + length for length in packing.own)] if packing.prefix else spans
-    queries = query[0].transpose(0, 1)
-    keys, values = (_with_prefixes(part[0].transpose(0, 1), packing) for part in (key, value))
+    texts = [packing.prefix + length for length in packing.own]
+    lengths = ([packing.new, *packing.own], [packing.prefix, *texts]) if packing.new else (packing.own, texts)
     bounds = [
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-        for lengths in (spans, visible)
+        torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32, device=query.device) for part in lengths
     ]
+    keys, values = (_with_prefixes(part[0].transpose(0, 1), packing) for part in (key, value))
     states = varlen_attn(
-        queries.contiguous(),
+        query[0].transpose(0, 1).contiguous(),
         keys,
         values,
         *bounds,
-        max(spans),
-        max(visible),
+        *map(max, lengths),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
@@ -357,12 +441,13 @@ def _varlen_attention(
 
 
 def _with_prefixes(part: Tensor, packing: Packing) -> Tensor:
-    """(N, heads, head size) -> prefix, then of each text prefix and own part, end to end."""
+    """(N, heads, head size) -> prefix, if any of it is computed, then of each text prefix and own part, end to end."""
     if not packing.prefix:
         return part.contiguous()
-    prefix, *own = part.split(packing.spans)
+    prefix, *own = part.split([packing.prefix, *packing.own])
     copies = prefix.expand(len(own), *prefix.shape)  # its gradient is one sum, see _after_prefix
-    return torch.cat([prefix, *itertools.chain.from_iterable(zip(copies, own, strict=True))])
+    texts = itertools.chain.from_iterable(zip(copies, own, strict=True))
+    return torch.cat([prefix, *texts] if packing.new else [*texts])
 
 
 AttentionInterface.register(_ATTENTION, packed_attention)
