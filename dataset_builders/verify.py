@@ -186,7 +186,7 @@ def check_rows(paths: Mapping[str, list[Path]]) -> list[str]:
     for name, key in _KEYS.items():
         for column in (key, "text") if name in paths else ():
             hashes = [_hashes(table[column]) for table in _tables(paths[name], [column])]
-            known[name, column] = np.sort(np.concatenate(hashes))
+            known[name, column] = np.sort(np.concatenate([np.empty(0, np.int64), *hashes]))
         if name in paths:
             ids = known[name, key]
             wrong[f"{name}: {key} that another row has"] += int(np.count_nonzero(ids[1:] == ids[:-1]))
@@ -216,8 +216,8 @@ def _wrong_rows(table: pa.Table, known: Mapping[tuple[str, str], np.ndarray], na
             yield f"{column} is null", table[column].null_count
         if target in known and target[0] != name:
             hashes = _hashes(table[column])
-            places = np.searchsorted(known[target], hashes).clip(max=len(known[target]) - 1)
-            yield f"{column} is in no row of {target[0]}", int(np.count_nonzero(known[target][places] != hashes))
+            first, last = (np.searchsorted(known[target], hashes, side) for side in ("left", "right"))
+            yield f"{column} is in no row of {target[0]}", int(np.count_nonzero(first == last))
     if "teacher_score" in table.column_names:
         yield "teacher_score is not finite", _count(pc.invert(pc.is_finite(table["teacher_score"])))
     if "label" in table.column_names:
