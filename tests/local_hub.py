@@ -303,7 +303,7 @@ class Refused(Exception):
     """An answer with an error, as the Hub words it: its code where it has one, and its message."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **more) -> None:
-        headers = {"X-Error-Message": message.replace("\n", " ")} | ({"X-Error-Code": code} if code else {})
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         self.answer = answer_json({"error": message, **more.pop("body", {})}, status, headers | more)
 
 
@@ -571,9 +571,7 @@ class LocalHub:
         repo, commit = request.repo, request.commit or request.repo.find("main")
         blobs = request.query.get("blobs", "").lower() == "true"
         siblings = [
-            {"rfilename": name}
-            | ({"size": len(blob.content), "blobId": blob.oid} | _lfs_fields(blob) if blobs else {})
-            for name, blob in sorted(commit.files.items())
+            {"rfilename": name} | (_blob_fields(blob) if blobs else {}) for name, blob in sorted(commit.files.items())
         ]
         first = self.commits(repo.id, repo.repo_type, commit.id)[0]
         return answer_json(
@@ -889,9 +887,14 @@ class LocalHub:
             return Answer(200, {"ETag": f'"{hashlib.md5(request.body).hexdigest()}"'}, b"")
 
 
-def _lfs_fields(blob: Blob) -> dict:
-    fields = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.in_git)}
+def _lfs_fields(blob: Blob, name_of_hash: str = "oid") -> dict:
+    fields = {name_of_hash: blob.sha256, "size": len(blob.content), "pointerSize": len(blob.in_git)}
     return {"lfs": fields} if blob.lfs else {}
+
+
+def _blob_fields(blob: Blob) -> dict:
+    """A file in a repository's info, where the hash of LFS content has another name than in a tree."""
+    return {"size": len(blob.content), "blobId": blob.oid, **_lfs_fields(blob, "sha256")}
 
 
 def _is_name(name: str) -> bool:
@@ -968,7 +971,8 @@ def handler(hub: LocalHub, answer: Callable[[Request], Answer]) -> type[BaseHTTP
                 return self.hang_up()
             self.send_response(status)
             for name, value in {**headers, "X-Request-Id": f"Root=1-{len(hub.asked):08x}"}.items():
-                self.send_header(name, value)
+                plain = " ".join(value.split())  # messages quote what the client sent
+                self.send_header(name, plain.encode("latin-1", "replace").decode("latin-1"))
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
