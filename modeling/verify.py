@@ -4,18 +4,15 @@ in a process that cannot import this repository, and it gives the vectors that i
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dataset_builders.cli import InputError
 from dataset_builders.folders import MANIFEST, write_json
+from dataset_builders.verify import in_clean_process
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -29,8 +26,6 @@ _REFERENCE_TEXTS = [
     "Return a copy of the list, sorted; the original is left as it was.",
     "naïve café, 東京, 🙂 and\ttabs\nand lines",
 ]
-# Names that a stranger's machine does not have; blocked while the model is checked.
-_OUR_PACKAGES = ("dataset_builders", "modeling", "train_st", "eval", "push_to_hub")
 _RUN_AS_CODE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
 # What readers of a model folder read; nothing else is published.
 _PUBLISHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -61,7 +56,7 @@ def verify_model(folder: Path) -> dict[str, Any]:
             f"{folder}: {REFERENCE} is missing, so nothing tells whether this is the model that was trained; "
             "train_st.py writes it when it saves a model"
         )
-    facts = in_clean_process(describe_model, folder)
+    facts = in_clean_process(describe_model, folder, library="sentence-transformers")
     _check_facts(folder, facts)
     return facts
 
@@ -93,7 +88,7 @@ def verify_adapter(folder: Path, model: Path) -> dict[str, Any]:
     for name in ("modules.json", "config_sentence_transformers.json", "tokenizer.json"):
         if _read_json(folder / name) != _read_json(model / name):
             raise InputError(f"{folder} and {model}: {name} differs; publish the adapter and the model of one run")
-    found = in_clean_process(describe_adapter, folder, model)
+    found = in_clean_process(describe_adapter, folder, model, library="peft")
     if found["distance"] is not None and found["distance"] > TOLERANCE[found["dtype"]]:
         raise InputError(
             f"{folder}: on {base}@{revision} its vectors are {found['distance']:.2g} from those of {model}, more than "
@@ -171,36 +166,6 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file; a SentenceTransformer folder has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); save the model again") from None
-
-
-def in_clean_process(describe: Callable[..., dict[str, Any]], *folders: Path) -> dict[str, Any]:
-    """`describe(*folders)` in another working folder, without this repository, network or token. `describe` is taken
-    there as its source, so it imports all it needs.
-
-    Raises:
-        InputError: it fails there.
-    """
-    program = "\n".join(
-        [
-            "import json, sys",
-            f"sys.modules.update(dict.fromkeys({_OUR_PACKAGES!r}))",  # None: importing it is an error
-            inspect.getsource(describe),
-            f"print(json.dumps({describe.__name__}(*sys.argv[1:])))",
-        ]
-    )
-    environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name} | {"HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", program, *(str(folder.resolve()) for folder in folders)],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        reason = (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
-        raise InputError(f"{folders[0]}: plain sentence-transformers cannot use it: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe_model(path: str) -> dict:

@@ -15,7 +15,6 @@ from modeling.verify import (
     REFERENCE,
     TOLERANCE,
     describe_model,
-    in_clean_process,
     published_files,
     verify_model,
     write_reference,
@@ -54,16 +53,17 @@ def test_a_clean_process_sees_what_this_one_sees(whole):
 def test_the_clean_process_cannot_import_this_repository(whole, monkeypatch):
     """A model that needs our code would load here and nowhere else."""
     source = "def describe_model(path):\n    import modeling.prompts\n    return {}\n"
-    monkeypatch.setattr(verify.inspect, "getsource", lambda function: source)
-    with pytest.raises(InputError, match="ModuleNotFoundError"):
-        in_clean_process(describe_model, whole)
+    monkeypatch.setattr("inspect.getsource", lambda function: source)
+    with pytest.raises(InputError, match="plain sentence-transformers cannot use it: ModuleNotFoundError"):
+        verify_model(whole)
 
 
 def test_the_clean_process_has_no_token(whole, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     source = "def describe_model(path):\n    import os\n    return dict(os.environ)\n"
-    monkeypatch.setattr(verify.inspect, "getsource", lambda function: source)
-    environment = in_clean_process(describe_model, whole)
+    monkeypatch.setattr("inspect.getsource", lambda function: source)
+    monkeypatch.setattr(verify, "_check_facts", lambda folder, facts: None)
+    environment = verify_model(whole)
     assert environment["HF_HUB_OFFLINE"] == "1" and "hf_secret" not in environment.values()
 
 
@@ -159,7 +159,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_broken_is_refused(case, encoder, monkeypatch):
     """In this process, which is quicker; that the other one sees the same is tested above."""
-    monkeypatch.setattr(verify, "in_clean_process", lambda describe, folder: describe(str(folder)))
+    monkeypatch.setattr(verify, "in_clean_process", lambda describe, folder, library: describe(str(folder)))
     name, spoil, message = BROKEN[case]
     spoil(encoder / name)
     with pytest.raises(InputError, match=message):
