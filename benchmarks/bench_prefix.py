@@ -5,7 +5,7 @@
 
 | part | sides |
 |---|---|
-| encode | SentenceTransformer.encode with a prompt, in batches of 32 and of 8; within `share_prefix`, of 32 and 128 |
+| encode | SentenceTransformer.encode with a prompt, in batches of 32 and of 8; the same two within `share_prefix` |
 | train | loss and gradients of one step, LoRA of rank 16 on all linear layers, GradCache: |
 | | CachedMultipleNegativesRankingLoss; the same within `share_prefix`; SoftInfoNCELoss within `share_prefix` |
 
@@ -148,7 +148,7 @@ def encode(model: SentenceTransformer, prompt_tokens: int, args: Namespace, rate
         "sentence-transformers": Side(side(32)),
         "sentence-transformers, batches of 8": Side(side(8)),
         "share_prefix": Side(side(32), shared=True),
-        "share_prefix, batches of 128": Side(side(128), shared=True),
+        "share_prefix, batches of 8": Side(side(8), shared=True),
     }
     needed = sum(map(len, model.tokenizer([prompt + text for text in texts])["input_ids"]))
     needed -= (len(texts) - 1) * prompt_tokens

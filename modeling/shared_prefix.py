@@ -53,29 +53,30 @@ Features = dict[str, Any]
 
 @dataclass
 class TokenCounts:
-    """What a context has saved, in tokens that went through the layers: in every forward pass, so GradCache's second
-    one counts again, and so does an evaluation. Of this process.
+    """Tokens of all forward passes in a context, in this process: GradCache's second passes and evaluations count too.
+
+    Both are 0 for a model that nothing can be shared for.
     """
 
-    tokens_computed: int = 0
-    tokens_padded: int = 0  # those that the plain path would have computed: rows times the longest text
+    tokens_computed: int = 0  # that went through the layers
+    tokens_padded: int = 0  # that the plain path would have computed: rows times the longest text
 
 
 @contextmanager
 def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
-    """Within the context, `model` computes what texts begin with once a batch, or once a call of `encode`; no padding.
+    """Within the context, `model` computes what the texts of a batch or a call of `encode` share once, and no padding.
 
     Vectors and gradients are those of the plain path up to rounding, in `encode` and in training. A model that this
     cannot be done for (an encoder, a bidirectional decoder, an architecture not in `ARCHITECTURES`) runs as before,
-    with a warning; so, without one, does a batch in which nothing is shared and nothing padded. With last-token
-    pooling the states of other tokens are not laid out again: `token_embeddings` then holds the last one alone. A
-    backward pass belongs into the context that its forward pass ran in: gradient checkpointing runs the layers once
-    more, and fails outside.
+    and a warning says so, once; a batch in which nothing is shared and nothing padded runs as before, too. With
+    last-token pooling the states of other tokens are not laid out again: `token_embeddings` then holds the last one
+    alone. A backward pass belongs into the context that its forward pass ran in: gradient checkpointing runs the
+    layers once more, and fails outside.
 
     >>> with share_prefix(model) as counts:                                                        # doctest: +SKIP
     ...     vectors = model.encode(texts, prompt=prompt)
     >>> counts.tokens_padded / counts.tokens_computed                                              # doctest: +SKIP
-    10.4
+    13.3
     """
     transformer = model[0]
     packer = _Packer(pools_last_token([*model][1:]))
@@ -84,7 +85,8 @@ def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
         yield packer.counts
         return
     backbone = transformer.model
-    attention, encode = backbone.config._attn_implementation, vars(model).get("encode")  # an outer context's, or None
+    attention = backbone.config._attn_implementation
+    encode = vars(model).get("encode")  # of a context around this one
     backbone.set_attn_implementation(_ATTENTION)
     hooks = [
         transformer.register_forward_pre_hook(packer.pack),
@@ -119,9 +121,8 @@ def pools_last_token(modules: Sequence[nn.Module]) -> bool:
 def rotates_by_position(backbone: nn.Module) -> bool:
     """Whether the rotary angles of a token are those of its position alone, however long the batch's longest text."""
     kinds = backbone.rotary_emb.rope_type
-    return not any(
-        "dynamic" in kind or kind == "longrope" for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
-    )
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]  # Gemma 3 has one for each type of layer
+    return not any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 @functools.cache
@@ -137,31 +138,26 @@ def _warn_once(kind: str) -> None:
 
 @dataclass
 class Prefix:
-    """P tokens that texts have begun with, and what the layers made of them; empty at first."""
+    """P tokens that texts begin with, and what the layers make of them."""
 
-    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (P,)
+    ids: Tensor  # (P,)
+    # by layer, rotated keys and values: (1, key-value heads, P, head size) each
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # rotated keys and values by layer, each (1, key-value heads, P, head size)
     states: Tensor | None = None  # (P, hidden size), after the last layer
 
-    def begins(self, ids: Tensor) -> int:
-        """How many of `ids`, (n,), the prefix begins with.
+    def begins_with(self, ids: Tensor) -> int:
+        """How many of `ids` it begins with.
 
-        >>> Prefix(torch.tensor([5, 6, 7])).begins(torch.tensor([5, 6, 8, 9]))
+        >>> Prefix(torch.tensor([5, 6, 7])).begins_with(torch.tensor([5, 6, 8, 9]))
         2
         """
-        if not len(self.ids):
-            return 0
         length = min(len(self.ids), len(ids))
         return _length_of_run(self.ids[:length] == ids[:length])
 
 
 @dataclass
 class Packing:
-    """Where the tokens of B texts lie in a row of N tokens.
-
-    The first `known` of them are not computed: they are the first of `kept`, a prefix of batches before this one.
-    """
+    """Where the tokens of B texts lie in a row of N tokens, of which the first `known` are not computed again."""
 
     prefix: int  # tokens that all texts begin with; they lie first
     own: list[int]  # tokens of each text after them, at least one
@@ -170,8 +166,8 @@ class Packing:
     places: Tensor  # shape of the batch: place of each of its tokens in the row; 0, of any token, for padding.
     # Or (B, 1): place of each text's last token
     known: int = 0
-    kept: Prefix | None = None
-    keeps: Prefix | None = None  # filled with this batch's prefix, for those after it
+    kept: Prefix | None = None  # of batches before this one; it begins with the known tokens
+    keeps: Prefix | None = None  # this batch's, for those after it: the layers fill it in
     _masks: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
@@ -207,31 +203,24 @@ def causal_mask(before: int, length: int, window: int | None, like: Tensor) -> T
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, -torch.inf)
 
 
-def pack(features: Features, last_only: bool = False, kept: Prefix | None = None) -> Packing | None:
+def pack(
+    features: Features, last_only: bool = False, kept: Prefix | None = None, keeping: bool = False
+) -> Packing | None:
     """The packing of a batch, padded on either side or flattened; None if that would save nothing.
 
-    `last_only` lays out the last tokens of a padded batch alone. With `kept`, what the batch has in common with it is
-    known, and what it has in common beyond that is to be kept in turn.
+    Args:
+        last_only: lay out the last tokens of a padded batch alone.
+        kept: what batches before this one have computed.
+        keeping: this batch's prefix is to be kept, if it goes beyond that.
     """
-    ids = features.get("input_ids")
-    if ids is None or ids.numel() == 0 or "packing" in features:
+    texts = texts_of(features)
+    if texts is None:
         return None
-    if "cu_seq_lens_q" in features:
-        bounds = features["cu_seq_lens_q"].long()
-        starts, lengths, padded = bounds[:-1], bounds.diff(), False
-    elif "attention_mask" in features:
-        present = features["attention_mask"]
-        lengths = present.sum(dim=1)
-        starts = torch.arange(len(ids), device=ids.device) * ids.shape[1] + present.int().argmax(dim=1)
-        padded = True
-    else:
-        return None
-    shortest = int(lengths.min())
-    if shortest == 0 and padded:
-        return None  # a text without a token: what the plain path makes of it is its own affair
-    flat = ids.flatten()
-    common = common_prefix(flat, starts, max(shortest - 1, 0))
-    known = _worthwhile(kept.begins(flat[starts[0] : starts[0] + common])) if kept is not None else 0
+    starts, lengths = texts
+    padded = "cu_seq_lens_q" not in features
+    shape, ids = features["input_ids"].shape, features["input_ids"].flatten()
+    common = common_prefix(ids, starts, max(int(lengths.min()) - 1, 0))
+    known = _worthwhile(kept.begins_with(ids[starts[0] : starts[0] + common])) if kept else 0
     new = _worthwhile(common - known) if len(lengths) > 1 else 0
     prefix = known + new
     own = lengths - prefix
@@ -247,9 +236,31 @@ def pack(features: Features, last_only: bool = False, kept: Prefix | None = None
         places = torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
         places[starts[:, None] + first] = first
         places[tokens[prefix:]] = torch.arange(prefix, len(tokens), device=ids.device)
-        places = places.view(ids.shape)
-    keeps = Prefix(flat[tokens[:prefix]]) if kept is not None and new else None
+        places = places.view(shape)
+    keeps = Prefix(ids[tokens[:prefix]]) if keeping and new else None
     return Packing(prefix, own.tolist(), tokens[known:], positions[known:], places, known, kept, keeps)
+
+
+def texts_of(features: Features) -> tuple[Tensor, Tensor] | None:
+    """(B,) where each text starts in the flattened batch, (B,) how many tokens it has; None if that is not known.
+
+    >>> ids = torch.tensor([[0, 0, 5], [6, 7, 8]])
+    >>> texts_of({"input_ids": ids, "attention_mask": (ids > 0).int()})
+    (tensor([2, 3]), tensor([1, 3]))
+    """
+    ids = features.get("input_ids")
+    if ids is None or ids.numel() == 0 or "packing" in features:
+        return None
+    if "cu_seq_lens_q" in features:
+        bounds = features["cu_seq_lens_q"].long()
+        return bounds[:-1], bounds.diff()
+    if "attention_mask" not in features:
+        return None
+    present = features["attention_mask"]
+    lengths = present.sum(dim=1)
+    if not lengths.all():
+        return None  # a text without a token: what the plain path makes of it is its own affair
+    return torch.arange(len(ids), device=ids.device) * ids.shape[1] + present.int().argmax(dim=1), lengths
 
 
 def common_prefix(ids: Tensor, starts: Tensor, longest: int) -> int:
@@ -263,7 +274,7 @@ def common_prefix(ids: Tensor, starts: Tensor, longest: int) -> int:
 
 
 def _length_of_run(equal: Tensor) -> int:
-    """How many elements there are before the first that is False."""
+    """How many are true before the first that is not."""
     return int(equal.long().cumprod(dim=0).sum())
 
 
@@ -280,12 +291,14 @@ class _Packer:
 
     last_only: bool
     counts: TokenCounts = field(default_factory=TokenCounts)
-    kept: Prefix | None = None  # what the batches of a call of `encode` have computed; None outside
+    encoding: bool = False  # within a call of `encode`
+    kept: Prefix | None = None  # what its batches so far have computed
 
     def pack(self, module: Transformer, args: tuple[Features]) -> tuple[Features] | None:
         """Forward pre-hook."""
         (features,) = args
-        packing = pack(features, self.last_only, self.kept if rotates_by_position(module.model) else None)
+        keeping = self.encoding and rotates_by_position(module.model)
+        packing = pack(features, self.last_only, self.kept, keeping)
         if packing is None:
             computed = features["input_ids"].numel() if "input_ids" in features else 0
             self.counts.tokens_computed += computed
@@ -324,11 +337,11 @@ class _Packer:
 
 def _encode(encode: Callable[..., Any], packer: _Packer, *args: Any, **kwargs: Any) -> Any:
     """`encode(*args, **kwargs)`, whose batches share their prefix; it is freed in the end."""
-    packer.kept = Prefix()
+    packer.encoding = True
     try:
         return encode(*args, **kwargs)
     finally:
-        packer.kept = None
+        packer.encoding, packer.kept = False, None
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_what_is_kept_is_not_computed_again(kept, prefix, data):
     width = max(map(len, texts))
     batch = {"input_ids": torch.tensor([text + [0] * (width - len(text)) for text in texts])}
     batch["attention_mask"] = (batch["input_ids"] > 0).long()
-    packing = pack(batch, kept=Prefix(torch.tensor(kept, dtype=torch.long)))
+    packing = pack(batch, kept=Prefix(torch.tensor(kept, dtype=torch.long)), keeping=True)
     if packing is None:
         return
     row = [*kept[: packing.known], *batch["input_ids"].flatten()[packing.tokens].tolist()]
@@ -516,7 +516,7 @@ def test_nothing_is_kept_after_a_call(make, monkeypatch):
     model = make()
     with share_prefix(model):
         encode(model, **BATCHES)
-        assert len(made) >= 2 and not any(reference() for reference in made)
+        assert made and not any(reference() for reference in made)
         monkeypatch.setattr(model[1], "forward", lambda features: features["no such feature"])
         with pytest.raises(KeyError):
             encode(model, **BATCHES)
