@@ -73,12 +73,13 @@ def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
     recipe = {key: value for key, value in facts.items() if key not in STEPS}
     if made["sts"] and "sts" in made["sts"]["inputs"]:  # the manifest stands where the recipe's section was
         recipe["sts"] = made["sts"]["inputs"]["sts"]
-    commit = source_commit(made)
+    commit = source_inputs(made).get("commit")
     public = public_recipe(recipe, commit, used_models(made))
     entry = registry()[recipe["source"]["name"]] if recipe["source"]["kind"] == "registry" else None
     licence = entry.licence if entry else source_licence(recipe["source"])
     trained_on = recipe["source"].get("training_datasets")
     benchmark = (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK
+    named = dict.fromkeys(public[section]["model"] for section in ("dense", "teacher") if section in public)
     found_on_hub = (entry.dataset if entry else public["source"].get("dataset")) if commit else None
     metadata = card_metadata(configs, public, licence, found_on_hub)
     environment = Environment(
@@ -89,6 +90,7 @@ def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
         "encoder": encoder_settings,
         "figure": figure,
         "interval": interval,
+        "megabytes": megabytes,
         "percent": percent,
         "quantiles": quantiles,
     }
@@ -96,12 +98,17 @@ def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
         metadata=metadata.to_yaml(),
         repo_id=REPO_ID,
         configs=configs,
+        names=[config.name for config in configs],
         recipe=public,
         recipe_yaml=yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110).strip(),
         title=source_title(public["source"]),
         entry=entry,
         licence=licence,
         commit=commit,
+        source_files=source_inputs(made).get("files"),
+        source_packages=source_inputs(made).get("packages"),
+        package_models=[model for model in named if model.startswith("package:")],
+        private_models=[model for model in named if not model.startswith("package:") and "@" not in model],
         in_batch_negatives=entry.in_batch_negatives if entry else public["task_type"] not in CLASS_TASKS,
         compared=compared_tasks(made["corpus"]),
         zero_shot=zero_shot(trained_on, benchmark) if trained_on else None,
@@ -131,18 +138,19 @@ def card_metadata(
         {"config_name": config.name, "data_files": [{"split": "train", "path": config.path}]} for config in configs
     ]
     task_type = recipe["task_type"]
+    graded = [] if task_type == "sts" else ["hard-negatives", "distillation"]  # published pairs keep their own scores
     metadata = DatasetCardData(
         pretty_name=f"{source_title(recipe['source'])}, graded",
         language=["en"],  # BM25's stop words and stems are English, and so is the registry
         **license_fields(licence),
-        # labels are a teacher's, on pairs whose relevance others judged; published pairs keep their own scores
-        annotations_creators=["found"] if task_type == "sts" else ["machine-generated", "found"],
+        # the labels are a teacher's, on pairs whose relevance others judged
+        annotations_creators=["machine-generated", "found"] if graded else ["found"],
         language_creators=["found"],
         multilinguality=["monolingual"],
         source_datasets=[source_dataset] if source_dataset else None,
         task_categories=TASK_CATEGORIES.get(task_type, ["sentence-similarity"]),
         size_categories=[size_category(configs[0].rows)],
-        tags=["sentence-transformers", "graded-embedder", "hard-negatives", "distillation", task_type],
+        tags=["sentence-transformers", "graded-embedder", *graded, task_type],
         configs=[{**files[0], "default": True}, *files[1:]],
     )
     DatasetInfosDict({config.name: config.info for config in configs}).to_dataset_card_data(metadata)
@@ -231,10 +239,9 @@ def source_licence(source: Mapping[str, Any]) -> str | None:
     return "that of each documented package" if source["kind"] == "pydocs" else source.get("licence")
 
 
-def source_commit(made: Mapping[str, Any]) -> str | None:
-    """The commit of the Hub that the source was read at."""
-    first = made["corpus"] or made["sts"]
-    return first["inputs"]["source"].get("commit")
+def source_inputs(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What decided the source's rows: its commit on the Hub, the files of a folder, or packages and their versions."""
+    return (made["corpus"] or made["sts"])["inputs"]["source"]
 
 
 def encoder_settings(section: Mapping[str, Any]) -> str:
@@ -271,6 +278,14 @@ def compared_tasks(corpus: Mapping[str, Any] | None) -> list[str]:
     """Names of the evaluation tasks that a corpus was compared with."""
     compared = (corpus or {"inputs": {}})["inputs"].get("decontamination") or {"tasks": (), "local": ()}
     return sorted({*compared["tasks"], *compared["local"]})
+
+
+def megabytes(size: int) -> str:
+    """
+    >>> megabytes(1_234_567), megabytes(12)
+    ('1.2 MB', '< 0.1 MB')
+    """
+    return f"{size / 1e6:,.1f} MB" if size >= 5e4 else "< 0.1 MB"
 
 
 def percent(share: float | None) -> str:

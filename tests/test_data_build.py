@@ -1,5 +1,6 @@
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from local_hub import LocalHub
 from tiny_data import write_encoder, write_recipe, write_set, write_table
 
 from dataset_builders.build import FOLDERS, main
+from dataset_builders.card import card_for
 from dataset_builders.cli import run
 from dataset_builders.folders import files_of, read_arrow, read_manifest
 from dataset_builders.schema import CANDIDATES, SCORES
+from dataset_builders.verify import verify_dataset
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,24 @@ assert not any(module.startswith("dataset_builders") for module in sys.modules)
         "qrels,query_id,document_id,score,split",
         "sts,sentence1,sentence2,label",
     ]
+
+
+def test_what_was_built_is_fit_to_publish_and_the_lines_in_its_card_run(built, tmp_path):
+    hub = built / "hub"
+    facts = verify_dataset(hub)
+    files = {name: (hub / name).read_bytes() for name in facts["files"]}
+    card = card_for(hub, "org/data")
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", card)
+    assert len(links) >= 2 and set(links) <= set(files)
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    shown = ["len(rows)", "len(queries), len(corpus), sum(map(len, relevant_docs.values()))", "rows.column_names[-2:]"]
+    script = "\n".join(f"{block}\nprint({values})" for block, values in zip(blocks, shown, strict=True))
+    with LocalHub() as server:
+        server.create("org/data", "dataset", files={**files, "README.md": card.encode()})
+        answer = server.run(script, tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    rows = facts["configs"]["train"]["rows"]
+    assert answer.stdout.splitlines() == [str(rows), "20 61 20", "['negative_5', 'label']"]
 
 
 def test_the_card_names_every_config_and_count(built):

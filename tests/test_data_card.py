@@ -9,7 +9,7 @@ from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
 from huggingface_hub import DatasetCard
 
 from dataset_builders import card
-from dataset_builders.card import Config, license_fields, public_recipe, render_card, size_category
+from dataset_builders.card import LICENSES, Config, card_for, license_fields, public_recipe, render_card, size_category
 
 MODEL = {"max_seq_length": 128, "dtype": "float32", "batch_tokens": 1024, "vector_dtype": "float16"}
 
@@ -294,8 +294,80 @@ def test_a_set_of_published_pairs_has_a_card_without_the_steps():
     }
     text = render_card([config_of("sts", 10, "sentence1")], facts)
     assert "moved from [0, 5] into (0, 1)" in text
-    assert not {"## How it was made", "## Audit", "## Limits"} & set(text.splitlines())
-    assert DatasetCard(text).data.size_categories == ["n<1K"]
+    assert not {"## How it was made", "## Audit", "## In-batch negatives"} & set(text.splitlines())
+    data = DatasetCard(text).data
+    assert data.size_categories == ["n<1K"] and data.annotations_creators == ["found"]
+    assert "distillation" not in data.tags and "\n\n\n" not in text
+    assert data.dataset_info["config_name"] == "sts" and data.configs[0]["default"]
+
+
+@pytest.mark.parametrize(
+    ("licence", "fields"),
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("CC BY-NC-SA 3.0", {"license": "cc-by-nc-sa-3.0"}),
+        ("msr-la-nc", {"license": "other", "license_name": "msr-la-nc"}),  # mteb knows it, the Hub does not
+        ("CC BY 4.0 + ODC-By 1.0", {"license": "other", "license_name": "cc-by-4.0-odc-by-1.0"}),
+        ("not specified", {"license": "unknown"}),
+    ],
+)
+def test_the_hub_takes_every_licence(facts, licence, fields):
+    facts["source"]["licence"] = licence
+    text = render_card(CONFIGS, facts)
+    data = DatasetCard(text).data.to_dict()
+    assert {name: value for name, value in data.items() if name.startswith("license")} == fields
+    assert licence in text
+
+
+def test_every_licence_of_the_registry_is_one_the_hub_takes():
+    from local_hub import LICENSES as known
+
+    from dataset_builders.sources import registry
+
+    ids = {license_fields(entry.licence)["license"] for entry in registry().values()}
+    assert len(ids) >= 6 and ids <= set(known) and set(LICENSES.split()) <= set(known)
+
+
+def test_the_viewer_needs_no_file(facts):
+    """It shows columns, rows and bytes of every config from the YAML."""
+    from datasets.info import DatasetInfosDict
+
+    infos = DatasetInfosDict.from_dataset_card_data(DatasetCard(render_card(CONFIGS, facts)).data)
+    assert {name: info.splits["train"].num_examples for name, info in infos.items()} == {
+        "train": 1234,
+        "candidates": 56789,
+    }
+    for config in CONFIGS:
+        assert infos[config.name].features == config.info.features
+        assert infos[config.name].splits["train"].num_bytes == config.rows * 100 == infos[config.name].dataset_size
+
+
+def test_models_of_the_hub_are_pinned_and_private_ones_named(facts):
+    commit = "c" * 40
+    facts["dense"]["model"], facts["candidates"]["inputs"]["dense"]["model"] = "org/enc@main", f"org/enc@{commit}"
+    text = render_card(CONFIGS, facts)
+    recipe = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert recipe["dense"]["model"] == f"org/enc@{commit}" and "@main" not in text
+    assert "**`reranker` is not public:**" in text and "enc` is not public" not in text
+    facts["teacher"]["model"] = "package:mine"
+    text = render_card(CONFIGS, facts)
+    assert "not public" not in text and "`package:` names a model inside a Python package" in text
+
+
+def test_what_was_read_is_identified(facts):
+    facts["corpus"]["inputs"]["source"] = {"files": {"corpus.parquet": "ab" * 32}}
+    assert f"corpus.parquet (SHA-256 `{'ab' * 8}`)" in render_card(CONFIGS, facts)
+    facts["source"] = {"kind": "pydocs", "split": "train"}
+    facts["corpus"]["inputs"]["source"] = {"packages": {"numpy": "2.4.0", "pandas": "3.0.1"}}
+    assert "Documentation of numpy 2.4.0, pandas 3.0.1." in render_card(CONFIGS, facts)
+
+
+def test_the_name_of_the_repository_comes_into_every_line(facts, tmp_path):
+    (tmp_path / "README.md").write_text(render_card(CONFIGS, facts))
+    text = card_for(tmp_path, "me/my-set")
+    assert "ORG/NAME" not in text and 'load_dataset("me/my-set", "train", split="train")' in text
+    assert 'snapshot_download("me/my-set"' in text and "datasets/me/my-set}" in text
+    assert DatasetCard(text).data.to_dict() == DatasetCard.load(tmp_path / "README.md").data.to_dict()
 
 
 def test_sizes_follow_the_hubs_names():
