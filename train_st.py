@@ -278,22 +278,20 @@ def load_encoder(
 
 
 def build_loss(own: DatasetArguments, encoder: SentenceTransformer) -> nn.Module:
-    from sentence_transformers.sentence_transformer.losses import CoSENTLoss
+    from modeling.losses import CachedCoSENTLoss, GradedLoss
 
-    from modeling.losses import GradedLoss
-
+    everywhere = {"mini_batch_size": own.mini_batch_size, "gather_across_devices": processes().num_processes > 1}
     if own.loss == "cosent":
-        return CoSENTLoss(encoder, scale=1 / own.temperature)
+        return CachedCoSENTLoss(encoder, scale=1 / own.temperature, **everywhere)
     return GradedLoss(
         encoder,
         own.loss,
         temperature=own.temperature,
-        mini_batch_size=own.mini_batch_size,
         target_temperature=own.target_temperature,
         alpha=own.alpha,
         in_batch_negatives=own.in_batch_negatives,
         false_negative_margin=own.false_negative_margin,
-        gather_across_devices=processes().num_processes > 1,
+        **everywhere,
     )
 
 
@@ -448,10 +446,8 @@ def stopping(stage: Stage, checkpoints: Path) -> Iterator[None]:
 def sizes(stage: Stage) -> str:
     """What a stage's memory depends on, with its values, first what changes no result."""
     rows = f"per_device_train_batch_size ({stage.training.per_device_train_batch_size})"
-    cached = [own.mini_batch_size for own in stage.datasets.values() if own.loss != "cosent"]
-    if not cached:
-        return rows
-    now = ", ".join("null, which is all" if size is None else str(size) for size in dict.fromkeys(cached))
+    cached = dict.fromkeys(own.mini_batch_size for own in stage.datasets.values())
+    now = ", ".join("null, which is all" if size is None else str(size) for size in cached)
     return f"mini_batch_size ({now}), which changes no result, or {rows}"
 
 

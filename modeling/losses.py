@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.losses.merged_forward import embed_columns, merge_feature_batches
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from sentence_transformers.util.distributed import all_gather, get_rank
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -252,6 +253,59 @@ class SoftInfoNCELoss(GradedLoss):
             alpha=alpha,
             **settings,
         )
+
+
+class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
+    """sentence-transformers' CoSENTLoss over graded pairs, with GradCache, and over the pairs of all processes.
+
+    CoSENT compares every pair of a batch with every other one: a process that sees its own pairs alone trains on
+    another loss than one process with all of them.
+
+    Args:
+        model: the SentenceTransformer to train.
+        scale: multiplies the cosines: 1 / temperature.
+        mini_batch_size: texts embedded at a time, by GradCache; None = all, in one plain forward and backward pass.
+        gather_across_devices: compare the pairs of all processes, which need equal numbers of them. Every process
+            computes the same loss, that of one process; so is the average that DDP takes of the gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        *,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(model, scale)
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be None or at least 1, got {mini_batch_size}")
+        self.mini_batch_size = mini_batch_size
+        self.gather_across_devices = gather_across_devices
+        self.uses_gradient_cache = mini_batch_size is not None
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
+        if self.uses_gradient_cache:
+            return self.forward_cached(sentence_features, labels)
+        return super().forward(sentence_features, labels)
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Tensor, *, with_backward: bool = False) -> Tensor:
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        if self.gather_across_devices:
+            _check_alike(labels.view(1, -1))
+            embeddings = [all_gather(column, with_grad=True) for column in embeddings]
+            labels = all_gather(labels)
+        return super().compute_loss_from_embeddings(embeddings, labels)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("mini_batch_size", "gather_across_devices")}
+        return {**super().get_config_dict(), **own}
 
 
 class _Batch(NamedTuple):

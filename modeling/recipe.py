@@ -305,8 +305,6 @@ def _check_dataset(own: DatasetArguments, where: str) -> None:
         raise InputError(f"{where}: name the data to train on: dataset_name")
     if own.loss not in losses:
         raise InputError(f"{where}: loss: invalid choice: {own.loss!r}; choose one of {', '.join(losses)}")
-    if own.loss == "cosent" and own.mini_batch_size is not None:
-        raise InputError(f"{where}: cosent has no GradCache; drop mini_batch_size or lower the batch size")
     for key in ("temperature", "target_temperature", "weight"):
         if getattr(own, key) <= 0:
             raise InputError(f"{where}: {key} is {getattr(own, key)}; it must be above 0")

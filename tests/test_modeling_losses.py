@@ -8,11 +8,12 @@ import torch
 import torch.distributed
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
+    CoSENTLoss,
     MultipleNegativesRankingLoss,
 )
 
 from modeling.encoder import build_encoder
-from modeling.losses import GradedLoss, SoftInfoNCELoss, known_relevant, sort_by_length, text_keys
+from modeling.losses import CachedCoSENTLoss, GradedLoss, SoftInfoNCELoss, known_relevant, sort_by_length, text_keys
 from modeling.objectives import OBJECTIVES
 
 # words of the tiny tokenizer, so that different texts have different ids
@@ -107,6 +108,7 @@ RAGGED = [
 RAGGED_LABELS = torch.tensor(
     [[0.9, 0.5, 0.1], [0.8, 0.3, NAN], [0.7, 0.6, 0.5], [0.9, 0.05, 0.1], [0.6, NAN, 0.4], [0.95, 0.2, 0.7]]
 )
+GRADES = torch.tensor([0.9, 0.2, 0.5, 0.2, 0.7, 0.4])  # of pairs; the second and the fourth tie
 SETTINGS = {"temperature": 0.05, "target_temperature": 0.7, "false_negative_margin": 0.1}
 MINI_BATCHES = [None, 2]
 
@@ -218,6 +220,19 @@ def train_in_two_processes(rank, folder, checkpoint):
                 value = loss(features(encoder, *rows_of(RAGGED, rows)), RAGGED_LABELS[rows])
                 value.backward()
                 results[objective, mini_batch_size, gather] = value.item(), gradient_of(encoder)
+    for mini_batch_size in MINI_BATCHES:
+        for gather in (True, False):
+            model.zero_grad()
+            loss = CachedCoSENTLoss(model, mini_batch_size=mini_batch_size, gather_across_devices=gather)
+            value = loss(features(encoder, *rows_of(RAGGED[:2], rows)), GRADES[rows])
+            value.backward()
+            results["cosent", mini_batch_size, gather] = value.item(), gradient_of(encoder)
+    try:
+        CachedCoSENTLoss(model, gather_across_devices=True)(
+            features(encoder, *rows_of(RAGGED[:2], rows[rank:])), GRADES[rows[rank:]]
+        )
+    except ValueError as error:
+        results["unequal pairs"] = str(error)
     columns = rows_of(RAGGED[: 4 - rank], rows)
     try:
         GradedLoss(model, "info_nce", gather_across_devices=True)(features(encoder, *columns))
@@ -271,6 +286,41 @@ def test_unequal_batches_are_refused_by_all_processes(two_processes):
     messages = [process["unequal"] for process in two_processes]
     assert messages[0] == messages[1]
     assert "[[3, 3], [2, 3]]" in messages[0]
+    assert all("[[1, 3], [1, 2]]" in process["unequal pairs"] for process in two_processes)
+
+
+# --- graded pairs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 1, 2, 64])
+def test_cosent_is_that_of_sentence_transformers(encoder, mini_batch_size):
+    expected, expected_gradient = value_and_gradient(encoder, CoSENTLoss(encoder, scale=10), GRADES, *RAGGED[:2])
+    loss = CachedCoSENTLoss(encoder, scale=10, mini_batch_size=mini_batch_size)
+    value, gradient = value_and_gradient(encoder, loss, GRADES, *RAGGED[:2])
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    with torch.no_grad():
+        assert loss(features(encoder, *RAGGED[:2]), GRADES).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("mini_batch_size", MINI_BATCHES)
+def test_cosent_of_two_processes_is_that_of_one(encoder, two_processes, mini_batch_size):
+    """Each process has the whole loss, and DDP's average is the whole gradient."""
+    expected, expected_gradient = value_and_gradient(encoder, CoSENTLoss(encoder), GRADES, *RAGGED[:2])
+    for process in two_processes:
+        value, gradient = process["cosent", mini_batch_size, True]
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+        apart = process["cosent", mini_batch_size, False]  # else this would pass on a loss that never gathers
+        assert (gradient - apart[1]).norm() > 0.01 * gradient.norm()
+
+
+def test_cosent_settings():
+    settings = {"mini_batch_size": 8, "gather_across_devices": True}
+    config = CachedCoSENTLoss(torch.nn.Identity(), 10, **settings).get_config_dict()
+    assert config == {"scale": 10, "similarity_fct": "pairwise_cos_sim", **settings}
+    with pytest.raises(ValueError, match="mini_batch_size must be None or at least 1"):
+        CachedCoSENTLoss(torch.nn.Identity(), mini_batch_size=0)
 
 
 def test_known_relevant():

@@ -327,7 +327,6 @@ BAD_RECIPES = {
     "unknown stage": ({}, ["--stages", "sts,mining"], "no stage 'mining'; the recipe has sts, retrieval"),
     "stage twice": ({}, ["--stages", "sts,sts"], "a stage twice"),
     "unknown key in a stage": ({"stages": [{"name": "a", "los": 1}]}, [], "stage 'a': unknown key 'los'"),
-    "GradCache for cosent": ({"mini_batch_size": 4}, ["--stages", "sts"], "cosent has no GradCache"),
     "no model": ({"model_name_or_path": None}, [], "name the model to start from"),
     "model folder missing": ({"model_name_or_path": "./nowhere/x"}, [], "no such folder"),
     "model package missing": ({"model_name_or_path": "package:nowhere"}, [], "no installed package"),
