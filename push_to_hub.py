@@ -1,69 +1,124 @@
-"""Prepare a trained model for the Hugging Face Hub: check it as a stranger would load it, and render its card.
+"""Publish a trained model or graded data on the Hugging Face Hub, checked first as a stranger would load it.
 
     python push_to_hub.py model runs/demo/model org/name --dry_run
-    python push_to_hub.py model runs/demo/model org/name --dry_run --license apache-2.0 --output_dir card
+    python push_to_hub.py model runs/mistral-7b/model org/name --license apache-2.0 --adapter --tag v1
+    python push_to_hub.py dataset runs/scifact/data org/name-data --private
 
-Nothing is uploaded. The card goes to stdout, or as README.md into --output_dir.
+Everything is verified and every card rendered before the first request; then each repository gets one commit, with all
+of it, or none when it holds the same files already. In that commit goes, too, what an earlier version left under names
+that readers load (REPLACED); other files of the repository stay as they are. A command that failed or was killed is
+run again: files that were sent are not sent twice. Endpoint and token are huggingface_hub's (HF_ENDPOINT, HF_TOKEN).
 """
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_builders.card import card_for
 from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.recipes import read_yaml
-from eval.report import format_ledger, read_json, read_metrics
-from eval.retrieval import format_table
-from modeling.recipe import StageArguments
+from dataset_builders.verify import verify_dataset
+from eval.model_card import card_files, read_evidence, render_adapter_card, render_card
+from modeling.verify import published_files, verify_adapter, verify_model
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import GitRefInfo, RepoFile
 
-TEMPLATE = Path(__file__).with_name("model_card.md")
-# Names that a stranger's machine does not have; blocked while the model is checked.
-_OUR_PACKAGES = ("dataset_builders", "modeling", "train_st", "eval", "push_to_hub")
+CARD = "README.md"
+# Files of a repository that go when a new version does not have them, by their names and depths. What is not named
+# here is somebody else's: LICENSE, .gitattributes, evaluation results, other formats of the weights.
+REPLACED = {
+    "model": (
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "*config*.json",
+        "modules.json",
+        "*token*",
+        "vocab.*",
+        "merges.txt",
+        "chat_template.jinja",
+        "[0-9]*_*/*",
+        "reference_vectors.json",
+    ),
+    "dataset": ("*.parquet", "*/*.parquet", "assets/*.png"),
+}
+_WAITS = (1, 2, 4)  # seconds before a request that may be repeated is
+_TIMEOUT = 300  # seconds without a byte, after which a connection counts as lost
+_PULL_REQUESTS = 20  # the newest ones are searched for the same files
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a repository is to hold: name in the repository -> file, or content that was rendered."""
+
+    repo_id: str
+    repo_type: str
+    title: str
+    files: Mapping[str, Path | bytes]
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    folder = Path(args.path)
-    run_folder = Path(args.run) if args.run else folder.parent
-    check_files(folder)
-    sources = read_run(run_folder, Path(args.results) if args.results else run_folder / "results")
-    facts = describe_in_clean_process(folder)
-    check_facts(folder, facts)
-    card = render_card(args.repo_id, args.license, facts, sources)
+    releases = prepare(args)
     if args.output_dir:
-        output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "README.md").write_text(card, encoding="utf-8")
-        print(f"{folder} is sound; the card is {output / 'README.md'}; nothing was uploaded", file=sys.stderr)
-    else:
-        print(card)
+        write_cards(releases, Path(args.output_dir))
+    if not args.dry_run:
+        publish(releases, args)
+        return
+    if not args.output_dir:
+        print("\n".join(release.files[CARD].decode() for release in releases))
+    for release in releases:
+        print(f"{release.repo_id}: {len(release.files)} files are sound; nothing was uploaded", file=sys.stderr)
 
 
-def _parse(argv: Sequence[str]):
+def _parse(argv: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="python push_to_hub.py", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=ArgumentParser)
     model = kinds.add_parser("model", help="a trained model")
     model.add_argument("path", metavar="PATH", help="folder of the model (RUN/model)")
-    model.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub")
-    model.add_argument("--dry_run", action="store_true", help="verify and render, upload nothing")
+    data = kinds.add_parser("dataset", help="graded data")
+    data.add_argument("path", metavar="DIR", help="folder of the data (DIR of dataset_builders.build, or DIR/hub)")
+    for kind in (model, data):
+        kind.add_argument("repo_id", metavar="ORG/NAME", help="repository on the Hub")
+        kind.add_argument("--private", action="store_true", help="a new repository; a public one is refused")
+        kind.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
+        kind.add_argument("--revision", help="branch to commit to, made from main if missing (default: main)")
+        kind.add_argument("--tag", help="name for the commit that holds the files")
+        kind.add_argument("--dry_run", action="store_true", help="verify and render, upload nothing; needs no network")
+        kind.add_argument("--output_dir", help="write the card there as README.md")
+    model.add_argument(
+        "--adapter",
+        nargs="?",
+        const="",
+        metavar="ORG/NAME-adapter",
+        help="publish RUN/adapter, too, in a repository of its own (default: ORG/NAME-adapter)",
+    )
     model.add_argument("--run", help="folder with recipe.yaml and ledger.json (default: the one that holds PATH)")
     model.add_argument("--results", help="folder with metrics.json (default: RUN/results)")
+    model.add_argument("--ablations", help="folder with ablation.json of eval.ablate")
     model.add_argument("--license", help="licence of the weights, as the Hub writes it (apache-2.0, mit, ...)")
-    model.add_argument("--output_dir", help="write the card there as README.md instead of to stdout")
     args = parser.parse_args(argv)
-    _check_repo_id(args.repo_id)
-    if not args.dry_run:
-        raise InputError("uploading is not built yet; add --dry_run to verify the model and render its card")
+    if args.kind == "dataset":
+        args.adapter = None
+    elif args.adapter == "":
+        args.adapter = f"{args.repo_id}-adapter"
+    for repo_id in (args.repo_id, args.adapter):
+        if repo_id is not None:
+            _check_repo_id(repo_id)
+    if args.adapter == args.repo_id:
+        raise InputError(f"--adapter {args.adapter}: the merged model has that repository; name another one")
+    if args.create_pr and args.tag:
+        raise InputError("--tag names a commit that is published; merge the pull request first, then tag it")
     return args
 
 
@@ -79,173 +134,337 @@ def _check_repo_id(repo_id: str) -> None:
         raise InputError(f"repository {repo_id!r}: write ORG/NAME")
 
 
-def check_files(folder: Path) -> None:
-    """Refuse what a stranger could not load, or should not have to trust: pickled weights, or code."""
-    if not (folder / "modules.json").is_file():
-        raise InputError(f"{folder}: not a SentenceTransformer folder (modules.json is missing); train one first")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise InputError(f"{folder}: no .safetensors weights; save the model with safetensors")
-    for path in files:
-        if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"):
-            raise InputError(f"{path}: the Hub's readers run this as code; publish safetensors and no code")
-    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
-        if not module["type"].startswith("sentence_transformers."):
-            raise InputError(f"{folder}: module {module['type']} is not one of sentence-transformers' own")
+# --- what is published ----------------------------------------------------------------------------------------------
 
 
-def describe_model(path: str) -> dict:
-    """Load the model, look at what it does and return the facts. Runs alone, so it imports all it needs."""
-    import numpy as np
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(path, trust_remote_code=False, local_files_only=True)
-    texts = ["", "a", "how do I parse a date", "a long text " * model.max_seq_length]
-    prompts = {"": "", **model.prompts}
-    longest = max(prompts.values(), key=lambda prompt: len(model.tokenizer(prompt)["input_ids"]))
-    last_tokens, lengths, norms = set(), [], []
-    for prompt in ("", longest):
-        features = model.preprocess(texts, prompt=prompt)
-        for ids, mask in zip(features["input_ids"].tolist(), features["attention_mask"].tolist(), strict=True):
-            kept = [token for token, used in zip(ids, mask, strict=True) if used]
-            last_tokens.add(kept[-1] if kept else None)
-            lengths.append(len(kept))
-        norms += np.linalg.norm(model.encode(texts, prompt=prompt).astype("float32"), axis=1).tolist()
-    first, second = model.encode(["how do I parse a date", "where is the red house"], prompt=longest)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "dimensions": model.get_embedding_dimension(),
-        "max_seq_length": model.max_seq_length,
-        "parameters": parameters,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "backbone": model[0].config.model_type,
-        "prompts": model.prompts,
-        "eos": model.tokenizer.eos_token,
-        "ends_in_eos": last_tokens == {model.tokenizer.eos_token_id},
-        "keeps_max_seq_length": max(lengths) <= model.max_seq_length,
-        "norms": [min(norms), max(norms)],
-        # a prompt that fills max_seq_length gives every text the same vector, without a warning
-        "tells_texts_apart": bool(np.abs(first - second).max() > 1e-4),
-    }
+def prepare(args: Namespace) -> list[Release]:
+    """Verify everything and render the cards: what is to be published, in that order. Raises InputError."""
+    return prepare_model(args) if args.kind == "model" else [prepare_dataset(args)]
 
 
-def describe_in_clean_process(folder: Path) -> dict[str, Any]:
-    """`describe_model` in another folder and without this repository. Raises InputError where that fails."""
-    program = "\n".join(
-        [
-            "import json, sys",
-            f"sys.modules.update(dict.fromkeys({_OUR_PACKAGES!r}))",  # None: importing it is an error
-            inspect.getsource(describe_model),
-            "print(json.dumps(describe_model(sys.argv[1])))",
+def prepare_model(args: Namespace) -> list[Release]:
+    folder = Path(args.path)
+    run_folder = Path(args.run) if args.run else folder.parent
+    files = published_files(folder)
+    results, ablations = (Path(path) if path else None for path in (args.results, args.ablations))
+    evidence = read_evidence(run_folder, results, ablations)
+    facts = verify_model(folder)
+    card = render_card(args.repo_id, facts, evidence, license=args.license, adapter_repo_id=args.adapter)
+    releases = [Release(args.repo_id, "model", "Merged model", {**files, **card_files(evidence), CARD: card.encode()})]
+    if args.adapter:
+        adapter = run_folder / "adapter"
+        facts = {**facts, "adapter": verify_adapter(adapter, folder)}
+        if facts["adapter"]["distance"] is None:
+            base = facts["adapter"]["base"]
+            print(f"{adapter}: {base} is not in the cache, so it was not compared with {folder}", file=sys.stderr)
+        card = render_adapter_card(args.adapter, args.repo_id, facts, evidence, license=args.license)
+        files = {**published_files(adapter), CARD: card.encode()}
+        releases.append(Release(args.adapter, "model", "Adapter", files))
+    for release in releases:
+        _check_no_local_path(release, run_folder)
+    return releases
+
+
+def prepare_dataset(args: Namespace) -> Release:
+    folder = Path(args.path)
+    if not (folder / CARD).is_file() and (folder / "hub").is_dir():
+        folder /= "hub"
+    facts = verify_dataset(folder)
+    files = {name: folder / name for name in facts["files"]}
+    return Release(args.repo_id, "dataset", "Graded data", {**files, CARD: card_for(folder, args.repo_id).encode()})
+
+
+def _check_no_local_path(release: Release, folder: Path) -> None:
+    """A card quotes the recipe, and a recipe may name folders of this machine."""
+    card = release.files[CARD].decode()
+    for place in (folder.resolve(), Path.cwd(), Path.home()):
+        if len(place.parts) > 1 and f"{place}/" in card:
+            raise InputError(f"{folder}: the card of {release.repo_id} would tell {place}; write its paths relative")
+
+
+def write_cards(releases: Sequence[Release], folder: Path) -> None:
+    """The first card as README.md, that of the adapter in a folder of its own."""
+    for release, target in zip(releases, (folder, folder / "adapter"), strict=False):
+        target.mkdir(parents=True, exist_ok=True)
+        (target / CARD).write_bytes(release.files[CARD])
+        print(f"{target / CARD}: the card of {release.repo_id}", file=sys.stderr)
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+def publish(releases: Sequence[Release], args: Namespace) -> None:
+    """Look at every repository before anything is written to the first; then one commit each, and a line about it.
+
+    Raises:
+        InputError: what went wrong, what is there now and what to do.
+    """
+    from huggingface_hub import HfApi, get_session, get_token
+
+    token = get_token()
+    if token is None:
+        raise InputError("no token; set HF_TOKEN or run `hf auth login` (or check without one: --dry_run)")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise InputError("the token holds spaces, line breaks or letters that no token has; set HF_TOKEN again")
+    get_session().timeout = _TIMEOUT  # the library's own: none, it would wait for ever
+    api = HfApi(token=token)
+    uploads = [Upload(api, release, args) for release in releases]
+    for upload in uploads:
+        _check_no_token(upload.release, token)
+        with upload.told():
+            upload.look()
+    for index, upload in enumerate(uploads):
+        try:
+            with upload.told():
+                print(upload.publish(), flush=True)
+        except InputError as error:
+            before = "".join(f"{done.release.repo_id} is published; " for done in uploads[:index])
+            raise InputError(f"{before}{error}") from error
+
+
+def _check_no_token(release: Release, token: str) -> None:
+    for name, content in release.files.items():
+        if not name.endswith((".safetensors", ".parquet")):
+            content = content if isinstance(content, bytes) else content.read_bytes()
+            if token.encode() in content:
+                raise InputError(f"{release.repo_id}: {name} holds the token; remove it, and make a new token")
+
+
+class Upload:
+    """A release on its way into its repository."""
+
+    def __init__(self, api: HfApi, release: Release, args: Namespace) -> None:
+        from huggingface_hub import CommitOperationAdd
+
+        self.api = api
+        self.release = release
+        self.private, self.create_pr, self.tag = args.private, args.create_pr, args.tag
+        self.branch = args.revision or "main"
+        self.repository = {"repo_id": release.repo_id, "repo_type": release.repo_type}
+        # made once, as each reads its file to hash it, and remembers whether it was sent
+        self.additions = {name: CommitOperationAdd(name, content) for name, content in release.files.items()}
+        self.state = "nothing was changed"
+
+    def look(self) -> None:
+        """Read what the repository holds and what a commit would have to change. Writes nothing.
+
+        Raises:
+            InputError: it cannot become what was asked for.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        self.exists, self.head, self.has_branch, self.proposed = False, None, False, None
+        self.operations = list(self.additions.values())
+        name = self.release.repo_id
+        try:
+            info = _patiently(self.api.repo_info, **self.repository)
+        except RepositoryNotFoundError:
+            return
+        self.exists = True
+        if self.private and not info.private:
+            raise InputError(f"{name}: is public already; make it private in its settings, or drop --private")
+        refs = _patiently(self.api.list_repo_refs, **self.repository, include_pull_requests=True)
+        branches = {ref.name: ref.target_commit for ref in refs.branches}
+        branches |= {ref.ref: ref.target_commit for ref in refs.pull_requests}
+        self.has_branch = self.branch in branches
+        if not self.has_branch and self.branch in {ref.name for ref in refs.tags}:
+            raise InputError(f"{name}: {self.branch} is a tag; --revision takes a branch")
+        if not self.has_branch and self.create_pr:
+            raise InputError(f"{name}: no branch {self.branch} for a pull request; push it first, or drop --revision")
+        self.head = branches[self.branch if self.has_branch else "main"]
+        self.operations = self._changes(self.head)
+        if self.create_pr and self.operations:
+            self.proposed = self._same_proposal(refs.pull_requests)
+        tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(self.tag)
+        if tagged and (self.operations or tagged != self.head):
+            raise InputError(f"{name}: tag {self.tag} is on another commit, {tagged[:8]}; choose another name")
+
+    def _changes(self, revision: str) -> list[Any]:
+        """What a commit on `revision` has to do: add what is new or differs, delete what an earlier version left."""
+        from huggingface_hub import CommitOperationDelete
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = _patiently(lambda: list(self.api.list_repo_tree(**self.repository, revision=revision, recursive=True)))
+        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        changed = [
+            addition
+            for name, addition in self.additions.items()
+            if name not in there or _oid(addition, there[name]) != _remote_oid(there[name])
         ]
-    )
-    with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", program, str(folder.resolve())],
-            cwd=elsewhere,
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise InputError(f"{folder}: plain sentence-transformers cannot use it: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+        left = [name for name in there if name not in self.additions and _is_replaced(name, self.release.repo_type)]
+        return [*changed, *(CommitOperationDelete(name, is_folder=False) for name in left)]
+
+    def _same_proposal(self, pull_requests: Sequence[GitRefInfo]) -> str | None:
+        """The pull request (refs/pr/N) that would be made again: the same files on the same commit."""
+        numbers = sorted((int(ref.ref.rpartition("/")[2]) for ref in pull_requests), reverse=True)
+        for revision in (f"refs/pr/{number}" for number in numbers[:_PULL_REQUESTS]):
+            if not self._changes(revision):
+                commits = _patiently(self.api.list_repo_commits, **self.repository, revision=revision)
+                if len(commits) > 1 and commits[1].commit_id == self.head:
+                    return revision
+        return None
+
+    def publish(self) -> str:
+        """Make the repository, the branch, the commit and the tag, as far as they are missing; a line about it."""
+        name = self.release.repo_id
+        if not self.exists:
+            _patiently(self.api.create_repo, **self.repository, private=self.private or None, exist_ok=True)
+            self.state = "the repository is there, without the files"
+            self.look()
+        if not self.has_branch:
+            arguments = {"branch": self.branch, "revision": self.head}
+            _patiently(self.api.create_branch, **self.repository, **arguments, exist_ok=True)
+            self.state = f"branch {self.branch} is there, without the files"
+        if self.proposed:
+            return f"{name}: {self.proposed} proposes these files already; no other one was made"
+        unchanged = not self.operations
+        if self.operations:
+            self._commit()
+        page = f"{self.api.endpoint}/{'datasets/' if self.release.repo_type == 'dataset' else ''}{name}"
+        if self.proposed:
+            return f"{name}: {page}/discussions/{self.proposed.rpartition('/')[2]}"
+        if self.tag:
+            self._tag()
+        if unchanged:
+            return f"{name}: {self.branch} holds these files already (commit {self.head[:8]}); no commit was made"
+        return f"{name}: {page}/commit/{self.head}"
+
+    def _commit(self) -> None:
+        """One commit, and `head` or `proposed` as it left them. When its answer is lost, look whether it landed."""
+        for wait in (*_WAITS, None):
+            try:
+                made = self.api.create_commit(
+                    **self.repository,
+                    operations=self.operations,
+                    commit_message=self.release.title,
+                    revision=self.branch,
+                    create_pr=self.create_pr,
+                    parent_commit=self.head,
+                )
+            except Exception as error:
+                if not (_status(error) == 412 or (_passes(error) and not _tried_by_client(error))):
+                    raise
+                before, self.state = self.head, "whether the commit landed is not known"
+                self.look()
+                self.state = "nothing was committed"
+                if self.proposed or not self.operations:
+                    return
+                if self.head != before:
+                    raise InputError(
+                        f"{self.release.repo_id}: somebody committed to {self.branch} meanwhile ({self.head[:8]}); "
+                        "nothing was overwritten; look at it, then run the same command again"
+                    ) from error
+                if wait is None:
+                    raise
+                time.sleep(wait)
+            else:
+                self.head, self.proposed = made.oid, made.pr_revision
+                return
+
+    def _tag(self) -> None:
+        self.state = f"the files are there (commit {self.head[:8]}), the tag is not"
+        _patiently(self.api.create_tag, **self.repository, tag=self.tag, revision=self.head, exist_ok=True)
+        tags = _patiently(self.api.list_repo_refs, **self.repository).tags
+        tagged = {ref.name: ref.target_commit for ref in tags}.get(self.tag)
+        if tagged != self.head:  # somebody was quicker
+            raise InputError(
+                f"{self.release.repo_id}: tag {self.tag} is on {tagged}; {self.state}; choose another name"
+            )
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """What the Hub or the network answers as one line: what, where, how things stand, what to do."""
+        try:
+            yield
+        except Exception as error:
+            reason = _reason(error, self.api.endpoint)
+            if reason is None:
+                raise
+            raise InputError(f"{self.release.repo_id}: {reason}; {self.state}") from error
 
 
-def check_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raises InputError for what would silently give wrong vectors or scores."""
-    from modeling.prompts import baked_prompts
-
-    if not facts["ends_in_eos"]:
-        raise InputError(f"{folder}: texts do not end in EOS ({facts['eos']}); build the model with build_encoder")
-    if not facts["keeps_max_seq_length"]:
-        raise InputError(f"{folder}: texts get longer than max_seq_length {facts['max_seq_length']}")
-    # half precision rounds a unit vector's length by up to 2^-8
-    if not all(abs(norm - 1) < 5e-3 for norm in facts["norms"]):
-        raise InputError(f"{folder}: vectors are not of unit length but of {facts['norms']}; add a Normalize module")
-    if not facts["tells_texts_apart"]:
-        raise InputError(f"{folder}: a prompt leaves no room for the text, all texts get one vector; shorten it")
-    missing = [name for name in baked_prompts(None) if name not in facts["prompts"]]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing)} prompts are missing, the first of them {missing[0]!r}; "
-            "save the model with the prompts of modeling.prompts.baked_prompts"
-        )
+def _is_replaced(name: str, repo_type: str) -> bool:
+    # fnmatch alone lets * stand for slashes, too
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in REPLACED[repo_type])
 
 
-def read_run(run_folder: Path, results: Path) -> dict[str, Any]:
-    """The recipe, the ledger and, where there are any, the results of the run that made the model."""
-    path = run_folder / "recipe.yaml"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the card tells the recipe, name its folder with --run")
-    return {
-        "recipe": read_yaml(path),
-        "recipe_text": path.read_text(encoding="utf-8").strip(),
-        "ledger": read_json(run_folder / "ledger.json"),
-        "metrics": read_metrics(results) if (results / "metrics.json").is_file() else None,
-    }
+def _remote_oid(entry: RepoFile) -> str:
+    return entry.lfs.sha256 if entry.lfs else entry.blob_id
 
 
-def render_card(repo_id: str, license: str | None, facts: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
-    """model_card.md filled in. Raises InputError where the Hub could not read the metadata."""
-    from huggingface_hub import ModelCard
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    metadata = card_metadata(license, sources["recipe"])
-    card = environment.get_template(TEMPLATE.name).render(
-        metadata=metadata.to_yaml(),
-        repo_id=repo_id,
-        license=license,
-        base_model=metadata.base_model,
-        table=format_table(sources["metrics"]) if sources["metrics"] else None,
-        ledger_table=format_ledger(sources["ledger"]),
-        stages=[
-            (stage["name"], stage_values(sources["recipe"], stage, "loss", StageArguments.loss))
-            for stage in sources["recipe"]["stages"]
-        ],
-        **facts,
-        **sources,
-    )
-    parsed = ModelCard(card).data
-    if parsed.to_dict() != metadata.to_dict():
-        raise InputError(f"{TEMPLATE}: its metadata reads back as {parsed.to_dict()}, not as it was written")
-    return card
+def _oid(addition: CommitOperationAdd, entry: RepoFile) -> str | None:
+    """What identifies the content of a file where the repository keeps it as it keeps `entry`."""
+    if entry.lfs:
+        return addition.upload_info.sha256.hex()
+    if addition.upload_info.size != entry.size:
+        return None
+    with addition.as_file() as file:
+        return hashlib.sha1(b"blob %d\0" % entry.size + file.read()).hexdigest()
 
 
-def stage_values(recipe: Mapping[str, Any], stage: Mapping[str, Any], key: str, default: Any = None) -> list[Any]:
-    """The distinct values that a key has in a stage: one, or those of its `datasets:`."""
-    shared = stage.get(key, recipe.get(key, default))
-    return list(dict.fromkeys(entry.get(key, shared) for entry in stage.get("datasets") or [{}]))
+def _patiently(request: Callable[..., Any], **arguments: Any) -> Any:
+    """`request(**arguments)`, again after what passes: for requests that may come twice."""
+    for wait in _WAITS:
+        try:
+            return request(**arguments)
+        except Exception as error:
+            if not _passes(error):
+                raise
+        time.sleep(wait)
+    return request(**arguments)
 
 
-def card_metadata(license: str | None, recipe: Mapping[str, Any]) -> ModelCardData:
-    """What the Hub searches by. A local folder is no base model and no data set for a reader elsewhere."""
-    from huggingface_hub import ModelCardData
-
-    names = [name for stage in recipe["stages"] for name in stage_values(recipe, stage, "dataset_name")]
-    datasets = [name for name in dict.fromkeys(names) if name and _is_hub_id(name)]
-    base = None if recipe.get("student") else recipe["model_name_or_path"]
-    return ModelCardData(
-        language="en",
-        license=license,
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        tags=["sentence-transformers", "feature-extraction", "dense", "text-embeddings", "graded-embedder"],
-        base_model=base.partition("@")[0] if base and _is_hub_id(base) else None,
-        datasets=datasets or None,
-    )
+def _status(error: BaseException) -> int | None:
+    """The status of the answer, None where there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _is_hub_id(reference: str) -> bool:
-    return (
-        not Path(reference).exists()
-        and not reference.startswith((".", "/", "~", "package:"))
-        and (reference.count("/") <= 1)
-    )
+def _passes(error: Exception) -> bool:
+    """Whether it is the moment rather than the request: too many requests, a server's fault, a lost connection, or an
+    answer that is not the API's.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    status = _status(error)
+    if status is not None:
+        return status == 429 or status >= 500
+    return isinstance(error, HTTPError | json.JSONDecodeError)
+
+
+def _tried_by_client(error: Exception) -> bool:
+    """huggingface_hub repeats these five times itself."""
+    request = error if _status(error) is None else error.response
+    url = "" if isinstance(error, json.JSONDecodeError) else str(request.request.url)
+    return "/preupload/" in url or "/info/lfs/" in url
+
+
+def _reason(error: Exception, endpoint: str) -> str | None:
+    """What went wrong and what to do about it; None for what is neither the Hub's nor the network's doing."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if isinstance(error, RuntimeError | ValueError) and isinstance(error.__cause__, HTTPError):
+        if _status(error.__cause__) == 400:  # the card's metadata; the Hub's reasons are in the message
+            return f"the Hub refuses it: {error}"
+        error = error.__cause__  # of one file of many
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it, or check without the Hub: --dry_run"
+    if not isinstance(error, HTTPError | json.JSONDecodeError):
+        return None
+    status, said = _status(error), getattr(error, "server_message", None) or type(error).__name__
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return f"not found, or the token may not see it ({said}); check the name and the token"
+    if status == 401:
+        return f"the Hub does not know the token ({said}); make one with write access at {endpoint}/settings/tokens"
+    if status == 403:
+        return f"the token may not write there ({said}); take one with write access"
+    if status == 412:
+        return "somebody committed meanwhile; run the same command again"
+    if status == 429:
+        return "too many requests; wait some minutes, then run the same command again"
+    if status is not None and status < 500:
+        return f"the Hub refuses it: {said} ({status})"
+    what = f"the Hub fails ({status})" if status else f"no answer from {endpoint} ({type(error).__name__})"
+    return f"{what}; check the network and HF_ENDPOINT, then run the same command again"
 
 
 if __name__ == "__main__":

@@ -1,148 +1,376 @@
-"""The card and the checks before it: what a stranger would meet is what is checked."""
+"""Publishing over real HTTP to a local Hub: one commit or none, whatever fails on the way."""
 
+import functools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from jinja2 import UndefinedError
+from local_hub import LocalHub
+from sentence_transformers import SentenceTransformer
 
 import push_to_hub
 from dataset_builders.cli import InputError
-from modeling.prompts import baked_prompts
-from push_to_hub import (
-    card_metadata,
-    check_facts,
-    check_files,
-    describe_in_clean_process,
-    describe_model,
-    main,
-    read_run,
-    render_card,
-)
+from modeling.verify import write_reference
+
+ROOT = Path(__file__).parents[1]
+TOKENS = {"hf_write": "write", "hf_read": "read"}
+# A process that runs push_to_hub.py again and again, as the client reads its endpoint when it is imported; on rendered
+# files in place of a model, which would be verified in a process of its own. Reads {"releases": {repository: {name:
+# content}}, "argv", "environment"} and answers [exit code, stdout, stderr], a line each.
+WORKER = """
+import contextlib, io, json, os, sys, traceback
+import push_to_hub
+from dataset_builders.cli import run
+
+push_to_hub._WAITS = (0.01, 0.01, 0.01)
+for line in sys.stdin:
+    job = json.loads(line)
+    os.environ |= job["environment"]
+    releases = [
+        push_to_hub.Release(repo_id, "model", "Model", {name: text.encode() for name, text in files.items()})
+        for repo_id, files in job["releases"].items()
+    ]
+    push_to_hub.prepare = lambda args: releases
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            run(push_to_hub.main, ["model", "unused", releases[0].repo_id, *job["argv"]])
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    print(json.dumps([code, output.getvalue(), errors.getvalue()]), flush=True)
+"""
+FILES = {
+    "README.md": "---\nlicense: mit\n---\n# A model\n",
+    "config.json": '{"a": 1}',
+    "model.safetensors": "weights" * 100,
+    "1_Pooling/config.json": "{}",
+}
+NAME = "org/name"
 
 
 @pytest.fixture(scope="module")
-def facts(tiny_encoder):
-    facts = describe_in_clean_process(tiny_encoder)
-    check_facts(tiny_encoder, facts)
-    return facts
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_run):
-    return read_run(tiny_run, tiny_run / "results")
+def server():
+    with LocalHub(tokens=TOKENS) as hub:
+        yield hub
 
 
 @pytest.fixture
-def encoder(tiny_encoder, tmp_path):
-    """A copy to break."""
-    return shutil.copytree(tiny_encoder, tmp_path / "encoder")
+def hub(server):
+    """The server, empty."""
+    for repositories in server.stored.values():
+        repositories.clear()
+    server._faults.clear()
+    return server
 
 
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
+def start(server, folder, **environment):
+    environment = {**os.environ, **server.environment(folder), **environment}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, env=environment, **pipes)
 
 
-def test_a_clean_process_sees_what_this_one_sees(facts, tiny_encoder):
-    assert facts == json.loads(json.dumps(describe_model(str(tiny_encoder))))
-    assert facts["dimensions"] == 32
-    assert facts["prompts"] == baked_prompts("Given a question, retrieve its answer")
+@pytest.fixture(scope="module")
+def worker(server, tmp_path_factory):
+    with start(server, tmp_path_factory.mktemp("client")) as process:
+        yield process
+        process.stdin.close()
 
 
-def test_the_clean_process_cannot_import_this_repository(tiny_encoder, monkeypatch):
-    """A model that needs our code would load here and nowhere else."""
-    source = "def describe_model(path):\n    import modeling.prompts\n    return {}\n"
-    monkeypatch.setattr(push_to_hub.inspect, "getsource", lambda function: source)
-    with pytest.raises(InputError, match="ModuleNotFoundError"):
-        describe_in_clean_process(tiny_encoder)
+def ask(process, *flags, files=FILES, releases=None, token="hf_write"):
+    """What the command came to. The token is looked for in all that it prints."""
+    job = {"releases": releases or {NAME: files}, "argv": flags, "environment": {"HF_TOKEN": token}}
+    print(json.dumps(job), file=process.stdin, flush=True)
+    done = subprocess.CompletedProcess(flags, *json.loads(process.stdout.readline()))
+    assert not token or token not in done.stdout + done.stderr
+    return done
 
 
-def test_dry_run_writes_the_card(tiny_run, tmp_path, capsys):
-    main(["model", str(tiny_run / "model"), "org/name", "--dry_run", "--output_dir", str(tmp_path / "card")])
+@pytest.fixture
+def push(hub, worker):
+    """push(*flags, files=..., releases=..., token=...)"""
+    return functools.partial(ask, worker)
+
+
+def refused(done, message):
+    """One line, exit code 2."""
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert re.search(message, errors[0]), errors[0]
+
+
+def holds(hub, files=FILES, commits=1, **where):
+    """The repository holds exactly these files, in so many commits after the first, which is the Hub's own."""
+    found = hub.files(NAME, **where)
+    found.pop(".gitattributes")
+    assert {name: content.decode() for name, content in found.items()} == files
+    assert len(hub.commits(NAME, **where)) == 1 + commits
+
+
+# --- one commit -----------------------------------------------------------------------------------------------------
+
+
+def test_everything_goes_in_one_commit_and_again_in_none(hub, push):
+    done = push("--tag", "v1")
+    assert done.returncode == 0, done.stderr
+    holds(hub)
+    [_, commit] = hub.commits(NAME)
+    assert done.stdout == f"{NAME}: {hub.endpoint}/{NAME}/commit/{commit.id}\n"
+    assert hub.refs(NAME).tags == {"v1": commit.id}
+    assert not hub.stored["model"][NAME].private
+    asked = len(hub.asked)
+    again = push("--tag", "v1")
+    assert again.returncode == 0 and f"holds these files already (commit {commit.id[:8]}); no commit" in again.stdout
+    holds(hub)
+    assert not [line for line in hub.asked[asked:] if not line.startswith("GET") and "/tag/" not in line]
+
+
+def test_what_a_new_version_lacks_goes_and_what_others_put_there_stays(hub, push):
+    theirs = {"LICENSE": b"MIT", "onnx/model.safetensors": b"o", "notes.json": b"{}"}
+    older = {"model-00001-of-00002.safetensors": b"1", "2_Dense/config.json": b"{}", "adapter_config.json": b"{}"}
+    hub.create(NAME, files=theirs | older)
+    assert push().returncode == 0
+    holds(hub, FILES | {name: content.decode() for name, content in theirs.items()}, commits=2)
+
+
+def test_a_changed_file_is_the_only_one_in_its_commit(hub, push):
+    push()
+    files = FILES | {"config.json": '{"a": 2}'}
+    asked = len(hub.asked)
+    assert push(files=files).returncode == 0
+    holds(hub, files, commits=2)
+    assert not [line for line in hub.asked[asked:] if "/info/lfs" in line]
+
+
+def test_a_branch_is_made(hub, push):
+    hub.create(NAME)
+    assert push("--revision", "next").returncode == 0
+    holds(hub, revision="next")
+    holds(hub, {}, commits=0)
+    assert push("--revision", "next").returncode == 0
+    holds(hub, revision="next")
+
+
+def test_a_pull_request_is_opened_once_and_never_empty(hub, push):
+    hub.create(NAME)
+    done = push("--create_pr")
+    assert done.stdout == f"{NAME}: {hub.endpoint}/{NAME}/discussions/1\n", done.stderr
+    holds(hub, revision="refs/pr/1")
+    holds(hub, {}, commits=0)
+    assert "refs/pr/1 proposes these files already" in push("--create_pr").stdout
+    assert push("--revision", "refs/pr/1", files=FILES | {"config.json": "{}"}).returncode == 0
+    assert len(hub.commits(NAME, revision="refs/pr/1")) == 3
+    push()
+    assert "no commit was made" in push("--create_pr").stdout
+    assert list(hub.refs(NAME).pull_requests) == ["refs/pr/1"]
+
+
+def test_private_holds_for_a_new_repository_and_a_public_one_is_refused(hub, push):
+    assert push("--private").returncode == 0
+    assert hub.stored["model"][NAME].private
+    assert push("--private", files=FILES | {"config.json": "{}"}).returncode == 0
+    hub.create("org/public")
+    refused(push("--private", releases={"org/public": FILES}), "org/public: is public already; .*drop --private")
+    assert len(hub.commits("org/public")) == 1
+
+
+def test_a_tag_of_another_commit_is_refused_before_anything_is_written(hub, push):
+    push("--tag", "v1")
+    asked, tags = len(hub.asked), hub.refs(NAME).tags
+    refused(push("--tag", "v1", files=FILES | {"config.json": "{}"}), "tag v1 is on another commit")
+    holds(hub)
+    assert hub.refs(NAME).tags == tags and all(line.startswith("GET") for line in hub.asked[asked:])
+
+
+def test_a_tag_is_no_branch(hub, push):
+    push("--tag", "v1")
+    refused(push("--revision", "v1", files={}), "v1 is a tag; --revision takes a branch")
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["429", "503", "drop", "lost"])
+@pytest.mark.parametrize("request_", ["repos/create", "/commit/", "validate-yaml", "/refs", "/tree/", "/tag/"])
+def test_a_fault_that_passes_changes_nothing(hub, push, request_, fault):
+    hub.fail(request_, fault)
+    done = push("--tag", "v1")
+    assert hub._faults[0]["times"] == 0  # it happened
+    assert done.returncode == 0, done.stderr
+    holds(hub)
+    assert hub.refs(NAME).tags == {"v1": hub.commits(NAME)[-1].id}
+
+
+def test_a_lost_answer_about_a_pull_request_opens_no_second_one(hub, push):
+    hub.create(NAME)
+    hub.fail("/commit/", "lost")
+    assert push("--create_pr").stdout.endswith("/discussions/1\n")
+    assert list(hub.refs(NAME).pull_requests) == ["refs/pr/1"]
+
+
+def test_a_fault_that_stays_leaves_the_repository_as_it_was_and_a_rerun_finishes(hub, push):
+    hub.create(NAME, files={"config.json": b"old"})
+    hub.fail("/commit/", "503", times=4)
+    refused(push(), r"org/name: the Hub fails \(503\); .*run the same command again; nothing was committed")
+    holds(hub, {"config.json": "old"}, commits=1)
+    asked = len(hub.asked)
+    assert push().returncode == 0
+    holds(hub, commits=2)
+    assert not [line for line in hub.asked[asked:] if line.startswith("PUT")]  # the weights were there
+
+
+def test_a_commit_meanwhile_is_told_and_not_overwritten(hub, push):
+    hub.create(NAME)
+    hub.fail("/commit/", lambda: hub.commit(NAME, {"config.json": b"theirs"}, title="Theirs"))
+    refused(push(), r"somebody committed to main meanwhile \(\w{8}\); nothing was overwritten")
+    holds(hub, {"config.json": "theirs"}, commits=1)
+    assert push().returncode == 0
+    holds(hub, commits=2)
+
+
+def test_between_model_and_adapter(hub, push):
+    releases = {NAME: FILES, f"{NAME}-adapter": FILES}
+    hub.fail(f"{NAME}-adapter/commit/", "500", times=4)
+    refused(
+        push(releases=releases), f"^error: {NAME} is published; {NAME}-adapter: the Hub fails .* nothing was commit"
+    )
+    holds(hub)
+    done = push(releases=releases)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    holds(hub)
+    assert len(hub.commits(f"{NAME}-adapter")) == 2
+
+
+def test_all_repositories_are_looked_at_before_the_first_is_written(hub, push):
+    hub.create(f"{NAME}-adapter")
+    refused(push("--private", releases={NAME: FILES, f"{NAME}-adapter": FILES}), "adapter: is public already")
+    assert NAME not in hub.stored["model"]
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("", "no token; set HF_TOKEN"),
+        ("hf_read", "the token may not write there .*take one with write access"),
+        ("hf_wrong", "the Hub does not know the token .*settings/tokens; nothing was changed"),
+        ("hf_wr ite", "the token holds spaces"),
+        ("hf_wrïte", "the token holds spaces, line breaks or letters"),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_tokens(hub, push, token, message, exists):
+    if exists:
+        hub.create(NAME)
+    refused(push(token=token), message)
+    assert not exists or len(hub.commits(NAME)) == 1
+    assert exists or NAME not in hub.stored["model"]
+
+
+def test_debug_shows_the_cause_without_the_token(hub, push):
+    """`push` searches for it."""
+    done = push("--debug", token="hf_wrong")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "401" in done.stderr
+
+
+def test_a_token_among_the_files_is_refused(hub, push):
+    refused(push(files=FILES | {"config.json": "hf_write"}), "config.json holds the token")
+    assert NAME not in hub.stored["model"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9 .*check the network"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_no_network(server, tmp_path, environment, message):
+    with start(server, tmp_path, **environment) as process:
+        refused(ask(process), message)
+        process.stdin.close()
+
+
+def test_metadata_that_the_hub_refuses(hub, push):
+    refused(push(files=FILES | {"README.md": "---\nlicense: [\n---\n"}), "the Hub refuses it: Invalid metadata")
+    holds(hub, {}, commits=0)
+
+
+# --- what is published ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_run, tmp_path_factory):
+    """`tiny_run` with what train_st.py writes beside a model."""
+    folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("run") / "run")
+    write_reference(SentenceTransformer(str(folder / "model"), device="cpu"), folder / "model")
+    (folder / "model" / "manifest.json").write_text("{}")
+    return folder
+
+
+def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = ["--dry_run", "--output_dir", str(tmp_path / "card")]
+    push_to_hub.main(["model", str(run_folder / "model"), NAME, *flags])
     card = ModelCard((tmp_path / "card" / "README.md").read_text())
     assert card.data.library_name == "sentence-transformers"
-    assert card.data.pipeline_tag == "sentence-similarity"
-    assert card.data.license is None and card.data.base_model is None
-    assert "Not evaluated yet." in card.text
     assert "nothing was uploaded" in capsys.readouterr().err
 
 
-def test_card_tells_everything(facts, sources):
-    row = {"name": "BM25", "kind": "retriever", "nDCG@10": 0.5, "R@100": None, "RR": 0.25}
-    metrics = {"systems": [row], "measures": ["nDCG@10", "R@100", "RR"], "baseline": "BM25", "compared": "nDCG@10"}
-    metrics |= {"counts": {"queries": 3, "documents": 6}, "split": "test"}
-    card = render_card("org/name", "mit", facts, {**sources, "metrics": metrics})
-    assert ModelCard(card).data.license == "mit"
-    assert "| BM25 | 0.500 | - | 0.250 |" in card
-    assert "| retrieval | 20 | 4,000 | 61 | cpu | 3.00 GiB |" in card
-    assert "`sts` (loss `soft_info_nce`), `retrieval` (loss `soft_info_nce`)" in card
-    assert 'SentenceTransformer("org/name")' in card
-    told = re.findall(r"^\| `(\S+)` \| `\"Instruct: ", card, flags=re.MULTILINE)
-    assert sorted(told) == sorted(name for name, prompt in facts["prompts"].items() if prompt)
-    assert len(told) == 42
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["name"], "write ORG/NAME"),
+        (["../name"], "repository '../name'"),
+        ([NAME, "--create_pr", "--tag", "v1"], "merge the pull request first"),
+        ([NAME, "--adapter", NAME], "the merged model has that repository"),
+        ([NAME, "--adapter", "nowhere"], "write ORG/NAME"),
+        ([NAME, "--adapter"], "no adapter"),
+        ([NAME, "--run", "nowhere"], "nowhere/recipe.yaml: no such file"),
+    ],
+)
+def test_bad_flags(run_folder, flags, message, monkeypatch):
+    monkeypatch.setattr(
+        push_to_hub, "verify_model", lambda folder: pytest.fail("verified") if "--run" in flags else {}
+    )
+    monkeypatch.setattr(push_to_hub, "render_card", lambda *args, **kwargs: "")
+    with pytest.raises(InputError, match=re.escape(message)):
+        push_to_hub.main(["model", str(run_folder / "model"), *flags, "--dry_run"])
 
 
-def test_usage_in_the_card_runs(facts, sources, tiny_encoder, capsys):
-    card = render_card("org/name", None, facts, sources)
-    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    exec(code.replace("org/name", str(tiny_encoder)), {})
-    assert "tensor([[" in capsys.readouterr().out
+def test_a_card_that_tells_a_local_path_is_refused(run_folder, monkeypatch):
+    monkeypatch.setattr(push_to_hub, "verify_model", lambda folder: {})
+    monkeypatch.setattr(push_to_hub, "render_card", lambda *args, **kwargs: f"data: {run_folder}/data/hub")
+    with pytest.raises(InputError, match="the card of org/name would tell"):
+        push_to_hub.main(["model", str(run_folder / "model"), NAME, "--dry_run"])
 
 
-def test_an_undefined_name_in_the_template_is_an_error(facts, sources):
-    """huggingface_hub's own renderer would leave a hole in the card without a word."""
-    with pytest.raises(UndefinedError, match="eos"):
-        render_card("org/name", None, {name: fact for name, fact in facts.items() if name != "eos"}, sources)
-
-
-def test_metadata_names_only_what_the_hub_has(tmp_path):
-    stages = [{"name": "a", "dataset_name": "org/pairs"}, {"name": "b", "dataset_name": str(tmp_path)}]
-    recipe = {"model_name_or_path": "mistralai/Mistral-7B-v0.1@main", "stages": stages}
-    data = card_metadata("mit", recipe)
-    assert (data.base_model, data.datasets) == ("mistralai/Mistral-7B-v0.1", ["org/pairs"])
-    data = card_metadata(None, {"model_name_or_path": str(tmp_path), "dataset_name": "./x", "stages": [{"name": "a"}]})
-    assert (data.base_model, data.datasets) == (None, None)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "modeling_custom.py", "1_Pooling/state.pt"])
-def test_pickles_and_code_are_refused(encoder, name):
-    (encoder / name).write_bytes(b"")
-    with pytest.raises(InputError, match="run this as code"):
-        check_files(encoder)
-
-
-def test_a_module_of_ours_is_refused(encoder):
-    edit(encoder / "modules.json", "sentence_transformers.base.modules.transformer", "modeling.encoder")
-    with pytest.raises(InputError, match="not one of sentence-transformers"):
-        check_files(encoder)
-
-
-def test_a_lost_prompt_is_refused(encoder):
-    edit(encoder / "config_sentence_transformers.json", '"ArguAna-query"', '"ArguAna-question"')
-    with pytest.raises(InputError, match="1 prompts are missing, the first of them 'ArguAna-query'"):
-        check_facts(encoder, describe_model(str(encoder)))
-
-
-def test_a_lost_eos_is_refused(encoder):
-    tokenizer = json.loads((encoder / "tokenizer.json").read_text())
-    tokenizer["post_processor"] = None
-    (encoder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match="do not end in EOS"):
-        check_facts(encoder, describe_model(str(encoder)))
-
-
-def test_vectors_that_are_not_unit_are_refused(encoder):
-    modules = json.loads((encoder / "modules.json").read_text())
-    (encoder / "modules.json").write_text(json.dumps(modules[:2]))
-    with pytest.raises(InputError, match="not of unit length"):
-        check_facts(encoder, describe_model(str(encoder)))
-
-
-def test_a_prompt_that_leaves_no_room_is_refused(encoder):
-    edit(encoder / "config_sentence_transformers.json", "Given a question, retrieve its answer", "date " * 80)
-    with pytest.raises(InputError, match="leaves no room"):
-        check_facts(encoder, describe_model(str(encoder)))
+def test_the_real_command_publishes_a_model_that_strangers_load(hub, run_folder, tmp_path):
+    environment = {**os.environ, **hub.environment(tmp_path, "hf_write")}
+    command = [sys.executable, "push_to_hub.py", "model", str(run_folder / "model"), NAME, "--license", "mit"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.commits(NAME)) == 2
+    names = set(hub.files(NAME))
+    assert {"README.md", "model.safetensors", "reference_vectors.json"} < names and "manifest.json" not in names
+    script = """
+import json
+import numpy as np
+from huggingface_hub import hf_hub_download
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("org/name", device="cpu")
+reference = json.load(open(hf_hub_download("org/name", "reference_vectors.json")))["vectors"]
+found = [model.encode(entry["text"], prompt_name=entry["prompt_name"]) for entry in reference]
+print(len(found), np.abs(np.array(found) - [entry["vector"] for entry in reference]).max() < 1e-6)
+"""
+    read = hub.run(script, tmp_path / "elsewhere")
+    assert read.stdout == "6 True\n", read.stderr
