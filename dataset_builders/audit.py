@@ -29,9 +29,9 @@ from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.engines import Engine
 from dataset_builders.families import Families
 from dataset_builders.folders import row_groups
-from dataset_builders.mine import Block, Mining, read_graded, select_negatives
+from dataset_builders.mine import Block, Mining, choose_negatives, read_graded
 from dataset_builders.schema import QRELS, SCORES
-from dataset_builders.sources import Splits, stable_hash
+from dataset_builders.sources import Splits
 
 MARGINS = (0.90, 0.95, 0.98, 1.0)
 LABEL_BINS = 20  # equal-width bins of the label
@@ -519,17 +519,8 @@ def replace_margin(mining: Mining, margin: float) -> Mining:
 def choose(mining: Mining, part: Part, query: int, place: int, forbidden: np.ndarray) -> np.ndarray:
     """The candidates of `query` that mining would choose for its positive at `place`: none when too few qualify."""
     rows = slice(*part.block.bounds[query : query + 2])
-    name = part.block.query_ids[query].as_py(), part.document_ids[place].as_py()
-    chosen = select_negatives(
-        part.block.labels[rows],
-        part.block.labels[place],
-        forbidden,
-        margin=mining.margin,
-        num_negatives=mining.num_negatives,
-        strategy=mining.strategy,
-        rng=np.random.default_rng(stable_hash(mining.seed, *name)) if mining.strategy == "random" else None,
-    )
-    return chosen if len(chosen) == mining.num_negatives else chosen[:0]
+    ids = part.block.query_ids[query].as_py(), part.document_ids[place].as_py()
+    return choose_negatives(mining, part.block.labels[rows], place - rows.start, forbidden, *ids)
 
 
 def choose_all(mining: Mining, part: Part) -> np.ndarray:

@@ -101,6 +101,28 @@ def select_negatives(
     return positions[np.argsort(-labels[positions], kind="stable")][:num_negatives]
 
 
+def choose_negatives(
+    mining: Mining, labels: np.ndarray, place: int, ruled_out: np.ndarray, query_id: str, positive_id: str
+) -> np.ndarray:
+    """`select_negatives` for the row whose positive stands at `place`: all that `mining` asks for, or none.
+
+    What is drawn is decided by the seed and the row's ids, so other rows do not change it.
+    """
+    rng = None
+    if mining.strategy == "random":
+        rng = np.random.default_rng(stable_hash(mining.seed, query_id, positive_id))
+    chosen = select_negatives(
+        labels,
+        labels[place],
+        ruled_out,
+        margin=mining.margin,
+        num_negatives=mining.num_negatives,
+        strategy=mining.strategy,
+        rng=rng,
+    )
+    return chosen if len(chosen) == mining.num_negatives else chosen[:0]
+
+
 def write_mined(corpus: Path, scores: Path, mining: Mining, folder: Path) -> dict[str, Any]:
     """Write mined.parquet into `folder`; returns the counts for the manifest."""
     tally = Tally()
@@ -297,22 +319,11 @@ def _mine_block(block: Block, mining: Mining, document_ids: pa.ChunkedArray, tal
         for place in np.flatnonzero(block.is_positive[start:stop]):
             qualifying = int(np.count_nonzero((labels < mining.margin * labels[place]) & ~ruled_out))
             tally.qualifying[qualifying] += 1
-            if qualifying < mining.num_negatives:
+            chosen = choose_negatives(mining, labels, place, ruled_out, query_id, positive_ids[start + place])
+            if len(chosen):
+                kept.append(start + np.r_[place, chosen])
+            else:
                 tally.counts["too_few_negatives" if qualifying else "no_qualifying_candidate"] += 1
-                continue
-            rng = None
-            if mining.strategy == "random":  # a seed for every row: other rows do not change what is drawn
-                rng = np.random.default_rng(stable_hash(mining.seed, query_id, positive_ids[start + place]))
-            chosen = select_negatives(
-                labels,
-                labels[place],
-                ruled_out,
-                margin=mining.margin,
-                num_negatives=mining.num_negatives,
-                strategy=mining.strategy,
-                rng=rng,
-            )
-            kept.append(start + np.r_[place, chosen])
         tally.rows_per_query[len(kept) - rows_before] += 1
     tally.add_block(block)
     return np.array(kept, np.int64).reshape(len(kept), mining.num_negatives + 1)
