@@ -16,6 +16,7 @@ from modeling.verify import (
     TOLERANCE,
     describe_model,
     published_files,
+    verify_adapter,
     verify_model,
     write_reference,
 )
@@ -181,3 +182,84 @@ def test_half_precision_is_within_its_tolerance(whole, tmp_path):
     facts = verify_model(folder)
     assert facts["dtype"] == facts["reference_dtype"] == "bfloat16"
     assert facts["reference_distance"] < TOLERANCE["bfloat16"]
+
+
+# --- adapter --------------------------------------------------------------------------------------------------------
+
+BASE, REVISION = "org/tiny", "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_decoder, tmp_path_factory):
+    """A run folder with adapter/, on a base of the Hub, and model/, which has it merged; and a cache with the base."""
+    from peft import LoraConfig
+
+    from modeling.encoder import build_encoder, save_adapter, save_merged
+
+    run = tmp_path_factory.mktemp("adapted")
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    prompts = baked_prompts("Given a question, retrieve its answer")
+    encoder = build_encoder(tiny_decoder, max_seq_length=64, prompts=prompts, peft_config=lora, min_text_tokens=8)
+    torch.manual_seed(0)
+    for name, parameter in encoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(encoder, run / "adapter", BASE, REVISION)
+    save_merged(encoder, run / "model")
+    write_reference(encoder, run / "model")
+    shutil.copytree(tiny_decoder, run / "cache" / "models--org--tiny" / "snapshots" / REVISION)
+    return run
+
+
+@pytest.fixture
+def cached(adapted, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(adapted / "cache"))
+
+
+def test_an_adapter_on_its_base_is_compared_with_the_merged_model(adapted, cached):
+    facts = verify_adapter(adapted / "adapter", adapted / "model")
+    assert (facts["base"], facts["revision"], facts["dtype"]) == (BASE, REVISION, "float32")
+    assert 0 <= facts["distance"] < 1e-5
+
+
+def test_an_adapter_of_another_run_is_refused(adapted, cached, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(adapted / "adapter", tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights = {name: -tensor if "lora_A" in name else tensor for name, tensor in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"on org/tiny@0123.* its vectors are .* more than 0.001 \(float32\)"):
+        verify_adapter(folder, adapted / "model")
+
+
+def test_a_base_that_is_not_here_is_not_fetched(adapted, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    facts = verify_adapter(adapted / "adapter", adapted / "model")
+    assert facts["distance"] is None
+
+
+def set_config(**values):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+CONFIG = "adapter_config.json"
+BROKEN_ADAPTERS = {
+    "a local base": (CONFIG, set_config(base_model_name_or_path="/models/mistral"), "its base is '/models/mistral'"),
+    "a relative base": (CONFIG, set_config(base_model_name_or_path="../sts"), "its base is '../sts'"),
+    "a base beside it": (CONFIG, set_config(base_model_name_or_path="1_Pooling"), "its base is '1_Pooling'"),
+    "no base": (CONFIG, set_config(base_model_name_or_path=None), "its base is None"),
+    "no revision": (CONFIG, set_config(revision=None), "names no revision of its base org/tiny"),
+    "no adapter": (CONFIG, lambda path: path.unlink(), "adapter_config.json is missing"),
+    "another tokenizer": ("tokenizer.json", write("{}"), "tokenizer.json differs"),
+    "pickled weights": ("adapter_model.bin", write(""), "run this as code"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ADAPTERS)
+def test_an_adapter_that_others_could_not_use_is_refused(case, adapted, tmp_path):
+    name, spoil, message = BROKEN_ADAPTERS[case]
+    folder = shutil.copytree(adapted / "adapter", tmp_path / "adapter")
+    spoil(folder / name)
+    with pytest.raises(InputError, match=message):
+        verify_adapter(folder, adapted / "model")
