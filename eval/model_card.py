@@ -116,7 +116,7 @@ def read_evidence(run_folder: Path, results: Path | None = None, ablations: Path
             f"{results}: neither metrics.json nor mteb's results of {model} are there; "
             "evaluate it with eval.retrieval or eval.run_mteb, or name another folder"
         )
-    ablation = read_json(ablations / "ablation.json") if ablations else None
+    ablation = read_ablation(ablations) if ablations else None
     pictures = read_pictures(run_folder / "report", metrics)
     if ablations and (ablations / "ablation.png").is_file():
         pictures["ablation.png"] = ablations / "ablation.png"
@@ -139,12 +139,33 @@ def read_mteb(folders: Sequence[Path], model: Path) -> list[TaskResult]:
     found = [folder / "results" for folder in folders if (folder / "results").is_dir()]
     if not found or not model.is_dir():
         return []
+    from mteb import get_task
     from mteb.results import TaskResult
 
     revision = fingerprint(files_of(model))
     paths = {path.name: path for folder in reversed(found) for path in sorted(folder.glob(f"*/{revision}/*.json"))}
     paths.pop("model_meta.json", None)
-    return [TaskResult.from_disk(path) for path in paths.values()]
+    results = []
+    for path in paths.values():
+        try:
+            result = TaskResult.from_disk(path)
+            get_task(result.task_name)  # which this mteb has to know
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"{path}: not a result that mteb can read ({str(error).splitlines()[0]}); delete it and run "
+                "eval.run_mteb again"
+            ) from None
+        results.append(result)
+    return results
+
+
+def read_ablation(folder: Path) -> dict[str, Any]:
+    """What eval.ablate found."""
+    path = folder / "ablation.json"
+    ablation = read_json(path)
+    if not isinstance(ablation, dict) or not {"rows", "metric", "interval", "counts", "notes"} <= set(ablation):
+        raise InputError(f"{path}: not written by eval.ablate; run python -m eval.ablate")
+    return ablation
 
 
 def read_pictures(report: Path, metrics: Mapping[str, Any] | None) -> dict[str, Path]:
@@ -330,6 +351,7 @@ def _environment() -> Environment:
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "count": "{:,}".format,
         "code": code,
+        "cell": cell,
         "fenced": fenced,
         "name": public_name,
     }
@@ -337,14 +359,23 @@ def _environment() -> Environment:
 
 
 def code(text: str) -> str:
-    """Any text as code in a Markdown table.
+    """Any text as code in a line of Markdown.
 
-    >>> print(code("a | b"), code("two `ticks`"))
-    `a \\| b` `` two `ticks` ``
+    >>> print(code("a"), code("two `ticks`"))
+    `a` `` two `ticks` ``
     """
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
-    return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|")
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def cell(text: str) -> str:
+    """Any text in one cell of a Markdown table.
+
+    >>> print(cell("a | b"), cell("two\\nlines"))
+    a \\| b two lines
+    """
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def fenced(text: str, language: str) -> str:
@@ -540,7 +571,7 @@ def _setting(recipe: Mapping[str, Any], stage: Mapping[str, Any], key: str) -> s
         key = "max_seq_length"
     values = [_public(value) for value in stage_values(recipe, stage, key, default_of(key)) if value is not None]
     texts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
-    return "; ".join(text.replace("|", "\\|") for text in texts)
+    return cell("; ".join(texts).replace("<", "&lt;"))  # an instruction may hold what looks like HTML
 
 
 def default_of(key: str) -> Any:

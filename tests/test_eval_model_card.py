@@ -115,7 +115,7 @@ def write_mteb(results, model, tasks):
 
 
 def code_blocks(card):
-    return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
 
 
 def plain(recipe, **changed):
@@ -373,6 +373,9 @@ def test_ablations_stand_with_their_intervals_and_notes(facts, evidence, run, tm
     assert card_files(found)["ablation.png"] == tmp_path / "ablation.png" and "](ablation.png)" in card
     with pytest.raises(InputError, match=r"ablation\.json: no such file"):
         read_evidence(run, ablations=tmp_path / "nowhere")
+    write_json(tmp_path / "ablation.json", {"rows": []})
+    with pytest.raises(InputError, match=r"ablation\.json: not written by eval\.ablate"):
+        read_evidence(run, ablations=tmp_path)
 
 
 def test_a_model_without_instruction_says_so(facts):
@@ -423,6 +426,33 @@ def test_a_named_folder_of_results_comes_first(run, tmp_path):
     assert scores == {"ArguAna": 0.25, "STSBenchmark": 0.75, "SciFact": 0.9}
     with pytest.raises(InputError, match=r"neither metrics\.json nor mteb's results"):
         read_evidence(run, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"task_name": "NoTask", "dataset_revision": "1", "scores": {}}'])
+def test_a_broken_result_of_mteb_is_one_line(run, tmp_path, content):
+    copy = shutil.copytree(run, tmp_path / "run")
+    [path] = (copy / "results" / "results").rglob("ArguAna.json")
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"ArguAna\.json: not a result that mteb can read") as caught:
+        read_evidence(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_text_of_a_recipe_breaks_the_card(facts, tiny_encoder, capsys):
+    """Tables, fences, metadata and code hold whatever an instruction is made of."""
+    nasty = 'find | what\n---\n```python\n</details> "quoted" \\ `ticks` {{ eos }} ünï \u2028 東京'
+    recipe = {"instruction": nasty, "student": {"teacher": "x"}, "stages": [{"name": "a"}]}
+    prompts = {**PROMPTS, "query": f"Instruct: {nasty}\nQuery: "}
+    card = render_card("org/name", {**facts, "prompts": prompts}, plain(recipe), license="mit")
+    assert ModelCard(card).data.license == "mit"
+    rows = re.findall(r"^\| (?:`query`|instruction) \|.*$", card, flags=re.MULTILINE)
+    assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    told = re.search(r"^````yaml\n(.*?)^````$", card, flags=re.DOTALL | re.MULTILINE).group(1)
+    assert yaml.safe_load(told)["instruction"] == nasty
+    assert len(code_blocks(card)) == 2
+    names = {}
+    exec(code_blocks(card.replace("org/name", str(tiny_encoder)))[1], names)
+    assert names["queries"].shape == (1, 32)
 
 
 def test_pictures_of_other_results_are_refused(run, tmp_path):
