@@ -91,12 +91,22 @@ def processes() -> PartialState:
 
 
 def refuse_shards(stages: Sequence[Stage]) -> None:
-    """Refuse what would train for hours and then fail to save: weights shared out among processes are not gathered."""
-    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    if launched or any(stage.training.fsdp or stage.training.deepspeed for stage in stages):
+    """Refuse, before hours of training, what shares out weights in a way that was not seen to train and save right."""
+    fsdp, deepspeed = (os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    if deepspeed or any(stage.training.deepspeed for stage in stages):
+        raise InputError("DeepSpeed does not train with GradCache; use recipes/accelerate/fsdp.yaml or ddp.yaml")
+    if any(stage.training.fsdp for stage in stages):
+        raise InputError("fsdp is the launcher's: drop it from the recipe, and use recipes/accelerate/fsdp.yaml")
+    if not fsdp:
+        return
+    if (os.environ.get("FSDP_VERSION"), os.environ.get("FSDP_STATE_DICT_TYPE")) != ("2", "SHARDED_STATE_DICT"):
         raise InputError(
-            "weights shared out by FSDP or DeepSpeed cannot be saved yet; use recipes/accelerate/ddp.yaml"
+            "of FSDP, version 2 with SHARDED_STATE_DICT alone is supported; use recipes/accelerate/fsdp.yaml"
         )
+    if processes().distributed_type.value in ("NO", "MULTI_CPU"):
+        raise InputError("accelerate shares weights out among two GPUs or more alone; use recipes/accelerate/ddp.yaml")
+    if any(stage.model.load_in_4bit or stage.model.load_in_8bit for stage in stages):
+        raise InputError("load_in_4bit and load_in_8bit with FSDP are not supported; use recipes/accelerate/ddp.yaml")
 
 
 @contextlib.contextmanager
@@ -383,6 +393,7 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
     """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
     from modeling.encoder import continue_adapter, quantization, save_adapter, save_merged
     from modeling.trainer import last_checkpoint
+    from modeling.verify import write_reference
 
     checkpoints = step.path / "checkpoints"
     resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"
@@ -396,14 +407,19 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
     cost = stage_cost(trainer)
+    weights = trainer.whole_weights()
     if not processes().is_main_process:
         return
+    if weights is not None:  # those of `encoder` are shards
+        encoder, base = build_model(stage, start)
+        encoder.load_state_dict(weights)
     if stage.peft_config:
         save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
     if quantization(stage.model):  # 4 bits were for training: the adapter belongs into the weights as they were
         encoder = load_encoder(stage, base)
         continue_adapter(encoder, step.path / ADAPTER)
     save_merged(encoder, step.path)
+    write_reference(encoder, step.path)
     write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
     shutil.rmtree(checkpoints, ignore_errors=True)
     step.finish(**cost)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainer
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -62,6 +62,9 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         self.weights = weights or {}
         self.demonstrations = demonstrations or {}
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            # where accelerate looks for the last layer's norm: it would take `Normalize` for it, and fail
+            self.model.base_model_prefix = "transformers_model"
         for callback in (PrinterCallback, ProgressCallback):  # one of them is there; both print whole dictionaries
             self.remove_callback(callback)
         if not self.args.disable_tqdm:
@@ -166,11 +169,22 @@ class EmbedderTrainer(SentenceTransformerTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No card: ours is model_card.md, and the library's reads samples of the data and names local paths."""
 
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights that FSDP shares out among processes, put together in the first one; None without FSDP.
+
+        All processes have to ask.
+        """
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self.model.save_pretrained(output_dir, create_model_card=False)
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        """Read an adapter back alone: the parent would load the frozen weights once more, from the main revision."""
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        """Read shards back as transformers does, and an adapter alone: sentence-transformers would read the one whole,
+        and of the other the frozen weights once more, from the main revision.
+        """
+        if self.is_fsdp_enabled:
+            return Trainer._load_from_checkpoint(self, checkpoint_path, model)
         weights = Path(checkpoint_path, _ADAPTER_WEIGHTS)
         if not weights.is_file():
             return super()._load_from_checkpoint(checkpoint_path)

@@ -354,15 +354,32 @@ def test_bad_recipes(case, recipe, tmp_path, capsys, monkeypatch):
     assert os.listdir() == ["train.yaml"]
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_what_could_not_be_saved_is_not_trained(variable, recipe, tmp_path, capsys, monkeypatch):
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+
+
+@pytest.mark.parametrize(
+    "environment, changes, message",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed does not train with GradCache"),
+        ({**FSDP, "FSDP_VERSION": "1"}, {}, "version 2 with SHARDED_STATE_DICT alone is known"),
+        ({**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, "version 2 with SHARDED_STATE_DICT alone is known"),
+        (FSDP, {}, "among two GPUs or more alone"),  # this process is one, on a CPU
+        ({}, {"fsdp": "full_shard"}, "fsdp is the launcher's"),
+    ],
+)
+def test_what_was_not_seen_to_train_and_save_is_not_trained(
+    environment, changes, message, recipe, tmp_path, capsys, monkeypatch
+):
     """As `accelerate launch` tells its processes of FSDP and DeepSpeed."""
     monkeypatch.chdir(tmp_path)
     Path("train.yaml").write_text(yaml.safe_dump(recipe))
     recipe_read = train_st.read_recipe(["--config", "train.yaml", "--output_dir", "run"], "")
+    for key, value in changes.items():
+        setattr(recipe_read.stages[0].training, key, value)
     monkeypatch.setattr(train_st, "read_recipe", lambda *_, **__: recipe_read)  # without deepspeed, it ends there
-    monkeypatch.setenv(variable, "true")
-    check_refused(["--config", "train.yaml", "--output_dir", "run"], "cannot be saved yet", capsys)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_refused(["--config", "train.yaml", "--output_dir", "run"], message, capsys)
     assert not Path("run").exists()
 
 

@@ -8,30 +8,58 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_train_st_recipes import RECIPES, launched
 from tiny_training import distance, own_cache, train, two_stages, write_hub
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 # Two processes as torchrun starts them, but forked from one that has imported everything; each run's exit codes.
+# A run is its arguments, its environment, and the step that kills it. accelerate knows FSDP on accelerators alone and
+# runs plain data parallelism on CPUs without a word: where the environment asks for FSDP, it is told of GPUs.
 TWO_PROCESSES = """
-import json, os, socket, sys
+import json, os, signal, socket, sys
 import datasets, peft, sentence_transformers, torch, trl
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from sentence_transformers.sentence_transformer import evaluation, losses
+from transformers import TrainerCallback
+import train_st
 from dataset_builders.cli import run
-from modeling import encoder, losses, recipe, trainer, training_data
-from train_st import main
-for argv in json.loads(sys.argv[1]):
+from modeling import encoder, losses, recipe, trainer, training_data, verify
+
+class Killed(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def as_gpus(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+def shards(stage, *args):
+    trainer = build(stage, *args)
+    trainer.add_callback(Killed())
+    assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    return trainer
+
+start, build = PartialState.__init__, train_st.build_trainer
+train_st.build_trainer = shards
+for argv, environment, dies_at in json.loads(sys.argv[1]):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     children = []
     for rank in ("0", "1"):
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         child = os.fork()
         if not child:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os.environ.update(environment)
+            if "ACCELERATE_USE_FSDP" in environment:
+                PartialState.__init__ = as_gpus
             try:
-                run(main, argv)
+                run(train_st.main, argv)
             except SystemExit as exit_:
                 sys.stdout.flush()
                 os._exit(exit_.code)
@@ -56,17 +84,29 @@ def recipe(tiny_decoder, tmp_path_factory) -> dict:
     return {**recipe, "stages": stages, "logging_steps": 1, "max_grad_norm": 1.0, "use_cpu": True}
 
 
-def test_two_processes_train_as_one(recipe, tmp_path):
-    (tmp_path / "one").mkdir()
-    one, two = train(tmp_path / "one", recipe), tmp_path / "two"
+@pytest.fixture(scope="module")
+def one(recipe, tmp_path_factory) -> Path:
+    """The run that one process makes of it."""
+    return train(tmp_path_factory.mktemp("one"), recipe)
+
+
+def run_two(recipe, tmp_path, runs) -> subprocess.CompletedProcess:
+    """Each of `runs`, (flags, environment, step that kills it), after --config, by two processes."""
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({**recipe, "per_device_train_batch_size": 4}))
-    command = ["--config", str(tmp_path / "train.yaml"), "--output_dir", str(two)]
-    wrong = [*command[:2], "--output_dir", str(tmp_path / "wrong"), "--lora_rr", "4"]
+    runs = [(["--config", str(tmp_path / "train.yaml"), *flags], *rest) for flags, *rest in runs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
-    program = [sys.executable, "-c", TWO_PROCESSES, json.dumps([command, command, wrong])]
+    program = [sys.executable, "-c", TWO_PROCESSES, json.dumps(runs)]
     done = subprocess.run(program, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_train_as_one(recipe, one, tmp_path):
+    two = tmp_path / "two"
+    command = ["--output_dir", str(two)]
+    wrong = ["--output_dir", str(tmp_path / "wrong"), "--lora_rr", "4"]
+    done = run_two(recipe, tmp_path, [(command, {}, None), (command, {}, None), (wrong, {}, None)])
     lines = [line.split(",")[0] for line in done.stdout.splitlines() if line.startswith(("stage ", "codes"))]
     # one process writes; when nothing is left to do both end; bad input ends both, and before anything is written
     first, again, refused = lines[:3], lines[3:6], lines[6:]
@@ -75,6 +115,25 @@ def test_two_processes_train_as_one(recipe, tmp_path):
     assert refused == ["codes [2"] and done.stdout.endswith("codes [2, 2]\n")
     assert "did you mean 'lora_r'?" in done.stderr and not (tmp_path / "wrong").exists()
 
+    check_same(one, two)
+
+
+def test_two_processes_with_half_of_the_weights_each_train_as_one(recipe, one, tmp_path):
+    """FSDP as recipes/accelerate/fsdp.yaml launches it, killed in the first stage and resumed from its shards."""
+    _, environment = launched(RECIPES / "accelerate" / "fsdp.yaml")
+    fsdp = {key: value for key, value in environment.items() if key.startswith(("ACCELERATE_USE_", "FSDP_"))}
+    fsdp["ACCELERATE_MIXED_PRECISION"] = "no"  # to compare in float32
+    two = tmp_path / "two"
+    command = ["--output_dir", str(two), "--resume_from_checkpoint", "true"]
+    done = run_two(recipe, tmp_path, [(command, fsdp, 8), (command, fsdp, None)])
+    codes = [line for line in done.stdout.splitlines() if line.startswith("codes")]
+    assert codes == ["codes [-9, -9]", "codes [0, 0]"], done.stderr[-3000:]
+    assert "step 7/12" in done.stdout and "step 12/12" in done.stdout
+    check_same(one, two)
+
+
+def check_same(one: Path, two: Path) -> None:
+    """Files, losses, scores, weights and tokens of a run in one process, and of one in two."""
     assert sorted(os.listdir(two)) == sorted(os.listdir(one))
     assert not list(two.rglob("*.partial")) + list(two.rglob("checkpoint*"))
     for stage in ("full", "lora"):

@@ -96,7 +96,7 @@ def test_fsdp_reaches_the_training_processes():
     arguments, environment = launched(RECIPES / "accelerate" / "fsdp.yaml")
     assert arguments.use_fsdp and arguments.num_processes == 8
     assert (environment["ACCELERATE_USE_FSDP"], environment["FSDP_VERSION"]) == ("true", "2")
-    assert environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    assert environment["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
 
 
 @pytest.mark.parametrize("kind", [MistralConfig, LlamaConfig, Qwen3Config, Gemma3TextConfig])
