@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from local_hub import LocalHub, card_problems, default_attributes, front_matter, matches_attributes
+from release_demo import compare
 
 # `told` gives what a call returned, or the error's class and status
 START = """
@@ -531,3 +533,13 @@ print(json.dumps(rows))
         {"query": "c", "label": []},
     ]
     assert rows == [expected, expected, expected[:1]]
+
+
+def test_the_release_demo_tells_what_differs(capsys):
+    here = {"rows": {"train": 2}, "hashes": {"train": "a"}, "queries": 3, "ndcg@10": 0.5}
+    vectors = np.ones((4, 2), dtype="float32")
+    compare({**here, "vectors": vectors}, {**here, "vectors": vectors.copy()})
+    assert "the same rows, vectors and score" in capsys.readouterr().out
+    for change in ({"hashes": {"train": "b"}}, {"ndcg@10": 0.4}, {"vectors": vectors * 1.001}):
+        with pytest.raises(SystemExit, match="not what RUN holds"):
+            compare({**here, "vectors": vectors}, {**here, "vectors": vectors, **change})
