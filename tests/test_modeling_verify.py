@@ -189,17 +189,15 @@ def test_half_precision_is_within_its_tolerance(whole, tmp_path):
 BASE, REVISION = "org/tiny", "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(scope="module")
-def adapted(tiny_decoder, tmp_path_factory):
-    """A run folder with adapter/, on a base of the Hub, and model/, which has it merged; and a cache with the base."""
+def save_adapted(decoder, run):
+    """adapter/, on a base of the Hub, and model/, which has it merged, in the folder of a run."""
     from peft import LoraConfig
 
     from modeling.encoder import build_encoder, save_adapter, save_merged
 
-    run = tmp_path_factory.mktemp("adapted")
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
     prompts = baked_prompts("Given a question, retrieve its answer")
-    encoder = build_encoder(tiny_decoder, max_seq_length=64, prompts=prompts, peft_config=lora, min_text_tokens=8)
+    encoder = build_encoder(decoder, max_seq_length=64, prompts=prompts, peft_config=lora, min_text_tokens=8)
     torch.manual_seed(0)
     for name, parameter in encoder.named_parameters():
         if "lora_B" in name:
@@ -207,6 +205,13 @@ def adapted(tiny_decoder, tmp_path_factory):
     save_adapter(encoder, run / "adapter", BASE, REVISION)
     save_merged(encoder, run / "model")
     write_reference(encoder, run / "model")
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_decoder, tmp_path_factory):
+    """With a cache that has the base."""
+    run = tmp_path_factory.mktemp("adapted")
+    save_adapted(tiny_decoder, run)
     shutil.copytree(tiny_decoder, run / "cache" / "models--org--tiny" / "snapshots" / REVISION)
     return run
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
-from sentence_transformers import SentenceTransformer
+from test_data_verify import hub as graded_data  # noqa: F401
+from test_modeling_verify import BASE, save_adapted
 
 import push_to_hub
 from dataset_builders.cli import InputError
-from modeling.verify import write_reference
 
 ROOT = Path(__file__).parents[1]
 TOKENS = {"hf_write": "write", "hf_read": "read"}
@@ -308,22 +308,27 @@ def test_metadata_that_the_hub_refuses(hub, push):
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_run, tmp_path_factory):
-    """`tiny_run` with what train_st.py writes beside a model."""
-    folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("run") / "run")
-    write_reference(SentenceTransformer(str(folder / "model"), device="cpu"), folder / "model")
-    (folder / "model" / "manifest.json").write_text("{}")
+def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
+    """`tiny_run` with an adapter and the model that has it merged, as train_st.py writes them."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("model"))
+    save_adapted(tiny_decoder, folder)
+    for name in ("model", "adapter"):
+        (folder / name / "manifest.json").write_text("{}")
     return folder
 
 
 def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = ["--dry_run", "--output_dir", str(tmp_path / "card")]
+    flags = ["--adapter", "--dry_run", "--output_dir", str(tmp_path / "card")]
     push_to_hub.main(["model", str(run_folder / "model"), NAME, *flags])
     card = ModelCard((tmp_path / "card" / "README.md").read_text())
-    assert card.data.library_name == "sentence-transformers"
-    assert "nothing was uploaded" in capsys.readouterr().err
+    assert card.data.library_name == "sentence-transformers" and f"{NAME}-adapter" in card.text
+    card = ModelCard((tmp_path / "card" / "adapter" / "README.md").read_text())
+    assert card.data.base_model == BASE and f"https://huggingface.co/{NAME})" in card.text
+    told = capsys.readouterr().err
+    assert f"{BASE} is not in the cache" in told and f"{NAME}-adapter: " in told and "nothing was uploaded" in told
 
 
 @pytest.mark.parametrize(
@@ -334,7 +339,7 @@ def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, m
         ([NAME, "--create_pr", "--tag", "v1"], "merge the pull request first"),
         ([NAME, "--adapter", NAME], "the merged model has that repository"),
         ([NAME, "--adapter", "nowhere"], "write ORG/NAME"),
-        ([NAME, "--adapter"], "no adapter"),
+        ([NAME, "--run", "tests", "--adapter"], "tests/recipe.yaml: no such file"),
         ([NAME, "--run", "nowhere"], "nowhere/recipe.yaml: no such file"),
     ],
 )
@@ -356,10 +361,13 @@ def test_a_card_that_tells_a_local_path_is_refused(run_folder, monkeypatch):
 
 def test_the_real_command_publishes_a_model_that_strangers_load(hub, run_folder, tmp_path):
     environment = {**os.environ, **hub.environment(tmp_path, "hf_write")}
-    command = [sys.executable, "push_to_hub.py", "model", str(run_folder / "model"), NAME, "--license", "mit"]
+    flags = ["--license", "mit", "--adapter", "org/lora"]
+    command = [sys.executable, "push_to_hub.py", "model", str(run_folder / "model"), NAME, *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(hub.commits(NAME)) == 2
+    assert len(hub.commits(NAME)) == len(hub.commits("org/lora")) == 2
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} < set(hub.files("org/lora"))
+    assert b"(https://huggingface.co/org/lora)" in hub.files(NAME)["README.md"]
     names = set(hub.files(NAME))
     assert {"README.md", "model.safetensors", "reference_vectors.json"} < names and "manifest.json" not in names
     script = """
@@ -374,3 +382,21 @@ print(len(found), np.abs(np.array(found) - [entry["vector"] for entry in referen
 """
     read = hub.run(script, tmp_path / "elsewhere")
     assert read.stdout == "6 True\n", read.stderr
+
+
+def test_the_real_command_publishes_data_that_strangers_load(hub, graded_data, tmp_path):  # noqa: F811
+    environment = {**os.environ, **hub.environment(tmp_path, "hf_write")}
+    command = [sys.executable, "push_to_hub.py", "dataset", str(graded_data.parent), NAME, "--private"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{NAME}: {hub.endpoint}/datasets/{NAME}/commit/")
+    assert len(hub.commits(NAME, "dataset")) == 2 and hub.stored["dataset"][NAME].private
+    files = hub.files(NAME, "dataset")
+    shards = {path.relative_to(graded_data).as_posix(): path.read_bytes() for path in graded_data.rglob("*.parquet")}
+    assert len(shards) > 5
+    assert {name: content for name, content in files.items() if name.endswith(".parquet")} == shards
+    assert f'load_dataset("{NAME}", "train")'.encode() in files["README.md"] and "manifest.json" not in files
+    script = "from datasets import load_dataset; print(load_dataset('org/name', 'train')['train'].num_rows)"
+    read = hub.run(script, tmp_path / "elsewhere", HF_TOKEN="hf_read")
+    rows = json.loads((graded_data / "manifest.json").read_text())["rows"]["train"]
+    assert read.stdout == f"{rows}\n", read.stderr
