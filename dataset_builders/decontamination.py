@@ -29,6 +29,7 @@ from tqdm import tqdm
 from dataset_builders.cli import InputError
 from dataset_builders.columns import TextRows
 from dataset_builders.folders import file_sha256, read_parquet
+from dataset_builders.layouts import as_text
 from dataset_builders.near_duplicates import (
     NEAR_DUPLICATE,
     Texts,
@@ -39,6 +40,7 @@ from dataset_builders.near_duplicates import (
     text_keys,
 )
 from dataset_builders.recipes import Section
+from dataset_builders.schema import to_schema
 from dataset_builders.sources import find_folder
 
 if TYPE_CHECKING:
@@ -195,12 +197,26 @@ def read_local(folder: str, data_root: str | None) -> tuple[list[str], np.ndarra
     if len(files) == 1:
         table = read_parquet(files[0])
         columns = [name for name in ("text", "text1", "text2", "sentence1", "sentence2") if name in table.column_names]
-        return [text for column in columns for text in table[column].to_pylist()], _stacked([])
+        columns = [_texts(table, name, files[0]) for name in columns]
+        return [text for column in columns for text in column.to_pylist()], _stacked([])
     corpus, queries, qrels = (read_parquet(path) for path in files)
-    judged = pc.filter(qrels["query_id"], pc.equal(qrels["split"], TEST))
-    asked = queries.filter(pc.is_in(queries["_id"], pc.unique(judged)))["text"].to_pylist()
+    queries_of, splits = (_texts(qrels, name, files[2]) for name in ("query_id", "split"))
+    ids, texts = (_texts(queries, name, files[1]) for name in ("_id", "text"))
+    judged = pc.filter(queries_of, pc.equal(splits, TEST))
+    asked = pc.filter(texts, pc.is_in(ids, pc.unique(judged))).to_pylist()
+    searched = {"text": _texts(corpus, "text", files[0])}
+    if "title" in corpus.column_names:  # which a document may lack
+        searched["title"] = as_text(corpus["title"], "title", str(files[0]))
     rows = np.arange(len(corpus))
-    return asked, _stacked(_searched_keys({name: TextRows(corpus[name], rows) for name in corpus.column_names}))
+    return asked, _stacked(_searched_keys({name: TextRows(column, rows) for name, column in searched.items()}))
+
+
+def _texts(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
+    """A column of `path` that holds a text in every row. Raises InputError."""
+    if name not in table.column_names:
+        raise InputError(f"{path}: no column {name!r}; it has {', '.join(table.column_names)}")
+    column = pa.table({name: as_text(table[name], name, str(path))})
+    return to_schema(column, pa.schema([(name, pa.string())]), str(path))[name]
 
 
 def find_matches(

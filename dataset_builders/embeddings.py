@@ -23,7 +23,7 @@ from dataset_builders.columns import TextColumn
 from dataset_builders.engines import LOCAL, Engine, Shards, compute_shards
 from dataset_builders.folders import fingerprint
 from dataset_builders.recipes import Section
-from dataset_builders.references import ModelReference, resolve_model
+from dataset_builders.references import ModelReference, check_model_folder, resolve_model
 from dataset_builders.schema import check_finite
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ class ModelSection(Section):
     def describe(self) -> dict[str, Any]:
         """What decides the section's results. The batches are left out: they move them by rounding only."""
         keys = self.model_dump(mode="json", exclude={"batch_tokens"})
-        return {**keys, "model": resolve_model(self.model).fingerprint()}
+        model = resolve_model(self.model)
+        if model.is_local:
+            check_model_folder(Path(model.name_or_path))
+        return {**keys, "model": model.fingerprint()}
 
 
 class EncoderSection(ModelSection):
@@ -191,6 +194,8 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
     from safetensors import SafetensorError
 
     reference: ModelReference = resolve_model(section.model)
+    if reference.is_local:
+        check_model_folder(Path(reference.name_or_path))
     try:
         return kind(
             reference.name_or_path,
@@ -198,7 +203,7 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
             model_kwargs={"dtype": section.dtype},
             **keywords,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit
         raise InputError(f"model {section.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 

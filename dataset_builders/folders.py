@@ -141,13 +141,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A finished folder's manifest. Raises InputError when the folder is missing or was not finished."""
     path = folder / MANIFEST
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder}: not a finished folder ({MANIFEST} is missing); run the step that makes it"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise InputError(f"{path}: not readable as JSON; delete the folder and make it again") from None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: not a manifest; delete the folder and make it again")
+    return manifest
 
 
 class Step:

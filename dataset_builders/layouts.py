@@ -197,7 +197,8 @@ class HubTables:
         try:
             yield
         except (DatasetsError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            # "An error occurred while generating the dataset" helps nobody
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise InputError(f"data set {self.where(name)}: {reason}") from None
 
 
@@ -263,8 +264,8 @@ def _read_texts_by_id(tables: Tables, part: str, splits: Sequence[str]) -> pa.Ta
     table = tables.read_part(part, splits)
     check_rows(table, where)
     sides = ["title", "text"] if "title" in table.column_names else ["text"]
-    text = _as_text(_joined(table.select(sides), where), "text", where)
-    table = pa.table({"id": _as_text(table["_id"], "id", where), "text": text})
+    text = as_text(_joined(table.select(sides), where), "text", where)
+    table = pa.table({"id": as_text(table["_id"], "id", where), "text": text})
     to_schema(table.select(["id"]), pa.schema([("id", pa.string())]), where)
     if pc.count_distinct(table["id"]).as_py() < len(table):
         counts = pc.value_counts(table["id"])
@@ -306,7 +307,7 @@ def _judged_pairs(tables: Tables, split: str) -> tuple[pa.ChunkedArray, pa.Table
         table = tables.read(split, COLUMNS["text_pairs"])
         check_rows(table, where)
         rows = len(table)
-        labels = _as_text(table["label"], "label", where)
+        labels = as_text(table["label"], "label", where)
         label = pc.index_in(labels, value_set=pa.array(list(tables.label_scores)))
         if label.null_count == len(label):
             found = ", ".join(map(str, pc.unique(labels)[:9].to_pylist()))
@@ -369,7 +370,7 @@ def _labelled_texts(tables: Tables, split: str) -> pa.Table:
     """text, label; a text of several classes has a row for each."""
     table = tables.read(split, COLUMNS["texts"])
     if tables.label_separator:
-        labels = pc.split_pattern(_as_text(table["label"], "label", tables.where(split)), tables.label_separator)
+        labels = pc.split_pattern(as_text(table["label"], "label", tables.where(split)), tables.label_separator)
         table = table.set_column(1, "label", labels)
     texts, labels = (_flattened(table[name], name) for name in ("text", "label"))
     if _is_list(table["label"]) and not _is_list(table["text"]):
@@ -408,7 +409,7 @@ def _whole_rows(
 ) -> pa.Table:
     """The rows whose `names` are texts with a visible character; a folder must have no others."""
     check_rows(table, where)
-    columns = {name: _as_text(table[name], name, where) for name in names}
+    columns = {name: as_text(table[name], name, where) for name in names}
     for name, column in columns.items():
         table = table.set_column(table.column_names.index(name), name, column)
     bad = {name: _blank(column) for name, column in columns.items()}
@@ -433,7 +434,7 @@ def _blank(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, pa.bool_())
 
 
-def _as_text(column: pa.ChunkedArray, name: str, where: str) -> pa.ChunkedArray:
+def as_text(column: pa.ChunkedArray, name: str, where: str) -> pa.ChunkedArray:
     """`column` as strings that are UTF-8: readers of Parquet and Arrow do not look."""
     try:
         column = column.cast(pa.string())
@@ -460,7 +461,7 @@ def _joined(table: pa.Table, where: str) -> pa.ChunkedArray:
     """The columns side by side with a space between; nothing, or white space around, counts for nothing."""
     if table.num_columns == 1:
         return table[0]
-    columns = [_as_text(table[name], name, where) for name in table.column_names]
+    columns = [as_text(table[name], name, where) for name in table.column_names]
     chunks = [
         pc.utf8_trim_whitespace(pc.binary_join_element_wise(*batch.columns, " ", null_handling="skip"))
         for batch in pa.table(columns, table.column_names).to_batches()

@@ -116,7 +116,7 @@ def _count_values(node: yaml.Node, loader: yaml.SafeLoader, counted: dict[yaml.N
 
 def _check_scalar(node: yaml.ScalarNode, loader: yaml.SafeLoader) -> None:
     problem = None
-    is_typed = node.tag.startswith("tag:yaml.org,2002:") and node.tag != loader.DEFAULT_SCALAR_TAG
+    is_typed = node.tag in loader.yaml_constructors and node.tag != loader.DEFAULT_SCALAR_TAG
     if is_typed and loader.resolve(yaml.ScalarNode, node.value, (True, False)) != node.tag:
         problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
     try:

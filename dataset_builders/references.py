@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, fingerprint
@@ -52,6 +54,54 @@ def resolve_model(reference: str) -> ModelReference:
 def expand_user(path: str) -> Path:
     """`path` with its ~ written out; as it is where nobody of that name has a home (pathlib raises RuntimeError)."""
     return Path(os.path.expanduser(path))
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises InputError for a folder whose files no loader could read: better now than after an hour of BM25.
+
+    Looks at what can be told without loading: JSON that is none, weights cut off, modules that are not there or not
+    sentence-transformers' own.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
+        raise InputError(f"{folder}: no model in this folder (no modules.json, no config.json); name another")
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            problem = _problem_of(path, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            problem = f"not readable as JSON: {error}"
+        if problem:
+            raise InputError(f"{path}: {problem}; fetch or save the model again")
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: not readable as safetensors: {error}; fetch or save the model again") from None
+
+
+def _problem_of(path: Path, content: Any) -> str | None:
+    """What is wrong with a JSON file of a model folder, if anything is."""
+    if path.name == "modules.json":
+        for module in content if isinstance(content, list) and content else [None]:
+            if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
+                return "not a list of modules, each with a type and a path"
+            if not module["type"].startswith("sentence_transformers."):
+                return f"module {module['type']} is not one of sentence-transformers' own"
+            inside = os.path.normpath(module["path"])
+            if inside.startswith(("..", "/")) or not (path.parent / inside).is_dir():
+                return f"module {module['type']} has no folder {module['path']!r} here"
+    elif path.name in ("config.json", "config_sentence_transformers.json", "tokenizer.json"):
+        if not isinstance(content, dict):
+            return "not a mapping"
+        if path.name == "tokenizer.json" and "model" not in content:
+            return "no tokenizer's: it has no model"
+        prompts = content.get("prompts") if path.name == "config_sentence_transformers.json" else None
+        wrong = [name for name, prompt in (prompts or {}).items() if not isinstance(prompt, str | None)]
+        if wrong:
+            return f"prompt {wrong[0]!r} is {prompts[wrong[0]]!r}, which is no text"
+    return None
 
 
 def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> str:

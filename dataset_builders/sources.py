@@ -100,7 +100,7 @@ class Sample(Section):
 class HubSet(Section):
     """A data set on the Hub, or a folder that `load_dataset` reads; see layouts.py."""
 
-    dataset: str
+    dataset: str = Field(min_length=1)
     config: str | None = None
     revision: str | None = None
     layout: Layout = "pairs"

@@ -27,6 +27,7 @@ from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, EncoderSection
 from dataset_builders.folders import (
+    MANIFEST,
     file_sha256,
     files_of,
     fingerprint,
@@ -39,7 +40,8 @@ from dataset_builders.folders import (
     write_json,
 )
 from dataset_builders.recipes import read_yaml
-from dataset_builders.references import resolve_model
+from dataset_builders.references import check_model_folder, resolve_model
+from dataset_builders.schema import DOCUMENTS, QRELS, QUERIES, to_schema
 
 DEPTH = 100  # documents ranked per query
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
@@ -124,17 +126,18 @@ def _parse(argv: Sequence[str]):
 def load_documents(data: Path) -> Documents:
     """All documents of a data folder, in file order."""
     path = data / "corpus" / "documents.arrow"
-    table = read_arrow(path, ["document_id", "text"])
+    table = to_schema(read_arrow(path, DOCUMENTS.names), DOCUMENTS, str(path))
     if not len(table):
         raise InputError(f"{path}: no documents; build the data again")
+    _check_unique(table["document_id"], path)
     return Documents(table["document_id"].to_pylist(), table["text"].to_pylist())
 
 
 def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
     """The queries of `split` with at least one relevant document (a measure is undefined for the others)."""
-    queries = read_parquet(data / "corpus" / "queries.parquet", ["query_id", "text", "split"])
-    qrels_path = data / "corpus" / "qrels.parquet"
-    qrels = read_parquet(qrels_path, ["query_id", "document_id", "score", "split"])
+    queries_path, qrels_path = (data / "corpus" / name for name in ("queries.parquet", "qrels.parquet"))
+    queries = to_schema(read_parquet(queries_path, QUERIES.names), QUERIES, str(queries_path))
+    qrels = to_schema(read_parquet(qrels_path, QRELS.names), QRELS, str(qrels_path))
     splits = sorted(set(queries["split"].to_pylist()))
     grades: dict[str, dict[str, int]] = {}
     for row in qrels.filter(pc.equal(qrels["split"], split)).to_pylist():
@@ -144,10 +147,10 @@ def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
                 "documents.arrow; build the data again"
             )
         grades.setdefault(row["query_id"], {})[row["document_id"]] = row["score"]
+    of_split = queries.filter(pc.equal(queries["split"], split))
+    _check_unique(of_split["query_id"], queries_path)
     asked = [
-        row
-        for row in queries.filter(pc.equal(queries["split"], split)).to_pylist()
-        if any(grade > 0 for grade in grades.get(row["query_id"], {}).values())
+        row for row in of_split.to_pylist() if any(grade > 0 for grade in grades.get(row["query_id"], {}).values())
     ]
     if not asked:
         raise InputError(
@@ -155,6 +158,12 @@ def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
         )
     ids = [row["query_id"] for row in asked]
     return Queries(split, ids, [row["text"] for row in asked], {query_id: grades[query_id] for query_id in ids})
+
+
+def _check_unique(ids: pa.ChunkedArray, path: Path) -> None:
+    name, times = max(Counter(ids.to_pylist()).items(), key=lambda item: item[1], default=("", 1))
+    if times > 1:
+        raise InputError(f"{path}: id {name!r} occurs {times} times; build the data again")
 
 
 def count(documents: Documents, queries: Queries) -> dict[str, int]:
@@ -168,9 +177,14 @@ def candidate_rankings(data: Path, queries: Queries) -> dict[str, tuple[Ranking,
     With each comes the rank down to which it is whole: the folder keeps the first `fusion.top_k` documents of the
     fused list, and one that BM25 ranks 90th may not be among them.
     """
-    top_k = read_manifest(data / "candidates")["inputs"]["fusion"]["top_k"]
+    top_k = _fused(data / "candidates")
     path = data / "candidates" / "candidates.parquet"
     table = read_parquet(path, ["query_id", "document_id", *RETRIEVERS.values()])
+    for column in RETRIEVERS.values():
+        if not (pa.types.is_integer(table[column].type) or pa.types.is_null(table[column].type)):
+            raise InputError(f"{path}: column {column!r} holds {table[column].type}, not ranks; build the data again")
+    ids = pa.schema([("query_id", pa.string()), ("document_id", pa.string())])
+    to_schema(table.select(ids.names), ids, str(path))
     table = table.filter(pc.is_in(table["query_id"], value_set=pa.array(queries.ids)))
     if not len(table):
         raise InputError(
@@ -191,6 +205,17 @@ def candidate_rankings(data: Path, queries: Queries) -> dict[str, tuple[Ranking,
     return rankings
 
 
+def _fused(candidates: Path) -> int:
+    """How many candidates a query has at most, as their manifest tells."""
+    try:
+        top_k = read_manifest(candidates)["inputs"]["fusion"]["top_k"]
+    except (KeyError, TypeError):
+        top_k = None
+    if not isinstance(top_k, int):
+        raise InputError(f"{candidates / MANIFEST}: no inputs.fusion.top_k in it; build the data again")
+    return top_k
+
+
 def run_systems(run_folder: Path, output: Path) -> list[System]:
     """The models of a run in the order in which they came to be: untrained, after each stage, final."""
     recipe = _run_recipe(run_folder)
@@ -199,6 +224,8 @@ def run_systems(run_folder: Path, output: Path) -> list[System]:
         raise InputError(f"{final}: no such folder; finish the training with train_st.py first")
     stages = [System(f"after {stage['name']}", run_folder / stage["name"]) for stage in recipe["stages"]]
     stages = [system for system in stages if system.folder.is_dir()]
+    for folder in (*(system.folder for system in stages), final):
+        encoder_as_saved(str(folder))  # refused now, not after hours of work on the others
     if stages and files_of(final).items() <= files_of(stages[-1].folder).items():
         stages[-1] = System(f"{stages[-1].name} (final)", final)  # the same weights: one row
     else:
@@ -214,7 +241,21 @@ def missing_stages(run_folder: Path) -> list[str]:
 def _run_recipe(run_folder: Path) -> dict[str, Any]:
     if not (run_folder / "recipe.yaml").is_file():
         raise InputError(f"{run_folder}: not a training run (recipe.yaml is missing); make one with train_st.py")
-    return read_yaml(run_folder / "recipe.yaml")
+    path = run_folder / "recipe.yaml"
+    recipe = read_yaml(path)
+    stages = recipe.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise InputError(f"{path}: no list of stages; name the folder of a run that train_st.py made")
+    for stage in stages:
+        if not isinstance(stage, dict) or not str(stage.get("name", "")).isidentifier():
+            raise InputError(f"{path}: stage {stage!r} has no name; name the folder of a run that train_st.py made")
+        for key in ("max_seq_length", "min_text_tokens"):
+            value = {**recipe, **stage}.get(key, 1)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{path}: {key} is {value!r}; it must be a number above 0")
+    if "student" not in recipe and not isinstance(recipe.get("model_name_or_path"), str):
+        raise InputError(f"{path}: neither student nor model_name_or_path says what was trained")
+    return recipe
 
 
 def _untrained(run_folder: Path, recipe: Mapping[str, Any], folder: Path) -> Path:
@@ -285,6 +326,8 @@ def encoder_as_saved(reference: str) -> EncoderSection:
     if model.is_local and not Path(model.name_or_path, "modules.json").is_file():
         # sentence-transformers would load a bare checkpoint all the same, and average over its tokens
         raise InputError(f"{reference}: not a SentenceTransformer folder (modules.json is missing); train one first")
+    if model.is_local:
+        check_model_folder(Path(model.name_or_path))
     try:
         dtype = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision).dtype
     except (OSError, ValueError):  # not at the top of the folder; that there is no model at all shows in loading it

@@ -43,6 +43,10 @@ def _parse(argv: Sequence[str]):
     args = parser.parse_args(argv)
     if not args.question.strip():
         raise InputError("the question is empty; ask one in words")
+    try:
+        args.question.encode()
+    except UnicodeEncodeError:  # bytes on the command line that are no UTF-8
+        raise InputError(f"the question {args.question!r} is not UTF-8; write it in that") from None
     if args.top_k < 1:
         raise InputError(f"--top_k {args.top_k}: use 1 or more")
     return args

@@ -329,7 +329,7 @@ def test_the_fingerprint_of_a_set_is_its_files_and_keys(tmp_path):
     assert describe_source(source, None) != described
 
 
-# Bad input
+# Input at its limits; what is refused is in test_bad_input.py
 
 
 def a_corpus(folder: Path, **changes) -> Path:
@@ -341,60 +341,6 @@ def a_corpus(folder: Path, **changes) -> Path:
     for name, table in columns.items():
         write_rows(folder / f"{name}.parquet", **(table | changes.get(name, {})))
     return folder
-
-
-def not_utf8(texts: list[str]) -> pa.Array:
-    """Strings of which the last is no UTF-8, as some writers leave them in Parquet."""
-    data = pa.array([*(text.encode() for text in texts), b"caf\xe9"])
-    return pa.StringArray.from_buffers(len(data), data.buffers()[1], data.buffers()[2])
-
-
-BAD_CORPORA = {
-    "document twice": ({"corpus": {"_id": ["d1", "d1"]}}, "corpus.parquet: id 'd1' occurs twice"),
-    "query twice": ({"queries": {"_id": ["q1", "q1"]}}, "queries.parquet: id 'q1' occurs twice"),
-    "positive not in the corpus": (
-        {"qrels": {"corpus_id": ["d1", "d9"]}},
-        r"qrels.parquet: id 'd9' \(and 0 more\) is not in corpus",
-    ),
-    "no id": ({"corpus": {"_id": [None, "d2"]}}, "row 0 has no 'id'"),
-    "not UTF-8": ({"corpus": {"text": not_utf8(["one"])}}, "'text' of row 1 is not UTF-8"),
-    "title not UTF-8": ({"corpus": {"title": not_utf8(["one"])}}, "'title' of row 1 is not UTF-8"),
-    "text beside a title not UTF-8": (
-        {"corpus": {"title": ["a", "b"], "text": not_utf8(["one"])}},
-        "'text' of row 1 is not UTF-8",
-    ),
-    "id not UTF-8": ({"queries": {"_id": not_utf8(["q1"])}}, "'id' of row 1 is not UTF-8"),
-    "binary, not UTF-8": ({"corpus": {"text": [b"one", b"\xff"]}}, "'text' cannot be read as text"),
-    "list for a text": ({"corpus": {"text": [["one"], ["two"]]}}, "'text' cannot be read as text"),
-    "empty query": ({"queries": {"text": ["first", "\u2003 "]}}, "the text of q2 is empty"),
-    "half a score": ({"qrels": {"score": [0.5, 1.0]}}, "'score' cannot be read as int32"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CORPORA)
-def test_bad_corpora_are_refused(case, tmp_path):
-    changes, message = BAD_CORPORA[case]
-    with pytest.raises(InputError, match=message):
-        read_rows(LocalSource(kind="local", path=str(a_corpus(tmp_path / "set", **changes))), None)
-    read_rows(LocalSource(kind="local", path=str(a_corpus(tmp_path / "whole"))), None)
-
-
-BAD_SPLITS = {
-    "wrong columns": ({"texts": ["a"], "labels": ["1"]}, "columns labels, texts; a split has query and positive"),
-    "empty text": ({"text": ["a", ""], "label_text": ["1", "1"]}, "the text of row 1 is empty"),
-    "no label": ({"text": ["a", "b"], "label_text": ["1", None]}, "row 1 has no 'label'"),
-    "no positive": ({"query": ["a"], "positive": [None]}, "row 0 has no 'positive'"),
-    "no rows": ({"text1": [], "text2": [], "label_text": []}, "no rows"),
-    "for sts": ({"sentence1": ["a"], "sentence2": ["b"], "score": [1]}, "are data for task_type 'sts'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SPLITS)
-def test_bad_splits_are_refused(case, tmp_path):
-    columns, message = BAD_SPLITS[case]
-    folder = write_rows(tmp_path / "set" / "train.parquet", **columns)
-    with pytest.raises(InputError, match=message):
-        read_rows(LocalSource(kind="local", path=str(folder)), None)
 
 
 def test_documents_of_a_megabyte_are_documents(tmp_path):

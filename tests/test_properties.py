@@ -1,0 +1,304 @@
+"""What must hold for any input of the pure functions, each against a plain way of saying the same."""
+
+import math
+from fractions import Fraction
+from itertools import permutations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dataset_builders.candidates import reciprocal_rank_fusion
+from dataset_builders.cli import one_line
+from dataset_builders.columns import TextRows
+from dataset_builders.hits import best_keys, merge_keys, positions_and_scores, sort_keys
+from dataset_builders.near_duplicates import band_keys, text_keys
+from dataset_builders.recipes import load_yaml
+from dataset_builders.schema import LABEL_FLOOR
+from dataset_builders.scores import calibrate
+from eval.retrieval import Queries, ranking_scores
+from modeling.merging import linear, merge_weights, slerp
+from modeling.objectives import OBJECTIVES, info_nce, soft_targets
+from modeling.prompts import few_shot_prompt, instruction_prompt
+from modeling.recipe import _budgets
+from modeling.student import principal_components, sif_log_weights
+from modeling.training_data import search_sample
+
+words = st.text(max_size=20)
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+# --- recipes and messages -------------------------------------------------------------------------------------------
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(plain)
+def test_what_safe_dump_writes_load_yaml_reads(value):
+    assert load_yaml(yaml.safe_dump(value, allow_unicode=True)) == value
+
+
+@given(st.text())
+def test_load_yaml_reads_what_safe_load_does_or_refuses(text):
+    """Never another value, and never another exception than ValueError."""
+    try:
+        found = load_yaml(text)
+    except ValueError:
+        return
+    assert repr(found) == repr(yaml.safe_load(text))
+
+
+@given(st.text(max_size=300), st.integers(20, 100))
+def test_a_message_is_one_printable_line(text, longest):
+    line = one_line(text, longest)
+    assert line.isprintable() and len(line) <= longest
+    if text.isascii() and text.isprintable() and len(text) <= longest:
+        assert line == " ".join(text.split())
+
+
+# --- retrieval ------------------------------------------------------------------------------------------------------
+
+scored = st.lists(floats, min_size=1, max_size=30)
+
+
+@given(scored, st.integers(1, 12), st.integers(1, 7))
+def test_top_k_of_parts_merge_into_the_top_k_of_the_whole(scores, top_k, size):
+    expected = sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:top_k]
+    parts = []
+    for start in range(0, len(scores), size):
+        part = torch.tensor([scores[start : start + size]], dtype=torch.float32)
+        keys = sort_keys(part, torch.arange(start, start + part.shape[1]))
+        parts.append(best_keys(keys, top_k).numpy())
+    positions, found = positions_and_scores(merge_keys(parts, top_k))
+    assert positions[0].tolist() == expected
+    assert found[0].tolist() == [scores[row] for row in expected]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=8), max_size=4), st.integers(0, 80))
+def test_fusion_is_exact_and_does_not_know_the_order_of_the_retrievers(rankings, k):
+    exact = {}
+    for ranking in rankings:
+        for rank, document in enumerate(ranking, start=1):
+            exact[document] = exact.get(document, Fraction(0)) + Fraction(1, k + rank)
+    fused = reciprocal_rank_fusion(rankings, k)
+    assert {document for document, _ in fused} == exact.keys()
+    assert all(math.isclose(score, exact[document]) for document, score in fused)
+    for other in list(permutations(rankings))[:6]:
+        again = dict(reciprocal_rank_fusion(other, k))
+        assert all(math.isclose(again[document], score) for document, score in fused)
+
+
+@given(st.lists(words, min_size=1, max_size=6), st.data())
+def test_signatures_of_a_text_do_not_know_its_neighbours(texts, data):
+    order = data.draw(st.permutations(range(len(texts))))
+    column = pa.chunked_array([pa.array(texts, pa.string())])
+    rows, shuffled = (TextRows(column, np.array(numbers)) for numbers in (range(len(texts)), order))
+    assert np.array_equal(text_keys(rows)[list(order)], text_keys(shuffled))
+    assert np.array_equal(band_keys(rows, "")[list(order)], band_keys(shuffled, ""))
+
+
+judged = st.lists(st.integers(0, 2), min_size=3, max_size=14).filter(any)
+
+
+@settings(max_examples=40)
+@given(judged, st.data())
+def test_measures_by_hand(grades, data):
+    """nDCG@10 with gain = grade, R@100 and RR of one query, by their definitions."""
+    found = data.draw(st.permutations(range(len(grades))))[: data.draw(st.integers(0, len(grades)))]
+    queries = Queries("test", ["q"], ["?"], {"q": {f"d{row}": grade for row, grade in enumerate(grades)}})
+    scores = ranking_scores(queries, {"q": [f"d{row}" for row in found]})
+    gains = [grades[row] for row in found]
+
+    def dcg(values):
+        return sum(value / math.log2(rank + 1) for rank, value in enumerate(values[:10], start=1))
+
+    first = next((rank for rank, gain in enumerate(gains, start=1) if gain), math.inf)
+    ndcg = dcg(gains) / dcg(sorted(grades, reverse=True))
+    assert scores["nDCG@10"] == pytest.approx(ndcg, abs=6e-5)
+    assert scores["R@100"] == pytest.approx(sum(map(bool, gains)) / sum(map(bool, grades)), abs=6e-5)
+    assert scores["RR"] == pytest.approx(1 / first, abs=6e-5)
+    assert scores["per_query"] == [pytest.approx(ndcg)]
+
+
+# --- grades ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    hnp.arrays(np.float64, st.integers(2, 15), elements=st.integers(-50, 50).map(float)),
+    hnp.arrays(np.float64, st.integers(2, 15), elements=st.integers(-50, 50).map(float)),
+    st.floats(0.01, 100),
+    st.floats(-1000, 1000),
+)
+def test_labels_do_not_know_the_teachers_unit(positives, others, scale, shift):
+    assume(positives.mean() > others.mean() + 5)
+    calibration, _ = calibrate(positives, others)
+    moved, _ = calibrate(scale * positives + shift, scale * others + shift)
+    scores = np.sort(np.concatenate([positives, others]))
+    labels = calibration(scores)
+    assert np.all(np.diff(labels) >= 0), "a higher score is never a lower label"
+    assert labels.min() >= LABEL_FLOOR * 0.99 and labels.max() <= 1 - LABEL_FLOOR * 0.99
+    np.testing.assert_allclose(moved(scale * scores + shift), labels, atol=1e-3)
+
+
+# --- objectives and weights -----------------------------------------------------------------------------------------
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
+
+
+def batch(rows, negatives, seed):
+    """scores (B, D), own (B, n+1), labels (B, n+1), mask (B, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = rows * (negatives + 1)
+    scores = 5 * torch.randn(rows, documents, generator=generator, dtype=torch.float64)
+    labels = 0.01 + 0.98 * torch.rand(rows, negatives + 1, generator=generator, dtype=torch.float64)
+    mask = torch.rand(rows, documents, generator=generator) < 0.3
+    return scores, torch.arange(documents).view(rows, -1), labels, mask
+
+
+def value_of(name, scores, own, labels, mask):
+    given_ = {"labels": labels, "target_temperature": 0.8, "mask": mask}
+    return OBJECTIVES[name].function(scores, own, **{key: given_[key] for key in OBJECTIVES[name].needs})
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@settings(max_examples=20)
+@given(shape=shapes, data=st.data())
+def test_no_objective_knows_the_order_of_negatives_rows_or_columns(name, shape, data):
+    scores, own, labels, mask = batch(*shape)
+    negatives = [0, *(1 + place for place in data.draw(st.permutations(range(shape[1]))))]
+    rows = list(data.draw(st.permutations(range(shape[0]))))
+    columns = torch.tensor(data.draw(st.permutations(range(scores.shape[1]))))
+    expected = value_of(name, scores, own, labels, mask)
+    assert expected.isfinite()
+    for found in (
+        value_of(name, scores, own[:, negatives], labels[:, negatives], mask),
+        value_of(name, scores[rows], own[rows], labels[rows], mask[rows]),
+        value_of(name, scores[:, columns], torch.argsort(columns)[own], labels, mask[:, columns]),
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@given(shapes)
+def test_sure_labels_make_soft_info_nce_info_nce(shape):
+    scores, own, labels, mask = batch(*shape)
+    sure = torch.full_like(labels, 1e-12)
+    sure[:, 0] = 1 - 1e-12
+    found = OBJECTIVES["soft_info_nce"].function(scores, own, sure, mask=mask)
+    torch.testing.assert_close(found, info_nce(scores, own, mask))
+    by_hand = [
+        -math.log(math.exp(row[mine[0]]) / sum(math.exp(z) for j, z in enumerate(row) if j in mine or not hidden[j]))
+        for row, mine, hidden in zip(scores.tolist(), own.tolist(), mask.tolist(), strict=True)
+    ]
+    assert found.item() == pytest.approx(sum(by_hand) / len(by_hand))
+
+
+@given(shapes, st.floats(0.3, 3))
+def test_targets_are_the_powers_of_the_odds(shape, temperature):
+    _, _, labels, _ = batch(*shape)
+    targets = soft_targets(labels, temperature)
+    odds = [[(y / (1 - y)) ** (1 / temperature) for y in row] for row in labels.tolist()]
+    expected = torch.tensor([[value / sum(row) for value in row] for row in odds], dtype=targets.dtype)
+    torch.testing.assert_close(targets, expected)
+
+
+tensors = st.lists(hnp.arrays(np.float64, 5, elements=st.floats(-5, 5)).map(torch.from_numpy), min_size=2, max_size=4)
+
+
+@given(tensors, st.data())
+def test_averages_lie_between_and_know_no_order(models, data):
+    weights = data.draw(st.lists(st.floats(0.01, 10), min_size=len(models), max_size=len(models)))
+    order = data.draw(st.permutations(range(len(models))))
+    mean = linear(models, weights)
+    torch.testing.assert_close(mean, torch.from_numpy(np.average(np.stack(models), axis=0, weights=weights)))
+    torch.testing.assert_close(linear([models[i] for i in order], [weights[i] for i in order]), mean)
+    stacked = torch.stack(models)
+    assert bool(((mean >= stacked.amin(0) - 1e-9) & (mean <= stacked.amax(0) + 1e-9)).all())
+    for method in (linear, slerp):
+        torch.testing.assert_close(method([models[0], models[0]], weights[:2]), models[0])
+    states = [{"a": model, "b": 2 * model} for model in models]
+    merged = merge_weights(states, weights)
+    torch.testing.assert_close(merged["b"], 2 * merged["a"])
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@given(words, st.lists(st.tuples(words, words), max_size=4), words, words)
+def test_prompts_grow_by_whole_demonstrations(task, shots, query, response):
+    """One more is that one's block after the others', before the instruction: nothing else moves."""
+    before, after = few_shot_prompt(task, shots), few_shot_prompt(task, [*shots, (query, response)])
+    own = instruction_prompt(task)
+    assert before.endswith(own)
+    assert after == before.removesuffix(own) + f"{own}{query}\nResponse: {response}\n\n{own}"
+
+
+@given(st.integers(1, 9), st.integers(0, 200))
+def test_budgets_share_all_steps_out_evenly(count, more):
+    stages = {f"s{number}": {} for number in range(count)}
+    shares = [keys["max_steps"] for keys in _budgets({"total_steps": count + more}, stages, "").values()]
+    assert sum(shares) == count + more and max(shares) - min(shares) <= 1
+    assert shares == sorted(shares, reverse=True)
+
+
+@settings(max_examples=40)
+@given(
+    relevant=st.dictionaries(
+        st.integers(0, 12), st.sets(st.integers(0, 20), min_size=1, max_size=4), min_size=1, max_size=9
+    ),
+    queries=st.integers(1, 12),
+    documents=st.integers(1, 25),
+    seed=st.integers(0, 5),
+)
+def test_samples_of_searches_are_whole(relevant, queries, documents, seed):
+    """Every query keeps all of its relevant documents, whatever the sizes asked for."""
+    from datasets import Dataset
+
+    pairs = [(query, document) for query, found in relevant.items() for document in found]
+    sample = search_sample(
+        Dataset.from_dict({"query_id": [f"q{i}" for i in range(13)], "text": [f"query {i}" for i in range(13)]}),
+        Dataset.from_dict({"document_id": [f"d{i}" for i in range(21)], "text": [f"text {i}" for i in range(21)]}),
+        [{"query_id": f"q{q}", "document_id": f"d{d}", "score": 1, "split": "validation"} for q, d in pairs],
+        max_queries=queries,
+        max_documents=documents,
+        seed=seed,
+        where="",
+    )
+    assert len(sample.queries) == min(queries, len(relevant))
+    for name in sample.queries:
+        assert sample.relevant[name] == {f"d{document}" for document in relevant[int(name[1:])]}
+        assert sample.relevant[name] <= sample.documents.keys()
+    needed = set().union(*sample.relevant.values())
+    assert len(sample.documents) == max(len(needed), min(documents, 21))
+    assert all(text == f"text {name[1:]}" for name, text in sample.documents.items())
+
+
+@given(hnp.arrays(np.int64, st.integers(1, 20), elements=st.integers(0, 10**6)), st.floats(1e-5, 1e-1))
+def test_weights_of_words_fall_with_their_frequency(counts, a):
+    weights = np.exp(sif_log_weights(counts, a))
+    assert np.all((weights > 0) & (weights <= 1 + 1e-12))
+    order = np.argsort(counts, kind="stable")
+    assert np.all(np.diff(weights[order]) <= 1e-12)
+    expected = [a / (a + count / max(counts.sum(), 1)) for count in counts.tolist()]
+    np.testing.assert_allclose(weights, expected)
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 12), st.integers(1, 6), st.integers(1, 8), st.integers(0, 10**6))
+def test_components_keep_angles_when_there_is_room(count, width, size, seed):
+    vectors = np.random.default_rng(seed).normal(size=(count, width))
+    found = principal_components(vectors, size)
+    assert found.shape == (count, size)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    if size >= width:
+        centred = vectors - vectors.mean(axis=0)
+        centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+        np.testing.assert_allclose(found @ found.T, centred @ centred.T, atol=1e-6)
