@@ -1,6 +1,6 @@
 """Shared prefix and packing against plain sentence-transformers: encoding, and a training step.
 
-    python -m benchmarks.bench_prefix [encode] [train] [--prompts 32 400] [--texts 64] [--rounds 3]
+    python -m benchmarks.bench_prefix [encode] [train] [--prompts 32 400] [--texts 128] [--rounds 3]
     python -m benchmarks.bench_prefix --device cuda --architecture mistral-7b --batch_size 256
 
 | part | sides |
@@ -79,7 +79,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m benchmarks.bench_prefix", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; both, if none is named")
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 400], help="tokens (default: 32 400)")
-    parser.add_argument("--texts", type=int, default=64, help="texts to encode (default: 64)")
+    parser.add_argument("--texts", type=int, default=128, help="texts to encode (default: 128)")
     parser.add_argument("--batch_size", type=int, default=32, help="queries in a training step (default: 32)")
     parser.add_argument("--mini_batch_size", type=int, default=16, help="of GradCache (default: 16)")
     parser.add_argument("--rounds", type=int, default=3)
