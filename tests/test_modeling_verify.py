@@ -157,10 +157,15 @@ BROKEN = {
 }
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Which is quicker; that a clean one sees the same is tested above."""
+    monkeypatch.setattr(verify, "in_clean_process", lambda describe, *paths, library: describe(*map(str, paths)))
+
+
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_broken_is_refused(case, encoder, monkeypatch):
-    """In this process, which is quicker; that the other one sees the same is tested above."""
-    monkeypatch.setattr(verify, "in_clean_process", lambda describe, folder, library: describe(str(folder)))
+@pytest.mark.usefixtures("in_this_process")
+def test_what_is_broken_is_refused(case, encoder):
     name, spoil, message = BROKEN[case]
     spoil(encoder / name)
     with pytest.raises(InputError, match=message):
@@ -173,6 +178,7 @@ def test_what_does_not_load_is_refused(encoder):
         verify_model(encoder)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_half_precision_is_within_its_tolerance(whole, tmp_path):
     """bfloat16 in another batch, as the vectors are compared one by one."""
     folder = shutil.copytree(whole, tmp_path / "half")
@@ -238,8 +244,8 @@ def test_an_adapter_of_another_run_is_refused(adapted, cached, tmp_path):
         verify_adapter(folder, adapted / "model")
 
 
-def test_a_base_that_is_not_here_is_not_fetched(adapted, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("in_this_process")
+def test_a_base_that_is_not_here_is_not_fetched(adapted):
     facts = verify_adapter(adapted / "adapter", adapted / "model")
     assert facts["distance"] is None
 

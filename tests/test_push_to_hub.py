@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
 from test_data_verify import hub as graded_data  # noqa: F401
-from test_modeling_verify import BASE, save_adapted
+from test_modeling_verify import BASE, in_this_process, save_adapted  # noqa: F401
 
 import push_to_hub
 from dataset_builders.cli import InputError
@@ -318,6 +318,7 @@ def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
