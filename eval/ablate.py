@@ -520,12 +520,14 @@ def _end_with_parent() -> None:
 
 def score(run_: Run, data: Path, keys: Mapping[str, str]) -> None:
     documents = load_documents(data)
-    for split, key in keys.items():
+    rows = {}
+    for split in keys:
         queries = load_queries(data, split, set(documents.ids))
         # vectors go under the run's folder instead of the data's: nobody asks for them again
-        row = model_row(System(run_.name, run_.folder / "model"), run_.folder, documents, queries)
-        write_json(run_.scores_path(split), {**row, "model": "model", "key": scores_key(run_, key)})
+        rows[split] = model_row(System(run_.name, run_.folder / "model"), run_.folder, documents, queries)
     shutil.rmtree(run_.folder / "embeddings")
+    for split, row in rows.items():  # last: with these the run counts as finished
+        write_json(run_.scores_path(split), {**row, "model": "model", "key": scores_key(run_, keys[split])})
 
 
 def reason(run_: Run, exit_code: int) -> str:
@@ -726,7 +728,7 @@ def format_page(result: Mapping[str, Any]) -> str:
             f"{counts['queries']:,} queries of split {result['split']}, {counts['documents']:,} documents; bold: best "
             f"on split {result['chosen_on']}. Costs are those of one seed, on average.",
             format_table(result),
-            "![Differences with their intervals](ablation.png)",
+            *(["![Differences with their intervals](ablation.png)"] if is_compared(result) else []),
             "\n".join(f"- {line}" for line in result["notes"]),
             f"Intervals: {result['interval']['method']}",
             "## Settings",
@@ -734,6 +736,10 @@ def format_page(result: Mapping[str, Any]) -> str:
             "Versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",
         ]
     )
+
+
+def is_compared(result: Mapping[str, Any]) -> bool:
+    return any(row["difference"] for row in result["rows"])
 
 
 def plot_differences(result: Mapping[str, Any]) -> Figure:
@@ -768,7 +774,8 @@ def plot_differences(result: Mapping[str, Any]) -> Figure:
 
 def save(result: Mapping[str, Any], output: Path) -> None:
     """The picture, the page that shows it, and last what programs read."""
-    plot_differences(result).savefig(output / "ablation.png")
+    if is_compared(result):
+        plot_differences(result).savefig(output / "ablation.png")
     (output / "ablation.md").write_text(format_page(result) + "\n", encoding="utf-8")
     write_json(output / "ablation.json", result)
     print(f"\n{format_table(result)}\n\n{output / 'ablation.md'}")
