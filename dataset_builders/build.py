@@ -8,13 +8,14 @@ Any key of the recipe can be given as a flag: --num_pairs 5000 --margin 0.9 --de
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator
 
 from dataset_builders.audit import write_audit
 from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
@@ -44,9 +45,17 @@ STEPS = ("corpus", "candidates", "scores", "mined", "hub")
 FOLDERS = ("corpus", "candidates", "scores", "mined", "audit", "sts", "hub")
 # Where things lie, and who does the work, make no difference to the rows.
 WHERE = {"data_root", "ray"}
+
+
+def _with_unit(size: Any) -> str:
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", str(size)):
+        raise ValueError("write a number and its unit, such as 500MB or 2GB")
+    return size
+
+
 # Of a published file's rows in memory; compressed they are less. What breaks off in a download is fetched again, and
 # readers work on shards side by side.
-ShardSize = Annotated[str, Field(pattern=r"^[1-9]\d*(KB|MB|GB)$")]
+ShardSize = Annotated[str, BeforeValidator(_with_unit)]
 
 
 class Graders(Section):

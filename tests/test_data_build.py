@@ -372,6 +372,8 @@ BAD_FLAGS = {
     "no such model": (["--teacher.model", "./no/such/model"], "no such folder"),
     "trained on eval": (["--source.eval_splits", "[train]"], "cannot be an eval split too"),
     "more negatives than there are": (["--num_negatives", "60"], "lower --num_negatives"),
+    "shards without a unit": (["--max_shard_size", "500"], "such as 500MB"),
+    "shards of nothing": (["--max_shard_size", "0MB"], "max_shard_size"),
     "unknown engine": (["--engine", "spark"], "invalid choice"),
     "no Ray cluster": (["--engine", "ray", "--ray.address", "127.0.0.1:1"], "no Ray cluster answers there"),
     "unknown step": (["--from_step", "teacher"], "invalid choice"),

@@ -1,6 +1,8 @@
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -18,9 +20,9 @@ from dataset_builders import builders
 from dataset_builders.builders import GradedConfig, GradedDataset, write_hub
 from dataset_builders.card import card_metadata
 from dataset_builders.cli import InputError
-from dataset_builders.folders import files_of, folder_step, write_parquet
+from dataset_builders.folders import files_of, folder_step, write_arrow, write_parquet
 from dataset_builders.mine import Mining, write_mined
-from dataset_builders.schema import QRELS, STS
+from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, STS
 
 MINING = Mining(num_negatives=3)
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
@@ -213,6 +215,53 @@ def test_shards_keep_a_querys_candidates_together(build, tmp_path):
     queries = [set(pq.read_table(path)["query_id"].to_pylist()) for path in shards]
     assert [len(part) for part in queries] == [5, 7] and not queries[0] & queries[1]
     assert rows_of(hub, tmp_path / "cache", num_negatives=3).equals(mined_anew(build, MINING))
+
+
+def test_memory_holds_a_part_of_what_is_published(tmp_path, plain_card):
+    rows, size = 20_000, 4_000
+    with folder_step(tmp_path / "corpus", {}) as step:
+        ids = [[f"d{row:05d}" for row in range(start, start + 1000)] for start in range(0, rows, 1000)]
+        texts = (pa.record_batch({"document_id": part, "text": ["x" * size] * len(part)}) for part in ids)
+        write_arrow(step.path / "documents.arrow", texts, DOCUMENTS)
+        write_parquet(step.path / "groups.parquet", GROUPS.empty_table())
+        step.finish(counts=[])
+    (tmp_path / "hub").mkdir()
+    before, peak, done = pa.total_allocated_bytes(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, pa.total_allocated_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    counts = write_hub(tmp_path, ["corpus"], {}, tmp_path / "hub", "10MB")
+    done.set()
+    watcher.join()
+    shards = sorted((tmp_path / "hub" / "documents").glob("*.parquet"))
+    assert counts["rows"] == {"documents": rows} and len(shards) >= 6
+    bytes_of_rows = [pq.read_metadata(path).num_rows * size for path in shards]
+    assert max(bytes_of_rows) < 10e6 + 2 * builders.TEXT_ROWS * size  # a shard ends with the group that exceeds it
+    assert 0 < peak < rows * size / 3
+
+
+def test_a_shard_that_was_not_downloaded_is_missed(build, tmp_path):
+    hub = publish(build, tmp_path / "hub", size="1KB")
+    first, second = sorted((hub / "candidates").glob("*.parquet"))
+    second.unlink()
+    with pytest.raises(InputError, match=f"{second.name}: no such file; download config 'candidates' whole"):
+        rows_of(hub, tmp_path / "cache", margin=0.9)
+    first.unlink()
+    with pytest.raises(InputError, match="download config 'candidates' whole"):
+        rows_of(hub, tmp_path / "cache", margin=0.9)
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*", "../*/train-*-00000000.parquet", "train/*", "train/train-*.parquet"])
+def test_a_card_that_names_files_elsewhere_is_refused(hub, tmp_path, pattern):
+    card = (hub / "README.md").read_text()
+    (hub / "README.md").write_text(re.sub(r"path: train/\S+", f"path: {pattern}", card))
+    with pytest.raises(InputError, match="are none that graded-embedder published"):
+        rows_of(hub, tmp_path / "cache")
 
 
 def test_a_killed_run_leaves_nothing_in_what_is_published(build, tmp_path):
