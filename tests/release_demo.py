@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python tests/release_demo.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder with model/ and data/hub/ (runs/demo)")
     source = Path(parser.parse_args(argv).run).resolve()
-    missing = [str(path) for path in (source / "model", run / "data" / "hub") if not path.is_dir()]
+    missing = [str(path) for path in (source / "model", source / "data" / "hub") if not path.is_dir()]
     if missing:
         raise InputError(f"no {' and no '.join(missing)}; make it first (runs/demo: make demo)")
     with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
@@ -79,9 +79,9 @@ def main(argv: Sequence[str]) -> None:
     compare(here, there)
 
 
-def publish(hub: LocalHub, run: Path, folder: Path) -> None:
+def publish(hub: LocalHub, source: Path, folder: Path) -> None:
     environment = {**os.environ, **hub.environment(folder / "publisher", "hf_write"), **QUIET}
-    for kind, path, name in (("model", run / "model", MODEL), ("dataset", run / "data" / "hub", DATA)):
+    for kind, path, name in (("model", source / "model", MODEL), ("dataset", source / "data" / "hub", DATA)):
         commits = []
         for _ in range(2):
             command = [sys.executable, "push_to_hub.py", kind, str(path), name]
