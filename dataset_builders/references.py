@@ -109,11 +109,13 @@ def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> 
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return revision  # a commit is what it is: nothing to ask, also offline
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
         return HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type).sha
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except UnicodeEncodeError:  # of the request's headers
+        raise InputError("HF_TOKEN holds a character that no token has; set it again") from None
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:  # also no network, or no such host
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it: {reason}"

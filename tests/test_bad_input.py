@@ -857,6 +857,24 @@ def test_a_data_root_that_is_not_there_is_named(build_inputs, tmp_path):
     assert done.returncode == 2 and "looked for /no/such/root/elsewhere, elsewhere" in refusal(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("variables", "answer"),
+    [
+        ({}, "dataset 'org/none': not a local folder, and the Hub did not serve it: [Errno 111]"),
+        ({"HF_TOKEN": "hf_secret\nhf_more"}, "dataset 'org/none': not a local folder"),
+        ({"HF_TOKEN": "hf_secret_é"}, "HF_TOKEN holds a character that no token has"),
+        ({"HF_ENDPOINT": "nonsense"}, "missing an 'http://'"),
+    ],
+)
+def test_a_hub_that_cannot_be_asked_is_told_without_the_token(variables, answer, build_inputs, tmp_path):
+    folder = shutil.copytree(build_inputs, tmp_path / "work")
+    hub_source()(folder)
+    nobody = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path / "home")}
+    done = process(COMMANDS["build"], RECIPE, folder, **{**nobody, **variables})
+    assert done.returncode == 2 and answer in refusal(done.stderr)
+    assert "secret" not in done.stderr and not (folder / "out").exists()
+
+
 def test_debug_shows_the_traceback(tmp_path):
     from eval import report
 
