@@ -84,8 +84,8 @@ METHOD = (
     "because all seeds answer the same queries (the pigeonhole bootstrap of crossed samples: Owen, Annals of Applied "
     "Statistics 1(2), 2007), and one fewer of each than there are, which makes the variance that of a sample "
     "(Rao and Wu, JASA 83, 1988). Differences are paired: same seed, same query. In simulations they held the "
-    "truth 95 % of the time where queries decide, and more where noise of single answers does; where seeds alone "
-    "decide, 50 % with 2 seeds, 75 % with 3, 86 % with 5, 92 % with 10."
+    "truth about 95 % of the time where queries decide, more where noise of single answers does; where seeds alone "
+    "decide, about 50 % with 2 seeds, 75 % with 3, 86 % with 5, 92 % with 10."
 )
 # What this module says itself, so that a variant cannot.
 OURS = ("seed", "data_seed", "output_dir", "resume_from_checkpoint", "disable_tqdm")
