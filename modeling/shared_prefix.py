@@ -64,7 +64,7 @@ class TokenCounts:
 
 @contextmanager
 def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
-    """Within the context, `model` computes what the texts of a batch or a call of `encode` share once, and no padding.
+    """Within the context, `model` computes once what the texts of a batch or a call of `encode` share, and no padding.
 
     Vectors and gradients are those of the plain path up to rounding, in `encode` and in training. A model that this
     cannot be done for (an encoder, a bidirectional decoder, an architecture not in `ARCHITECTURES`) runs as before,
