@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_builders.cli import InputError, run
-from dataset_builders.folders import MANIFEST, Step, files_of, fingerprint, folder_step, read_manifest, write_json
+from dataset_builders.folders import MANIFEST, Step, files_of, fingerprint, folder_step
 from dataset_builders.references import resolve_model
+from modeling.ledger import closing_line, code_commit, stage_cost, write_ledger, write_log
 from modeling.prompts import baked_prompts, instruction_prompt
 from modeling.recipe import DatasetArguments, MergeArguments, Recipe, Stage, parse_keys, read_recipe, write_recipe
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import BitsAndBytesConfig
 
+    from modeling.shared_prefix import TokenCounts
     from modeling.trainer import EmbedderTrainer
     from modeling.training_data import SearchSample
 
@@ -400,13 +402,14 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
     if processes().is_main_process and not resuming:
         shutil.rmtree(checkpoints, ignore_errors=True)
     processes().wait_for_everyone()
+    commit = code_commit()  # of now: who edits while it trains has other code afterwards
     encoder, base = build_model(stage, start)
     trainer = build_trainer(stage, encoder, data, checkpoints)
     encoder.max_seq_length = stage.own.train_max_seq_length
-    with sharing(stage, encoder), stopping(stage, checkpoints):
+    with sharing(stage, encoder) as counts, stopping(stage, checkpoints):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
-    cost = stage_cost(trainer)
+    cost = stage_cost(trainer, counts)
     weights = trainer.whole_weights()
     if not processes().is_main_process:
         return
@@ -422,11 +425,11 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
     write_reference(encoder, step.path)
     write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
     shutil.rmtree(checkpoints, ignore_errors=True)
-    step.finish(**cost)
+    step.finish(**cost, commit=commit)
     print(closing_line(stage.name, cost, trainer.state.log_history, step.folder), flush=True)
 
 
-def sharing(stage: Stage, encoder: SentenceTransformer) -> contextlib.AbstractContextManager[Any]:
+def sharing(stage: Stage, encoder: SentenceTransformer) -> contextlib.AbstractContextManager[TokenCounts | None]:
     """Prompts shared within a batch are computed once, if the stage asks for it."""
     if not stage.own.share_prefix:
         return contextlib.nullcontext()
@@ -465,64 +468,6 @@ def sizes(stage: Stage) -> str:
     cached = dict.fromkeys(own.mini_batch_size for own in stage.datasets.values())
     now = ", ".join("null, which is all" if size is None else str(size) for size in cached)
     return f"mini_batch_size ({now}), which changes no result, or {rows}"
-
-
-def stage_cost(trainer: EmbedderTrainer) -> dict[str, Any]:
-    """The trainer's cost, and the seconds of it that went into evaluation."""
-    evaluations = [entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history]
-    return {**trainer.cost(), "evaluation_seconds": round(sum(evaluations), 2)}
-
-
-def write_log(history: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, history)
-
-
-def closing_line(name: str, cost: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> str:
-    """What a stage took and came to, in one line."""
-    seconds, tokens = cost["training_seconds"], cost["tokens"]
-    parts = [f"{cost['steps']} steps", f"{tokens:,} tokens in {seconds:.0f} s ({tokens / max(seconds, 1e-9):,.0f}/s)"]
-    for key, title in (("loss", "loss"), ("eval_validation_cosine_ndcg@10", "validation nDCG@10")):
-        found = [entry[key] for entry in history if key in entry]
-        if found:
-            parts.append(f"{title} {found[0]:.4f} -> {found[-1]:.4f}" if len(found) > 1 else f"{title} {found[0]:.4f}")
-    parts.append(f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
-    if cost["peak_device_memory_bytes"]:
-        parts.append(f"on {cost['device']} {cost['peak_device_memory_bytes'] / 2**30:.2f} GiB")
-    return f"stage {name}: {', '.join(parts)} -> {folder}"
-
-
-def write_ledger(stages: Sequence[Stage], output_dir: Path) -> None:
-    """ledger.json: what every step cost, from their manifests: those of the data where they were built here, and those
-    of the finished stages, whose seconds of evaluation are part of their seconds of training. Memory is the high-water
-    mark of the main process. `total` sums `seconds` over data and stages, the rest over stages.
-    """
-    sums = ("training_seconds", "evaluation_seconds", "device_seconds", "tokens")
-    facts = ("steps", "seconds", *sums, "device", "peak_memory_bytes", "peak_device_memory_bytes")
-    rows = []
-    for stage in stages:
-        if (output_dir / stage.name / MANIFEST).is_file():
-            manifest = read_manifest(output_dir / stage.name)
-            rows.append({"stage": stage.name, **{name: manifest[name] for name in facts}})
-    data = data_costs(stages)
-    total = {name: round(sum(row[name] for row in rows), 2) for name in sums}
-    total = {"seconds": round(sum(row["seconds"] for row in [*data, *rows]), 2), **total}
-    write_json(output_dir / "ledger.json", {"data": data, "stages": rows, "total": total})
-
-
-def data_costs(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """What the steps of dataset_builders.build cost, for every data set that is read from a folder it made."""
-    from dataset_builders.build import FOLDERS
-
-    names = dict.fromkeys(own.dataset_name for stage in stages for own in stage.datasets.values())
-    hubs = [Path(name) for name in names if (Path(name) / MANIFEST).is_file()]
-    rows = []
-    for step in (hub.parent / folder for hub in hubs for folder in FOLDERS):
-        if (step / MANIFEST).is_file():
-            manifest = read_manifest(step)
-            facts = {name: manifest[name] for name in ("seconds", "peak_memory_bytes")}
-            rows.append({"data": str(step.parent), "step": step.name, **facts})
-    return rows
 
 
 def publish(result: Start, output_dir: Path) -> None:

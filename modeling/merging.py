@@ -92,6 +92,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], method: str,
     from sentence_transformers import SentenceTransformer
 
     from modeling.encoder import save_merged
+    from modeling.verify import write_reference
 
     last = folders[-1]
     for folder in folders[:-1]:
@@ -107,6 +108,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], method: str,
         raise InputError(f"{', '.join(map(str, folders))}: weights cannot be averaged: {error}") from None
     models[-1].load_state_dict(merged)
     save_merged(models[-1], target)
+    write_reference(models[-1], target)
 
 
 def _architecture(folder: Path) -> list[Any]:

@@ -88,6 +88,7 @@ def edit(path, **values) -> None:
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 def test_folders_are_merged_tensor_by_tensor(folders, tmp_path, method):
     merge_models(folders, [3, 1], method, tmp_path / "merged")
+    assert (tmp_path / "merged" / "reference_vectors.json").is_file()
     states = [load_file(folder / "model.safetensors") for folder in folders]
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged.keys() == states[0].keys() and len(merged) > 10

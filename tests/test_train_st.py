@@ -48,9 +48,8 @@ def finished(tmp_path_factory, recipe) -> Path:
 
 def test_a_run_writes_all_that_the_contract_names(finished, recipe, tiny_decoder):
     for stage in ("sts", "retrieval", "model"):
-        assert {"modules.json", "model.safetensors", "manifest.json", "tokenizer.json"} <= set(
-            os.listdir(finished / stage)
-        )
+        files = {"modules.json", "model.safetensors", "manifest.json", "tokenizer.json", "reference_vectors.json"}
+        assert files <= set(os.listdir(finished / stage))
     assert not list(finished.rglob("checkpoint*")) + list(finished.glob("*.partial"))
     written = yaml.safe_load((finished / "recipe.yaml").read_text())
     assert written == {**recipe, "output_dir": str(finished)}
@@ -84,6 +83,8 @@ def test_a_run_writes_all_that_the_contract_names(finished, recipe, tiny_decoder
         assert row["device_seconds"] == row["training_seconds"] > 0
         assert row["seconds"] >= row["training_seconds"] > row["evaluation_seconds"] > 0
         assert row["peak_memory_bytes"] > 100e6
+        assert row["share_prefix"] is None
+        assert row["commit"] == ledger["commit"] == json.loads((finished / "sts/manifest.json").read_text())["commit"]
     assert ledger["total"]["tokens"] == sum(row["tokens"] for row in ledger["stages"])
 
 
@@ -361,8 +362,12 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYP
     "environment, changes, message",
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed does not train with GradCache"),
-        ({**FSDP, "FSDP_VERSION": "1"}, {}, "version 2 with SHARDED_STATE_DICT alone is known"),
-        ({**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, "version 2 with SHARDED_STATE_DICT alone is known"),
+        ({**FSDP, "FSDP_VERSION": "1"}, {}, "version 2 with SHARDED_STATE_DICT alone is supported"),
+        (
+            {**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+            {},
+            "version 2 with SHARDED_STATE_DICT alone is supported",
+        ),
         (FSDP, {}, "among two GPUs or more alone"),  # this process is one, on a CPU
         ({}, {"fsdp": "full_shard"}, "fsdp is the launcher's"),
     ],

@@ -1,0 +1,99 @@
+"""What a run cost, and what it was made by: for ledger.json, for the log and for the line that closes a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset_builders.folders import MANIFEST, read_manifest, write_json
+
+if TYPE_CHECKING:
+    from modeling.recipe import Stage
+    from modeling.shared_prefix import TokenCounts
+    from modeling.trainer import EmbedderTrainer
+
+
+def stage_cost(trainer: EmbedderTrainer, counts: TokenCounts | None) -> dict[str, Any]:
+    """The trainer's cost, the seconds of it that went into evaluation, and what `share_prefix` made of the tokens of
+    this process since it started (all forward passes, evaluations among them); None without it.
+    """
+    evaluations = [entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history]
+    return {
+        **trainer.cost(),
+        "evaluation_seconds": round(sum(evaluations), 2),
+        "share_prefix": counts and dataclasses.asdict(counts),
+    }
+
+
+def write_log(history: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, history)
+
+
+def closing_line(name: str, cost: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> str:
+    """What a stage took and came to, in one line."""
+    seconds, tokens = cost["training_seconds"], cost["tokens"]
+    parts = [f"{cost['steps']} steps", f"{tokens:,} tokens in {seconds:.0f} s ({tokens / max(seconds, 1e-9):,.0f}/s)"]
+    for key, title in (("loss", "loss"), ("eval_validation_cosine_ndcg@10", "validation nDCG@10")):
+        found = [entry[key] for entry in history if key in entry]
+        if found:
+            parts.append(f"{title} {found[0]:.4f} -> {found[-1]:.4f}" if len(found) > 1 else f"{title} {found[0]:.4f}")
+    parts.append(f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if cost["peak_device_memory_bytes"]:
+        parts.append(f"on {cost['device']} {cost['peak_device_memory_bytes'] / 2**30:.2f} GiB")
+    if cost["share_prefix"]:
+        computed, padded = cost["share_prefix"]["tokens_computed"], cost["share_prefix"]["tokens_padded"]
+        parts.append(f"share_prefix computed {computed:,} tokens for {padded:,}")
+    return f"stage {name}: {', '.join(parts)} -> {folder}"
+
+
+def code_commit() -> str | None:
+    """The git commit of this code, with -dirty behind it where files differ from it; None outside a repository."""
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        # of our own repository, not of one that this folder was copied into
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_ledger(stages: Sequence[Stage], output_dir: Path) -> None:
+    """ledger.json: what every step cost, from their manifests: those of the data where they were built here, and those
+    of the finished stages, whose seconds of evaluation are part of their seconds of training. Memory is the high-water
+    mark of the main process. `total` sums `seconds` over data and stages, the rest over stages; `commit` is of the
+    code that trained the last stage, where it is known.
+    """
+    sums = ("training_seconds", "evaluation_seconds", "device_seconds", "tokens")
+    facts = ("steps", "seconds", *sums, "device", "peak_memory_bytes", "peak_device_memory_bytes")
+    rows = []
+    for stage in stages:
+        if (output_dir / stage.name / MANIFEST).is_file():
+            manifest = read_manifest(output_dir / stage.name)
+            known = {name: manifest.get(name) for name in ("share_prefix", "commit")}
+            rows.append({"stage": stage.name, **{name: manifest[name] for name in facts}, **known})
+    data = data_costs(stages)
+    total = {name: round(sum(row[name] for row in rows), 2) for name in sums}
+    total = {"seconds": round(sum(row["seconds"] for row in [*data, *rows]), 2), **total}
+    commit = rows[-1]["commit"] if rows else None
+    write_json(output_dir / "ledger.json", {"data": data, "stages": rows, "total": total, "commit": commit})
+
+
+def data_costs(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """What the steps of dataset_builders.build cost, for every data set that is read from a folder it made."""
+    from dataset_builders.build import FOLDERS
+
+    names = dict.fromkeys(own.dataset_name for stage in stages for own in stage.datasets.values())
+    hubs = [Path(name) for name in names if (Path(name) / MANIFEST).is_file()]
+    rows = []
+    for step in (hub.parent / folder for hub in hubs for folder in FOLDERS):
+        if (step / MANIFEST).is_file():
+            manifest = read_manifest(step)
+            facts = {name: manifest[name] for name in ("seconds", "peak_memory_bytes")}
+            rows.append({"data": str(step.parent), "step": step.name, **facts})
+    return rows
