@@ -696,6 +696,28 @@ REPORT = {
     "results are a file": (write("results", "x"), [], "metrics.json"),
     "unknown flag": (nothing, ["--top", "5"], "unrecognized arguments"),
 }
+VARIANTS = {"soft": {}, "kl": {"retrieval.loss": "kl"}}
+ABLATE = {
+    **HOSTILE_RECIPES,
+    "unknown key": (keys(sead=[1]), [], "unknown key 'sead'"),
+    "no seeds": (keys(seeds=[]), [], "key 'seeds' is []"),
+    "seeds are words": (keys(seeds=["a"]), [], "is 'a'"),
+    "seed twice": (keys(seeds=[1, 1]), [], "a seed is there twice"),
+    "nothing to compare": (keys(variants={}), [], "nothing to compare"),
+    "variants are a list": (keys(variants=["soft"]), [], "key 'variants' is ['soft']"),
+    "variant that climbs": (keys(variants={"../x": {}, "soft": {}}), [], "variants are also folders"),
+    "unknown baseline": (keys(baseline="none"), [], "no variant 'none' for a baseline"),
+    "unknown stage of a variant": (keys(variants={"soft": {}, "b": {"mining2.loss": "kl"}}), [], "no stage 'mining2'"),
+    "unknown key of a variant": (keys(variants={"soft": {}, "b": {"retrieval.los": "kl"}}), [], "unknown key 'los'"),
+    "unknown loss of a variant": (
+        keys(variants={"soft": {}, "b": {"retrieval.loss": "x"}}),
+        [],
+        "invalid choice: 'x'",
+    ),
+    "base is missing": (delete("base.yaml"), [], "base.yaml: no such recipe"),
+    "base is a bomb": (write("base.yaml", BOMB), [], "base.yaml: not a YAML file"),
+}
+
 # --- push_to_hub ----------------------------------------------------------------------------------------------------
 
 REPO_IDS = ["c", "a b/c", "../x", "a/../c", "a//c", "/c", "a/", "a/b/c", "a/b.git", "a/b--c", "a/b..c", "a/é"]
@@ -733,6 +755,7 @@ COMMANDS = {
     "run_mteb": Command(
         "eval.run_mteb", "run_inputs", ["--model", "model", "--output_dir", "out", "--tasks", "STSBenchmark"], MTEB
     ),
+    "ablate": Command("eval.ablate", "ablation_inputs", RECIPE, ABLATE),
     "report": Command("eval.report", "run_inputs", ["results", "--output_dir", "out"], REPORT),
     "push_to_hub": Command("push_to_hub", "run_inputs", ["model", "model", "--dry_run"], PUSH),
 }
@@ -745,7 +768,7 @@ def test_there_are_enough_cases_of_every_command():
     assert count.keys() == COMMANDS.keys() and min(count.values()) >= 7
     entries = {path.stem for path in (REPOSITORY / "eval").glob("*.py") if "if __name__" in path.read_text()}
     entries |= {path.stem for path in REPOSITORY.glob("*.py") if "if __name__" in path.read_text()}
-    assert entries - {"ablate"} <= COMMANDS.keys()
+    assert entries <= COMMANDS.keys()
 
 
 @pytest.fixture(scope="module")
@@ -763,6 +786,15 @@ def train_inputs(tmp_path_factory, tiny_decoder):
     shutil.copytree(tiny_decoder, folder / "model")
     write_hub(folder / "hub")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(two_stages(Path("model"), Path("hub"))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ablation_inputs(train_inputs, tmp_path_factory):
+    folder = shutil.copytree(train_inputs, tmp_path_factory.mktemp("ablate") / "work")
+    (folder / "recipe.yaml").rename(folder / "base.yaml")
+    recipe = {"base": "base.yaml", "data": "data", "baseline": "soft", "seeds": [0], "variants": VARIANTS}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
