@@ -90,7 +90,9 @@ def _problem_of(path: Path, content: Any) -> str | None:
             if not module["type"].startswith("sentence_transformers."):
                 return f"module {module['type']} is not one of sentence-transformers' own"
             inside = os.path.normpath(module["path"])
-            if inside.startswith(("..", "/")) or not (path.parent / inside).is_dir():
+            # Normalize keeps no file, so packages and git lose its folder, and loaders do not ask for it
+            there = (path.parent / inside).is_dir() or module["type"].endswith(".Normalize")
+            if inside.startswith(("..", "/")) or not there:
                 return f"module {module['type']} has no folder {module['path']!r} here"
     elif path.name in ("config.json", "config_sentence_transformers.json", "tokenizer.json"):
         if not isinstance(content, dict):
