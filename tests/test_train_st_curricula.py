@@ -110,7 +110,7 @@ def test_the_data_sets_of_a_stage_take_turns_by_weight(recipe, tmp_path, monkeyp
     mixed = recipe["stages"][3]
     mixed = {**mixed, "datasets": [{**mixed["datasets"][0], "weight": 3}, mixed["datasets"][1]]}
     train(tmp_path, {**recipe, "stages": [mixed], "total_steps": 12})
-    pairs = ("pairs", ("sentence1", "sentence2"), "CoSENTLoss")
+    pairs = ("pairs", ("sentence1", "sentence2"), "CachedCoSENTLoss")
     searches = ("searches", ("query", "positive", "negative_1"), "GradedLoss")
     assert sorted(batches) == [pairs] * 9 + [searches] * 3
     assert batches != sorted(batches)  # in turns
