@@ -313,6 +313,17 @@ def answer_json(value, status: int = 200, headers: Mapping[str, str] | None = No
 
 
 @dataclass
+class Fault:
+    """What the next `times` requests that match get, after `skip` of them."""
+
+    pattern: re.Pattern
+    kind: str | Callable[[], object]
+    times: int
+    skip: int
+    happened: int = 0  # so often
+
+
+@dataclass
 class Request:
     method: str
     path: str
@@ -368,7 +379,7 @@ class LocalHub:
             self.repos[repo_id] = Repository("dataset", repo_id)
             for commit_id, files in commits.items():
                 self.repos[repo_id][commit_id] = files
-        self._faults: list[dict] = []
+        self._faults: list[Fault] = []
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._secret = os.urandom(16)
@@ -456,32 +467,40 @@ class LocalHub:
     def refs(self, repo_id: str, repo_type: str = "model") -> Refs:
         return Refs(*(dict(names) for names in self.stored[repo_type][repo_id].refs))
 
-    def fail(self, pattern: str, fault: str | Callable[[], object], times: int = 1, skip: int = 0) -> None:
+    def clear(self) -> None:
+        """Neither repositories nor requests nor faults, as at the beginning."""
+        with self._lock:
+            for collection in (*self.stored.values(), self.asked, self._faults):
+                collection.clear()
+
+    def fail(self, pattern: str, fault: str | Callable[[], object], times: int = 1, skip: int = 0) -> Fault:
         """Let the next `times` requests whose "METHOD path" has `pattern` in it fail, after `skip` of them.
 
         "429", "500", "503": that answer. "drop": the connection is closed and nothing done. "lost": it is done, and
-        the connection closed without an answer. "cut": half of the body, then closed. "stall": no answer while the
-        server runs, and nothing done. A function is called before the request is answered as always: what happens
-        meanwhile, such as a commit.
+        the connection closed without an answer. "cut": half of the body, then closed; nothing happens to an answer
+        without a body. "stall": no answer while the server runs, and nothing done. A function is called before the
+        request is answered as always: what happens meanwhile, such as a commit.
         """
         assert callable(fault) or fault in ("429", "500", "503", "drop", "lost", "cut", "stall"), fault
-        fault = {"pattern": re.compile(pattern), "fault": fault, "times": times, "skip": skip}
+        planned = Fault(re.compile(pattern), fault, times, skip)
         with self._lock:
-            self._faults.append(fault)
+            self._faults.append(planned)
+        return planned
 
     # --- requests
 
-    def receive(self, line: str) -> str | Callable | None:
+    def receive(self, line: str) -> Fault | None:
         """Note a request; the fault that it gets."""
         with self._lock:
             self.asked.append(line)
             for planned in self._faults:
-                if planned["times"] and planned["pattern"].search(line):
-                    if planned["skip"]:
-                        planned["skip"] -= 1
+                if planned.times and planned.pattern.search(line):
+                    if planned.skip:
+                        planned.skip -= 1
                     else:
-                        planned["times"] -= 1
-                        return planned["fault"]
+                        planned.times -= 1
+                        planned.happened += 1
+                        return planned
         return None
 
     def answer(self, request: Request) -> Answer:
@@ -954,7 +973,8 @@ def handler(hub: LocalHub, answer: Callable[[Request], Answer]) -> type[BaseHTTP
 
         def respond(self) -> None:
             body = b"".join(self.read_body())
-            fault = hub.receive(f"{self.command} {self.path}")
+            planned = hub.receive(f"{self.command} {self.path}")
+            fault = planned and planned.kind
             if fault == "stall":
                 hub._stopped.wait()
             if fault in ("stall", "drop"):
@@ -969,6 +989,8 @@ def handler(hub: LocalHub, answer: Callable[[Request], Answer]) -> type[BaseHTTP
                 status, headers, content = answer(Request(self.command, url.path, query, self.headers, body))
             if fault == "lost":
                 return self.hang_up()
+            if fault == "cut" and (self.command == "HEAD" or len(content) < 2):
+                fault, planned.happened = None, planned.happened - 1
             self.send_response(status)
             for name, value in {**headers, "X-Request-Id": f"Root=1-{len(hub.asked):08x}"}.items():
                 plain = " ".join(value.split())  # messages quote what the client sent
