@@ -199,14 +199,21 @@ def publish(releases: Sequence[Release], args: Namespace) -> None:
     Raises:
         InputError: what went wrong, what is there now and what to do.
     """
-    from huggingface_hub import HfApi, get_session, get_token
+    from huggingface_hub import HfApi, get_token, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
 
     token = get_token()
     if token is None:
         raise InputError("no token; set HF_TOKEN or run `hf auth login` (or check without one: --dry_run)")
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise InputError("the token holds spaces, line breaks or letters that no token has; set HF_TOKEN again")
-    get_session().timeout = _TIMEOUT  # the library's own: none, it would wait for ever
+
+    def make_client():  # the library makes another one after a connection that failed
+        client = default_client_factory()
+        client.timeout = _TIMEOUT  # its own: none, it would wait for ever
+        return client
+
+    set_client_factory(make_client)
     api = HfApi(token=token)
     uploads = [Upload(api, release, args) for release in releases]
     for upload in uploads:
@@ -308,13 +315,12 @@ class Upload:
         """Make the repository, the branch, the commit and the tag, as far as they are missing; a line about it."""
         name = self.release.repo_id
         if not self.exists:
-            _patiently(self.api.create_repo, **self.repository, private=self.private or None, exist_ok=True)
-            self.state = "the repository is there, without the files"
+            made = "the repository is there, without the files"
+            self._make(self.api.create_repo, made, f"perhaps {made}", private=self.private or None)
             self.look()
         if not self.has_branch:
-            arguments = {"branch": self.branch, "revision": self.head}
-            _patiently(self.api.create_branch, **self.repository, **arguments, exist_ok=True)
-            self.state = f"branch {self.branch} is there, without the files"
+            made = f"branch {self.branch} is there, without the files"
+            self._make(self.api.create_branch, made, f"perhaps {made}", branch=self.branch, revision=self.head)
         if self.proposed:
             return f"{name}: {self.proposed} proposes these files already; no other one was made"
         unchanged = not self.operations
@@ -328,6 +334,15 @@ class Upload:
         if unchanged:
             return f"{name}: {self.branch} holds these files already (commit {self.head[:8]}); no commit was made"
         return f"{name}: {page}/commit/{self.head}"
+
+    def _make(self, request: Callable[..., Any], made: str, perhaps: str, **arguments: Any) -> None:
+        """Make what may be there already. `state` says so, or `perhaps` where no answer tells what became of it."""
+        try:
+            _patiently(request, **self.repository, **arguments, exist_ok=True)
+        except Exception as error:
+            self.state = perhaps if _passes(error) else self.state
+            raise
+        self.state = made
 
     def _commit(self) -> None:
         """One commit, and `head` or `proposed` as it left them. When its answer is lost, look whether it landed."""
@@ -362,14 +377,14 @@ class Upload:
                 return
 
     def _tag(self) -> None:
-        self.state = f"the files are there (commit {self.head[:8]}), the tag is not"
-        _patiently(self.api.create_tag, **self.repository, tag=self.tag, revision=self.head, exist_ok=True)
+        files = f"the files are there (commit {self.head[:8]})"
+        self.state = f"{files}, the tag is not"
+        perhaps = f"{files}, perhaps the tag, too"
+        self._make(self.api.create_tag, perhaps, perhaps, tag=self.tag, revision=self.head)
         tags = _patiently(self.api.list_repo_refs, **self.repository).tags
         tagged = {ref.name: ref.target_commit for ref in tags}.get(self.tag)
         if tagged != self.head:  # somebody was quicker
-            raise InputError(
-                f"{self.release.repo_id}: tag {self.tag} is on {tagged}; {self.state}; choose another name"
-            )
+            raise InputError(f"{self.release.repo_id}: tag {self.tag} is on {tagged}; {files}; choose another name")
 
     @contextmanager
     def told(self) -> Iterator[None]:
