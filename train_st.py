@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from torch import nn
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
+    from modeling.demonstrations import Demonstrations
     from modeling.shared_prefix import TokenCounts
     from modeling.trainer import EmbedderTrainer
     from modeling.training_data import SearchSample
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     with processes().main_process_first():  # who comes later finds the rows in the cache of `datasets`
         data = {stage.name: load_data(stage) for stage in stages}
     start = first_start(recipe)
-    check_room(stages, start)
+    check_room(stages, start, data)
     if processes().is_main_process:
         write_recipe(recipe)
     results = {}
@@ -233,7 +234,7 @@ def first_start(recipe: Recipe) -> Start:
     return Start(str(folder), None, step.key, "student")
 
 
-def check_room(stages: Sequence[Stage], start: Start) -> None:
+def check_room(stages: Sequence[Stage], start: Start, data: Mapping[str, StageData]) -> None:
     """Refuse prompts that are too long for any stage now, not after the stages before it."""
     from transformers import AutoTokenizer
 
@@ -245,11 +246,45 @@ def check_room(stages: Sequence[Stage], start: Start) -> None:
         raise InputError(f"model {start.reference!r} has no tokenizer that can be loaded: {error}") from None
     guarantee_eos(tokenizer)
     for stage in stages:
-        prompts = baked_prompts(stage.own.instruction)
+        prompts = stage_prompts(stage, data[stage.name].train, tokenizer)
         check_prompts(tokenizer, prompts, stage.own.max_seq_length, stage.own.min_text_tokens)
         instructions = {name: own.instruction for name, own in stage.datasets.items() if own.instruction}
         trained = {name: instruction_prompt(text) for name, text in instructions.items()}
         check_prompts(tokenizer, trained, stage.own.train_max_seq_length, stage.own.min_text_tokens)
+
+
+def stage_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The prompts of the stage's saved model; with `prompt_shots`, one shows rows of the first data set that trains
+    with shots and the stage's own instruction. Raises InputError when there are no rows that fit.
+    """
+    own = stage.own
+    if not own.prompt_shots:
+        return baked_prompts(own.instruction)
+    name = next(name for name, data in stage.datasets.items() if data.shots and data.instruction == own.instruction)
+    budget = stage.datasets[name].shots_budget or own.max_seq_length // 2
+    try:
+        shots = demonstrations(stage, train)[name].freeze(
+            own.prompt_shots,
+            lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]],
+            min(budget, own.max_seq_length - own.min_text_tokens),
+        )
+    except InputError as error:
+        raise InputError(f"{location(stage, name)}: {error}") from None
+    return baked_prompts(own.instruction, shots)
+
+
+def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demonstrations]:
+    """Where batches get their shots from, by data set; those without shots are left out."""
+    from modeling.demonstrations import Demonstrations
+
+    seed = stage.training.seed
+    return {
+        name: Demonstrations(
+            train[name], own.instruction, own.shots, own.shots_budget, own.zero_shot_probability, seed
+        )
+        for name, own in stage.datasets.items()
+        if own.shots
+    }
 
 
 def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]:
@@ -332,7 +367,6 @@ def build_evaluator(
 def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, checkpoints: Path) -> EmbedderTrainer:
     import torch
 
-    from modeling.demonstrations import Demonstrations
     from modeling.trainer import EmbedderTrainer
 
     arguments = stage.training
@@ -351,18 +385,7 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
         evaluator=[build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
         or None,
         weights={name: own.weight for name, own in stage.datasets.items()},
-        demonstrations={
-            name: Demonstrations(
-                data.train[name],
-                own.instruction,
-                own.shots,
-                own.shots_budget,
-                own.zero_shot_probability,
-                arguments.seed,
-            )
-            for name, own in stage.datasets.items()
-            if own.shots
-        },
+        demonstrations=demonstrations(stage, data.train),
     )
 
 
@@ -416,10 +439,12 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
     if weights is not None:  # those of `encoder` are shards
         encoder, base = build_model(stage, start)
         encoder.load_state_dict(weights)
+    encoder.prompts = prompts = stage_prompts(stage, data.train, encoder.tokenizer)
     if stage.peft_config:
         save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
     if quantization(stage.model):  # 4 bits were for training: the adapter belongs into the weights as they were
         encoder = load_encoder(stage, base)
+        encoder.prompts = prompts
         continue_adapter(encoder, step.path / ADAPTER)
     save_merged(encoder, step.path)
     write_reference(encoder, step.path)

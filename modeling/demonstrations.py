@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _TRIES = 10  # rows looked at for one shot, before a batch goes with fewer
+_TRIES_TO_FREEZE = 1000  # rows looked at for all shots of a saved prompt, before there is none
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,41 @@ class Demonstrations:
             if len(drawn) == count:
                 break
         return drawn
+
+    def freeze(
+        self, shots: int, count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int
+    ) -> list[tuple[str, str]]:
+        """(query, positive) of exactly `shots` rows, for the few-shot prompt that a saved model carries.
+
+        A function of the rows and the seed: rows are looked at in the order that it draws, and taken if they fit. A
+        shot has what those before it left of their equal shares of `max_tokens`, so that no long one takes the room
+        of all.
+
+        Args:
+            shots: how many.
+            count_tokens: of whole strings, special tokens included and nothing truncated.
+            max_tokens: of the prompt, instruction and special tokens included.
+
+        Raises:
+            InputError: there are not so many rows that fit.
+        """
+        [bare] = count_tokens([instruction_prompt(self.instruction)])
+        drawn: list[tuple[str, str]] = []
+        for position in random.Random(self.seed).sample(range(len(self.rows)), min(_TRIES_TO_FREEZE, len(self.rows))):
+            row = self.rows[position]
+            shot = (row["query"], row["positive"])
+            if shot[0] == shot[1] or not {text for pair in drawn for text in pair}.isdisjoint(shot):
+                continue
+            room = bare + (max_tokens - bare) * (len(drawn) + 1) / shots
+            [length] = count_tokens([few_shot_prompt(self.instruction, [*drawn, shot])])
+            if length <= room:
+                drawn.append(shot)
+            if len(drawn) == shots:
+                return drawn
+        raise InputError(
+            f"prompt_shots is {shots}: only {len(drawn)} fit into {max_tokens} tokens, of {len(self.rows):,} rows; "
+            "raise shots_budget (or max_seq_length, half of which is the default), or lower prompt_shots"
+        )
 
 
 def fitting_prompt(

@@ -6,7 +6,7 @@ introduced it (arXiv 2401.00368); documents stay bare.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -43,14 +43,28 @@ def task_instructions() -> dict[str, dict[str, str]]:
     return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 
 
-def baked_prompts(instruction: str | None) -> dict[str, str]:
+def few_shot_name(shots: int) -> str:
+    """What a saved model calls its prompt with so many demonstrations.
+
+    >>> few_shot_name(2)
+    'query-2-shot'
+    """
+    return f"query-{shots}-shot"
+
+
+def baked_prompts(instruction: str | None, demonstrations: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """What a saved model carries as `prompts`: its own `query` and `document`, and one for each evaluation task.
 
     `instruction` is what the model was trained with; None leaves queries as bare as documents. The names are those
     that mteb looks up in `model.prompts`: a task it does not find there runs with the `query` prompt or with none,
     without an error.
+
+    With `demonstrations`, there is one more, `query-K-shot`: `model.encode(texts, prompt_name="query-2-shot")`. mteb
+    does not know that name and leaves it alone; `with_demonstrations` makes of it what mteb looks up.
     """
     prompts = {"query": "" if instruction is None else instruction_prompt(instruction), "document": ""}
+    if demonstrations:
+        prompts[few_shot_name(len(demonstrations))] = few_shot_prompt(instruction, demonstrations)
     for task_type, instructions in task_instructions().items():
         for task, text in instructions.items():
             if task_type in _ASYMMETRIC:
@@ -58,3 +72,20 @@ def baked_prompts(instruction: str | None) -> dict[str, str]:
             else:
                 prompts[task] = instruction_prompt(text)
     return prompts
+
+
+def with_demonstrations(prompts: Mapping[str, str], shots: int) -> dict[str, str]:
+    r"""The `prompts` of a saved model for a k-shot evaluation: its frozen demonstrations before every instruction.
+
+    They stay those of the training rows, with the instruction of these; a task's own instruction comes last.
+    Documents stay bare. For mteb: `model.prompts = with_demonstrations(model.prompts, 2)` before it wraps the model.
+
+    Raises:
+        KeyError: the model has no prompt of so many shots.
+
+    >>> with_demonstrations({"query": "Q: ", "SICK-R": "S: ", "document": "", "query-1-shot": "Q: a\nR: b\n\nQ: "}, 1)
+    {'query': 'Q: a\nR: b\n\nQ: ', 'SICK-R': 'Q: a\nR: b\n\nS: ', 'document': ''}
+    """
+    shown = prompts[few_shot_name(shots)].removesuffix(prompts["query"])
+    rest = {name: prompt for name, prompt in prompts.items() if name != few_shot_name(shots)}
+    return {name: prompt and shown + prompt for name, prompt in rest.items()}

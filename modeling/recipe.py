@@ -77,6 +77,7 @@ class StageArguments(DatasetArguments):
     train_max_seq_length: int | None = field(default=None, metadata={"help": "in training; null = max_seq_length"})
     min_text_tokens: int = field(default=16, metadata={"help": "least room that a prompt must leave"})
     pooling: Literal["eos", "mean", "mean_without_prompt", "weighted_mean"] = "eos"
+    prompt_shots: int = field(default=0, metadata={"help": "demonstrations in a prompt that the saved model carries"})
     share_prefix: bool = field(default=False, metadata={"help": "compute a prompt that a batch shares once"})
     eval_queries: int = field(default=200, metadata={"help": "sample of the validation queries, at each evaluation"})
     eval_documents: int = field(default=2000, metadata={"help": "sample they search, with all their relevant ones"})
@@ -294,6 +295,13 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
         datasets = {entry: datasets[entry] for entry in entries}
     for entry, dataset in datasets.items():
         _check_dataset(dataset, where if dataset is own else f"{where}: data set {entry!r}")
+    if own.prompt_shots < 0:
+        raise InputError(f"{where}: prompt_shots is {own.prompt_shots}; it must be 0 or more")
+    if own.prompt_shots and not any(data.shots and data.instruction == own.instruction for data in datasets.values()):
+        raise InputError(
+            f"{where}: prompt_shots shows training rows before the stage's `instruction`; no data set of it trains "
+            "with shots and that instruction"
+        )
     return Stage(name, values, own, datasets, model, training)
 
 

@@ -2,15 +2,18 @@
 
 import random
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
+from tiny_training import INSTRUCTION as TRAINED
+from tiny_training import own_cache, train, two_stages, write_hub
 
 from dataset_builders.cli import InputError
 from modeling.demonstrations import DemonstrationCollator, Demonstrations, fitting_prompt
-from modeling.prompts import few_shot_prompt, instruction_prompt
+from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt
 
 INSTRUCTION = "retrieve answer"
 VOCABULARY = ["how", "do", "i", "parse", "date", "read", "write", "file", "open", "close", "sort", "list"]
@@ -75,6 +78,42 @@ def test_the_most_shots_that_cost_no_text_a_token(lengths, texts, window, budget
     ]
     expected = few_shot_prompt("x", shots[: max(allowed, default=0)])
     assert fitting_prompt("x", shots, texts, words, window, budget) == expected
+
+
+def words(strings):
+    return [len(string.split()) for string in strings]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30),
+    shots=st.integers(1, 4),
+    window=st.integers(6, 60),
+    seed=st.integers(0, 3),
+)
+def test_a_frozen_prompt_has_all_its_shots_and_no_token_too_many(lengths, shots, window, seed):
+    texts = [(f"q{row}" + " q" * (length - 1), f"p{row % 7}") for row, length in enumerate(lengths)]
+    rows = Dataset.from_dict({"query": [q for q, _ in texts], "positive": [p for _, p in texts]})
+    pool = Demonstrations(rows, "x", 1, seed=seed)
+    try:
+        frozen = pool.freeze(shots, words, window)
+    except InputError as error:
+        # by the rule: `shots` of the shortest, of unlike positives, would not fit an equal share each
+        assert f"prompt_shots is {shots}: only" in str(error)
+        share = (window - words([instruction_prompt("x")])[0]) // shots
+        fits = {p for q, p in texts if len(f"Instruct: x Query: {q} Response: {p}".split()) <= share}
+        assert len(fits) < shots
+        return
+    assert frozen == pool.freeze(shots, words, window)
+    assert len(frozen) == shots and set(frozen) <= set(texts)
+    assert len({text for pair in frozen for text in pair}) == 2 * shots
+    assert words([few_shot_prompt("x", frozen)])[0] <= window
+
+
+def test_the_seed_chooses_the_frozen_shots():
+    assert (
+        len({tuple(Demonstrations(pool(), INSTRUCTION, 1, seed=seed).freeze(2, words, 50)) for seed in range(9)}) > 5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +188,53 @@ def test_shots_without_an_instruction_to_stand_before(model):
         DemonstrationCollator(
             model.preprocess, prompts={"tasks": {}}, demonstrations={"tasks": Demonstrations(pool(), INSTRUCTION, 1)}
         )
+
+
+@pytest.fixture(scope="module")
+def few_shot_run(tiny_decoder, tmp_path_factory):
+    """A run whose adapter trains with shots, and whose model carries a prompt of two."""
+    folder = tmp_path_factory.mktemp("few_shot")
+    recipe = two_stages(tiny_decoder, write_hub(folder / "hub"))
+    recipe["max_seq_length"] = 120
+    recipe["stages"] = [{**recipe["stages"][1], "shots": 2, "prompt_shots": 2, "shots_budget": 60}]
+    with own_cache(folder / "cache"):
+        return train(folder, recipe, "--max_steps", "2", "--eval_strategy", "no"), recipe
+
+
+def test_a_saved_model_carries_its_few_shot_prompt(few_shot_run):
+    """By prompt_name alone, and the adapter with it; zero-shot stays what it is."""
+    run, _ = few_shot_run
+    model = SentenceTransformer(str(run / "model"), device="cpu")
+    prompt = model.prompts.pop("query-2-shot")
+    assert model.prompts == baked_prompts(TRAINED)
+    hub = pq.read_table(run.parent / "hub" / "train.parquet")
+    pairs = list(zip(hub["query"].to_pylist(), hub["positive"].to_pylist(), strict=True))
+    [shots] = [[a, b] for a in pairs for b in pairs if few_shot_prompt(TRAINED, [a, b]) == prompt]
+    assert shots[0] != shots[1]
+    assert len(model.tokenizer(prompt)["input_ids"]) <= 60
+    model.prompts["query-2-shot"] = prompt
+    few, zero = (model.encode("how do i parse a date", prompt_name=name) for name in ("query-2-shot", "query"))
+    assert few == pytest.approx(model.encode(prompt + "how do i parse a date"), abs=1e-6)
+    assert abs(few - zero).max() > 1e-3
+    name = "config_sentence_transformers.json"
+    assert (run / "adapter" / name).read_bytes() == (run / "model" / name).read_bytes()
+
+
+FEW_SHOT = {
+    "not trained with shots": ({"shots": 0}, "no data set of it trains with shots"),
+    "below 0": ({"prompt_shots": -1}, "prompt_shots is -1"),
+    "no rows that fit": (
+        {"shots_budget": 20},
+        "stage 'retrieval': prompt_shots is 2: only 0 fit into 20 tokens, of 48 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FEW_SHOT)
+def test_few_shot_prompts_that_cannot_be_made_are_refused_before_training(few_shot_run, tmp_path, case):
+    run, recipe = few_shot_run
+    changed, message = FEW_SHOT[case]
+    recipe = {**recipe, "stages": [{**recipe["stages"][0], **changed}]}
+    with own_cache(run.parent / "cache"), pytest.raises(InputError, match=message):
+        train(tmp_path, recipe)
+    assert not (tmp_path / "run").exists()

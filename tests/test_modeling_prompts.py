@@ -5,7 +5,13 @@ import doctest
 import pytest
 
 from modeling import prompts
-from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt, task_instructions
+from modeling.prompts import (
+    baked_prompts,
+    few_shot_prompt,
+    instruction_prompt,
+    task_instructions,
+    with_demonstrations,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def wrapper(tiny_encoder):
 
 
 def test_examples():
-    assert doctest.testmod(prompts).attempted == 2
+    assert doctest.testmod(prompts).attempted == 4
     assert doctest.testmod(prompts).failed == 0
 
 
@@ -112,3 +118,38 @@ def test_mteb_encodes_with_the_resolved_prompt(benchmark_tasks, wrapper, task_na
 def test_a_model_without_an_instruction_encodes_bare_queries():
     assert baked_prompts(None)["query"] == baked_prompts(None)["document"] == ""
     assert baked_prompts("Find it")["query"] == "Instruct: Find it\nQuery: "
+
+
+SHOTS = [("how do i parse a date", "read"), ("sort a list", "list sort")]
+
+
+def test_demonstrations_add_one_prompt_and_change_none():
+    prompts = baked_prompts("Find it", SHOTS)
+    assert prompts.pop("query-2-shot") == few_shot_prompt("Find it", SHOTS)
+    assert prompts == baked_prompts("Find it")
+
+
+def test_mteb_leaves_the_few_shot_prompt_alone_until_it_is_asked_for(benchmark_tasks, tiny_encoder, caplog):
+    """It drops names it does not know: a k-shot evaluation that only names the prompt would silently be zero-shot."""
+    from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.types import PromptType
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(tiny_encoder))
+    prompts = baked_prompts("Find it", SHOTS)
+    model.prompts = prompts
+    assert SentenceTransformerEncoderWrapper(model).model_prompts == baked_prompts("Find it")
+    model.prompts = with_demonstrations(prompts, 2)
+    wrapper = SentenceTransformerEncoderWrapper(model)
+    assert wrapper.model_prompts == model.prompts
+    shown = few_shot_prompt("Find it", SHOTS).removesuffix(instruction_prompt("Find it"))
+    for task in benchmark_tasks:
+        asymmetric = task.type in ("Retrieval", "Reranking")
+        name = wrapper.get_prompt_name(task, PromptType.query if asymmetric else None)
+        assert wrapper.model_prompts[name] == shown + prompts[name] != prompts[name]
+        assert not asymmetric or wrapper.model_prompts[wrapper.get_prompt_name(task, PromptType.document)] == ""
+
+
+def test_a_model_has_the_numbers_of_shots_it_was_saved_with():
+    with pytest.raises(KeyError, match="query-3-shot"):
+        with_demonstrations(baked_prompts("Find it", SHOTS), 3)
