@@ -23,7 +23,7 @@ from dataset_builders.columns import TextColumn
 from dataset_builders.engines import LOCAL, Engine, Shards, compute_shards
 from dataset_builders.folders import fingerprint
 from dataset_builders.recipes import Section
-from dataset_builders.references import ModelReference, check_model_folder, resolve_model
+from dataset_builders.references import ModelReference, check_model_folder, fetch_settings, resolve_model
 from dataset_builders.schema import check_finite
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ def _digest(texts: Texts) -> str:
 
 def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any) -> Any:
     """A sentence-transformers model of `kind`. Raises InputError when its files cannot be had or read."""
+    from huggingface_hub.errors import HTTPError
     from safetensors import SafetensorError
 
     reference: ModelReference = resolve_model(section.model)
@@ -199,11 +200,11 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
     try:
         return kind(
             reference.name_or_path,
-            revision=reference.revision,
+            revision=fetch_settings(reference),
             model_kwargs={"dtype": section.dtype},
             **keywords,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit
+    except (HTTPError, OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: other shapes
         raise InputError(f"model {section.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 

@@ -193,10 +193,11 @@ class HubTables:
     @contextmanager
     def _answered(self, name: str) -> Iterator[None]:
         from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HTTPError
 
         try:
             yield
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, HTTPError, OSError, ValueError) as error:
             # "An error occurred while generating the dataset" helps nobody
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise InputError(f"data set {self.where(name)}: {reason}") from None

@@ -13,6 +13,8 @@ from typing import Any
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, fingerprint
 
+_SETTINGS = (".json", ".txt", ".model", ".jinja")  # all that loaders read of a model but its weights
+
 
 @dataclass(frozen=True)
 class ModelReference:
@@ -120,8 +122,35 @@ def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> 
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:  # also no network, or no such host
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it: {reason}"
+            f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it: {reason}; "
+            "check the name, the network and HF_TOKEN, then run again"
         ) from None
+
+
+def fetch_settings(model: ModelReference) -> str | None:
+    """Bring a Hub model's settings into the cache and return the commit they are of, to load it by; None of a folder.
+
+    Loaders take a settings file that they could not get for one that is not there: a Hub that fails at modules.json
+    or at the prompts' file would otherwise give a model that pools in another way, or has no prompts, without a word.
+
+    Raises InputError in one line when the Hub does not serve them.
+    """
+    if model.is_local:
+        return None
+    from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import HTTPError
+
+    commit = hub_commit(model.name_or_path, model.revision)
+    if is_offline_mode():
+        return commit  # a cache that has the weights has the settings, which are fetched before them
+    try:
+        for name in HfApi().list_repo_files(model.name_or_path, revision=commit):
+            if name.endswith(_SETTINGS):
+                hf_hub_download(model.name_or_path, name, revision=commit)
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model {model.reference!r}: the Hub did not serve all of it: {reason}; run again") from None
+    return commit
 
 
 def _folder_in_package(name: str) -> Path:

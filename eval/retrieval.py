@@ -40,7 +40,7 @@ from dataset_builders.folders import (
     write_json,
 )
 from dataset_builders.recipes import read_yaml
-from dataset_builders.references import check_model_folder, resolve_model
+from dataset_builders.references import check_model_folder, fetch_settings, resolve_model
 from dataset_builders.schema import DOCUMENTS, QRELS, QUERIES, to_schema
 
 DEPTH = 100  # documents ranked per query
@@ -329,7 +329,7 @@ def encoder_as_saved(reference: str) -> EncoderSection:
     if model.is_local:
         check_model_folder(Path(model.name_or_path))
     try:
-        dtype = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision).dtype
+        dtype = AutoConfig.from_pretrained(model.name_or_path, revision=fetch_settings(model)).dtype
     except (OSError, ValueError):  # not at the top of the folder; that there is no model at all shows in loading it
         dtype = None
     return EncoderSection(

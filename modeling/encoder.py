@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dataset_builders.cli import InputError
 from dataset_builders.folders import write_json
+from dataset_builders.references import ModelReference, fetch_settings
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +62,16 @@ def build_encoder(
     Raises:
         InputError: no such model, no EOS token, a prompt that leaves too little room, too long a max_seq_length.
     """
+    from huggingface_hub.errors import HTTPError
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r}: choose one of {', '.join(POOLING)}")
-    where = {"revision": revision} if revision else {}
+    name = str(model_name_or_path)
+    commit = fetch_settings(ModelReference(name, name, revision))
+    where = {"revision": commit} if commit else {}
     loading = {
         "dtype": dtype,
         "attn_implementation": attn_implementation,
@@ -75,14 +79,14 @@ def build_encoder(
     }
     try:
         transformer = Transformer(
-            str(model_name_or_path),
+            name,
             max_seq_length=max_seq_length,
             model_kwargs={**where, **{key: value for key, value in loading.items() if value is not None}},
             processor_kwargs={**where},
             config_kwargs={**where},
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(f"model {str(model_name_or_path)!r} cannot be loaded: {error}") from None
+    except (HTTPError, OSError, ValueError, ImportError, SafetensorError) as error:
+        raise InputError(f"model {name!r} cannot be loaded: {error}") from None
     # of the text part, where a checkpoint reads images too
     longest = getattr(transformer.config.get_text_config(), "max_position_embeddings", max_seq_length)
     if max_seq_length > longest:
@@ -233,8 +237,19 @@ def save_adapter(encoder: SentenceTransformer, folder: Path, base: str, revision
     `base` is how the adapter names the model it belongs to (transformers would write the local path it was loaded
     from): a Hub id with its `revision`, or a path relative to `folder`.
     """
-    encoder.save_pretrained(str(folder), create_model_card=False)
+    _save(encoder, folder)
     name_base(folder, base, revision)
+
+
+def _save(encoder: SentenceTransformer, folder: Path) -> None:
+    """As sentence-transformers does it, with max_seq_length where servers look for it, in sentence_bert_config.json.
+
+    sentence-transformers 6 reads it there, before tokenizer_config.json, but writes it into the latter alone.
+    """
+    encoder.save_pretrained(str(folder), create_model_card=False)
+    path = folder / "sentence_bert_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**config, "max_seq_length": encoder.max_seq_length})
 
 
 def name_base(folder: Path, base: str, revision: str | None) -> None:
@@ -251,7 +266,7 @@ def save_merged(encoder: SentenceTransformer, folder: Path) -> None:
         InputError: when the tokenizer read back from the folder no longer ends texts in EOS.
     """
     merge_adapter(encoder)
-    encoder.save_pretrained(str(folder), create_model_card=False)
+    _save(encoder, folder)
     check_saved_tokenizer(encoder, folder)
 
 

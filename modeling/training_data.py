@@ -52,6 +52,7 @@ def load_config(name: str, config: str, revision: str | None, key: str, where: s
     """
     import datasets
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
 
     cache = None
     if Path(name).is_dir():
@@ -61,7 +62,7 @@ def load_config(name: str, config: str, revision: str | None, key: str, where: s
         cache = str(Path(datasets.config.HF_DATASETS_CACHE) / key)
     try:
         return datasets.load_dataset(name, config, split="train", revision=revision, cache_dir=cache)
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, HTTPError, DatasetsError) as error:
         reason = str(error.__cause__ or error)  # "An error occurred while generating the dataset" helps nobody
         if "BatchSize must be greater than 0" in reason:  # what Parquet files without a row come to
             reason = "it has no rows"
