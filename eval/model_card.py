@@ -27,7 +27,7 @@ from dataset_builders.recipes import read_yaml
 from dataset_builders.sources import registry
 from eval.report import KEY, format_ledger, read_json, read_ledger, read_manifests, read_metrics
 from eval.retrieval import format_table
-from modeling.prompts import few_shot_prompt
+from modeling.prompts import few_shot_prompt, few_shot_prompts
 from modeling.recipe import DEFAULTS, StageArguments
 
 if TYPE_CHECKING:
@@ -272,12 +272,14 @@ def render_card(
         "pooling_lines": POOLED[pooling],
         "headline": headline(evidence),
         "table": format_table(evidence["metrics"]) if evidence["metrics"] else None,
+        "cosines_table": cosines_table(evidence["metrics"]),
         "mteb_means": mteb_means(evidence["mteb"]),
         "mteb_table": mteb_table(evidence["mteb"]),
         "ablation_table": ablation_table(evidence["ablation"]),
         "settings": settings_table(recipe, evidence["ledger"]),
         "formulas": {name: FORMULAS[name] for name in losses(recipe)},
         "shots": max((max(stage_values(recipe, stage, "shots", 0)) for stage in recipe["stages"]), default=0),
+        "few_shot_prompts": few_shot_prompts(facts["prompts"]),
         "few_shot": few_shot_prompt("TASK", [("QUERY 1", "POSITIVE 1"), ("QUERY 2", "POSITIVE 2")]),
         "disclosure": disclosure(evidence["data"]),
         "recipe_text": public_recipe_text(recipe),
@@ -479,8 +481,25 @@ def evaluated_on(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> d
 
 
 def final_row(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The final model's row: eval.retrieval puts models in the order in which they came to be."""
-    return next((row for row in reversed((metrics or {"systems": []})["systems"]) if row["kind"] == "model"), None)
+    """The final model's row, without shots: eval.retrieval puts models in the order in which they came to be."""
+    rows = [row for row in (metrics or {"systems": []})["systems"] if row["kind"] == "model" and not row.get("shots")]
+    return rows[-1] if rows else None
+
+
+def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
+    """What is a high score: the final model's cosines, as a Markdown table; None where nobody measured them."""
+    cosines = (final_row(metrics) or {}).get("cosines")
+    if not cosines:
+        return None
+    titles = {"relevant": "its relevant documents", "others": "others among the first 10"}
+    heads = [f"{quantile} % are below" for quantile in cosines["quantiles"]]
+    lines = [f"| cosine of a query and | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    lines += [
+        f"| {title} | {' | '.join(f'{value:.2f}' for value in cosines[name])} |"
+        for name, title in titles.items()
+        if cosines[name]
+    ]
+    return "\n".join(lines)
 
 
 def headline(evidence: Mapping[str, Any]) -> str | None:

@@ -119,27 +119,45 @@ def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
 def format_ledger(ledger: Mapping[str, Any]) -> str:
     """What the data and each stage of training cost, as a Markdown table; evaluations in training are included.
 
-    A device hour is one hour of one device: an hour on eight GPUs is eight of them.
+    A device hour is one hour of one device: an hour on eight GPUs is eight of them. Tokens are those of the batches,
+    each counted once; what share_prefix saves is of all forward passes of the main process, GradCache's second ones
+    and evaluations included, and of the padding as well.
     """
-    lines = [
-        "| step | steps | tokens | seconds | device | peak memory | device hours |",
-        "|---|---:|---:|---:|---|---:|---:|",
-    ]
+    rows = [("step", "steps", "tokens", "saved by share_prefix", "seconds", "device", "peak memory", "device hours")]
+    rows.append(("---", "---:", "---:", "---:", "---:", "---", "---:", "---:"))
     for row in ledger["data"]:
-        lines.append(f"| data: {row['step']} | | | {row['seconds']:,.0f} | | {_gib(row['peak_memory_bytes'])} | |")
+        memory = _gib(row["peak_memory_bytes"])
+        rows.append((f"data: {row['step']}", "", "", "", f"{row['seconds']:,.0f}", "", memory, ""))
     for row in ledger["stages"]:
         devices = round(row["device_seconds"] / max(row["training_seconds"], 1e-9))
-        lines.append(
-            f"| {row['stage']} | {row['steps']:,} | {row['tokens']:,} | {row['training_seconds']:,.0f} "
-            f"| {f'{devices} x ' if devices > 1 else ''}{row['device']} "
-            f"| {_gib(row['peak_device_memory_bytes'] or row['peak_memory_bytes'])} "
-            f"| {row['device_seconds'] / 3600:.2f} |"
+        rows.append(
+            (
+                row["stage"],
+                f"{row['steps']:,}",
+                f"{row['tokens']:,}",
+                _saved(row.get("share_prefix")),
+                f"{row['training_seconds']:,.0f}",
+                f"{f'{devices} x ' if devices > 1 else ''}{row['device']}",
+                _gib(row["peak_device_memory_bytes"] or row["peak_memory_bytes"]),
+                f"{row['device_seconds'] / 3600:.2f}",
+            )
         )
     tokens = sum(row["tokens"] for row in ledger["stages"])
     seconds = sum(row["training_seconds"] for row in ledger["stages"])
     seconds += sum(row["seconds"] for row in ledger["data"])
     hours = sum(row["device_seconds"] for row in ledger["stages"]) / 3600
-    return "\n".join([*lines, f"| **all** | | {tokens:,} | **{seconds:,.0f}** | | | **{hours:.2f}** |"])
+    rows.append(("**all**", "", f"{tokens:,}", "", f"**{seconds:,.0f}**", "", "", f"**{hours:.2f}**"))
+    if not any(row.get("share_prefix") for row in ledger["stages"]):
+        rows = [(*row[:3], *row[4:]) for row in rows]
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
+
+
+def _saved(counts: Mapping[str, int] | None) -> str:
+    """What share_prefix did not compute (modeling.shared_prefix.TokenCounts); empty where it was not asked for."""
+    if not counts:
+        return ""
+    padded, saved = counts["tokens_padded"], counts["tokens_padded"] - counts["tokens_computed"]
+    return f"{saved:,} of {padded:,} ({saved / max(padded, 1):.0%})"
 
 
 def format_costs(

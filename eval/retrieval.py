@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.dense import dense_top_k
-from dataset_builders.embeddings import Embedder, EncoderSection
+from dataset_builders.embeddings import Embedder, EncoderSection, Vectors
 from dataset_builders.folders import (
     MANIFEST,
     file_sha256,
@@ -42,6 +42,7 @@ from dataset_builders.folders import (
 from dataset_builders.recipes import read_yaml
 from dataset_builders.references import check_model_folder, fetch_settings, resolve_model
 from dataset_builders.schema import DOCUMENTS, QRELS, QUERIES, to_schema
+from modeling.prompts import few_shot_prompts
 
 DEPTH = 100  # documents ranked per query
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
@@ -49,6 +50,9 @@ MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}
 # Rows whose ranks stand in candidates.parquet, by the column that holds them.
 RETRIEVERS = {"BM25": "bm25_rank", "dense teacher": "dense_rank", "RRF": "rrf_rank"}
 BASELINE, COMPARED = "BM25", "nDCG@10"  # differences are to this system, in this measure
+# Of the cosines that a model gives: in %, and down to which rank documents that are not relevant are looked at.
+QUANTILES, NEAR = (5, 25, 50, 75, 95), 10
+BLOCK = 8192  # pairs of vectors in memory at a time
 
 Ranking = dict[str, list[str]]  # query id -> document ids, best first
 
@@ -77,6 +81,8 @@ class System:
 
     name: str
     folder: Path
+    shots: int = 0  # in the prompt of queries, one of those that the model carries
+    query_prompt: str | None = None  # None: the model's own
 
 
 def main(argv: Sequence[str]) -> None:
@@ -217,7 +223,9 @@ def _fused(candidates: Path) -> int:
 
 
 def run_systems(run_folder: Path, output: Path) -> list[System]:
-    """The models of a run in the order in which they came to be: untrained, after each stage, final."""
+    """The models of a run in the order in which they came to be: untrained, after each stage, final; then the final
+    one again with each few-shot prompt it carries.
+    """
     recipe = _run_recipe(run_folder)
     final = run_folder / "model"
     if not final.is_dir():
@@ -230,7 +238,12 @@ def run_systems(run_folder: Path, output: Path) -> list[System]:
         stages[-1] = System(f"{stages[-1].name} (final)", final)  # the same weights: one row
     else:
         stages.append(System("final model", final))
-    return [System("untrained", _untrained(run_folder, recipe, output / "untrained")), *stages]
+    settings = json.loads((final / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    few_shot = [
+        System(f"{stages[-1].name}, {shots}-shot", final, shots, prompt)
+        for shots, prompt in few_shot_prompts(settings.get("prompts", {})).items()
+    ]
+    return [System("untrained", _untrained(run_folder, recipe, output / "untrained")), *stages, *few_shot]
 
 
 def missing_stages(run_folder: Path) -> list[str]:
@@ -283,7 +296,7 @@ def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     names = ["corpus/documents.arrow", "corpus/queries.parquet", "corpus/qrels.parquet"]
     files = {name: file_sha256(data / name) for name in [*names, "candidates/candidates.parquet"]}
     models = {system.name: resolve_model(str(system.folder)).fingerprint() for system in systems}
-    return fingerprint({"split": split, "files": files, "models": models})
+    return fingerprint({"split": split, "files": files, "models": models, "cosines": [QUANTILES, NEAR]})
 
 
 def finished_metrics(output: Path, key: str) -> dict[str, Any] | None:
@@ -304,15 +317,60 @@ def retriever_row(name: str, queries: Queries, ranking: Ranking, whole: int) -> 
 def model_row(system: System, data: Path, documents: Documents, queries: Queries) -> dict[str, Any]:
     """Scores of a model over all documents, and the seconds it took (none for vectors that were found ready)."""
     start = time.monotonic()
-    embedder = Embedder(encoder_as_saved(str(system.folder)), data / "embeddings")
-    positions, _ = dense_top_k(embedder.queries(queries.texts), embedder.documents(documents.texts), DEPTH)
+    section = encoder_as_saved(str(system.folder)).model_copy(update={"query_prompt": system.query_prompt})
+    embedder = Embedder(section, data / "embeddings")
+    vectors = embedder.queries(queries.texts), embedder.documents(documents.texts)
+    positions, scores = dense_top_k(*vectors, DEPTH)
     ranking = {
         query_id: [documents.ids[position] for position in found]
         for query_id, found in zip(queries.ids, positions, strict=True)
     }
     seconds = round(time.monotonic() - start, 1)
     facts = {"name": system.name, "kind": "model", "model": str(system.folder), "seconds": seconds}
-    return facts | ranking_scores(queries, ranking)
+    cosines = {"quantiles": QUANTILES} | cosine_quantiles(
+        *vectors, positions, scores, relevant_rows(documents, queries)
+    )
+    return facts | {"shots": system.shots, "cosines": cosines} | ranking_scores(queries, ranking)
+
+
+def relevant_rows(documents: Documents, queries: Queries) -> list[list[int]]:
+    """The positions of each query's relevant documents."""
+    rows = {document_id: row for row, document_id in enumerate(documents.ids)}
+    grades = (queries.qrels[query_id] for query_id in queries.ids)
+    return [[rows[document_id] for document_id, grade in graded.items() if grade > 0] for graded in grades]
+
+
+def cosine_quantiles(
+    queries: Vectors | np.ndarray,
+    documents: Vectors | np.ndarray,
+    positions: np.ndarray,
+    scores: np.ndarray,
+    relevant: Sequence[Sequence[int]],
+) -> dict[str, list[float] | None]:
+    """What cosines mean for a model: QUANTILES of those of queries with their relevant documents, wherever these are
+    ranked, and with the others among the first NEAR. None where there are none.
+
+    Args:
+        queries: (queries, dimensions) unit vectors.
+        documents: (documents, dimensions) unit vectors.
+        positions: (queries, k) of the retrieved documents, best first, and their
+        scores: cosines.
+        relevant: the positions of each query's relevant documents.
+    """
+    pairs = np.array([(query, document) for query, rows in enumerate(relevant) for document in rows])
+    blocks = np.split(pairs, range(BLOCK, len(pairs), BLOCK))
+    found = [np.einsum("nd,nd->n", queries[rows[:, 0]], documents[rows[:, 1]]) for rows in blocks]
+    others = [
+        score
+        for near, cosines, rows in zip(positions[:, :NEAR], scores[:, :NEAR], relevant, strict=True)
+        for position, score in zip(near, cosines, strict=True)
+        if position not in rows
+    ]
+    groups = {"relevant": np.concatenate(found), "others": np.array(others)}
+    return {
+        name: [round(float(value), 4) for value in np.percentile(group, QUANTILES)] if len(group) else None
+        for name, group in groups.items()
+    }
 
 
 def encoder_as_saved(reference: str) -> EncoderSection:

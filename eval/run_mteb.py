@@ -5,6 +5,9 @@
 
 Scores go to OUTPUT_DIR/results/MODEL/REVISION/TASK.json as soon as a task is done; running the same command again
 computes only what is missing.
+
+`--shots 2` evaluates with demonstrations, those of the model's prompt `query-2-shot`: they stand before the
+instruction of every task, and REVISION ends in -2-shot.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.embeddings import load_model
 from dataset_builders.references import resolve_model
 from eval.retrieval import encoder_as_saved
+from modeling.prompts import few_shot_prompts, with_demonstrations
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -31,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     tasks = load_tasks(args.benchmark, args.tasks)
     model = load_for_mteb(args.model)
+    if args.shots:
+        show_demonstrations(model, args.shots)
     results, failures = evaluate(model, tasks, Path(args.output_dir), args.batch_size)
     print(format_table(tasks, results))
     if failures:
@@ -49,9 +55,12 @@ def _parse(argv: Sequence[str]):
     chosen.add_argument("--tasks", nargs="+", metavar="TASK", help="names of mteb tasks")
     parser.add_argument("--output_dir", required=True, help="where results/ goes")
     parser.add_argument("--batch_size", type=int, default=32, help="texts per forward pass (default: 32)")
+    parser.add_argument("--shots", type=int, default=0, help="demonstrations in each prompt (default: 0)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise InputError(f"--batch_size {args.batch_size}: use 1 or more")
+    if args.shots < 0:
+        raise InputError(f"--shots {args.shots}: use 0 or more")
     return args
 
 
@@ -89,6 +98,22 @@ def load_for_mteb(reference: str) -> MTEBModels:
         }
     )
     return wrapper
+
+
+def show_demonstrations(model: MTEBModels, shots: int) -> None:
+    """Let `model` show its frozen demonstrations in every prompt, and have a revision of its own for that.
+
+    Raises InputError when it was saved without so many.
+    """
+    # model_prompts are those of them that mteb knows by name
+    prompts = model.model.prompts if getattr(model, "model_prompts", None) else {}
+    known = few_shot_prompts(prompts)
+    if shots not in known:
+        there = f"it has {', '.join(map(str, known))}" if known else "train it with prompt_shots"
+        raise InputError(f"--shots {shots}: the model has no prompt of so many demonstrations; {there}")
+    model.model_prompts = with_demonstrations(prompts, shots)
+    meta = model.mteb_model_meta
+    model.mteb_model_meta = meta.model_copy(update={"revision": f"{meta.revision}-{shots}-shot"})
 
 
 def evaluate(

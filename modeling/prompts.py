@@ -6,6 +6,7 @@ introduced it (arXiv 2401.00368); documents stay bare.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,13 +44,14 @@ def task_instructions() -> dict[str, dict[str, str]]:
     return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 
 
-def few_shot_name(shots: int) -> str:
-    """What a saved model calls its prompt with so many demonstrations.
+def few_shot_prompts(prompts: Mapping[str, str]) -> dict[int, str]:
+    """Number of demonstrations -> prompt, of the few-shot prompts among those of a saved model.
 
-    >>> few_shot_name(2)
-    'query-2-shot'
+    >>> few_shot_prompts({"query": "Q: ", "query-2-shot": "Q: a ..."})
+    {2: 'Q: a ...'}
     """
-    return f"query-{shots}-shot"
+    named = {name: re.fullmatch(r"query-(\d+)-shot", name) for name in prompts}
+    return {int(match[1]): prompts[name] for name, match in named.items() if match}
 
 
 def baked_prompts(instruction: str | None, demonstrations: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
@@ -64,7 +66,7 @@ def baked_prompts(instruction: str | None, demonstrations: Sequence[tuple[str, s
     """
     prompts = {"query": "" if instruction is None else instruction_prompt(instruction), "document": ""}
     if demonstrations:
-        prompts[few_shot_name(len(demonstrations))] = few_shot_prompt(instruction, demonstrations)
+        prompts[f"query-{len(demonstrations)}-shot"] = few_shot_prompt(instruction, demonstrations)
     for task_type, instructions in task_instructions().items():
         for task, text in instructions.items():
             if task_type in _ASYMMETRIC:
@@ -86,6 +88,6 @@ def with_demonstrations(prompts: Mapping[str, str], shots: int) -> dict[str, str
     >>> with_demonstrations({"query": "Q: ", "SICK-R": "S: ", "document": "", "query-1-shot": "Q: a\nR: b\n\nQ: "}, 1)
     {'query': 'Q: a\nR: b\n\nQ: ', 'SICK-R': 'Q: a\nR: b\n\nS: ', 'document': ''}
     """
-    shown = prompts[few_shot_name(shots)].removesuffix(prompts["query"])
-    rest = {name: prompt for name, prompt in prompts.items() if name != few_shot_name(shots)}
-    return {name: prompt and shown + prompt for name, prompt in rest.items()}
+    few_shot = few_shot_prompts(prompts)
+    shown = few_shot[shots].removesuffix(prompts["query"])
+    return {name: prompt and shown + prompt for name, prompt in prompts.items() if prompt not in few_shot.values()}

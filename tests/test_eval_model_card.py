@@ -271,9 +271,44 @@ def test_only_html_that_the_hub_shows(card):
     assert card.count("<details>") == card.count("</details>") >= 3
 
 
+def test_the_card_says_what_a_high_score_is(card, facts, evidence):
+    row = evidence["metrics"]["systems"][-1]
+    quantiles = " | ".join(f"{value:.2f}" for value in row["cosines"]["relevant"])
+    assert f"| its relevant documents | {quantiles} |" in card and len(row["cosines"]["relevant"]) == 5
+    assert "| cosine of a query and | 5 % are below | 25 % are below | 50 %" in card
+    assert "(#what-is-a-high-score)" in card and "### What is a high score?\n" in card
+    # results from before there were any
+    rows = [{key: value for key, value in row.items() if key != "cosines"} for row in evidence["metrics"]["systems"]]
+    old = render_card("org/name", facts, {**evidence, "metrics": {**evidence["metrics"], "systems": rows}})
+    assert "high score" not in old and "For a threshold, look at scores of your own pairs." in old
+
+
+def test_the_card_tells_how_to_use_a_few_shot_prompt(card, facts, evidence):
+    prompts = baked_prompts("Find it", [("q1", "p1"), ("q2", "p2")])
+    few_shot = render_card("org/name", {**facts, "prompts": prompts}, evidence)
+    assert 'model.encode(queries, prompt_name="query-2-shot")' in few_shot and "--shots 2" in few_shot
+    assert "| `query-2-shot` | `" in few_shot and "prompt_name=" not in card
+    # its scores are no headline
+    systems = evidence["metrics"]["systems"]
+    more = [*systems, {**systems[-1], "name": "final, 2-shot", "shots": 2, "nDCG@10": 0.999}]
+    told = render_card("org/name", facts, {**evidence, "metrics": {**evidence["metrics"], "systems": more}})
+    assert "| final, 2-shot | 0.999 |" in told and "nDCG@10 0.999" not in told
+
+
+def test_the_ledger_tells_what_share_prefix_saved(evidence):
+    before = report.format_ledger(evidence["ledger"])
+    assert "share_prefix" not in before  # nobody asked for it
+    counts = {"tokens_computed": 600, "tokens_padded": 1000}
+    rows = evidence["ledger"]["stages"]
+    after = report.format_ledger({**evidence["ledger"], "stages": [rows[0], {**rows[1], "share_prefix": counts}]})
+    assert "| step | steps | tokens | saved by share_prefix | seconds |" in after
+    assert "| sts | 20 | 4,000 | | 61 |" in after and "| retrieval | 20 | 4,000 | 400 of 1,000 (40%) | 61 |" in after
+    assert {line.count("|") for line in after.splitlines()} == {9}
+
+
 def test_an_undefined_name_in_the_template_is_an_error(facts, evidence):
     """huggingface_hub's own renderer would leave a hole in the card without a word."""
-    for name in ("eos", "prompts", "dimensions"):
+    for name in ("eos", "backbone", "dimensions"):
         with pytest.raises(UndefinedError, match=name):
             render_card("org/name", {key: fact for key, fact in facts.items() if key != name}, evidence)
 

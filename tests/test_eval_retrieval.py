@@ -14,6 +14,7 @@ from eval.retrieval import (
     Queries,
     System,
     candidate_rankings,
+    cosine_quantiles,
     load_documents,
     load_queries,
     main,
@@ -71,6 +72,58 @@ def test_model_rows_are_those_of_sentence_transformers_own_evaluator(metrics, ti
     assert 0 < final["nDCG@10"] < 1
     assert final["nDCG@10"] == pytest.approx(scores["cosine_ndcg@10"], abs=1e-4)
     assert final["RR"] == pytest.approx(scores["cosine_mrr@10"], abs=1e-4)
+
+
+def test_cosines_are_those_of_relevant_documents_and_of_others(metrics, tiny_run):
+    """Against sentence-transformers' whole similarity matrix; all 6 documents are among the first 10."""
+    from sentence_transformers import SentenceTransformer
+
+    documents = load_documents(tiny_run / "data")
+    queries = load_queries(tiny_run / "data", "test", set(documents.ids))
+    model = SentenceTransformer(str(tiny_run / "model"))
+    matrix = model.similarity(model.encode_query(queries.texts), model.encode_document(documents.texts)).numpy()
+    relevant = np.array([[id in queries.qrels[query] for id in documents.ids] for query in queries.ids])
+    assert relevant.sum() == 3
+    found = metrics["systems"][-1]["cosines"]
+    assert found["quantiles"] == [5, 25, 50, 75, 95]
+    np.testing.assert_allclose(found["relevant"], np.percentile(matrix[relevant], found["quantiles"]), atol=1e-3)
+    np.testing.assert_allclose(found["others"], np.percentile(matrix[~relevant], found["quantiles"]), atol=1e-3)
+
+
+def test_cosines_by_hand():
+    """A relevant document counts though it was not retrieved; without others there is nothing to tell of them."""
+    vectors = np.eye(3, dtype=np.float32)
+    positions, scores = np.array([[0], [1]]), np.array([[1.0], [1.0]], np.float32)
+    found = cosine_quantiles(vectors[:2], vectors, positions, scores, [[0], [1, 2]])
+    assert found == {"relevant": pytest.approx([0.1, 0.5, 1, 1, 1]), "others": None}
+
+
+def test_a_model_with_a_few_shot_prompt_has_a_row_for_it(tiny_run, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    from modeling.prompts import baked_prompts
+
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    prompts = baked_prompts("Given a question, retrieve its answer", [("open", "open a file"), ("close", "list")])
+    for name in ("retrieval", "model"):
+        path = run / name / "config_sentence_transformers.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": prompts}))
+    main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
+    *_, final, few_shot = json.loads((run / "results" / "metrics.json").read_text())["systems"]
+    assert (final["name"], final["shots"]) == ("after retrieval (final)", 0)
+    assert (few_shot["name"], few_shot["shots"]) == ("after retrieval (final), 2-shot", 2)
+    assert few_shot["cosines"] != final["cosines"]
+    documents = load_documents(run / "data")
+    queries = load_queries(run / "data", "test", set(documents.ids))
+    scores = InformationRetrievalEvaluator(
+        dict(zip(queries.ids, queries.texts, strict=True)),
+        dict(zip(documents.ids, documents.texts, strict=True)),
+        {query_id: set(grades) for query_id, grades in queries.qrels.items()},
+        query_prompt_name="query-2-shot",
+        write_csv=False,
+    )(SentenceTransformer(str(run / "model")))
+    assert few_shot["nDCG@10"] == pytest.approx(scores["cosine_ndcg@10"], abs=1e-4)
 
 
 def test_evaluating_again_embeds_nothing(tiny_run, tmp_path, metrics, monkeypatch):

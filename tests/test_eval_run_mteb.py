@@ -7,7 +7,8 @@ import pytest
 
 from dataset_builders.cli import InputError, run
 from eval import run_mteb
-from eval.run_mteb import evaluate, format_table, load_for_mteb, load_tasks, main
+from eval.run_mteb import evaluate, format_table, load_for_mteb, load_tasks, main, show_demonstrations
+from modeling.prompts import baked_prompts, few_shot_prompt
 
 NAMES = ("MockClassificationTask", "MockSTSTask", "MockRetrievalTask")
 
@@ -78,6 +79,33 @@ def test_an_interrupted_run_computes_only_what_is_missing(model, mock_tasks, tmp
     assert failures == {}
     assert set(encoded) == {"MockSTSTask", "MockRetrievalTask"}
     assert {r.task_name: r.get_score() for r in resumed} == {r.task_name: r.get_score() for r in whole}
+
+
+def test_shots_stand_before_every_instruction_and_have_results_of_their_own(tiny_encoder, mock_tasks, tmp_path):
+    shots = [("open", "open a file"), ("close", "close it")]
+    folder = shutil.copytree(tiny_encoder, tmp_path / "models" / "few")
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": baked_prompts("Find it", shots)}))
+    zero, few = load_for_mteb(str(folder)), load_for_mteb(str(folder))
+    show_demonstrations(few, 2)
+    assert few.mteb_model_meta.revision == f"{zero.mteb_model_meta.revision}-2-shot"
+    assert few.model_prompts["query"] == few_shot_prompt("Find it", shots)
+    before, asked = few.model.encode_query, []
+    few.model.encode_query = lambda texts, prompt=None, **kwargs: (
+        asked.append(prompt) or before(texts, prompt=prompt, **kwargs)
+    )
+    for model in (zero, few):
+        results, failures = evaluate(model, mock_tasks[2:], tmp_path, batch_size=8)
+        assert failures == {} and len(results) == 1
+        assert results_of(tmp_path, model).is_dir()
+    assert set(asked) == {few_shot_prompt("Find it", shots)}
+    with pytest.raises(InputError, match="--shots 3: the model has no prompt of so many demonstrations; it has 2"):
+        show_demonstrations(zero, 3)
+
+
+def test_a_model_without_demonstrations_shows_none(model):
+    with pytest.raises(InputError, match="train it with prompt_shots"):
+        show_demonstrations(model, 2)
 
 
 def test_a_failing_task_does_not_end_the_run(model, mock_tasks, tmp_path, monkeypatch, capsys):

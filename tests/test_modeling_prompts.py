@@ -151,5 +151,5 @@ def test_mteb_leaves_the_few_shot_prompt_alone_until_it_is_asked_for(benchmark_t
 
 
 def test_a_model_has_the_numbers_of_shots_it_was_saved_with():
-    with pytest.raises(KeyError, match="query-3-shot"):
+    with pytest.raises(KeyError, match="3"):
         with_demonstrations(baked_prompts("Find it", SHOTS), 3)

@@ -7,9 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-from modeling.encoder import POOLING, build_encoder
+from modeling.encoder import POOLING, build_encoder, save_merged
 from modeling.prompts import baked_prompts
 from modeling.verify import write_reference
 
@@ -26,7 +27,7 @@ def encoder(tiny_decoder):
 @pytest.fixture(scope="module")
 def folder(encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "model"
-    encoder.save(str(folder), create_model_card=False)
+    save_merged(encoder, folder)
     write_reference(encoder, folder)
     return folder
 
@@ -39,11 +40,20 @@ def test_every_pooling_has_its_row():
 def test_our_files_are_what_the_page_says_servers_read(folder):
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
     assert pooling["pooling_mode"] == "lasttoken" and "pooling_mode_lasttoken" not in pooling
-    assert "max_seq_length" not in json.loads((folder / "sentence_bert_config.json").read_text())
+    assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
     prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
     assert prompts == PROMPTS
     modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
     assert [name.rsplit(".")[-1] for name in modules] == ["Transformer", "Pooling", "Normalize"]
+
+
+def test_sentence_transformers_reads_the_length_back_and_drops_it_from_where_servers_look(folder, encoder, tmp_path):
+    model = SentenceTransformer(str(folder), device="cpu")
+    assert model.max_seq_length == 64
+    assert model.encode(TEXTS) == pytest.approx(encoder.encode(TEXTS), abs=1e-6)
+    model.save(str(tmp_path), create_model_card=False)
+    assert "max_seq_length" not in json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    assert SentenceTransformer(str(tmp_path), device="cpu").max_seq_length == 64
 
 
 @pytest.mark.parametrize("prompt_name", [None, "query", "STS12"])
