@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
         data = {stage.name: load_data(stage) for stage in stages}
     start = first_start(recipe)
     check_room(stages, start, data)
+    check_model(stages, start)
     if processes().is_main_process:
         write_recipe(recipe)
     results = {}
@@ -285,6 +286,23 @@ def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demo
         for name, own in stage.datasets.items()
         if own.shots
     }
+
+
+def check_model(stages: Sequence[Stage], start: Start) -> None:
+    """Refuse now what no stage could be built of, on a model without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    where = f"model {start.reference!r}"
+    for stage in stages:
+        try:
+            config = AutoConfig.from_pretrained(start.name_or_path, revision=start.revision)
+            with torch.device("meta"):
+                model = AutoModel.from_config(config, attn_implementation=stage.model.attn_implementation)
+                if stage.peft_config:
+                    model.add_adapter(stage.peft_config)
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise InputError(f"stage {stage.name!r}: {where} cannot be built: {error}") from None
 
 
 def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]:

@@ -47,7 +47,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,6 +73,7 @@ from dataset_builders.recipes import Section, parse_recipe, read_yaml
 from dataset_builders.references import resolve_model
 from eval.retrieval import COMPARED, MEASURES, System, count, load_documents, load_queries, model_row
 from modeling.recipe import Recipe, parse_keys, read_recipe, write_recipe
+from modeling.recipe import parse_recipe as parse_training_recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -267,6 +267,7 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any], where: str
             continue  # of the data; see use_mined_rows
         elif owner == "student":
             values["student"] = {**(values.get("student") or {}), name: value}
+            values.pop("model_name_or_path", None)
         elif dot:
             if owner not in stages:
                 raise InputError(f"{where}: {key}: no stage {owner!r}; there are {', '.join(stages)}")
@@ -274,7 +275,7 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any], where: str
         else:
             values[key] = value
             if key == "model_name_or_path":
-                values.pop("student", None)  # which train_st.py would start from all the same
+                values.pop("student", None)
             for holder in stages.values():
                 for mapping in (holder, *(holder.get("datasets") or [])):
                     mapping.pop(key, None)
@@ -283,13 +284,7 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any], where: str
 
 def check_recipe(values: Mapping[str, Any], output: Path, where: str) -> Recipe:
     """`values` as train_st.py will read them. Raises InputError on whatever is wrong in them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "recipe.yaml")
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        try:
-            return read_recipe(["--config", str(path), "--output_dir", str(output)], "")
-        except InputError as error:
-            raise InputError(str(error).replace(str(path), where)) from None
+    return parse_training_recipe(values, where, overrides={"output_dir": str(output)})
 
 
 def input_key(recipe: Recipe, where: str) -> str:

@@ -19,7 +19,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from dataset_builders.cli import ArgumentParser, InputError
-from dataset_builders.recipes import read_yaml
+from dataset_builders.recipes import load_yaml, read_yaml
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -42,6 +44,42 @@ DEFAULTS = {
 }
 # Folders that a run has besides its stages'.
 RESERVED = ("model", "adapter", "student", "logs", "data", "results", "report")
+LONGEST_NAME = 100
+# Keys of the libraries' arguments that have no place in a recipe, and why.
+ELSEWHERE = {
+    "prompts": "are made of `instruction` and `prompted_columns`; use these",
+    "batch_sampler": "has no effect: batches are made by modeling/batches.py; leave it out",
+    "router_mapping": "has no effect on a model of one tower; leave it out",
+    "neftune_noise_alpha": "needs embeddings where a SentenceTransformer has none; leave it out",
+    "use_liger_kernel": "has no effect on a SentenceTransformer; leave it out",
+    "push_to_hub": "is not for training: leave it out, and run push_to_hub.py afterwards",
+}
+ELSEWHERE["multi_dataset_batch_sampler"] = ELSEWHERE["train_sampling_strategy"] = ELSEWHERE["batch_sampler"]
+_HUB = ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
+ELSEWHERE |= dict.fromkeys(_HUB, ELSEWHERE["push_to_hub"])
+# What the numbers under these keys must be. All numbers, these or others, are finite, and whole ones below MOST.
+MOST = 2**32
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "above 0": (
+        lambda value: value > 0,
+        "temperature target_temperature weight num_train_epochs adam_epsilon logging_steps eval_steps save_steps "
+        "lora_alpha",
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        "false_negative_margin learning_rate learning_rate_mapping weight_decay max_grad_norm seed data_seed "
+        "warmup_steps num_negatives shots prompt_shots min_text_tokens eval_delay dataloader_num_workers weights",
+    ),
+    "1 or more": (
+        lambda value: value >= 1,
+        "max_seq_length train_max_seq_length eval_queries eval_documents mini_batch_size shots_budget lora_r "
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
+        "eval_accumulation_steps ddp_timeout ddp_bucket_cap_mb",
+    ),
+    "in [0, 1]": (lambda value: 0 <= value <= 1, "alpha zero_shot_probability warmup_ratio"),
+    "in [0, 1)": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
+    "1 or more, or -1 where epochs say how long": (lambda value: value >= 1 or value == -1, "max_steps"),
+}
 
 
 @dataclass
@@ -131,13 +169,21 @@ def read_recipe(argv: Sequence[str], description: str) -> Recipe:
     parser.add_argument("--config", required=True, type=Path, metavar="RECIPE")
     parser.add_argument("--stages", metavar="NAME,NAME", help="stages to run, in this order; all by default")
     arguments, flags = parser.parse_known_args(argv)
-    where = str(arguments.config)
-    values = read_yaml(arguments.config)
+    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, _read_flags(flags))
+
+
+def parse_recipe(
+    values: Mapping[str, Any], where: str, selected: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """`values`, as YAML has them, with `overrides`, and only the `selected` stages (NAME,NAME), read and checked.
+
+    Raises InputError on whatever is wrong; `where` is how the message calls the recipe.
+    """
+    values, overrides = dict(values), dict(overrides or {})
     stages = _named(values.pop("stages", None), "stage", "stages", where, taken=RESERVED)
-    if arguments.stages:
-        stages = _select(stages, arguments.stages)
-    overrides = _read_flags(flags)
-    student = {**(values.pop("student", None) or {}), **overrides.pop("student", {})}
+    if selected is not None:
+        stages = _select(stages, selected)
+    student = {**_mapping(values.pop("student", None), where), **_mapping(overrides.pop("student", None), "--student")}
     values |= overrides
     stages = {name: {k: v for k, v in keys.items() if k not in overrides} for name, keys in stages.items()}
 
@@ -147,16 +193,17 @@ def read_recipe(argv: Sequence[str], description: str) -> Recipe:
         _read_stage(name, {**shared, **keys, **budgets.get(name, {})}, overrides, f"{where}: stage {name!r}")
         for name, keys in stages.items()
     ]
-    output_dirs = {stage.training.output_dir for stage in parsed}
-    if None in output_dirs or len(output_dirs) > 1:
+    output_dirs = {str(stage.values.get("output_dir") or "") for stage in parsed}
+    if len(output_dirs) > 1 or not (output_dir := output_dirs.pop()) or "\0" in output_dir:
         raise InputError(f"{where}: name one output_dir for all stages, in the recipe or by --output_dir")
-    if not student and not values.get("model_name_or_path"):
-        raise InputError(f"{where}: name the model to start from: model_name_or_path, or student:")
+    if bool(student) == bool(values.get("model_name_or_path")):
+        number = "one of the two alone" if student else "model_name_or_path, or student:"
+        raise InputError(f"{where}: name the model to start from: {number}")
     merge = _read_merge(values["merge"], stages, f"{where}: merge") if values.get("merge") else None
     if student:
         values["student"] = student
     values["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
-    return Recipe(values, Path(output_dirs.pop()), parsed, merge)
+    return Recipe(values, Path(output_dir), parsed, merge)
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -175,7 +222,9 @@ def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> 
             raise InputError(f"{where}: {message}")
 
     fields = [field.name for kind in types for field in dataclasses.fields(kind)]
-    for key in values:
+    for key, value in values.items():
+        if value and key in ELSEWHERE:
+            raise InputError(f"{where}: {key} {ELSEWHERE[key]}")
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "python train_st.py --help says where keys are listed"
@@ -186,9 +235,34 @@ def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> 
     # as flags, so that a recipe's values are checked and converted as those of the command line are
     flags = [part for key, value in values.items() if value is not None for part in _as_flags(key, value)]
     try:
-        return list(parser.parse_args_and_config(args=flags))
-    except (ValueError, TypeError) as error:
+        parsed = list(parser.parse_args_and_config(args=flags))
+    except (ValueError, TypeError, OSError, ImportError) as error:  # a wrong value, or what it names is not there
         raise InputError(f"{where}: {error}") from None
+    for arguments in parsed:
+        _check_numbers(arguments, where)
+    return parsed
+
+
+def _check_numbers(arguments: Any, where: str) -> None:
+    """Raises InputError on a number in a dataclass that is not finite, or outside of RANGES."""
+    for key, found in vars(arguments).items():
+        for value in _numbers(found):
+            wrong = [words for words, (holds, keys) in RANGES.items() if key in keys.split() and not holds(value)]
+            if not math.isfinite(value):
+                wrong = ["a finite number"]
+            elif isinstance(value, int) and abs(value) >= MOST:
+                wrong = [f"below {MOST:,}"]
+            if wrong:
+                raise InputError(f"{where}: {key} is {value}; it must be {wrong[0]}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value, and in a list or a mapping."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(inner)
 
 
 def _as_flags(key: str, value: Any) -> list[str]:
@@ -207,13 +281,20 @@ def _named(entries: Any, kind: str, key: str, where: str, taken: Sequence[str] =
         raise InputError(f"{where}: `{key}` must be a list of mappings, each with a name")
     named: dict[str, dict[str, Any]] = {}
     for entry in entries:
-        if not isinstance(entry, dict) or not str(entry.get("name", "")).isidentifier():
-            raise InputError(f"{where}: {kind} {entry!r}: a {kind} is a mapping with a name of letters, digits and _")
-        name = entry["name"]
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name.isidentifier() or len(name.encode()) > LONGEST_NAME:
+            rule = f"a {kind} is a mapping with a name of letters, digits and _, {LONGEST_NAME} at most"
+            raise InputError(f"{where}: {kind} {entry!r}: {rule}")
         if name in named or name in taken:
             raise InputError(f"{where}: {kind} name {name!r} is taken; choose another")
         named[name] = {key: value for key, value in entry.items() if key != "name"}
     return named
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise InputError(f"{where}: student is {value!r}; it must be a mapping of teacher, corpus, ...")
+    return value or {}
 
 
 def _select(stages: dict[str, dict[str, Any]], names: str) -> dict[str, dict[str, Any]]:
@@ -236,15 +317,22 @@ def _read_flags(flags: Sequence[str]) -> dict[str, Any]:
         else:
             groups[-1].append(flag)
     values: dict[str, Any] = {}
+    student: dict[str, Any] = {}
     for flag, *texts in groups:
         if not texts:
             raise InputError(f"{flag} needs a value")
-        parsed = [yaml.safe_load(text) for text in texts]
-        target, name = values, flag.removeprefix("--")
-        if name.startswith("student."):
-            target, name = values.setdefault("student", {}), name.removeprefix("student.")
-        target[name] = parsed[0] if len(parsed) == 1 else parsed
-    return values
+        parsed = [_read_value(text) for text in texts]
+        name = flag.removeprefix("--")
+        target = student if name.startswith("student.") else values
+        target[name.removeprefix("student.")] = parsed[0] if len(parsed) == 1 else parsed
+    return {**values, "student": {**_mapping(values.get("student"), "--student"), **student}} if student else values
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return load_yaml(text)
+    except ValueError:  # a sentence with a colon in it, say
+        return text
 
 
 def _budgets(values: Mapping[str, Any], stages: Mapping[str, Any], where: str) -> dict[str, dict[str, int]]:
@@ -252,7 +340,7 @@ def _budgets(values: Mapping[str, Any], stages: Mapping[str, Any], where: str) -
     total = values.get("total_steps")
     if total is None:
         return {}
-    if not isinstance(total, int) or total < len(stages):
+    if not isinstance(total, int) or isinstance(total, bool) or total < len(stages):
         raise InputError(f"{where}: total_steps is {total!r}; it must be a number, at least 1 for each stage")
     if any("max_steps" in keys for keys in (values, *stages.values())):
         raise InputError(f"{where}: max_steps and total_steps both say how long stages are; drop one")
@@ -266,24 +354,19 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
 
     from modeling.encoder import quantization
 
-    if "prompts" in values:
-        raise InputError(f"{where}: prompts are made of `instruction` and `prompted_columns`; use these")
-    for key in ("batch_sampler", "multi_dataset_batch_sampler"):
-        if key in values:
-            raise InputError(f"{where}: {key} has no effect: batches are made by modeling/batches.py; leave it out")
     types = (StageArguments, ModelConfig, SentenceTransformerTrainingArguments)
     own, model, training = parse_keys(types, {k: v for k, v in values.items() if k != "datasets"}, where)
     try:
         quantization(model)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    if model.lora_task_type != DEFAULTS["lora_task_type"]:
+        raise InputError(f"{where}: lora_task_type: an embedder has no head; it is {DEFAULTS['lora_task_type']}")
     if own.train_max_seq_length is None:
         own.train_max_seq_length = own.max_seq_length
     if own.train_max_seq_length > own.max_seq_length:
         raise InputError(f"{where}: train_max_seq_length is above max_seq_length ({own.max_seq_length}); lower it")
-    for key in ("train_max_seq_length", "eval_queries", "eval_documents"):
-        if getattr(own, key) <= 0:
-            raise InputError(f"{where}: {key} is {getattr(own, key)}; it must be above 0")
+    _check_training(training, where)
     datasets: dict[str, DatasetArguments] = {name: own}
     if values.get("datasets") is not None:
         fields = {field.name for field in dataclasses.fields(DatasetArguments)}
@@ -295,14 +378,60 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
         datasets = {entry: datasets[entry] for entry in entries}
     for entry, dataset in datasets.items():
         _check_dataset(dataset, where if dataset is own else f"{where}: data set {entry!r}")
-    if own.prompt_shots < 0:
-        raise InputError(f"{where}: prompt_shots is {own.prompt_shots}; it must be 0 or more")
     if own.prompt_shots and not any(data.shots and data.instruction == own.instruction for data in datasets.values()):
         raise InputError(
             f"{where}: prompt_shots shows training rows before the stage's `instruction`; no data set of it trains "
             "with shots and that instruction"
         )
     return Stage(name, values, own, datasets, model, training)
+
+
+def _check_training(training: SentenceTransformerTrainingArguments, where: str) -> None:
+    """Refuse now what would fail when training starts: what can be tried is tried, on one weight."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_available_reporting_integrations
+
+    if (training.resume_from_checkpoint or "false").lower() not in ("true", "false"):
+        given = training.resume_from_checkpoint
+        raise InputError(f"{where}: resume_from_checkpoint is {given!r}; true goes on from a stage's last checkpoint")
+    metric = training.metric_for_best_model
+    if metric is not None and not re.fullmatch(r"(eval_)?validation(_\w+)?_cosine_\w+@10", metric):
+        measured = "eval_validation_cosine_ndcg@10, or mrr, map, recall, precision and accuracy instead of ndcg"
+        raise InputError(f"{where}: metric_for_best_model is {metric!r}; evaluations measure {measured}")
+    installed = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in installed:
+            raise InputError(
+                f"{where}: report_to: {name!r} is not installed; there is {', '.join(installed) or 'none'}"
+            )
+    weight = torch.nn.Parameter(torch.zeros(1))
+    try:
+        if not training.optim_target_modules:  # which would need the model
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+            more = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
+            get_scheduler(training.lr_scheduler_type, kind([weight], **settings), 0, 2, **more)
+        DataLoader(
+            [0],
+            num_workers=training.dataloader_num_workers,
+            persistent_workers=training.dataloader_persistent_workers,
+        )
+        if training.gradient_checkpointing:
+            checkpoint(
+                torch.nn.Identity(),
+                weight,
+                **{"use_reentrant": False, **(training.gradient_checkpointing_kwargs or {})},
+            )
+        if training.torch_compile:
+            torch.compile(
+                torch.nn.Identity(), backend=training.torch_compile_backend, mode=training.torch_compile_mode
+            )
+        for pattern in training.learning_rate_mapping:
+            re.compile(pattern)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
+        raise InputError(f"{where}: training cannot start so: {error}") from None
 
 
 def _check_dataset(own: DatasetArguments, where: str) -> None:
@@ -313,21 +442,9 @@ def _check_dataset(own: DatasetArguments, where: str) -> None:
         raise InputError(f"{where}: name the data to train on: dataset_name")
     if own.loss not in losses:
         raise InputError(f"{where}: loss: invalid choice: {own.loss!r}; choose one of {', '.join(losses)}")
-    for key in ("temperature", "target_temperature", "weight"):
-        if getattr(own, key) <= 0:
-            raise InputError(f"{where}: {key} is {getattr(own, key)}; it must be above 0")
     documents = OBJECTIVES[own.loss].documents if own.loss in OBJECTIVES else 1
     if own.num_negatives is not None and own.num_negatives < documents - 1:
         raise InputError(f"{where}: num_negatives is {own.num_negatives}; {own.loss} needs more")
-    if own.false_negative_margin is not None and own.false_negative_margin < 0:
-        raise InputError(
-            f"{where}: false_negative_margin is {own.false_negative_margin}; it must be 0 or more, or null"
-        )
-    for key in ("alpha", "zero_shot_probability"):
-        if not 0 <= getattr(own, key) <= 1:
-            raise InputError(f"{where}: {key} is {getattr(own, key)}; it must lie in [0, 1]")
-    if own.shots < 0:
-        raise InputError(f"{where}: shots is {own.shots}; it must be 0 or more")
     if own.shots and not (own.instruction and own.prompted_columns):
         raise InputError(f"{where}: shots stand before an instruction; name it and prompted_columns")
 
@@ -341,8 +458,8 @@ def _read_merge(values: Any, stages: Mapping[str, Any], where: str) -> MergeArgu
         wrong = f"no stage {unknown[0]!r} is run" if unknown else "name two stages or more, each once"
         raise InputError(f"{where}: {wrong}; there are {', '.join(stages)}")
     merge.weights = merge.weights or [1.0] * len(merge.stages)
-    if len(merge.weights) != len(merge.stages) or min(merge.weights) < 0 or sum(merge.weights) <= 0:
-        raise InputError(f"{where}: weights {merge.weights}: one a stage is needed, none below 0, not all 0")
+    if len(merge.weights) != len(merge.stages) or not any(merge.weights):
+        raise InputError(f"{where}: weights {merge.weights}: one a stage is needed, not all 0")
     if merge.method == "slerp" and len(merge.stages) != 2:
         raise InputError(f"{where}: slerp lies on the arc between two models; name two stages, or method: linear")
     return merge

@@ -477,11 +477,88 @@ def entry(**values):
 
 
 def student(**values):
-    return keys(student={"teacher": "model", "corpus": "corpus", **values})
+    return keys(model_name_or_path=None, student={"teacher": "model", "corpus": "corpus", **values})
 
+
+def merge(*weights):
+    return keys(merge={"stages": ["sts", "retrieval"], "weights": list(weights)})
+
+
+# Numbers out of their range -> what the answer says the value is; as flags, since a stage may say otherwise.
+OUT_OF_RANGE = {
+    "temperature": {".inf": "inf", ".nan": "nan", "0": "0.0"},
+    "target_temperature": {".inf": "inf", "-1": "-1.0"},
+    "false_negative_margin": {".inf": "inf", ".nan": "nan", "-1": "-1.0"},
+    "weight": {".inf": "inf", ".nan": "nan", "0": "0.0"},
+    "alpha": {".nan": "nan", "2": "2.0"},
+    "learning_rate": {".nan": "nan", "-1": "-1.0", "1e400": "inf"},
+    "num_train_epochs": {".nan": "nan", ".inf": "inf", "-1": "-1.0", "0": "0.0"},
+    "weight_decay": {".nan": "nan", "-1": "-1.0"},
+    "max_grad_norm": {".nan": "nan", ".inf": "inf", "-1": "-1.0"},
+    "adam_beta1": {".nan": "nan", ".inf": "inf", "-1": "-1.0", "1": "1.0"},
+    "adam_epsilon": {"0": "0.0"},
+    "lora_dropout": {"1": "1.0", "-0.1": "-0.1"},
+    "lora_r": {"0": "0"},
+    "lora_alpha": {"-4": "-4"},
+    "max_steps": {"0": "0", "-2": "-2", "99999999999": "99999999999"},
+    "seed": {"-1": "-1", "4294967296": "4294967296"},
+    "mini_batch_size": {"0": "0"},
+    "per_device_train_batch_size": {"0": "0"},
+    "gradient_accumulation_steps": {"0": "0"},
+    "dataloader_num_workers": {"-1": "-1"},
+    "min_text_tokens": {"-5": "-5"},
+    "shots_budget": {"0": "0"},
+    "save_total_limit": {"0": "0"},
+    "eval_steps": {"-1": "-1.0"},
+}
+# Flags of the libraries' arguments that cannot work, or have no place here.
+NOT_HERE = {
+    "push_to_hub": ("true", "push_to_hub.py"),
+    "hub_model_id": ("a/b", "push_to_hub.py"),
+    "neftune_noise_alpha": ("5", "neftune_noise_alpha needs embeddings"),
+    "use_liger_kernel": ("true", "use_liger_kernel has no effect"),
+    "lora_task_type": ("CAUSAL_LM", "FEATURE_EXTRACTION"),
+    "lora_target_modules": ("nothing", "Target modules nothing not found"),
+    "attn_implementation": ("fast", 'attn_implementation="fast"` is not supported'),
+    "report_to": ("nothing", "report_to: 'nothing' is not installed"),
+    "optim": ("galore_adamw", "install `galore_torch`"),
+    "optim_args": ("fast", "training cannot start so"),
+    "lr_scheduler_type": ("cosine_with_min_lr", "min_lr_rate should be set"),
+    "lr_scheduler_kwargs": ("{a: 1}", "unexpected keyword argument 'a'"),
+    "learning_rate_mapping": ('{"(": 1.0}', "unterminated subpattern"),
+    "dataloader_persistent_workers": ("true", "num_workers > 0"),
+    "accelerator_config": ("none.json", "No such file or directory: 'none.json'"),
+    "load_best_model_at_end": ("true", "metric_for_best_model is 'loss'"),
+    "resume_from_checkpoint": ("out/checkpoint-9", "true goes on from a stage's last checkpoint"),
+}
 
 TRAIN = {
     **HOSTILE_RECIPES,
+    **{
+        f"{key} of {value}": (nothing, [*ONE, f"--{key}", value], f"stage 'retrieval': {key} is {told}; it must be")
+        for key, cases in OUT_OF_RANGE.items()
+        for value, told in cases.items()
+    },
+    **{f"{key} here": (nothing, [*ONE, f"--{key}", value], said) for key, (value, said) in NOT_HERE.items()},
+    "warm-up of NaN": (nothing, ["--warmup_ratio", ".nan"], "is nan; it must be a finite number"),
+    "checkpointing of unknown keys": (
+        keys(gradient_checkpointing=True, gradient_checkpointing_kwargs={"a": 1}),
+        [],
+        "unexpected keyword argument 'a'",
+    ),
+    "student is a list": (keys(student=[1]), [], "student is [1]; it must be a mapping"),
+    "student is a word": (nothing, ["--student", "x"], "student is 'x'; it must be a mapping"),
+    "student and model": (keys(student={"teacher": "model"}), [], "name the model to start from: one of the two"),
+    "stage's name is true": (keys(stages=[{"name": True}]), [], "stage {'name': True}: a stage is a mapping"),
+    "stage's name is nothing": (keys(stages=[{"name": None}]), [], "stage {'name': None}: a stage is a mapping"),
+    "stage's name of 300 letters": (keys(stages=[{"name": "x" * 300}]), [], "100 at most"),
+    "no stage asked for": (nothing, ["--stages", ""], "no stage ''"),
+    "output of no name": (nothing, ["--output_dir", ""], "name one output_dir"),
+    "output with a NUL": (nothing, ["--output_dir", "a\0b"], "name one output_dir"),
+    "flag that is a date": (nothing, ["--seed", "2026-13-45"], "invalid int value: '2026-13-45'"),
+    "flag that is no YAML": (nothing, ["--loss", "a: ["], "invalid choice: 'a: ['"),
+    "flag that is a bomb": (nothing, ["--loss", BOMB], "invalid choice"),
+    "budget is true": (keys(total_steps=True), [], "total_steps is True"),
     "unknown key": (keys(learning_rat=1), [], "unknown key 'learning_rat'; did you mean 'learning_rate'"),
     "unknown key of nothing": (keys(null=1), [], "unknown key 'null'"),
     "unknown key in a data set": (entry(lora_r=2), [], "data set 'a': unknown key 'lora_r'"),
@@ -499,10 +576,6 @@ TRAIN = {
     "unknown strategy": (keys(save_strategy="sometimes"), [], "invalid choice: 'sometimes'"),
     "schedule's keys are no JSON": (keys(lr_scheduler_kwargs="{"), [], "stage 'sts': Expecting property name"),
     "best model of other steps": (keys(load_best_model_at_end=True, save_steps=4), [], "round multiple"),
-    "alpha above 1": (keys(alpha=2), [], "alpha is 2.0"),
-    "alpha is NaN": (keys(alpha=NAN), [], "alpha is nan"),
-    "temperature of 0": (keys(temperature=0), ONE, "temperature is 0.0"),
-    "negative margin": (keys(false_negative_margin=-1), [], "false_negative_margin is -1.0"),
     "negative weight": (entry(weight=-1), [], "data set 'a': weight is -1.0"),
     "negative shots": (keys(shots=-3), [], "shots is -3"),
     "shots of no instruction": (keys(shots=2, instruction=None), [], "shots stand before an instruction"),
@@ -540,17 +613,24 @@ TRAIN = {
     "merge of one": (keys(merge={"stages": ["sts"]}), [], "merge: name two stages or more"),
     "merge of the same": (keys(merge={"stages": ["sts", "sts"]}), [], "merge: name two stages or more"),
     "negative share of a merge": (
-        keys(merge={"stages": ["sts", "retrieval"], "weights": [-1, 1]}),
+        merge(-1, 1),
         [],
-        "none below 0",
+        "merge: weights is -1.0",
     ),
+    "infinite share of a merge": (merge(INF, 1), [], "merge: weights is inf"),
+    "merge of NaN": (merge(NAN, 1), [], "merge: weights is nan"),
+    "merge of nothing": (merge(0, 0), [], "not all 0"),
     "model folder missing": (keys(model_name_or_path="../../x"), [], "model '../../x': no such folder"),
     "model on a Hub out of reach": (keys(model_name_or_path="org/none"), [], "model 'org/none': not a local folder"),
     "model with a NUL": (keys(model_name_or_path="a\0b"), [], "model 'a\\x00b'"),
     "model is a data set": (keys(model_name_or_path="hub"), [], "model 'hub' has no tokenizer"),
     "no model": (keys(model_name_or_path=None), [], "name the model to start from"),
     "student of unknown keys": (student(hiden_size=1), [], "unknown key 'hiden_size'"),
-    "student without a corpus": (keys(student={"teacher": "model"}), [], "required: --corpus"),
+    "student without a corpus": (
+        keys(model_name_or_path=None, student={"teacher": "model"}),
+        [],
+        "required: --corpus",
+    ),
     "student's corpus is missing": (student(), [], "corpus/documents.arrow: no such file"),
     "student's teacher is missing": (student(teacher="package:none_of_that"), [], "no installed package"),
     "student of odd size": (student(hidden_size=100), [], "hidden_size is 100"),

@@ -331,7 +331,11 @@ BAD_RECIPES = {
     "no model": ({"model_name_or_path": None}, [], "name the model to start from"),
     "model folder missing": ({"model_name_or_path": "./nowhere/x"}, [], "no such folder"),
     "model package missing": ({"model_name_or_path": "package:nowhere"}, [], "no installed package"),
-    "unknown student key": ({"student": {"hiden_size": 64}}, [], "unknown key 'hiden_size'"),
+    "unknown student key": (
+        {"model_name_or_path": None, "student": {"hiden_size": 64}},
+        [],
+        "unknown key 'hiden_size'",
+    ),
     "dataset missing": ({"dataset_name": "./nowhere/data"}, [], "dataset './nowhere/data': no such folder"),
     "no dataset": ({"dataset_name": None}, [], "dataset_name"),
     "config missing": ({"dataset_config": "mined"}, ["--stages", "retrieval"], "config 'mined' of dataset"),
