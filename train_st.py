@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from dataset_builders.cli import InputError, run
 from dataset_builders.folders import MANIFEST, Step, files_of, fingerprint, folder_step
 from dataset_builders.references import resolve_model
-from modeling.ledger import closing_line, code_commit, stage_cost, write_ledger, write_log
+from modeling.ledger import closing_line, stage_cost, write_ledger, write_log
 from modeling.prompts import baked_prompts, instruction_prompt
 from modeling.recipe import DatasetArguments, MergeArguments, Recipe, Stage, parse_keys, read_recipe, write_recipe
 
@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 NO_INPUTS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "save_total_limit")
 NO_INPUTS += ("dataset_name", "model_name_or_path", "model_revision")  # fingerprinted by content instead
 ADAPTER = "adapter"
+# What `accelerate launch` has to say of shards: FSDP_KEY, ACCELERATE_DEEPSPEED_KEY
+FSDP = {"VERSION": "2", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+ZERO3 = {"ZERO_STAGE": "3", "ZERO3_INIT": "false", "OFFLOAD_OPTIMIZER_DEVICE": "none", "OFFLOAD_PARAM_DEVICE": "none"}
 
 
 class TrainingStopped(Exception):
@@ -66,6 +69,10 @@ def main(argv: Sequence[str]) -> None:
     recipe = read_recipe(argv, description=__doc__)
     stages, output_dir = recipe.stages, recipe.output_dir
     refuse_shards(stages)
+    if launched_with("DEEPSPEED"):
+        from modeling.trainer import forget_deepspeed
+
+        forget_deepspeed()
     with processes().main_process_first():  # who comes later finds the rows in the cache of `datasets`
         data = {stage.name: load_data(stage) for stage in stages}
     start = first_start(recipe)
@@ -94,23 +101,38 @@ def processes() -> PartialState:
     return PartialState()
 
 
+def launched_with(kind: str) -> bool:
+    """Whether `accelerate launch` said so: FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}") == "true"
+
+
 def refuse_shards(stages: Sequence[Stage]) -> None:
     """Refuse, before hours of training, what shares out weights in a way that was not seen to train and save right."""
-    fsdp, deepspeed = (os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    if deepspeed or any(stage.training.deepspeed for stage in stages):
-        raise InputError("DeepSpeed does not train with GradCache; use recipes/accelerate/fsdp.yaml or ddp.yaml")
-    if any(stage.training.fsdp for stage in stages):
-        raise InputError("fsdp is the launcher's: drop it from the recipe, and use recipes/accelerate/fsdp.yaml")
-    if not fsdp:
+    for key, name in (("fsdp", "fsdp"), ("deepspeed", "zero3")):
+        if any(getattr(stage.training, key) for stage in stages):
+            raise InputError(
+                f"{key} is the launcher's: drop it from the recipe, and use recipes/accelerate/{name}.yaml"
+            )
+    fsdp, deepspeed = launched_with("FSDP"), launched_with("DEEPSPEED")
+    if not (fsdp or deepspeed):
         return
-    if (os.environ.get("FSDP_VERSION"), os.environ.get("FSDP_STATE_DICT_TYPE")) != ("2", "SHARDED_STATE_DICT"):
+    if fsdp and any(os.environ.get(f"FSDP_{key}") != value for key, value in FSDP.items()):
         raise InputError(
             "of FSDP, version 2 with SHARDED_STATE_DICT alone is supported; use recipes/accelerate/fsdp.yaml"
         )
+    if deepspeed and any(os.environ.get(f"ACCELERATE_DEEPSPEED_{key}") != value for key, value in ZERO3.items()):
+        raise InputError("of DeepSpeed, ZeRO-3 as in recipes/accelerate/zero3.yaml alone is supported; use that file")
+    if any(stage.model.load_in_4bit or stage.model.load_in_8bit for stage in stages):
+        raise InputError("load_in_4bit and load_in_8bit of shards are not supported; use recipes/accelerate/ddp.yaml")
+    if deepspeed and any(stage.training.gradient_accumulation_steps > 1 for stage in stages):
+        raise InputError(
+            "gradient_accumulation_steps with ZeRO-3 is not supported; raise per_device_train_batch_size, and set "
+            "mini_batch_size, which memory depends on"
+        )
+    if deepspeed and any(stage.training.mixed_precision == "fp16" for stage in stages):
+        raise InputError("fp16 with ZeRO-3 is not supported; set bf16")
     if processes().distributed_type.value in ("NO", "MULTI_CPU"):
         raise InputError("accelerate shares weights out among two GPUs or more alone; use recipes/accelerate/ddp.yaml")
-    if any(stage.model.load_in_4bit or stage.model.load_in_8bit for stage in stages):
-        raise InputError("load_in_4bit and load_in_8bit with FSDP are not supported; use recipes/accelerate/ddp.yaml")
 
 
 @contextlib.contextmanager
@@ -443,7 +465,6 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
     if processes().is_main_process and not resuming:
         shutil.rmtree(checkpoints, ignore_errors=True)
     processes().wait_for_everyone()
-    commit = code_commit()  # of now: who edits while it trains has other code afterwards
     encoder, base = build_model(stage, start)
     trainer = build_trainer(stage, encoder, data, checkpoints)
     encoder.max_seq_length = stage.own.train_max_seq_length
@@ -456,7 +477,7 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
         return
     if weights is not None:  # those of `encoder` are shards
         encoder, base = build_model(stage, start)
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict({**encoder.state_dict(), **weights})
     encoder.prompts = prompts = stage_prompts(stage, data.train, encoder.tokenizer)
     if stage.peft_config:
         save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
@@ -468,7 +489,7 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
     write_reference(encoder, step.path)
     write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
     shutil.rmtree(checkpoints, ignore_errors=True)
-    step.finish(**cost, commit=commit)
+    step.finish(**cost)
     print(closing_line(stage.name, cost, trainer.state.log_history, step.folder), flush=True)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainer
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -117,6 +119,10 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         self._started = time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, and labels as they are: transformers would round them to DeepSpeed's bfloat16."""
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         tokens = sum(_count_tokens(inputs, key) for key in inputs if key.endswith("input_ids"))
         # a field of the trainer's state, so that checkpoints carry it
@@ -124,6 +130,11 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         where = f" on data set {inputs['dataset_name']!r}" if "dataset_name" in inputs else ""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._check_finite(float(loss.detach()), f"loss{where}")
+        if self.is_deepspeed_enabled and loss.requires_grad and loss.is_leaf:
+            # GradCache: a hook of its loss runs the backward passes of all mini-batches. DeepSpeed takes what happens
+            # within a backward pass of its own for one pass; of passes outside it sums the gradients until its step
+            loss.backward()
+            loss = loss.detach().requires_grad_()
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -170,11 +181,28 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         """No card: ours is model_card.md, and the library's reads samples of the data and names local paths."""
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """The weights that FSDP shares out among processes, put together in the first one; None without FSDP.
+        """What FSDP or ZeRO-3 shares out among processes, put together in the first one; None without them.
 
-        All processes have to ask.
+        Of FSDP all weights, of ZeRO-3 those that were trained. All processes have to ask, when training is over.
         """
-        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
+        if self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.is_deepspeed_enabled:
+            return None
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                weight = safe_get_full_fp32_param(parameter)  # the optimiser's: those of the model may be bfloat16
+                if self.is_world_process_zero():
+                    weights[name] = weight.cpu()
+        forget_deepspeed()
+        return weights
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_deepspeed_enabled:  # it has the weights, as shards, in its own part of a checkpoint
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self.model.save_pretrained(output_dir, create_model_card=False)
@@ -194,6 +222,16 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         result = set_peft_model_state_dict(self.model.transformers_model, state)
         if result.unexpected_keys:
             raise RuntimeError(f"{weights}: weights that the model has not: {result.unexpected_keys[:3]}")
+
+
+def forget_deepspeed() -> None:
+    """Drop what was read of DeepSpeed's settings, as long as no trainer uses them.
+
+    By them transformers shares out any model that is loaded, and waits for all processes where one alone loads it;
+    and accelerate takes those of a process' first stage for all.
+    """
+    AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
 
 
 def _count_tokens(inputs: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:

@@ -359,13 +359,22 @@ def test_bad_recipes(case, recipe, tmp_path, capsys, monkeypatch):
     assert os.listdir() == ["train.yaml"]
 
 
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true"} | {
+    f"ACCELERATE_DEEPSPEED_{key}": value for key, value in train_st.ZERO3.items()
+}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 
 
 @pytest.mark.parametrize(
     "environment, changes, message",
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed does not train with GradCache"),
+        ({**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, {}, "of DeepSpeed, ZeRO-3 as in"),
+        ({**ZERO3, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, {}, "of DeepSpeed, ZeRO-3 as in"),
+        ({**ZERO3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, {}, "of DeepSpeed, ZeRO-3 as in"),
+        (ZERO3, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps with ZeRO-3"),
+        (ZERO3, {"mixed_precision": "fp16"}, "fp16 with ZeRO-3"),
+        (ZERO3, {}, "among two GPUs or more alone"),
+        ({}, {"deepspeed": "zero3.json"}, "deepspeed is the launcher's"),
         ({**FSDP, "FSDP_VERSION": "1"}, {}, "version 2 with SHARDED_STATE_DICT alone is supported"),
         (
             {**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 # Two processes as torchrun starts them, but forked from one that has imported everything; each run's exit codes.
-# A run is its arguments, its environment, and the step that kills it. accelerate knows FSDP on accelerators alone and
-# runs plain data parallelism on CPUs without a word: where the environment asks for FSDP, it is told of GPUs.
+# A run is its arguments, its environment, and the step that kills it. accelerate knows FSDP and DeepSpeed on
+# accelerators alone, and on CPUs trains by plain data parallelism without a word: where the environment asks for
+# shards, it is told of GPUs.
+# ZeRO-3 leaves small weights whole, which all of a tiny model's are: it is told to shard them as well.
 TWO_PROCESSES = """
 import json, os, signal, socket, sys
 import datasets, peft, sentence_transformers, torch, trl
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from sentence_transformers.sentence_transformer import evaluation, losses
 from transformers import TrainerCallback
 import train_st
@@ -33,18 +36,30 @@ class Killed(TrainerCallback):
         if state.global_step == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
+class Sharded(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        assert not any(weight.numel() for weight in model.parameters())
+        assert all(weight.ds_tensor.numel() == (weight.ds_numel + 1) // 2 for weight in model.parameters())
+
 def as_gpus(self, *args, **kwargs):
     start(self, *args, **kwargs)
     if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
-        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        self._shared_state["distributed_type"] = DistributedType["DEEPSPEED" if asks("DEEPSPEED") else "MULTI_GPU"]
+
+def small_too(self):
+    read(self)
+    self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 def shards(stage, *args):
     trainer = build(stage, *args)
     trainer.add_callback(Killed())
-    assert trainer.is_fsdp_enabled == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    assert (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled) == (asks("FSDP"), asks("DEEPSPEED"))
+    if trainer.is_deepspeed_enabled:
+        trainer.add_callback(Sharded())
     return trainer
 
-start, build = PartialState.__init__, train_st.build_trainer
+asks = train_st.launched_with
+start, read, build = PartialState.__init__, DeepSpeedPlugin.__post_init__, train_st.build_trainer
 train_st.build_trainer = shards
 for argv, environment, dies_at in json.loads(sys.argv[1]):
     with socket.socket() as free:
@@ -56,8 +71,8 @@ for argv, environment, dies_at in json.loads(sys.argv[1]):
         if not child:
             os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             os.environ.update(environment)
-            if "ACCELERATE_USE_FSDP" in environment:
-                PartialState.__init__ = as_gpus
+            if asks("FSDP") or asks("DEEPSPEED"):
+                PartialState.__init__, DeepSpeedPlugin.__post_init__ = as_gpus, small_too
             try:
                 run(train_st.main, argv)
             except SystemExit as exit_:
@@ -118,14 +133,19 @@ def test_two_processes_train_as_one(recipe, one, tmp_path):
     check_same(one, two)
 
 
-def test_two_processes_with_half_of_the_weights_each_train_as_one(recipe, one, tmp_path):
-    """FSDP as recipes/accelerate/fsdp.yaml launches it, killed in the first stage and resumed from its shards."""
-    _, environment = launched(RECIPES / "accelerate" / "fsdp.yaml")
-    fsdp = {key: value for key, value in environment.items() if key.startswith(("ACCELERATE_USE_", "FSDP_"))}
-    fsdp["ACCELERATE_MIXED_PRECISION"] = "no"  # to compare in float32
+@pytest.mark.parametrize(
+    "name",
+    ["fsdp", pytest.param("zero3", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed"))],
+)
+def test_two_processes_with_half_of_the_weights_each_train_as_one(name, recipe, one, tmp_path):
+    """As recipes/accelerate/NAME.yaml launches them, killed in the first stage and resumed from its shards."""
+    _, environment = launched(RECIPES / "accelerate" / f"{name}.yaml")
+    kinds = ("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_")
+    shards = {key: value for key, value in environment.items() if key.startswith(kinds)}
+    shards["ACCELERATE_MIXED_PRECISION"] = "no"  # to compare in float32
     two = tmp_path / "two"
     command = ["--output_dir", str(two), "--resume_from_checkpoint", "true"]
-    done = run_two(recipe, tmp_path, [(command, fsdp, 8), (command, fsdp, None)])
+    done = run_two(recipe, tmp_path, [(command, shards, 8), (command, shards, None)])
     codes = [line for line in done.stdout.splitlines() if line.startswith("codes")]
     assert codes == ["codes [-9, -9]", "codes [0, 0]"], done.stderr[-3000:]
     assert "step 7/12" in done.stdout and "step 12/12" in done.stdout

@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 from trl import get_quantization_config
@@ -76,6 +76,9 @@ def launched(path: Path) -> tuple[Namespace, dict[str, str]]:
     """The arguments and the environment that `accelerate launch --config_file PATH` gives the training processes."""
     parsed = launch_command_parser().parse_args(["--config_file", str(path), "train_st.py"])
     arguments, _, _ = _validate_launch_command(parsed)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""  # of a DeepSpeed file, which there is not
+        return arguments, prepare_deepspeed_cmd_env(arguments)[1]
     return arguments, prepare_multi_gpu_env(arguments)
 
 
