@@ -463,6 +463,8 @@ def _reason(error: Exception, endpoint: str) -> str | None:
         error = error.__cause__  # of one file of many
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it, or check without the Hub: --dry_run"
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__ == "hf_xet":  # of Xet storage
+        return f"the Hub's storage fails ({error}); check the network, then run the same command again"
     if not isinstance(error, HTTPError | json.JSONDecodeError):
         return None
     status, said = _status(error), getattr(error, "server_message", None) or type(error).__name__

@@ -297,6 +297,15 @@ def test_no_network(server, tmp_path, environment, message):
         process.stdin.close()
 
 
+def test_a_storage_that_does_not_answer(hub, server, tmp_path):
+    """hf_xet has errors of its own kinds; the local Hub has no such storage."""
+    settings = {"HF_HUB_DISABLE_XET": "0", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}
+    with start(server, tmp_path, **settings) as process:
+        refused(ask(process), r"the Hub's storage fails \(.*404.*; the repository is there, without")
+        process.stdin.close()
+    assert any("/xet-write-token/" in line for line in hub.asked) and len(hub.commits(NAME)) == 1
+
+
 def test_metadata_that_the_hub_refuses(hub, push):
     refused(push(files=FILES | {"README.md": "---\nlicense: [\n---\n"}), "the Hub refuses it: Invalid metadata")
     holds(hub, {}, commits=0)
