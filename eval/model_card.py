@@ -26,7 +26,7 @@ from dataset_builders.folders import MANIFEST, files_of, fingerprint, read_manif
 from dataset_builders.recipes import read_yaml
 from dataset_builders.sources import registry
 from eval.report import KEY, format_ledger, read_json, read_ledger, read_manifests, read_metrics
-from eval.retrieval import format_table
+from eval.retrieval import NEAR, format_table
 from modeling.prompts import few_shot_prompt, few_shot_prompts
 from modeling.recipe import DEFAULTS, StageArguments
 
@@ -491,7 +491,7 @@ def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
     cosines = (final_row(metrics) or {}).get("cosines")
     if not cosines:
         return None
-    titles = {"relevant": "its relevant documents", "others": "others among the first 10"}
+    titles = {"relevant": "its relevant documents", "others": f"others among the first {NEAR}"}
     heads = [f"{quantile} % are below" for quantile in cosines["quantiles"]]
     lines = [f"| cosine of a query and | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     lines += [

@@ -295,12 +295,15 @@ def test_the_card_tells_how_to_use_a_few_shot_prompt(card, facts, evidence):
     assert "| final, 2-shot | 0.999 |" in told and "nDCG@10 0.999" not in told
 
 
-def test_the_ledger_tells_what_share_prefix_saved(evidence):
+def test_the_ledger_tells_what_share_prefix_saved(card, facts, evidence):
     before = report.format_ledger(evidence["ledger"])
     assert "share_prefix" not in before  # nobody asked for it
     counts = {"tokens_computed": 600, "tokens_padded": 1000}
     rows = evidence["ledger"]["stages"]
-    after = report.format_ledger({**evidence["ledger"], "stages": [rows[0], {**rows[1], "share_prefix": counts}]})
+    ledger = {**evidence["ledger"], "stages": [rows[0], {**rows[1], "share_prefix": counts}]}
+    after = report.format_ledger(ledger)
+    shown = render_card("org/name", facts, {**evidence, "ledger": ledger})
+    assert after in shown and "\nSaved: of all tokens" in shown and "\nSaved: of" not in card
     assert "| step | steps | tokens | saved by share_prefix | seconds |" in after
     assert "| sts | 20 | 4,000 | | 61 |" in after and "| retrieval | 20 | 4,000 | 400 of 1,000 (40%) | 61 |" in after
     assert {line.count("|") for line in after.splitlines()} == {9}
@@ -354,6 +357,8 @@ def test_a_base_of_the_hub_is_linked_at_its_revision(facts):
     assert "none is stated for the weights" in card and "at commit unknown" in card
     known = plain(recipe, commit="c0ffee", versions={"torch": "2.13.0"})
     assert "at commit `c0ffee`, with torch 2.13.0." in render_card("org/name", facts, known)
+    changed = render_card("org/name", facts, {**known, "commit": "c0ffee-dirty"})
+    assert "at commit `c0ffee`, plus changes that are in no commit, with torch" in changed
 
 
 def test_adapter_card_belongs_to_base_and_model(facts, evidence):
