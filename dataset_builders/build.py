@@ -8,6 +8,7 @@ Any key of the recipe can be given as a flag: --num_pairs 5000 --margin 0.9 --de
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import textwrap
@@ -15,17 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from dataset_builders.audit import write_audit
 from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
 from dataset_builders.check_teacher import check_teacher
-from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.cli import ArgumentParser, InputError, output_folder, run
 from dataset_builders.corpus import write_corpus
 from dataset_builders.decontamination import Decontamination, clean_pairs, describe_decontamination, read_probes
 from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
 from dataset_builders.folders import MANIFEST, folder_step, read_manifest, write_parquet
-from dataset_builders.mine import Mining, Sts, count_by_bin, write_mined, write_sts
+from dataset_builders.mine import Mining, Sts, Tally, count_by_bin, mine, read_graded, write_mined, write_sts
 from dataset_builders.recipes import Section, parse_recipe, read_yaml
 from dataset_builders.schema import check_rows
 from dataset_builders.scores import Calibration, Teacher, write_scores
@@ -58,6 +59,17 @@ def _with_unit(size: Any) -> str:
 ShardSize = Annotated[str, BeforeValidator(_with_unit)]
 
 
+def _of_different_names(published: tuple[Mining, ...]) -> tuple[Mining, ...]:
+    names = [mining.config_name() for mining in published]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice; drop one")
+    return published
+
+
+Published = Annotated[tuple[Mining, ...], AfterValidator(_of_different_names)]
+
+
 class Graders(Section):
     """How candidates are found, graded and mined, whatever the source."""
 
@@ -68,7 +80,7 @@ class Graders(Section):
     fusion: Fusion = Fusion()
     teacher: Teacher
     mining: Mining = Mining()
-    publish: tuple[Mining, ...] = ()  # further training sets, mined from the same grades
+    publish: Published = ()  # further training sets, mined from the same grades
     max_shard_size: ShardSize = "500MB"
     ray: Ray = Ray()  # of --engine ray
 
@@ -102,7 +114,11 @@ def main(argv: Sequence[str]) -> None:
         print(sources_table())
         return
     options, flags = parse_arguments(argv)
-    for folder, recipe in load_recipes(options.config, flags, options.output_dir).items():
+    recipes = load_recipes(options.config, flags, options.output_dir)
+    for folder, recipe in recipes.items() if options.check_teacher is not None else ():
+        if isinstance(recipe, StsRecipe):
+            raise InputError(f"--check_teacher: {folder} would be sts, which has no teacher; drop it")
+    for folder, recipe in recipes.items():
         if isinstance(recipe, StsRecipe):
             build_sts(recipe, folder, options.from_step)
         else:
@@ -113,14 +129,17 @@ def main(argv: Sequence[str]) -> None:
 def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
     parser = ArgumentParser(prog="python -m dataset_builders.build", description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML recipe; see recipes/data/")
-    parser.add_argument("--output_dir", required=True, type=Path, help="one folder for each step comes here")
+    parser.add_argument("--output_dir", required=True, type=output_folder, help="one folder for each step comes here")
     parser.add_argument("--from_step", choices=STEPS, help="make this step and those after it again")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on the cluster of key ray")
     parser.add_argument(
         "--check_teacher", type=int, metavar="PAIRS", help="compare the teacher with its reference scorer, and stop"
     )
     parser.add_argument("--list_sources", action="store_true", help="print the sets that source.name can be, and stop")
-    return parser.parse_known_args(argv)
+    options, flags = parser.parse_known_args(argv)
+    if options.check_teacher is not None and options.check_teacher < 2:
+        raise InputError(f"--check_teacher {options.check_teacher}: use 2 or more, to compare their spread")
+    return options, flags
 
 
 def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, GradedRecipe | StsRecipe]:
@@ -134,7 +153,7 @@ def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, Gr
         **dict.fromkeys(GradedRecipe.model_fields["task_type"].annotation.__args__, GradedRecipe),
     }
     task_type = values.get("task_type")
-    if task_type not in task_types:
+    if not isinstance(task_type, str) or task_type not in task_types:
         raise InputError(f"{path}: key 'task_type' is {task_type!r}; it can be {', '.join(task_types)}")
     recipe = parse_recipe(task_types[task_type], values, path, flags)
     check_task_type(recipe.task_type, recipe.source, recipe.data_root)
@@ -175,7 +194,7 @@ def build_graded(
     dense, teacher = recipe.dense.describe(), recipe.teacher.describe()
     source = describe_source(recipe.source, recipe.data_root)
     cleaned = describe_decontamination(recipe.decontamination, recipe.data_root)
-    output = output.resolve()  # other machines have another current folder
+    output = Path(os.path.realpath(output))  # other machines have another current folder
     restart_from(from_step, output)
     splits = {"split": recipe.source.split, "eval_splits": recipe.source.eval_splits}
     keys = recipe.model_dump(mode="json", exclude=WHERE)
@@ -218,6 +237,7 @@ def build_graded(
         {"steps": ["corpus", "candidates"], **splits, "teacher": teacher},
         lambda folder: write_scores(corpus, candidates, recipe.source, recipe.teacher, cache, engine, folder),
     )
+    check_published(recipe.publish, corpus, scores)
     make(
         "mined",
         {"steps": ["corpus", "scores"], "mining": keys["mining"]},
@@ -253,6 +273,15 @@ def build_graded(
         {"steps": steps, "recipe": keys},
         lambda folder: publish(output, steps, {**keys, **made}, folder, recipe.max_shard_size, recipe.publish),
     )
+
+
+def check_published(published: Sequence[Mining], corpus: Path, scores: Path) -> None:
+    """Refuse further training sets that would have no rows before the first one is mined."""
+    for mining in published:
+        try:
+            next(mine(read_graded(corpus, scores), mining, Tally()))
+        except InputError as error:
+            raise InputError(f"publish: {mining.config_name()}: {error}") from None
 
 
 def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:

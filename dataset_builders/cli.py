@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 # What a user's disk can answer; anything else that is an OSError is a defect and keeps its traceback.
@@ -43,6 +44,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def output_folder(name: str) -> Path:
+    """The `type` of an argument that names a folder to write: "" would be the current one."""
+    if not name or "\0" in name:
+        raise argparse.ArgumentTypeError(f"{name!r} names no folder")
+    return Path(name)
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:

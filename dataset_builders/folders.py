@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -180,6 +181,7 @@ class Step:
         except FileNotFoundError as error:  # what a file system that holds no files of ours answers, /proc for one
             raise InputError(f"{error.filename}: no folder can be made here; choose another") from None
         inputs.write_text(self.key, encoding="utf-8")
+        self.commit = code_commit()  # of now: who edits while it runs has other code afterwards
 
     def finish(self, **facts: Any) -> None:
         """Write the manifest (`facts` are counts, constants, ...) and give the folder its final name."""
@@ -195,6 +197,7 @@ class Step:
             **facts,
             "seconds": round(time.monotonic() - self._start, 2),
             "versions": stack_versions(),
+            "commit": self.commit,
             "files": files_of(self.path),
         }
         write_json(self.path / MANIFEST, manifest)
@@ -240,3 +243,15 @@ def peak_memory_bytes() -> int:
 def stack_versions() -> dict[str, str]:
     """Versions of the libraries whose behaviour decides results."""
     return {name: importlib.metadata.version(name) for name in _STACK}
+
+
+def code_commit() -> str | None:
+    """The git commit of this code, with -dirty behind it where files differ from it; None outside a repository."""
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        # of our own repository, not of one that this folder was copied into
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,18 +47,6 @@ def closing_line(name: str, cost: dict[str, Any], history: list[dict[str, Any]],
         computed, padded = cost["share_prefix"]["tokens_computed"], cost["share_prefix"]["tokens_padded"]
         parts.append(f"share_prefix computed {computed:,} tokens for {padded:,}")
     return f"stage {name}: {', '.join(parts)} -> {folder}"
-
-
-def code_commit() -> str | None:
-    """The git commit of this code, with -dirty behind it where files differ from it; None outside a repository."""
-    root = Path(__file__).parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        # of our own repository, not of one that this folder was copied into
-        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def write_ledger(stages: Sequence[Stage], output_dir: Path) -> None:

@@ -236,6 +236,8 @@ BUILD = {
     "unknown key in a section": (keys(mining__margins=0.9), [], "unknown key 'mining.margins'; did you mean"),
     "missing section": (keys(teacher=None), [], "key 'teacher' is None"),
     "no task type": (keys(task_type=None), [], "key 'task_type' is None; it can be"),
+    "task types are a list": (keys(task_type=["retrieval"]), [], "'task_type' is ['retrieval']; it can be"),
+    "task types are a mapping": (keys(task_type={"a": 1}), [], "'task_type' is {'a': 1}; it can be"),
     "unknown task type": (keys(task_type="poetry"), [], "'task_type' is 'poetry'"),
     "source is a word": (keys(source="set"), [], "key 'source' is 'set'"),
     "source is a list": (keys(source=[1]), [], "key 'source' is [1]"),
@@ -284,6 +286,11 @@ BUILD = {
     ),
     "publish is a mapping": (keys(publish={"margin": 0.9}), [], "key 'publish' is"),
     "publish with a typo": (keys(publish=[{"margn": 0.9}]), [], "unknown key"),
+    "publish the same twice": (
+        keys(publish=[{"num_negatives": 3}, {"num_negatives": 3, "margin": 0.95}]),
+        [],
+        "train-n3 is there twice",
+    ),
     "no workers": (keys(ray={"workers": 0}), [], "'ray.workers' is 0"),
     "infinite cores": (keys(ray={"cpus_per_worker": INF}), [], "'ray.cpus_per_worker' is inf"),
     "licence is a number": (keys(source__licence=3), [], "'source.licence' is 3"),
@@ -462,6 +469,13 @@ BUILD = {
     "unknown engine": (nothing, ["--engine", "spark"], "invalid choice: 'spark'"),
     "unknown step": (nothing, ["--from_step", "teacher"], "invalid choice: 'teacher'"),
     "pairs to check are a word": (nothing, ["--check_teacher", "x"], "invalid int value: 'x'"),
+    "one pair to check": (nothing, ["--check_teacher", "1"], "--check_teacher 1: use 2 or more"),
+    "-1 pairs to check": (nothing, ["--check_teacher", "-1"], "--check_teacher -1: use 2 or more"),
+    "no teacher to check": (sts(), ["--check_teacher", "5"], "sts, which has no teacher"),
+    "output of no name": (nothing, ["--output_dir", ""], "argument --output_dir: '' names no folder"),
+    "output with a NUL": (nothing, ["--output_dir", "a\0b"], "names no folder"),
+    "output is a loop of links": (link("out", "out"), [], "a symbolic link leads back to itself"),
+    "output inside a loop of links": (link("loop", "loop"), ["--output_dir", "loop/out"], "leads back to itself"),
     "output is a file": (write("out", "x"), [], "a file stands where a folder is needed"),
     "output inside a file": (write("file", "x"), ["--output_dir", "file/out"], "a file stands where a folder"),
     "output of 300 letters": (nothing, ["--output_dir", "x" * 300], "the path is too long"),
@@ -967,6 +981,19 @@ def test_a_data_root_that_is_not_there_is_named(build_inputs, tmp_path):
     keys(source__path="elsewhere")(folder)
     done = process(COMMANDS["build"], RECIPE, folder, DATA_ROOT="/no/such/root")
     assert done.returncode == 2 and "looked for /no/such/root/elsewhere, elsewhere" in refusal(done.stderr)
+
+
+def test_a_further_set_without_rows_is_told_before_the_first_is_mined(build_inputs, tmp_path, monkeypatch, capsys):
+    from dataset_builders import build
+
+    folder = shutil.copytree(build_inputs, tmp_path / "work")
+    keys(publish=[{"num_negatives": 2}, {"num_negatives": 900}])(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        run(build.main, RECIPE)
+    assert stop.value.code == 2
+    assert "publish: train-n900: " in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in (folder / "out").iterdir()} == {"corpus", "candidates", "scores", "embeddings"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The commit of the code that trained: of our own repository alone."""
+"""The commit of the code that made a folder: of our own repository alone."""
 
 import subprocess
 import sys
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-import modeling.ledger
-from modeling.ledger import code_commit
+import dataset_builders.folders
+from dataset_builders.folders import code_commit, folder_step, read_manifest
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """This code as it lies in somebody's folder."""
-    file = tmp_path / "code" / "modeling" / "ledger.py"
+    file = tmp_path / "code" / "dataset_builders" / "folders.py"
     file.parent.mkdir(parents=True)
     file.write_text("1\n")
-    monkeypatch.setattr(modeling.ledger, "__file__", str(file))
+    monkeypatch.setattr(dataset_builders.folders, "__file__", str(file))
     return tmp_path
 
 
@@ -38,7 +38,7 @@ def commit(folder: Path) -> str:
 def test_a_commit_and_what_differs_from_it(copied):
     head = commit(copied / "code")
     assert len(head) == 40 and code_commit() == head
-    (copied / "code" / "modeling" / "ledger.py").write_text("2\n")
+    (copied / "code" / "dataset_builders" / "folders.py").write_text("2\n")
     assert code_commit() == f"{head}-dirty"
 
 
@@ -48,3 +48,14 @@ def test_no_commit_outside_a_repository_of_ours(copied, monkeypatch):
     assert code_commit() is None
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # without git
     assert code_commit() is None
+
+
+def test_manifests_tell_the_commit_that_steps_began_with(copied, tmp_path):
+    head = commit(copied / "code")
+    with folder_step(tmp_path / "made", {"a": 1}) as step:
+        (copied / "code" / "dataset_builders" / "folders.py").write_text("2\n")
+        step.finish(rows=3)
+    manifest = read_manifest(tmp_path / "made")
+    assert (manifest["commit"], manifest["rows"]) == (head, 3)
+    with folder_step(tmp_path / "made", {"a": 1}) as step:
+        assert step.done  # another commit is no other input
