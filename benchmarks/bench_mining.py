@@ -35,7 +35,7 @@ import pyarrow as pa
 from benchmarks.measure import environment, in_child, markdown, median_and_range, peak_memory
 from benchmarks.synthetic import write_cross_encoder, write_encoder, zipf_texts
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise
-from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.cli import ArgumentParser, InputError, at_least_1, run
 from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, search_dense
 from dataset_builders.embeddings import SHARD, Vectors
@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> None:
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m benchmarks.bench_mining", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all, if none is named")
-    parser.add_argument("--documents", type=int, default=50_000, help="synthetic documents (default: 50,000)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--documents", type=at_least_1, default=50_000, help="synthetic documents (default: 50,000)")
+    parser.add_argument("--rounds", type=at_least_1, default=3)
     parser.add_argument("--set", type=Path, help="folder of corpus.parquet, queries.parquet and qrels.parquet")
     parser.add_argument("--split", default="test", help="whose queries of the set are asked (default: test)")
     args = parser.parse_args(argv)

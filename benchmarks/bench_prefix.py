@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import environment, markdown, median_and_range
 from benchmarks.synthetic import word_tokenizer, zipf_texts
-from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.cli import ArgumentParser, InputError, at_least_1, run
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -78,11 +78,11 @@ def main(argv: Sequence[str]) -> None:
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m benchmarks.bench_prefix", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; both, if none is named")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 400], help="tokens (default: 32 400)")
-    parser.add_argument("--texts", type=int, default=128, help="texts to encode (default: 128)")
-    parser.add_argument("--batch_size", type=int, default=32, help="queries in a training step (default: 32)")
-    parser.add_argument("--mini_batch_size", type=int, default=16, help="of GradCache (default: 16)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=at_least_1, nargs="+", default=[32, 400], help="tokens (default: 32 400)")
+    parser.add_argument("--texts", type=at_least_1, default=128, help="texts to encode (default: 128)")
+    parser.add_argument("--batch_size", type=at_least_1, default=32, help="queries in a training step (default: 32)")
+    parser.add_argument("--mini_batch_size", type=at_least_1, default=16, help="of GradCache (default: 16)")
+    parser.add_argument("--rounds", type=at_least_1, default=3)
     parser.add_argument("--architecture", choices=SIZES, default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--attention", default="sdpa", help="of the plain side: sdpa or flash_attention_2")

@@ -25,7 +25,7 @@ import yaml
 
 from benchmarks.measure import environment, in_child, markdown, status_mib
 from benchmarks.synthetic import write_encoder, write_set
-from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.cli import ArgumentParser, InputError, at_least_1, run
 from dataset_builders.folders import MANIFEST, read_manifest
 
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "hub")
@@ -44,8 +44,8 @@ class Measured:
 
 def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.bench_scale", description=__doc__)
-    parser.add_argument("--documents", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--queries", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--documents", type=at_least_1, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--queries", type=at_least_1, nargs="+", default=[10_000])
     parser.add_argument("--last_step", choices=STEPS, default="candidates")
     args = parser.parse_args(argv)
     print(environment("bm25s", "sentence-transformers", "torch", "pyarrow", "datasketch"), flush=True)

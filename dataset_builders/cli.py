@@ -53,6 +53,13 @@ def output_folder(name: str) -> Path:
     return Path(name)
 
 
+def at_least_1(text: str) -> int:
+    """The `type` of an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Call `main(argv)` and exit: 0 when it returns, 2 on bad input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dataset_builders.build import FOLDERS, in_words
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.folders import MANIFEST, read_manifest
-from dataset_builders.recipes import read_yaml
-from eval.retrieval import format_table
+from eval.retrieval import format_table, run_recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +31,13 @@ NOT_MEASURED = (
     "Other seeds: this is one training run. The intervals cover the choice of queries, not that of the seed.",
 )
 
+# What a page needs of metrics.json.
+_METRICS = {
+    **dict.fromkeys(("key", "command", "run", "data", "split", "baseline", "compared"), str),
+    **dict.fromkeys(("counts", "versions"), dict),
+    **dict.fromkeys(("measures", "systems", "not_evaluated"), list),
+}
+
 Log = list[dict[str, Any]]  # the trainer's: step, and loss or evaluation figures
 
 
@@ -40,8 +46,7 @@ def main(argv: Sequence[str]) -> None:
     results = Path(args.results)
     metrics = read_metrics(results)
     run_folder, data = results / metrics["run"], results / metrics["data"]
-    recipe = read_yaml(run_folder / "recipe.yaml")
-    stages = [stage["name"] for stage in recipe["stages"]]
+    stages = [stage["name"] for stage in run_recipe(run_folder)["stages"]]
     logs = read_logs(run_folder, stages)
     manifests = read_manifests(data)
     ledger = read_ledger(run_folder)
@@ -90,9 +95,28 @@ def read_metrics(results: Path) -> dict[str, Any]:
     """What eval.retrieval measured."""
     path = results / "metrics.json"
     metrics = read_json(path)
-    if not isinstance(metrics, dict) or not {"key", "systems", "measures", "run", "data"} <= set(metrics):
+    if not isinstance(metrics, dict) or not _METRICS.keys() <= metrics.keys():
         raise InputError(f"{path}: not written by eval.retrieval; run python -m eval.retrieval")
+    wrong = [name for name, kind in _METRICS.items() if not isinstance(metrics[name], kind)]
+    if not wrong:
+        counts = ("queries", "documents")
+        wrong = [f"counts.{name}" for name in counts if not isinstance(metrics["counts"].get(name), int)]
+        wrong += [f"systems[{place}]" for place, row in enumerate(metrics["systems"]) if not _is_row(row, metrics)]
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} is not as eval.retrieval writes it; delete the file and run it again")
     return metrics
+
+
+def _is_row(row: Any, metrics: Mapping[str, Any]) -> bool:
+    """Whether it is a system with its name and its measures, each a number or None, and a whole difference, if any."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or metrics["compared"] not in row:
+        return False
+    difference = row.get("difference", {"mean": 0.0, "low": 0.0, "high": 0.0})
+    if not isinstance(difference, dict) or not {"mean", "low", "high"} <= difference.keys():
+        return False
+    numbers = [row.get(name, "") for name in (*metrics["measures"], metrics["compared"])]
+    numbers += [*difference.values(), row.get("seconds", 0)]
+    return "kind" in row and all(number is None or isinstance(number, int | float) for number in numbers)
 
 
 def read_ledger(run_folder: Path) -> dict[str, Any]:

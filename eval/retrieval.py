@@ -226,7 +226,7 @@ def run_systems(run_folder: Path, output: Path) -> list[System]:
     """The models of a run in the order in which they came to be: untrained, after each stage, final; then the final
     one again with each few-shot prompt it carries.
     """
-    recipe = _run_recipe(run_folder)
+    recipe = run_recipe(run_folder)
     final = run_folder / "model"
     if not final.is_dir():
         raise InputError(f"{final}: no such folder; finish the training with train_st.py first")
@@ -248,10 +248,11 @@ def run_systems(run_folder: Path, output: Path) -> list[System]:
 
 def missing_stages(run_folder: Path) -> list[str]:
     """Names of stages that the recipe lists and the run has no model of."""
-    return [stage["name"] for stage in _run_recipe(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
+    return [stage["name"] for stage in run_recipe(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
 
 
-def _run_recipe(run_folder: Path) -> dict[str, Any]:
+def run_recipe(run_folder: Path) -> dict[str, Any]:
+    """What was run. Raises InputError where that is no recipe of train_st.py."""
     if not (run_folder / "recipe.yaml").is_file():
         raise InputError(f"{run_folder}: not a training run (recipe.yaml is missing); make one with train_st.py")
     path = run_folder / "recipe.yaml"
