@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean: each is enough on a fresh machine with Python 3.11+, pip and make.
+# make demo | release-demo | test | lint | bench | clean: each is enough on a fresh machine with Python 3.11+, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
@@ -6,7 +6,7 @@ RUN := runs/demo
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo release-demo test lint bench clean
 
 # From raw text to a searchable model. Every step skips what is already done, so a killed demo is resumed by `make demo`.
 demo: .venv/installed
@@ -15,6 +15,10 @@ demo: .venv/installed
 	$(BIN)/python -m eval.retrieval --run $(RUN) --data $(RUN)/data --output_dir $(RUN)/results
 	$(BIN)/python -m eval.report $(RUN)/results --output_dir $(RUN)/report
 	$(BIN)/python -m eval.search --model $(RUN)/model --data $(RUN)/data "how do I parse a date"
+
+# The demo's model and data pushed to a Hub on this machine, loaded by their names, evaluated and compared.
+release-demo: demo
+	$(BIN)/python tests/release_demo.py $(RUN)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -2,10 +2,11 @@
 
     python tests/release_demo.py runs/demo
 
-Publishes RUN/model and RUN/data/hub with push_to_hub.py, each twice: the second time nothing is committed. Then a
-process that cannot import this repository, with an empty cache and stock libraries alone, loads both by their names
-and scores the model on the test split of the data set's own queries. The same program reads RUN's own folders; the
-two must find the same rows, vectors and score. Exit code 1 where they do not.
+Publishes RUN/model and RUN/data/hub with push_to_hub.py, each twice: the second time nothing is committed. RUN/adapter
+goes along if it was trained on a model of the Hub. Then a process that cannot import this repository, with an empty
+cache and stock libraries alone, loads both by their names and scores the model on the test split of the data set's own
+queries. The same program reads RUN's own folders; the two must find the same rows, vectors and score, and that score
+must be the one that eval.retrieval wrote. Exit code 1 where they do not.
 """
 
 import json
@@ -20,8 +21,10 @@ import numpy as np
 from local_hub import ROOT, LocalHub
 
 from dataset_builders.cli import ArgumentParser, InputError, run
+from eval.model_card import final_row
+from modeling.verify import is_hub_id
 
-MODEL, DATA = "demo/model", "demo/data"
+MODEL, ADAPTER, DATA = "demo/model", "demo/adapter", "demo/data"
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 # Takes a model, a data set and a file for what was found; names on the Hub or folders, it is all the same to it.
@@ -66,9 +69,10 @@ with open(result, "w") as file:
 
 def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python tests/release_demo.py", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder with model/ and data/hub/ (runs/demo)")
+    parser.add_argument("run", metavar="RUN", help="folder with model/, data/hub/ and results/ (runs/demo)")
     source = Path(parser.parse_args(argv).run).resolve()
-    missing = [str(path) for path in (source / "model", source / "data" / "hub") if not path.is_dir()]
+    needed = (source / "model", source / "data" / "hub", source / "results" / "metrics.json")
+    missing = [str(path) for path in needed if not path.exists()]
     if missing:
         raise InputError(f"no {' and no '.join(missing)}; make it first (runs/demo: make demo)")
     with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
@@ -76,24 +80,47 @@ def main(argv: Sequence[str]) -> None:
         there = read(MODEL, DATA, Path(folder) / "stranger", hub.environment(Path(folder) / "stranger"))
         offline = {**hub.environment(Path(folder) / "here"), "HF_HUB_OFFLINE": "1"}
         here = read(str(source / "model"), str(source / "data" / "hub"), Path(folder) / "here", offline)
-    compare(here, there)
+    compare(here, there, measured(source / "results" / "metrics.json"))
+
+
+def measured(path: Path) -> float:
+    """nDCG@10 of the final model, as eval.retrieval scored it."""
+    return final_row(json.loads(path.read_text()))["nDCG@10"]
+
+
+def has_public_base(adapter: Path) -> bool:
+    """Others can load the adapter: on a model of the Hub, not on what an earlier stage left in the run's folder."""
+    config = adapter / "adapter_config.json"
+    return config.is_file() and is_hub_id(json.loads(config.read_text())["base_model_name_or_path"], adapter)
 
 
 def publish(hub: LocalHub, source: Path, folder: Path) -> None:
+    """Push everything twice. Ends the process where that does not come to one commit in each repository."""
     environment = {**os.environ, **hub.environment(folder / "publisher", "hf_write"), **QUIET}
-    for kind, path, name in (("model", source / "model", MODEL), ("dataset", source / "data" / "hub", DATA)):
-        commits = []
+    adapter = has_public_base(source / "adapter")
+    if not adapter:
+        print(f"{source / 'adapter'}: no adapter of a model on the Hub, so the merged model goes alone", flush=True)
+    pushes = {
+        "model": [str(source / "model"), MODEL, *(["--adapter", ADAPTER] if adapter else [])],
+        "dataset": [str(source / "data" / "hub"), DATA],
+    }
+    for kind, arguments in pushes.items():
         for _ in range(2):
-            command = [sys.executable, "push_to_hub.py", kind, str(path), name]
+            command = [sys.executable, "push_to_hub.py", kind, *arguments]
             print("$", "python", *command[1:], flush=True)
             if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
                 sys.exit(code)  # it has told why
-            commits.append([commit.id for commit in hub.commits(name, kind)])
-        if len(commits[0]) != 2 or commits[0] != commits[1]:  # the one that makes the repository, and ours
-            changed = [f"{commit.title}: {', '.join(commit.changed)}" for commit in hub.commits(name, kind)]
-            sys.exit(f"error: {name} must have two commits after either push, not\n" + "\n".join(changed))
-        files = hub.files(name, kind)
-        print(f"{name}: {len(files)} files, {sum(map(len, files.values())):,} bytes, one commit\n", flush=True)
+            for name in (argument for argument in arguments if argument in (MODEL, ADAPTER, DATA)):
+                check_commits(hub, name, kind)
+
+
+def check_commits(hub: LocalHub, name: str, kind: str) -> None:
+    commits, files = hub.commits(name, kind), hub.files(name, kind)
+    if len(commits) != 2:  # the one that makes the repository, and ours
+        changed = [f"{commit.title}: {', '.join(commit.changed)}" for commit in commits]
+        sys.exit(f"error: {name} must have two commits, not\n" + "\n".join(changed))
+    size = sum(map(len, files.values()))
+    print(f"{name}: {len(files)} files, {size:,} bytes, one commit after that of its making", flush=True)
 
 
 def read(model: str, data: str, folder: Path, environment: dict[str, str]) -> dict:
@@ -105,15 +132,17 @@ def read(model: str, data: str, folder: Path, environment: dict[str, str]) -> di
     return {**json.loads(result.read_text()), "vectors": np.load(f"{result}.npy")}
 
 
-def compare(here: dict, there: dict) -> None:
+def compare(here: dict, there: dict, measured: float) -> None:
+    """Tell what was found. Ends the process where it is not the same."""
     print(f"read by name: {', '.join(f'{name} {rows:,}' for name, rows in there['rows'].items())} rows")
-    print(
-        f"nDCG@10 of {there['queries']} test queries: {there['ndcg@10']:.4f} by name, {here['ndcg@10']:.4f} from RUN"
-    )
+    scores = f"{there['ndcg@10']:.4f} by name, {here['ndcg@10']:.4f} from RUN, {measured:.4f} by eval.retrieval"
+    print(f"nDCG@10 of {there['queries']} test queries: {scores}")
     apart = np.abs(here.pop("vectors") - (vectors := there.pop("vectors"))).max()
     print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers: apart by {apart:.1e} at most")
     if here != there or apart > 1e-6:
         sys.exit("error: what was read by name is not what RUN holds")
+    if abs(there["ndcg@10"] - measured) > 1e-3:  # other batches, so other ties
+        sys.exit("error: its score is not the one in RUN's results/metrics.json")
     print("the same rows, vectors and score")
 
 

@@ -10,10 +10,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import release_demo
+import tiny_data
+import tiny_training
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from local_hub import LocalHub, card_problems, default_attributes, front_matter, matches_attributes
 from release_demo import compare
+
+from dataset_builders import build
+from dataset_builders.cli import InputError
+from eval import retrieval
 
 # `told` gives what a call returned, or the error's class and status
 START = """
@@ -538,8 +545,37 @@ print(json.dumps(rows))
 def test_the_release_demo_tells_what_differs(capsys):
     here = {"rows": {"train": 2}, "hashes": {"train": "a"}, "queries": 3, "ndcg@10": 0.5}
     vectors = np.ones((4, 2), dtype="float32")
-    compare({**here, "vectors": vectors}, {**here, "vectors": vectors.copy()})
+    compare({**here, "vectors": vectors}, {**here, "vectors": vectors.copy()}, 0.5004)
     assert "the same rows, vectors and score" in capsys.readouterr().out
     for change in ({"hashes": {"train": "b"}}, {"ndcg@10": 0.4}, {"vectors": vectors * 1.001}):
         with pytest.raises(SystemExit, match="not what RUN holds"):
-            compare({**here, "vectors": vectors}, {**here, "vectors": vectors, **change})
+            compare({**here, "vectors": vectors}, {**here, "vectors": vectors, **change}, 0.5)
+    with pytest.raises(SystemExit, match="not the one in RUN's results"):
+        compare({**here, "vectors": vectors}, {**here, "vectors": vectors}, 0.51)
+
+
+@pytest.fixture
+def finished(tmp_path, tiny_decoder, monkeypatch):
+    """The demo in small, in the words that the tiny decoder knows: data, a model of one stage, and its scores."""
+    monkeypatch.setattr(tiny_data, "WORDS", tiny_training.WORDS)
+    teacher = tiny_data.write_encoder(tmp_path / "teacher")
+    recipe = tiny_data.write_recipe(tmp_path / "data.yaml", tiny_data.write_set(tmp_path / "set"), teacher)
+    run = tmp_path / "run"
+    build.main(["--config", str(recipe), "--output_dir", str(run / "data")])
+    recipe = tiny_training.two_stages(tiny_decoder, run / "data" / "hub")
+    recipe |= {"stages": recipe["stages"][1:], "max_steps": 2, "eval_strategy": "no", "num_negatives": 3}
+    with tiny_training.own_cache(tmp_path / "cache"):
+        assert tiny_training.train(tmp_path, recipe) == run
+    retrieval.main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
+    return run
+
+
+def test_the_release_demo(finished, capfd):
+    release_demo.main([str(finished)])
+    told = capfd.readouterr().out
+    assert told.count("holds these files already") == 2 and told.count("$ python push_to_hub.py") == 4
+    assert "no adapter of a model on the Hub" in told and "20 test queries" in told
+    assert told.endswith("the same rows, vectors and score\n")
+    (finished / "results" / "metrics.json").unlink()
+    with pytest.raises(InputError, match=r"metrics\.json; make it first"):
+        release_demo.main([str(finished)])
