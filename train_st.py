@@ -259,13 +259,14 @@ def first_start(recipe: Recipe) -> Start:
 
 def check_room(stages: Sequence[Stage], start: Start, data: Mapping[str, StageData]) -> None:
     """Refuse prompts that are too long for any stage now, not after the stages before it."""
+    from huggingface_hub.errors import HTTPError
     from transformers import AutoTokenizer
 
     from modeling.encoder import check_prompts, guarantee_eos
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(start.name_or_path, revision=start.revision)
-    except (OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"model {start.reference!r} has no tokenizer that can be loaded: {error}") from None
     guarantee_eos(tokenizer)
     for stage in stages:
@@ -313,6 +314,7 @@ def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demo
 def check_model(stages: Sequence[Stage], start: Start) -> None:
     """Refuse now what no stage could be built of, on a model without weights."""
     import torch
+    from huggingface_hub.errors import HTTPError
     from transformers import AutoConfig, AutoModel
 
     where = f"model {start.reference!r}"
@@ -323,7 +325,7 @@ def check_model(stages: Sequence[Stage], start: Start) -> None:
                 model = AutoModel.from_config(config, attn_implementation=stage.model.attn_implementation)
                 if stage.peft_config:
                     model.add_adapter(stage.peft_config)
-        except (OSError, ValueError, TypeError, ImportError) as error:
+        except (HTTPError, OSError, ValueError, TypeError, ImportError) as error:
             raise InputError(f"stage {stage.name!r}: {where} cannot be built: {error}") from None
 
 
