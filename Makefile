@@ -1,4 +1,4 @@
-# make demo | release-demo | test | lint | bench | clean: each is enough on a fresh machine with Python 3.11+, pip and make.
+# make demo | release-demo | test | lint | bench | clean: each is enough on a fresh machine with Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
