@@ -21,7 +21,7 @@ import numpy as np
 
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.embeddings import load_model
-from dataset_builders.references import resolve_model
+from dataset_builders.references import fetch_settings, resolve_model
 from eval.retrieval import encoder_as_saved
 from modeling.prompts import few_shot_prompts, with_demonstrations
 
@@ -81,14 +81,16 @@ def load_for_mteb(reference: str) -> MTEBModels:
     was there before; here the revision is a hash of the files, and the name the folder's last two parts.
     """
     import mteb
+    from huggingface_hub.errors import HTTPError
     from mteb.models import SentenceTransformerEncoderWrapper
     from sentence_transformers import SentenceTransformer
 
     model = resolve_model(reference)
     if not model.is_local:
+        commit = fetch_settings(model)
         try:
-            return mteb.get_model(model.name_or_path, model.revision)
-        except (OSError, ValueError, KeyError) as error:
+            return mteb.get_model(model.name_or_path, commit)
+        except (HTTPError, OSError, ValueError, KeyError) as error:
             raise InputError(f"model {reference!r}: mteb cannot load it: {str(error).splitlines()[0]}") from None
     wrapper = SentenceTransformerEncoderWrapper(load_model(SentenceTransformer, encoder_as_saved(reference)))
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(

@@ -780,7 +780,7 @@ MTEB = {
     "task and benchmark": (nothing, ["--benchmark", "MTEB(eng, v2)"], "not allowed with"),
     "no batch": (nothing, ["--batch_size", "0"], "--batch_size 0: use 1 or more"),
     "half a batch": (nothing, ["--batch_size", "1.5"], "invalid int value: '1.5'"),
-    "Hub out of reach": (nothing, ["--model", "org/none"], "mteb cannot load it"),
+    "Hub out of reach": (nothing, ["--model", "org/none"], "not a local folder, and the Hub did not serve it"),
 }
 SYSTEM = {"name": "x", "kind": "model", "nDCG@10": 0.5}
 METRICS = {"key": "k", "command": "c", "run": "..", "data": "../data", "split": "test", "measures": ["nDCG@10"]}
