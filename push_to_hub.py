@@ -105,14 +105,17 @@ def _parse(argv: Sequence[str]) -> Namespace:
     )
     model.add_argument("--run", help="folder with recipe.yaml and ledger.json (default: the one that holds PATH)")
     model.add_argument("--results", help="folder with metrics.json (default: RUN/results)")
+    model.add_argument(
+        "--datasets", nargs="+", default=[], metavar="ORG/NAME", help="where the training data are published"
+    )
     model.add_argument("--ablations", help="folder with ablation.json of eval.ablate")
     model.add_argument("--license", help="licence of the weights, as the Hub writes it (apache-2.0, mit, ...)")
     args = parser.parse_args(argv)
     if args.kind == "dataset":
-        args.adapter = None
+        args.adapter, args.datasets = None, []
     elif args.adapter == "":
         args.adapter = f"{args.repo_id}-adapter"
-    for repo_id in (args.repo_id, args.adapter):
+    for repo_id in (args.repo_id, args.adapter, *args.datasets):
         if repo_id is not None:
             _check_repo_id(repo_id)
     if args.adapter == args.repo_id:
@@ -149,7 +152,8 @@ def prepare_model(args: Namespace) -> list[Release]:
     results, ablations = (Path(path) if path else None for path in (args.results, args.ablations))
     evidence = read_evidence(run_folder, results, ablations)
     facts = verify_model(folder)
-    card = render_card(args.repo_id, facts, evidence, license=args.license, adapter_repo_id=args.adapter)
+    links = {"adapter_repo_id": args.adapter, "datasets": args.datasets}
+    card = render_card(args.repo_id, facts, evidence, license=args.license, **links)
     releases = [Release(args.repo_id, "model", "Merged model", {**files, **card_files(evidence), CARD: card.encode()})]
     if args.adapter:
         adapter = run_folder / "adapter"

@@ -329,9 +329,10 @@ def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
 def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = ["--adapter", "--dry_run", "--output_dir", str(tmp_path / "card")]
+    flags = ["--adapter", "--datasets", "org/graded", "--dry_run", "--output_dir", str(tmp_path / "card")]
     push_to_hub.main(["model", str(run_folder / "model"), NAME, *flags])
     card = ModelCard((tmp_path / "card" / "README.md").read_text())
+    assert "org/graded" in card.data.datasets and "https://huggingface.co/datasets/org/graded)" in card.text
     assert card.data.library_name == "sentence-transformers" and f"{NAME}-adapter" in card.text
     card = ModelCard((tmp_path / "card" / "adapter" / "README.md").read_text())
     assert card.data.base_model == BASE and f"https://huggingface.co/{NAME})" in card.text
@@ -347,6 +348,7 @@ def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, m
         ([NAME, "--create_pr", "--tag", "v1"], "merge the pull request first"),
         ([NAME, "--adapter", NAME], "the merged model has that repository"),
         ([NAME, "--adapter", "nowhere"], "write ORG/NAME"),
+        ([NAME, "--datasets", "org/graded", "nowhere"], "write ORG/NAME"),
         ([NAME, "--run", "tests", "--adapter"], "tests/recipe.yaml: no such file"),
         ([NAME, "--run", "nowhere"], "nowhere/recipe.yaml: no such file"),
     ],
