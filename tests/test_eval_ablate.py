@@ -21,8 +21,9 @@ from tiny_training import two_stages, write_hub
 from dataset_builders import build
 from dataset_builders.cli import InputError
 from dataset_builders.folders import folder_step, write_arrow, write_parquet
-from eval import ablate
-from eval.ablate import METHOD, bootstrap_interval, combinations, main, override
+from eval import ablate, ablation_table
+from eval.ablate import combinations, main, override
+from eval.ablation_table import METHOD, bootstrap_interval
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
@@ -32,8 +33,8 @@ SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 
 
 def test_doctests():
-    assert doctest.testmod(ablate).attempted >= 3
-    assert doctest.testmod(ablate).failed == 0
+    results = [doctest.testmod(module) for module in (ablate, ablation_table)]
+    assert all(found.attempted >= 1 and found.failed == 0 for found in results)
 
 
 def test_two_seeds_and_two_queries_by_hand():
@@ -58,7 +59,7 @@ def test_variances_of_seeds_and_queries_add_up(seeds):
     generator = np.random.default_rng(0)
     of_seeds, of_queries = generator.normal(size=seeds), generator.normal(size=400) * 5
     variance = of_seeds.var(ddof=1) / seeds + of_queries.var(ddof=1) / 400
-    weights = (ablate._weights(generator, length, 40_000) for length in (seeds, 400))
+    weights = (ablation_table._weights(generator, length, 40_000) for length in (seeds, 400))
     by_seed, by_query = next(weights), next(weights)
     resampled = by_seed @ of_seeds + by_query @ of_queries
     assert resampled.var() == pytest.approx(variance, rel=0.03)
@@ -278,7 +279,7 @@ def test_the_page_says_all_of_it(folder, result):
         assert words in page
     assert f"{result['rows'][0]['mean']:.4f} [" in page
     assert (folder / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    axis = ablate.plot_differences(result).axes[0]
+    axis = ablation_table.plot_differences(result).axes[0]
     [label] = axis.get_yticklabels()
     assert label.get_text() == "one-hot"
     dots = next(line for line in axis.lines if line.get_marker() == "o")
