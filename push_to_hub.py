@@ -106,13 +106,13 @@ def _parse(argv: Sequence[str]) -> Namespace:
     model.add_argument("--run", help="folder with recipe.yaml and ledger.json (default: the one that holds PATH)")
     model.add_argument("--results", help="folder with metrics.json (default: RUN/results)")
     model.add_argument(
-        "--datasets", nargs="+", default=[], metavar="ORG/NAME", help="where the training data are published"
+        "--datasets", nargs="+", default=(), metavar="ORG/NAME", help="where the training data are published"
     )
     model.add_argument("--ablations", help="folder with ablation.json of eval.ablate")
     model.add_argument("--license", help="licence of the weights, as the Hub writes it (apache-2.0, mit, ...)")
     args = parser.parse_args(argv)
     if args.kind == "dataset":
-        args.adapter, args.datasets = None, []
+        args.adapter, args.datasets = None, ()
     elif args.adapter == "":
         args.adapter = f"{args.repo_id}-adapter"
     for repo_id in (args.repo_id, args.adapter, *args.datasets):
