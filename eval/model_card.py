@@ -283,7 +283,7 @@ def render_card(
         "few_shot": few_shot_prompt("TASK", [("QUERY 1", "POSITIVE 1"), ("QUERY 2", "POSITIVE 2")]),
         "disclosure": disclosure(evidence["data"]),
         "recipe_text": public_recipe_text(recipe),
-        "ledger_table": format_ledger(evidence["ledger"]),
+        "ledger_table": format_ledger(evidence["ledger"], evidence["metrics"]),
     }
     return _render("model", metadata, {**facts, **evidence, **values})
 
@@ -557,7 +557,7 @@ def mteb_table(results: Sequence[TaskResult]) -> str | None:
 def ablation_table(ablation: Mapping[str, Any] | None) -> str | None:
     if ablation is None:
         return None
-    from eval.ablate import format_table as rows
+    from eval.ablation_table import format_table as rows
 
     return rows(ablation)
 

@@ -140,8 +140,9 @@ def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
     return {name: read_manifest(data / name) for name in FOLDERS if (data / name / MANIFEST).is_file()}
 
 
-def format_ledger(ledger: Mapping[str, Any]) -> str:
-    """What the data and each stage of training cost, as a Markdown table; evaluations in training are included.
+def format_ledger(ledger: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
+    """What the data, each stage of training (evaluations in it included) and the evaluation in `metrics` cost, as a
+    Markdown table.
 
     A device hour is one hour of one device: an hour on eight GPUs is eight of them. Tokens are those of the batches,
     each counted once; what share_prefix saves is of all forward passes of the main process, GradCache's second ones
@@ -169,6 +170,10 @@ def format_ledger(ledger: Mapping[str, Any]) -> str:
     tokens = sum(row["tokens"] for row in ledger["stages"])
     seconds = sum(row["training_seconds"] for row in ledger["stages"])
     seconds += sum(row["seconds"] for row in ledger["data"])
+    if metrics:
+        took = evaluation_seconds(metrics)
+        rows.append(("evaluation", "", "", "", f"{took:,.0f}", "", _gib(metrics.get("peak_memory_bytes")), ""))
+        seconds += took
     hours = sum(row["device_seconds"] for row in ledger["stages"]) / 3600
     rows.append(("**all**", "", f"{tokens:,}", "", f"**{seconds:,.0f}**", "", "", f"**{hours:.2f}**"))
     if not any(row.get("share_prefix") for row in ledger["stages"]):
@@ -195,13 +200,16 @@ def format_costs(
     for row in ledger["stages"]:
         made = f"{row['steps']:,} steps, {row['tokens']:,} tokens on {row['device']}"
         rows.append((f"training: {row['stage']}", row["training_seconds"], row["peak_memory_bytes"], made))
-    seconds = sum(row.get("seconds", 0) for row in metrics["systems"])
     made = in_words(metrics["counts"])
-    rows.append(("evaluation", seconds, metrics.get("peak_memory_bytes"), made))
+    rows.append(("evaluation", evaluation_seconds(metrics), metrics.get("peak_memory_bytes"), made))
     lines = ["| step | seconds | peak memory of its process | made |", "|---|---:|---:|---|"]
     lines += [f"| {name} | {seconds:,.0f} | {_gib(memory)} | {made} |" for name, seconds, memory, made in rows]
     lines.append(f"| **all** | **{sum(seconds for _, seconds, _, _ in rows):,.0f}** | | |")
     return "\n".join(lines)
+
+
+def evaluation_seconds(metrics: Mapping[str, Any]) -> float:
+    return sum(row.get("seconds", 0) for row in metrics["systems"])
 
 
 def _gib(size: int | None) -> str:

@@ -190,7 +190,8 @@ def test_first_screen_says_what_how_good_and_what_licence(card):
 def test_card_tells_recipe_costs_data_and_scores(card, data):
     for line in (
         "| retrieval | 20 | 4,000 | 61 | cpu | 3.00 GiB | 0.02 |",
-        "| **all** | | 8,000 | **125** | | | **0.03** |",
+        "| evaluation | | | ",
+        "| **all** | | 8,000 | **",
         "| loss | cosent | soft_info_nce |",
         "| lora_r |  | 8 |",
         "| lora_target_modules |  | q_proj, v_proj |",
@@ -296,12 +297,12 @@ def test_the_card_tells_how_to_use_a_few_shot_prompt(card, facts, evidence):
 
 
 def test_the_ledger_tells_what_share_prefix_saved(card, facts, evidence):
-    before = report.format_ledger(evidence["ledger"])
+    before = report.format_ledger(evidence["ledger"], evidence["metrics"])
     assert "share_prefix" not in before  # nobody asked for it
     counts = {"tokens_computed": 600, "tokens_padded": 1000}
     rows = evidence["ledger"]["stages"]
     ledger = {**evidence["ledger"], "stages": [rows[0], {**rows[1], "share_prefix": counts}]}
-    after = report.format_ledger(ledger)
+    after = report.format_ledger(ledger, evidence["metrics"])
     shown = render_card("org/name", facts, {**evidence, "ledger": ledger})
     assert after in shown and "\nSaved: of all tokens" in shown and "\nSaved: of" not in card
     assert "| step | steps | tokens | saved by share_prefix | seconds |" in after

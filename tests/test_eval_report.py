@@ -99,6 +99,10 @@ def test_costs_add_up(run, metrics):
         "| sts | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
         "| **all** | | 1,234 | **100** | | | **0.03** |",
     ]
+    assert format_ledger(ledger, metrics).splitlines()[4:] == [
+        "| evaluation | | | 5 | | 1.00 GiB | |",
+        "| **all** | | 1,234 | **105** | | | **0.03** |",
+    ]
 
 
 def test_eight_devices_for_an_hour_are_eight_device_hours():
