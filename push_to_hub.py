@@ -104,7 +104,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         help="publish RUN/adapter, too, in a repository of its own (default: ORG/NAME-adapter)",
     )
     model.add_argument("--run", help="folder with recipe.yaml and ledger.json (default: the one that holds PATH)")
-    model.add_argument("--results", help="folder with metrics.json (default: RUN/results)")
+    model.add_argument("--results", help="folder with metrics.json or mteb's results (default: RUN/results)")
     model.add_argument(
         "--datasets", nargs="+", default=(), metavar="ORG/NAME", help="where the training data are published"
     )
