@@ -158,6 +158,8 @@ def compute_shards(
             f"{folder}: {len(missing)} of {len(sizes)} shards are not there although every worker finished; "
             "do all machines see this folder under the same path?"
         )
+    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
     return Shards([done[number] for number in range(len(sizes))])
 
 
