@@ -271,7 +271,7 @@ def plot_training(logs: Mapping[str, Log]) -> Figure:
             if points:
                 # a few points are measurements to be seen as such, many are a line
                 marker = "o" if len(points) < 20 else None
-                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
+                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, clip_on=False)
             else:
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
             axis.set_xlim(left=0)
