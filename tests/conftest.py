@@ -4,8 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dataset_builders.folders import folder_step, write_arrow, write_json, write_parquet
+
+# The same examples everywhere, so that a change is what breaks a test; `--hypothesis-profile search` looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=3000, deadline=None)
+settings.load_profile("same")
 
 WORDS = "instruct query given a question retrieve its answer how do i parse date read write file open close sort list"
 

@@ -40,7 +40,7 @@ def test_fusion_by_hand():
     assert reciprocal_rank_fusion([["b", "a"], ["a", "b"]], top_k=1) == [("a", 1 / 62 + 1 / 61)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.integers(1, 40).flatmap(
         lambda documents: st.tuples(

@@ -61,7 +61,7 @@ def test_first_fit_is_the_rule_of_sentence_transformers(size):
     assert sorted(first_fit(order, shared_texts(rows), size)) == sorted(reference)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(texts=st.lists(st.lists(st.integers(0, 30), max_size=3), min_size=1, max_size=80), size=st.integers(1, 12))
 def test_rows_are_packed_once_and_without_common_texts(texts, size):
     packed = first_fit(range(len(texts)), [sorted(set(row)) for row in texts], size)

@@ -25,7 +25,7 @@ def pool(count: int = 60) -> Dataset:
     return Dataset.from_dict({"query": [q for q, _ in pair], "positive": [p for _, p in pair]})
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(batch=st.sets(st.integers(0, 59), min_size=1, max_size=8), shots=st.integers(1, 5), seed=st.integers(0, 9))
 def test_shots_have_nothing_in_common_with_the_batch(batch, shots, seed):
     rows = pool()
@@ -55,7 +55,7 @@ def test_a_batch_that_holds_all_rows_goes_without():
     assert Demonstrations(rows, INSTRUCTION, 2).draw({*rows["query"], *rows["positive"]}) == []
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(1, 6), max_size=4),
     texts=st.lists(st.integers(0, 12), min_size=1, max_size=3),
@@ -84,7 +84,7 @@ def words(strings):
     return [len(string.split()) for string in strings]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30),
     shots=st.integers(1, 4),
