@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
 
-_TRIES = 10  # rows looked at for one shot, before a batch goes with fewer
+_TRIES = 100  # rows looked at for one shot, before a batch goes with fewer
 _TRIES_TO_FREEZE = 1000  # rows looked at for all shots of a saved prompt, before there is none
 
 

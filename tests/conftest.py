@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from dataset_builders.folders import folder_step, write_arrow, write_json, write_parquet
 
-# The same examples everywhere, so that a change is what breaks a test; `--hypothesis-profile search` looks for new ones.
+# The same examples everywhere: what breaks a test is a change. `--hypothesis-profile search` looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=3000, deadline=None)
 settings.load_profile("same")
