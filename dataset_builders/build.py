@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from dataset_builders.audit import write_audit
 from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
@@ -104,7 +104,7 @@ class StsRecipe(Section):
 class CollectionRecipe(Graders):
     """Sets of the registry (see --list_sources), each built into a folder of its name."""
 
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = Field(min_length=1)
     num_pairs: int | None = None  # of each
     seed: int = 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -147,7 +148,7 @@ def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: 
 
 
 def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    paths = list(_key_paths(kind))
+    texts = dict(_keys(kind))  # variants of a union (source: local | hub | ...) may hold the same key
     flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     position = 0
     while position < len(flags):
@@ -157,19 +158,25 @@ def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tup
         if position + 1 == len(flags):
             raise InputError(f"{flag} needs a value")
         name = flag.removeprefix("--")
-        # dict.fromkeys: variants of a union (source: local | hub | ...) may hold the same key
-        matches = list(dict.fromkeys(path for path in paths if name in (".".join(path), path[-1])))
+        matches = [path for path in texts if name in (".".join(path), path[-1])]
         if not matches:
-            raise InputError(f"unknown option {flag}{_suggestion(name, ['.'.join(path) for path in paths])}")
+            raise InputError(f"unknown option {flag}{_suggestion(name, ['.'.join(path) for path in texts])}")
         if len(matches) > 1:
             raise InputError(
                 f"{flag} could be any of {', '.join('--' + '.'.join(path) for path in matches)}: name one"
             )
-        try:
-            yield matches[0], load_yaml(flags[position + 1])
-        except ValueError:
-            yield matches[0], flags[position + 1]
+        yield matches[0], _flag_value(flags[position + 1], texts[matches[0]])
         position += 2
+
+
+def _flag_value(value: str, is_text: bool) -> Any:
+    """What a flag says, as YAML; a text is taken as it stands, for `query: ` is no mapping there, unless quoted."""
+    if is_text and value.lower() not in ("", "~", "null") and not value.startswith(("'", '"')):
+        return value
+    try:
+        return load_yaml(value)
+    except ValueError:
+        return value
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
@@ -182,18 +189,19 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
         yield from _sections(inner)
 
 
-def _key_paths(kind: type[Section]) -> Iterator[tuple[str, ...]]:
+def _keys(kind: type[Section]) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The path of every key, and whether it holds a text."""
     for name, field in kind.model_fields.items():
-        yield (name,)
+        yield (name,), {field.annotation, *get_args(field.annotation)} <= {str, str | None, NoneType}
         for section in _sections(field.annotation):
-            for path in _key_paths(section):
-                yield (name, *path)
+            for path, is_text in _keys(section):
+                yield (name, *path), is_text
 
 
 def _first_problem(kind: type[Section], error: ValidationError) -> str:
     # an unknown key explains a missing one, so it is told first
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    paths = [".".join(path) for path in _key_paths(kind)]
+    paths = [".".join(path) for path, _ in _keys(kind)]
     location: list[str] = []
     for part in map(str, problem["loc"]):
         # pydantic puts the tag of a union's member into the path (source.local.path); no recipe has that key
@@ -206,7 +214,10 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
         return f"unknown key {key!r}{_suggestion(location[-1], paths)}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"key {key!r} is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    # pydantic speaks of Python's types, where a recipe has YAML's
+    told = {"tuple_type": "write a list, such as [a, b]", "model_type": "write a mapping, such as {a: 1}"}
+    reason = told.get(problem["type"], problem["msg"].removeprefix("Value error, ").replace("Tuple", "the list"))
+    return f"key {key!r} is {problem['input']!r}: {reason}"
 
 
 def _suggestion(name: str, paths: list[str]) -> str:

@@ -376,6 +376,7 @@ BAD_FLAGS = {
     "shards of nothing": (["--max_shard_size", "0MB"], "max_shard_size"),
     "unknown engine": (["--engine", "spark"], "invalid choice"),
     "no Ray cluster": (["--engine", "ray", "--ray.address", "127.0.0.1:1"], "no Ray cluster answers there"),
+    "a word for a list": (["--eval_splits", "test"], "write a list"),
     "unknown step": (["--from_step", "teacher"], "invalid choice"),
     "seq length of words": (["--dense.max_seq_length", "2"], "dense.max_seq_length"),
 }
@@ -419,6 +420,7 @@ def test_bad_flags_are_refused_in_one_line(case, recipe, tmp_path, capsys):
         ("task_type: poetry\n", "'task_type' is 'poetry'"),
         ("task_type: retrieval\ninstruction: x\nsource: {kind: web}\ndense: {model: m}\n", "teacher"),
         ("task_type: sts\ninstruction: x\nsource: {kind: local, path: p}\n", "score_range"),
+        ("sources: []\ndense: {model: m}\nteacher: {kind: bi_encoder, model: m}\n", "'sources' is []: the list"),
     ],
 )
 def test_bad_recipes_are_refused_in_one_line(content, message, tmp_path, capsys):

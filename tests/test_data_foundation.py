@@ -36,6 +36,7 @@ class Mining(Section):
 
 class Search(Section):
     top_k: int = 100
+    prompt: str | None = "find: "
 
 
 class Recipe(Section):
@@ -105,6 +106,15 @@ def test_flags_override_by_path_or_by_unique_name():
 
 
 @pytest.mark.parametrize(
+    ("flag", "prompt"),
+    [("query: ", "query: "), ("# 1", "# 1"), (" ", " "), ("2024", "2024"), ("'on'", "on"), ("null", None), ("", None)],
+)
+def test_a_flag_of_a_text_is_taken_as_it_stands(flag, prompt):
+    # e5's prompts are `query: ` and `passage: `, which as YAML are mappings
+    assert parse_recipe(Recipe, VALUES, "r.yaml", ["--search.prompt", flag]).search.prompt == prompt
+
+
+@pytest.mark.parametrize(
     ("values", "flags", "answer"),
     [
         ({**VALUES, "minning": {}}, [], r"unknown key 'minning'; did you mean 'mining'\?"),
@@ -117,6 +127,7 @@ def test_flags_override_by_path_or_by_unique_name():
         (VALUES, ["--margin"], "--margin needs a value"),
         (VALUES, ["margin"], "unexpected argument 'margin'"),
         (VALUES, ["--rows", "0"], "greater than or equal to 1"),
+        (VALUES, ["--mining", "top"], r"key 'mining' is 'top': write a mapping"),
     ],
 )
 def test_a_wrong_key_is_named(values, flags, answer):
