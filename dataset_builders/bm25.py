@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.hits import NONE, positive_keys
+from dataset_builders.hits import NONE, sort_keys
 from dataset_builders.recipes import Section
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def top_keys(scores: np.ndarray, top_k: int, first: int) -> np.ndarray:
     """Keys of the `top_k` highest positive scores of documents numbered from `first`, best first; fewer if so."""
     scores = np.asarray(scores, np.float32)
     places = np.flatnonzero(scores > 0)
-    keys = positive_keys(scores[places], first + places)
+    keys = sort_keys(scores[places], first + places)
     if len(keys) > top_k:
         keys = np.partition(keys, -top_k)[-top_k:]  # keys have no ties
     return np.sort(keys)[::-1]

@@ -13,10 +13,11 @@ from pydantic import Field
 from dataset_builders.cli import InputError
 from dataset_builders.embeddings import EncoderSection, Vectors
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.hits import NONE, best_keys, positions_and_scores, sort_keys
+from dataset_builders.hits import NONE, merge_keys, positions_and_scores, sort_keys
 
 QUERY_BLOCK = 256
 DOCUMENT_BLOCK = 8192  # with the above, 8 MiB of scores at a time
+GROUP = 16  # documents of which the best is looked at first
 
 
 class Dense(EncoderSection):
@@ -74,26 +75,45 @@ def _exact_keys(queries: np.ndarray, documents: np.ndarray | Vectors, rows: rang
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    best: list[Any] = [torch.empty((0, 0), dtype=torch.int64)] * -(-len(queries) // QUERY_BLOCK)
+    best = np.full((len(queries), min(top_k, len(rows))), NONE)
     # a block of documents is read once, and every block of queries compared with it
     for first in range(rows.start, rows.stop, DOCUMENT_BLOCK):
         last = min(first + DOCUMENT_BLOCK, rows.stop)
         texts = torch.from_numpy(np.asarray(documents[first:last], np.float32)).to(device)
-        positions = torch.arange(first, last, device=device)
-        for number, keys in enumerate(best):
-            start = number * QUERY_BLOCK
-            block = torch.from_numpy(np.asarray(queries[start : start + QUERY_BLOCK], np.float32)).to(device)
-            found = _top_keys(block @ texts.T, positions, top_k)
-            best[number] = best_keys(torch.cat([keys, found], dim=1), top_k) if keys.numel() else found
-    return torch.cat(best).cpu().numpy()
+        for start in range(0, len(queries), QUERY_BLOCK):
+            here = slice(start, start + QUERY_BLOCK)
+            block = torch.from_numpy(np.asarray(queries[here], np.float32)).to(device)
+            _, lowest = positions_and_scores(best[here, -1])
+            found = _contenders(block @ texts.T, first, lowest, top_k)
+            best[here] = merge_keys([best[here], found], best.shape[1])
+    return best
 
 
-def _top_keys(scores: Any, positions: Any, top_k: int) -> Any:
-    """Keys of each row's `top_k` highest scores. Floats are quicker to sort than keys, and do where no tie is cut."""
-    values, columns = scores.topk(min(top_k + 1, scores.shape[1]), dim=1)
-    if scores.shape[1] > top_k and (values[:, -1] == values[:, -2]).any():
-        return best_keys(sort_keys(scores, positions), top_k)
-    return best_keys(sort_keys(values[:, :top_k], positions[columns[:, :top_k]]), top_k)  # ties in their order
+def _contenders(scores: Any, first: int, lowest: np.ndarray, top_k: int) -> np.ndarray:
+    """Keys of a block's documents that can be among a query's `top_k` best: (queries, any number), NONE where fewer.
+
+    `scores`: (queries, documents) tensor, the documents numbered from `first`; `lowest`: (queries,) a score that the
+    best must reach, NaN if none is known. Few scores reach it: only groups whose highest does are looked into.
+    """
+    import torch
+
+    count = scores.shape[1]
+    if count % GROUP:
+        scores = torch.nn.functional.pad(scores, (0, -count % GROUP), value=-torch.inf)
+    groups = scores.view(len(scores), GROUP, -1)  # document i in group i mod the number of groups
+    highest = groups.amax(dim=1).cpu().numpy()
+    width = highest.shape[1]
+    if width >= top_k:  # as many documents score at least as high as the k-th highest group
+        lowest = np.fmax(lowest, np.partition(highest, -top_k, axis=1)[:, -top_k])
+    queries, group = np.divmod(np.flatnonzero(~(highest < lowest[:, None])), width)  # nothing is below a NaN
+    members = groups[torch.from_numpy(queries), :, torch.from_numpy(group)].cpu().numpy()
+    row, member = np.divmod(np.flatnonzero(~(members < lowest[queries, None])), GROUP)
+    columns = member * width + group[row]
+    keys = np.where(columns < count, sort_keys(members[row, member], first + columns), NONE)
+    counts = np.bincount(queries[row], minlength=len(scores))
+    found = np.full((len(scores), counts.max()), NONE)
+    found[queries[row], np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)] = keys
+    return found
 
 
 @dataclass(frozen=True)
@@ -138,17 +158,15 @@ class _FaissSearch:
     parts: Sequence[range]
 
     def __call__(self, number: int) -> np.ndarray:
-        import torch
-
         faiss = _faiss(self.parts[-1].stop)
         block, part = divmod(number, len(self.parts))
         rows = self.blocks[block]
         index = faiss.deserialize_index(np.array(self.indexes[part]))
         index.nprobe = self.section.faiss_probes
         scores, places = index.search(self.queries[rows.start : rows.stop], self.section.top_k)
-        keys = sort_keys(torch.from_numpy(scores), torch.from_numpy(self.parts[part].start + places))
-        keys[torch.from_numpy(places < 0)] = NONE  # fewer than top_k in the lists that were visited
-        return keys.sort(dim=1, descending=True).values.numpy()
+        keys = sort_keys(scores, self.parts[part].start + places)
+        keys[places < 0] = NONE  # fewer than top_k in the lists that were visited
+        return merge_keys([keys], keys.shape[1])
 
 
 def _faiss(documents: int) -> Any:

@@ -6,32 +6,19 @@ Top-k lists of different parts of a corpus then merge by sorting, and ties never
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 NONE = np.iinfo(np.int64).min  # no document: sorts below every hit
 
 
-def sort_keys(scores: Any, positions: Any) -> Any:
-    """int64 keys of float32 scores and the positions of their documents (torch tensors whose shapes broadcast).
+def sort_keys(scores: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """int64 keys of float32 scores and the positions of their documents.
 
     The upper half is the float's bits, made to sort as integers; the lower half counts documents downwards.
     """
-    import torch
-
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: no negative zeros
-    return (_flip(bits).long() << 32) | (0xFFFFFFFF - positions)
-
-
-def positive_keys(scores: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """`sort_keys` of positive float32 scores, as numpy arrays: their bits sort as they are."""
-    return (scores.view(np.int32).astype(np.int64) << 32) | (0xFFFFFFFF - positions)
-
-
-def best_keys(keys: Any, top_k: int) -> Any:
-    """The `top_k` highest keys of each row (all, when there are fewer), best first. A torch tensor, as `keys`."""
-    return keys.topk(min(top_k, keys.shape[1]), dim=1).values
+    bits = (scores + np.float32(0)).view(np.int32)  # + 0: no negative zeros
+    return (_flip(bits).astype(np.int64) << 32) | (0xFFFFFFFF - positions)
 
 
 def merge_keys(parts: Sequence[np.ndarray], top_k: int) -> np.ndarray:
@@ -40,11 +27,11 @@ def merge_keys(parts: Sequence[np.ndarray], top_k: int) -> np.ndarray:
 
 
 def positions_and_scores(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Document positions (int64; -1: none) and scores (float32) of keys."""
+    """Document positions (int64; -1: none) and scores (float32; NaN: none) of keys."""
     positions = np.where(keys == NONE, -1, 0xFFFFFFFF - (keys & 0xFFFFFFFF))
     return positions, _flip((keys >> 32).astype(np.int32)).view(np.float32)
 
 
-def _flip(bits: Any) -> Any:
+def _flip(bits: np.ndarray) -> np.ndarray:
     """Negative floats sort the wrong way round as integers: flip all but their sign. Its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -54,7 +54,8 @@ def test_blocked_top_k_is_a_full_sort_with_ties_by_position(vectors, top_k):
     queries, documents = vectors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "QUERY_BLOCK", 3)
-        patch.setattr(dense, "DOCUMENT_BLOCK", 4)
+        patch.setattr(dense, "DOCUMENT_BLOCK", 9)
+        patch.setattr(dense, "GROUP", 2)
         positions, found = dense_top_k(queries, documents, top_k)
     scores = queries @ documents.T  # sums of multiples of 1/4: exact, so ties are real ties
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]

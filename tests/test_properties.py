@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from dataset_builders.candidates import reciprocal_rank_fusion
 from dataset_builders.cli import one_line
 from dataset_builders.columns import TextRows
-from dataset_builders.hits import best_keys, merge_keys, positions_and_scores, sort_keys
+from dataset_builders.hits import merge_keys, positions_and_scores, sort_keys
 from dataset_builders.near_duplicates import band_keys, text_keys
 from dataset_builders.recipes import load_yaml
 from dataset_builders.schema import LABEL_FLOOR
@@ -76,9 +76,9 @@ def test_top_k_of_parts_merge_into_the_top_k_of_the_whole(scores, top_k, size):
     expected = sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:top_k]
     parts = []
     for start in range(0, len(scores), size):
-        part = torch.tensor([scores[start : start + size]], dtype=torch.float32)
-        keys = sort_keys(part, torch.arange(start, start + part.shape[1]))
-        parts.append(best_keys(keys, top_k).numpy())
+        part = np.array([scores[start : start + size]], np.float32)
+        keys = sort_keys(part, np.arange(start, start + part.shape[1]))
+        parts.append(merge_keys([keys], top_k))
     positions, found = positions_and_scores(merge_keys(parts, top_k))
     assert positions[0].tolist() == expected
     assert found[0].tolist() == [scores[row] for row in expected]
