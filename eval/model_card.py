@@ -25,6 +25,7 @@ from dataset_builders.decontamination import zero_shot
 from dataset_builders.folders import MANIFEST, files_of, fingerprint, read_manifest
 from dataset_builders.recipes import read_yaml
 from dataset_builders.sources import registry
+from eval.leaderboard import BESIDE_RESULTS, benchmark_tasks, read_result
 from eval.report import KEY, format_ledger, read_json, read_ledger, read_manifests, read_metrics
 from eval.retrieval import NEAR, format_table
 from modeling.prompts import few_shot_prompt, few_shot_prompts
@@ -33,6 +34,7 @@ from modeling.recipe import DEFAULTS, StageArguments
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
     from jinja2 import Environment
+    from mteb import AbsTask
     from mteb.results import TaskResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,24 +141,9 @@ def read_mteb(folders: Sequence[Path], model: Path) -> list[TaskResult]:
     found = [folder / "results" for folder in folders if (folder / "results").is_dir()]
     if not found or not model.is_dir():
         return []
-    from mteb import get_task
-    from mteb.results import TaskResult
-
     revision = fingerprint(files_of(model))
     paths = {path.name: path for folder in reversed(found) for path in sorted(folder.glob(f"*/{revision}/*.json"))}
-    paths.pop("model_meta.json", None)
-    results = []
-    for path in paths.values():
-        try:
-            result = TaskResult.from_disk(path)
-            get_task(result.task_name)  # which this mteb has to know
-        except (ValueError, KeyError) as error:
-            raise InputError(
-                f"{path}: not a result that mteb can read ({str(error).splitlines()[0]}); delete it and run "
-                "eval.run_mteb again"
-            ) from None
-        results.append(result)
-    return results
+    return [read_result(path) for name, path in paths.items() if name not in BESIDE_RESULTS]
 
 
 def read_ablation(folder: Path) -> dict[str, Any]:
@@ -524,13 +511,11 @@ def headline(evidence: Mapping[str, Any]) -> str | None:
     return "; ".join(parts) or None
 
 
-def _in_benchmark(results: Sequence[TaskResult]) -> tuple[list[TaskResult], list[Any]]:
-    """Those of the results that belong to BENCHMARK, and its tasks."""
-    import mteb
-
-    tasks = list(mteb.get_benchmark(BENCHMARK).tasks)
-    names = {task.metadata.name for task in tasks}
-    return [result for result in results if result.task_name in names], tasks
+def _in_benchmark(results: Sequence[TaskResult]) -> tuple[list[TaskResult], list[AbsTask]]:
+    """Those of the results that belong to BENCHMARK, with the splits and languages that it asks for; and its tasks."""
+    tasks = benchmark_tasks()
+    ours = [result for result in results if result.task_name in tasks]
+    return [result.validate_and_filter_scores(tasks[result.task_name]) for result in ours], list(tasks.values())
 
 
 def mteb_means(results: Sequence[TaskResult]) -> str | None:

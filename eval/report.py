@@ -1,13 +1,15 @@
-"""One page about a run: results, pictures, settings, counts, what each step cost, and what was not run.
+"""One page about results: tables, pictures, and for a run its settings, counts, costs and what was not run.
 
     python -m eval.report runs/demo/results --output_dir runs/demo/report
+    python -m eval.report results --output_dir report
 
-Reads the metrics.json that `eval.retrieval` wrote and the run and the data it names; writes report.md, systems.png
-and training.png.
+Reads what stands in the folder: the metrics.json that `eval.retrieval` wrote, with the run and the data it names, and
+the results/ of `eval.run_mteb`, of one model or several. Writes report.md, systems.png, training.png and mteb.png.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,20 +18,21 @@ from typing import TYPE_CHECKING, Any
 from dataset_builders.build import FOLDERS, in_words
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.folders import MANIFEST, read_manifest
+from eval.leaderboard import Leaderboard, format_means, format_tasks, read_leaderboard
 from eval.retrieval import format_table, run_recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by every reader, in grey print as well.
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 KEY = "Results"  # the text chunk of a PNG that holds metrics.json's `key`
 VALIDATION_KEY = "eval_validation_cosine_ndcg@10"
-NOT_MEASURED = (
+MTEB_NOT_RUN = (
     "MTEB and other collections: the table is about held-out queries of the run's own data. "
-    "`python -m eval.run_mteb` runs the others.",
-    "Other seeds: this is one training run. The intervals cover the choice of queries, not that of the seed.",
+    "`python -m eval.run_mteb` runs the others."
 )
+OTHER_SEEDS = "Other seeds: this is one training run. The intervals cover the choice of queries, not that of the seed."
 
 # What a page needs of metrics.json.
 _METRICS = {
@@ -44,39 +47,60 @@ Log = list[dict[str, Any]]  # the trainer's: step, and loss or evaluation figure
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     results = Path(args.results)
-    metrics = read_metrics(results)
+    board = read_leaderboard(results)
+    if board is None and not (results / "metrics.json").exists():
+        raise InputError(
+            f"{results / 'metrics.json'}: no such file, nor results/ beside it; "
+            "run eval.retrieval or eval.run_mteb, or name its --output_dir"
+        )
+    metrics = read_metrics(results) if (results / "metrics.json").exists() else None
+    figures = {} if board is None else {"mteb.png": plot_leaderboard(board)}
+    parts = (
+        []
+        if board is None
+        else ["## MTEB", format_means(board), "![MTEB by task type](mteb.png)", format_tasks(board)]
+    )
+    title = results.resolve().name
+    if metrics is not None:
+        pictures, parts = report_run(results, metrics, parts)
+        figures |= pictures
+        title = (results / metrics["run"]).resolve().name
+    page = "\n\n".join([f"# Report on {title}", *parts])
+    save(page, figures, metrics["key"] if metrics else "", Path(args.output_dir))
+
+
+def report_run(results: Path, metrics: Mapping[str, Any], mteb: Sequence[str]) -> tuple[dict[str, Figure], list[str]]:
+    """The pictures and the parts of the page about the run that `metrics` are of; the part on `mteb` among them."""
     run_folder, data = results / metrics["run"], results / metrics["data"]
     stages = [stage["name"] for stage in run_recipe(run_folder)["stages"]]
     logs = read_logs(run_folder, stages)
     manifests = read_manifests(data)
     ledger = read_ledger(run_folder)
+    missing = [*not_run(metrics, manifests, logs, stages), *([] if mteb else [MTEB_NOT_RUN]), OTHER_SEEDS]
 
     figures = {"systems.png": plot_systems(metrics)}
     if logs:
         figures["training.png"] = plot_training(logs)
-    page = "\n\n".join(
-        [
-            f"# Report on {run_folder.resolve().name}",
-            f"Made from `{metrics['command']}`.",
-            "## Results",
-            format_table(metrics),
-            "![Systems by nDCG@10](systems.png)",
-            *(["## Training", "![Training curves](training.png)"] if logs else []),
-            "## What each step made and took",
-            format_costs(manifests, ledger, metrics),
-            "## Not run",
-            "\n".join(f"- {line}" for line in not_run(metrics, manifests, logs, stages)),
-            "## Settings",
-            f"```yaml\n{(run_folder / 'recipe.yaml').read_text(encoding='utf-8').strip()}\n```",
-            "Versions: " + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()) + ".",
-        ]
-    )
-    save(page, figures, metrics["key"], Path(args.output_dir))
+    return figures, [
+        f"Made from `{metrics['command']}`.",
+        "## Results",
+        format_table(metrics),
+        "![Systems by nDCG@10](systems.png)",
+        *mteb,
+        *(["## Training", "![Training curves](training.png)"] if logs else []),
+        "## What each step made and took",
+        format_costs(manifests, ledger, metrics),
+        "## Not run",
+        "\n".join(f"- {line}" for line in missing),
+        "## Settings",
+        f"```yaml\n{(run_folder / 'recipe.yaml').read_text(encoding='utf-8').strip()}\n```",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()) + ".",
+    ]
 
 
 def _parse(argv: Sequence[str]):
     parser = ArgumentParser(prog="python -m eval.report", description=__doc__)
-    parser.add_argument("results", help="folder that eval.retrieval wrote metrics.json into")
+    parser.add_argument("results", help="--output_dir of eval.retrieval or of eval.run_mteb")
     parser.add_argument("--output_dir", required=True, help="where report.md and the pictures go")
     return parser.parse_args(argv)
 
@@ -226,8 +250,7 @@ def not_run(
         unknown = [name for name in metrics["measures"] if row[name] is None]
         if unknown:
             lines.append(f"{', '.join(unknown)} of {row['name']}: the candidates were cut (fusion.top_k).")
-    lines += [f"Data step {name}: it was not made." for name in FOLDERS if name not in manifests]
-    return [*lines, *NOT_MEASURED]
+    return [*lines, *(f"Data step {name}: it was not made." for name in FOLDERS if name not in manifests)]
 
 
 def plot_systems(metrics: Mapping[str, Any]) -> Figure:
@@ -282,6 +305,25 @@ def plot_training(logs: Mapping[str, Log]) -> Figure:
     axes[1][0].autoscale(axis="y")
     axes[0][0].set_ylabel("training loss")
     axes[1][0].set_ylabel("validation nDCG@10")
+    return figure
+
+
+def plot_leaderboard(board: Leaderboard) -> Figure:
+    """Means by task type, a mark for each model; none where a task of that type was not run."""
+    means, types = 100 * board.type_means(), board.types
+    figure = _figure((7, 0.5 * len(types) + 1.4 + 0.2 * len(board.models)))
+    axis = figure.subplots()
+    places = range(len(types))
+    marks = zip(itertools.cycle((BLUE, ORANGE, GREEN, PINK)), itertools.cycle("os^"), strict=False)  # 12 in all
+    for model, values, (colour, shape) in zip(board.models, means, marks, strict=False):
+        axis.plot(values, places, shape, color=colour, markersize=7, alpha=0.8, label=model)
+    axis.set_yticks(places, types)
+    axis.set_ylim(len(types) - 0.5, -0.5)
+    axis.set_xlabel("mean main score in %")
+    axis.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", frameon=False)
     return figure
 
 

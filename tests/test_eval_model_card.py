@@ -100,18 +100,27 @@ def write_mteb(results, model, tasks):
     folder.mkdir(parents=True)
     (folder / "model_meta.json").write_text("{}")
     for name, (split, metric, score) in tasks.items():
-        subset = {"hf_subset": "default", "languages": ["eng-Latn"], "main_score": score, metric: score}
-        write_json(
-            folder / f"{name}.json",
-            {
-                "dataset_revision": f"revision-of-{name}",
-                "task_name": name,
-                "mteb_version": "2.26.24",
-                "scores": {split: [subset]},
-                "evaluation_time": 1.0,
-                "kg_co2_emissions": None,
-            },
-        )
+        write_result(folder, name, split, metric, {"default": score})
+
+
+def write_result(folder, name, split, metric, scores):
+    """One task's file; `scores` by subset."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subsets = [
+        {"hf_subset": subset, "languages": ["eng-Latn"], "main_score": score, metric: score}
+        for subset, score in scores.items()
+    ]
+    write_json(
+        folder / f"{name}.json",
+        {
+            "dataset_revision": f"revision-of-{name}",
+            "task_name": name,
+            "mteb_version": "2.26.24",
+            "scores": {split: subsets},
+            "evaluation_time": 1.0,
+            "kg_co2_emissions": None,
+        },
+    )
 
 
 def code_blocks(card):

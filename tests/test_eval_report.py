@@ -139,7 +139,12 @@ def test_what_was_not_run_is_said(run, metrics):
     assert "Training curve of stage retrieval" in said
     assert "R@100 of BM25" in said
     assert "Data step mined: it was not made." in said and "Data step corpus" not in said
-    assert "MTEB" in said and "seeds" in said
+
+
+def test_what_one_run_cannot_tell_is_said(run, tmp_path):
+    main([str(run / "results"), "--output_dir", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "- MTEB and other collections: " in page and "- Other seeds: " in page
 
 
 def test_a_run_without_logs_has_a_report_without_curves(run, tmp_path):

@@ -1,0 +1,161 @@
+"""What eval.run_mteb left, model against model: means by task type and Borda as mteb's leaderboard has them.
+
+A model is told from another by name and revision, so that weights trained anew, or shown demonstrations (-2-shot), are
+a row of their own. Other people's results (mteb.ResultCache's layout) may lie in the same folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dataset_builders.card import BENCHMARK
+from dataset_builders.cli import InputError
+
+if TYPE_CHECKING:
+    from mteb import AbsTask
+    from mteb.results import TaskResult
+
+BESIDE_RESULTS = ("model_meta.json",)  # which mteb writes into the same folder
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """`scores` (models, tasks): main scores, at most 1 (correlations from -1 on); NaN: the task was not run whole."""
+
+    models: list[str]
+    tasks: list[AbsTask]
+    scores: np.ndarray
+
+    @property
+    def types(self) -> list[str]:
+        return sorted({task.metadata.type for task in self.tasks})
+
+    def type_means(self) -> np.ndarray:
+        """(models, types); NaN where one of a type's tasks was not run."""
+        kinds = np.array([task.metadata.type for task in self.tasks])
+        return np.stack([self.scores[:, kinds == kind].mean(axis=1) for kind in self.types], axis=1)
+
+
+def read_result(path: Path) -> TaskResult:
+    """A file that eval.run_mteb wrote. Raises InputError for what mteb cannot read and tasks that it does not know."""
+    from mteb import get_task
+    from mteb.results import TaskResult
+
+    try:
+        result = TaskResult.from_disk(path)
+        get_task(result.task_name)
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: not a result that mteb can read ({str(error).splitlines()[0]}); delete it and run "
+            "eval.run_mteb again"
+        ) from None
+    return result
+
+
+def benchmark_tasks() -> dict[str, AbsTask]:
+    """The tasks of BENCHMARK by name, limited to the splits and languages that it asks for."""
+    import mteb
+
+    return {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
+
+
+def read_leaderboard(output: Path) -> Leaderboard | None:
+    """All results below OUTPUT_DIR of eval.run_mteb; None where there are none.
+
+    Of a task in BENCHMARK the splits and languages that this asks for count, of another all that mteb evaluates.
+    """
+    paths = sorted(path for path in output.glob("results/*/*/*.json") if path.name not in BESIDE_RESULTS)
+    if not paths:
+        return None
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    tasks, in_benchmark = {}, benchmark_tasks()
+    for path in paths:
+        result = read_result(path)
+        task = tasks.setdefault(result.task_name, in_benchmark.get(result.task_name, result.task))
+        name, revision = path.parts[-3].replace("__", "/"), path.parts[-2]
+        score = float(result.validate_and_filter_scores(task).get_score())
+        found.setdefault((name, revision), {})[result.task_name] = score
+    ordered = sorted(tasks.values(), key=lambda task: (task.metadata.type, task.metadata.name))
+    scores = [[of_model.get(task.metadata.name, np.nan) for task in ordered] for of_model in found.values()]
+    return Leaderboard(_labels(found), ordered, np.array(scores))
+
+
+def _labels(models: Iterable[tuple[str, str]]) -> list[str]:
+    """Names, with the beginning of the revision where two models have the same.
+
+    >>> _labels([("org/a", "0123456789abcdef"), ("org/a", "0123456789abcdef-2-shot"), ("org/b", "main")])
+    ['org/a@01234567', 'org/a@01234567-2-shot', 'org/b']
+    """
+    models = list(models)
+    times = Counter(name for name, _ in models)
+    short = [re.sub(r"(?<=^[0-9a-f]{8})[0-9a-f]+", "", revision) for _, revision in models]
+    return [
+        f"{name}@{revision}" if times[name] > 1 else name for (name, _), revision in zip(models, short, strict=True)
+    ]
+
+
+def borda_ranks(scores: np.ndarray) -> list[int]:
+    """Ranks of models by Borda count, from 1: of n models, one gets n - rank points on each task (MMTEB, 2025).
+
+    Equal scores share their mean rank, equal counts the better one; a task that was not run (NaN) gives no points.
+
+    >>> borda_ranks(np.array([[0.9, 0.2, 0.5], [0.8, 0.3, 0.5], [0.7, 0.1, np.nan]]))
+    [1, 1, 3]
+    """
+    from scipy.stats import rankdata
+
+    points = np.nansum(len(scores) - rankdata(-scores, axis=0, nan_policy="omit"), axis=1)
+    return [int(rank) for rank in rankdata(-points, method="min")]
+
+
+def format_means(board: Leaderboard) -> str:
+    """A row for each model, the best one first, in %. A mean is empty where one of its tasks was not run."""
+    ranks, kinds = borda_ranks(board.scores), board.type_means()
+    several = len(board.models) > 1
+    titles = [
+        *(["Borda rank"] if several else []),
+        "model",
+        "tasks",
+        "mean over tasks",
+        "mean over types",
+        *board.types,
+    ]
+    lines = [_row(titles), _row(["---" if title == "model" else "---:" for title in titles])]
+    for place in sorted(range(len(ranks)), key=lambda place: (ranks[place], board.models[place])):
+        run = np.count_nonzero(~np.isnan(board.scores[place]))
+        means = [board.scores[place].mean(), kinds[place].mean(), *kinds[place]]
+        cells = [*([str(ranks[place])] if several else []), board.models[place], f"{run}/{len(board.tasks)}"]
+        lines.append(_row([*cells, *map(_percent, means)]))
+    in_benchmark = benchmark_tasks()
+    counted = sum(task.metadata.name in in_benchmark for task in board.tasks)
+    lines += ["", f"{counted} of the {len(in_benchmark)} tasks of {BENCHMARK}; scores in %."]
+    if several:
+        lines[-1] += f" Borda: on each task a model gets {len(ranks)} minus its rank among the models of this table."
+    return "\n".join(lines)
+
+
+def format_tasks(board: Leaderboard) -> str:
+    """A row for each task, a column for each model, in %; the best is bold where there are several."""
+    lines = [_row(["task", "type", "metric", *board.models]), _row(["---"] * 3 + ["---:"] * len(board.models))]
+    for task, scores in zip(board.tasks, board.scores.T, strict=True):
+        cells = [
+            f"**{_percent(score)}**" if len(scores) > 1 and score == np.nanmax(scores) else _percent(score)
+            for score in scores
+        ]
+        lines.append(_row([task.metadata.name, task.metadata.type, task.metadata.main_score, *cells]))
+    return "\n".join(lines)
+
+
+def _percent(score: float) -> str:
+    return "" if np.isnan(score) else f"{100 * score:.2f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,83 @@
+"""mteb's results, model against model: Borda ranks and means as mteb's leaderboard has them; no two models mixed."""
+
+import numpy as np
+import pytest
+from test_eval_model_card import write_result
+
+from dataset_builders.cli import InputError
+from eval import report
+from eval.leaderboard import borda_ranks, format_means, format_tasks, read_leaderboard
+from eval.report import plot_leaderboard
+
+SCORES = {
+    ("org__a", "0123456789abcdef"): {"ArguAna": 0.50, "SCIDOCS": 0.20, "STS12": 0.70, "STSBenchmark": 0.80},
+    ("org__a", "0123456789abcdef-2-shot"): {"ArguAna": 0.60, "SCIDOCS": 0.10, "STS12": 0.70, "STSBenchmark": 0.85},
+    ("org__b", "main"): {"ArguAna": 0.55, "SCIDOCS": 0.30, "STSBenchmark": 0.10},
+}
+METRICS = {
+    "ArguAna": "ndcg_at_10",
+    "SCIDOCS": "ndcg_at_10",
+    "STS12": "cosine_spearman",
+    "STSBenchmark": "cosine_spearman",
+}
+
+
+@pytest.fixture
+def output(tmp_path):
+    for (name, revision), scores in SCORES.items():
+        for task, score in scores.items():
+            write_result(tmp_path / "results" / name / revision, task, "test", METRICS[task], {"default": score})
+    return tmp_path
+
+
+def test_ranks_are_those_of_mteb():
+    pl = pytest.importorskip("polars")
+    from mteb.benchmarks._create_table import _get_borda_rank
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores = rng.integers(0, 4, size=(5, 6)) / 4  # with many ties
+        scores[rng.random(scores.shape) < 0.2] = np.nan
+        frame = pl.DataFrame({str(column): scores[:, column] for column in range(6)}).fill_nan(None)
+        assert borda_ranks(scores) == frame.select(_get_borda_rank(frame.columns)).to_series().to_list()
+
+
+def test_table_by_hand(output):
+    board = read_leaderboard(output)
+    assert board.models == ["org/a@01234567", "org/a@01234567-2-shot", "org/b"]
+    # points of the three on ArguAna 0 2 1, SCIDOCS 1 0 2, STS12 1.5 1.5 -, STSBenchmark 1 2 0
+    assert format_means(board).splitlines()[:5] == [
+        "| Borda rank | model | tasks | mean over tasks | mean over types | Retrieval | STS |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| 1 | org/a@01234567-2-shot | 4/4 | 56.25 | 56.25 | 35.00 | 77.50 |",
+        "| 2 | org/a@01234567 | 4/4 | 55.00 | 55.00 | 35.00 | 75.00 |",
+        "| 3 | org/b | 3/4 |  |  | 42.50 |  |",
+    ]
+    assert "4 of the 41 tasks of MTEB(eng, v2)" in format_means(board)
+    assert "| STS12 | STS | cosine_spearman | **70.00** | **70.00** |  |" in format_tasks(board)
+    axis = plot_leaderboard(board).axes[0]
+    shown = {line.get_label(): line.get_xdata() for line in axis.lines}
+    np.testing.assert_allclose(shown["org/b"], [42.5, np.nan])
+
+
+def test_languages_that_the_benchmark_does_not_ask_for_do_not_count(tmp_path):
+    folder = tmp_path / "results" / "org__a" / "main"
+    write_result(folder, "STS17", "test", "cosine_spearman", {"en-en": 0.8, "ar-ar": 0.2})
+    [[score]] = read_leaderboard(tmp_path).scores
+    assert score == 0.8
+
+
+def test_a_page_of_mteb_alone(output, tmp_path):
+    report.main([str(output), "--output_dir", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "| 1 | org/a@01234567-2-shot |" in page and "![MTEB by task type](mteb.png)" in page
+    assert (tmp_path / "page" / "mteb.png").read_bytes().startswith(b"\x89PNG")
+    assert "Not run" not in page
+
+
+def test_half_a_result_is_one_line(output, tmp_path):
+    path = output / "results" / "org__b" / "main" / "ArguAna.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(InputError, match=r"ArguAna\.json: not a result that mteb can read"):
+        report.main([str(output), "--output_dir", str(tmp_path / "page")])
+    assert not (tmp_path / "page").exists()
