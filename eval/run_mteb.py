@@ -6,8 +6,9 @@
 Scores go to OUTPUT_DIR/results/MODEL/REVISION/TASK.json as soon as a task is done; running the same command again
 computes only what is missing.
 
-`--shots 2` evaluates with demonstrations, those of the model's prompt `query-2-shot`: they stand before the
-instruction of every task, and REVISION ends in -2-shot.
+`--shots 2` evaluates with demonstrations, those of the model's prompt `query-2-shot`. They are rows of the training
+task, with its instruction, and stand before every task's own instruction, whatever that task is about. REVISION ends
+in -2-shot, and its model_meta.json has the prompts.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ def _parse(argv: Sequence[str]):
     chosen.add_argument("--tasks", nargs="+", metavar="TASK", help="names of mteb tasks")
     parser.add_argument("--output_dir", required=True, help="where results/ goes")
     parser.add_argument("--batch_size", type=int, default=32, help="texts per forward pass (default: 32)")
-    parser.add_argument("--shots", type=int, default=0, help="demonstrations in each prompt (default: 0)")
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=0,
+        metavar="K",
+        help="show the training task's K demonstrations before every task's own instruction (default: 0)",
+    )
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise InputError(f"--batch_size {args.batch_size}: use 1 or more")
@@ -115,7 +122,12 @@ def show_demonstrations(model: MTEBModels, shots: int) -> None:
         raise InputError(f"--shots {shots}: the model has no prompt of so many demonstrations; {there}")
     model.model_prompts = with_demonstrations(prompts, shots)
     meta = model.mteb_model_meta
-    model.mteb_model_meta = meta.model_copy(update={"revision": f"{meta.revision}-{shots}-shot"})
+    model.mteb_model_meta = meta.model_copy(
+        update={
+            "revision": f"{meta.revision}-{shots}-shot",
+            "loader_kwargs": {**meta.loader_kwargs, "model_prompts": model.model_prompts},
+        }
+    )
 
 
 def evaluate(

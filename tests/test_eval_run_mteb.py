@@ -99,6 +99,8 @@ def test_shots_stand_before_every_instruction_and_have_results_of_their_own(tiny
         assert failures == {} and len(results) == 1
         assert results_of(tmp_path, model).is_dir()
     assert set(asked) == {few_shot_prompt("Find it", shots)}
+    told = [json.loads((results_of(tmp_path, model) / "model_meta.json").read_text()) for model in (zero, few)]
+    assert [meta["loader_kwargs"] for meta in told] == [{}, {"model_prompts": few.model_prompts}]
     with pytest.raises(InputError, match="--shots 3: the model has no prompt of so many demonstrations; it has 2"):
         show_demonstrations(zero, 3)
 
