@@ -185,7 +185,10 @@ def main(argv: Sequence[str]) -> None:
 def read_ablation(argv: Sequence[str]) -> tuple[str, Ablation]:
     parser = ArgumentParser(prog="python -m eval.ablate", description=__doc__)
     parser.add_argument("--config", required=True, metavar="RECIPE")
+    parser.add_argument("--seeds", nargs="+", metavar="SEED", help="0 1 2: instead of the recipe's")
     args, flags = parser.parse_known_args(argv)
+    if args.seeds:  # a list as other commands take one, with commas, or as YAML has it
+        flags += ["--seeds", f"[{','.join(args.seeds).strip('[]')}]"]
     ablation = parse_recipe(Ablation, read_yaml(args.config), args.config, flags)
     if len(set(ablation.seeds)) < len(ablation.seeds):
         raise InputError(f"{args.config}: seeds {list(ablation.seeds)}: a seed is there twice")
