@@ -53,7 +53,7 @@ REPLACED = {
     "dataset": ("*.parquet", "*/*.parquet", "assets/*.png"),
 }
 _WAITS = (1, 2, 4)  # seconds before a request that may be repeated is
-_TIMEOUT = 300  # seconds without a byte, after which a connection counts as lost
+_TIMEOUT = 120  # seconds without a byte, after which a connection counts as lost
 _PULL_REQUESTS = 20  # the newest ones are searched for the same files
 
 
@@ -214,7 +214,7 @@ def publish(releases: Sequence[Release], args: Namespace) -> None:
 
     def make_client():  # the library makes another one after a connection that failed
         client = default_client_factory()
-        client.timeout = _TIMEOUT  # its own: none, it would wait for ever
+        client.event_hooks["request"].append(_limit_waiting)
         return client
 
     set_client_factory(make_client)
@@ -231,6 +231,11 @@ def publish(releases: Sequence[Release], args: Namespace) -> None:
         except InputError as error:
             before = "".join(f"{done.release.repo_id} is published; " for done in uploads[:index])
             raise InputError(f"{before}{error}") from error
+
+
+def _limit_waiting(request: Any) -> None:
+    """The library would wait for ever: its calls ask for no limit, which is stronger than a limit of its client."""
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), _TIMEOUT)
 
 
 def _check_no_token(release: Release, token: str) -> None:
@@ -427,7 +432,7 @@ def _patiently(request: Callable[..., Any], **arguments: Any) -> Any:
         try:
             return request(**arguments)
         except Exception as error:
-            if not _passes(error):
+            if not _passes(error) or _tried_by_client(error):
                 raise
         time.sleep(wait)
     return request(**arguments)
@@ -454,7 +459,7 @@ def _tried_by_client(error: Exception) -> bool:
     """huggingface_hub repeats these five times itself."""
     request = error if _status(error) is None else error.response
     url = "" if isinstance(error, json.JSONDecodeError) else str(request.request.url)
-    return "/preupload/" in url or "/info/lfs/" in url
+    return any(step in url for step in ("/preupload/", "/info/lfs/", "/tree/", "/commits/"))
 
 
 def _reason(error: Exception, endpoint: str) -> str | None:

@@ -25,16 +25,28 @@ from tiny_data import write_encoder, write_recipe, write_set, write_table
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_vBqLkWzXnTsYpRdCmGfJhA"
-# Reads {"module", "argv", "environment"}, answers [exit code, stdout, stderr, what --debug would show], a line each.
-# A model or data set is verified the first time that it is pushed.
+# Reads {"module", "argv", "environment", "stalled"}, answers [exit code, stdout, stderr, what --debug would show], a
+# line each. A model or data set is verified the first time that it is pushed. Every request of a push has its limit,
+# which is short for those that match `stalled`: they get no answer.
 WORKER = """
-import contextlib, functools, importlib, io, json, os, sys, time, traceback
+import contextlib, functools, importlib, io, json, os, re, sys, time, traceback
 from argparse import Namespace
+import httpx2
 import push_to_hub
 from dataset_builders.cli import run
 from huggingface_hub import HfFileSystem
 
-sleep, prepare = time.sleep, push_to_hub.prepare
+sleep, prepare, send = time.sleep, push_to_hub.prepare, httpx2.HTTPTransport.handle_request
+
+def send_with_a_limit(self, request):
+    limits = request.extensions["timeout"]
+    if job["module"] == "push_to_hub":
+        assert all(limits[kind] == push_to_hub._TIMEOUT for kind in ("connect", "read", "write", "pool")), request
+        if job["stalled"] and re.search(job["stalled"], f"{request.method} {request.url.raw_path.decode()}"):
+            request.extensions["timeout"] = {**limits, "read": 0.1}
+    return send(self, request)
+
+httpx2.HTTPTransport.handle_request = send_with_a_limit
 time.sleep = lambda seconds: sleep(seconds / 1000)
 cached = functools.cache(lambda arguments: prepare(Namespace(**dict(arguments))))
 push_to_hub.prepare = lambda args: cached(tuple(vars(args).items()))
@@ -97,9 +109,10 @@ class Client:
         self.process.wait()
         assert TOKEN not in self.log.read_text()  # which the libraries wrote
 
-    def __call__(self, module, *argv, token=TOKEN, proxy=""):
+    def __call__(self, module, *argv, token=TOKEN, proxy="", stalled=""):
         """The error, if there is one, and the output. Exit code 0, or 2 and one line `error: ...`; never the token."""
-        job = {"module": module, "argv": argv, "environment": {"HF_TOKEN": token, "HTTP_PROXY": proxy}}
+        environment = {"HF_TOKEN": token, "HTTP_PROXY": proxy}
+        job = {"module": module, "argv": argv, "environment": environment, "stalled": stalled}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         code, output, errors, debug = json.loads(self.process.stdout.readline())
         assert not token or token not in output + errors + debug
@@ -259,6 +272,26 @@ def test_each_request_with_each_fault(name, hub, client, folders, outcomes):
 def test_the_docs_have_what_was_found(outcomes):
     assert len(outcomes) > 100, "the tests above have to run first"
     assert table(outcomes) in (ROOT / "docs" / "faults.md").read_text()
+
+
+STALLED = {
+    r"GET /api/datasets/org/data$": "no answer from .*; nothing was changed",
+    r"PUT /lfs/dataset/org/data/\w+": "no answer from .*; branch next is there, without the files",
+    r"POST /api/datasets/org/data/commit/next": "no answer from .*; nothing was committed",
+}
+
+
+@pytest.mark.parametrize("request_", STALLED, ids=["first", "upload", "commit"])
+def test_a_hub_that_never_answers_is_told(request_, hub, client, folders):
+    """The library has no limit of its own: a push would wait for ever."""
+    argv = [argument.format(**folders) for argument in PUSHES["data set"][1]]
+    planned = hub.fail(request_, "stall", LASTING)
+    error, _ = client("push_to_hub", *argv, stalled=request_)
+    assert planned.happened > 1
+    assert re.fullmatch(f"org/data: {STALLED[request_]}", error), error
+    planned.times = 0
+    assert client("push_to_hub", *argv)[0] is None
+    assert set(hub.files(DATA, "dataset", "next")) > {"README.md"}
 
 
 def test_a_commit_meanwhile_is_kept(hub, client, folders):
