@@ -347,7 +347,7 @@ def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     assert ablation.split == "validation" and ablation.report_split is None
 
 
-@pytest.mark.parametrize("written", [["0", "2"], ["0,2"], ["[0, 2]"], ["0,", "2"]])
+@pytest.mark.parametrize("written", [["0", "2"], ["0,2"], ["[0, 2]"]])
 def test_seeds_are_taken_as_people_write_them(written):
     flags = ["--config", str(SHIPPED[0]), "--output_dir", "out", "--seeds", *written, "--split", "test"]
     _, ablation = ablate.read_ablation(flags)
