@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dataset_builders.cli import InputError
 from dataset_builders.folders import read_parquet
+from dataset_builders.near_duplicates import normalised
 from dataset_builders.schema import DOCUMENTS, QRELS, check_rows, to_schema
 
 Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]
@@ -48,7 +49,8 @@ PARTS = {
 # What a part's columns are called on the Hub, where they have another name than in a folder.
 HUB_PARTS = {"id": "_id", "query-id": "query_id", "corpus-id": "corpus_id"}
 FOLDER_COLUMNS = {"texts": {"label": "label_text"}, "text_pairs": {"label": "label_text"}}
-# The score of a pair with this label. One with any other label (neutral) says nothing, and is left out.
+# The score of a pair with this label. One with any other label (neutral) says nothing, and is left out; so is the pair
+# of a text with itself.
 LABEL_SCORES = {"entailment": 1, "contradiction": 0, "duplicate": 1, "not_duplicate": 0}
 
 
@@ -238,7 +240,11 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     for column, texts, part in (("query_id", queries, "queries"), ("document_id", documents, "corpus")):
         unknown = qrels[column].filter(pc.invert(pc.is_in(qrels[column], value_set=texts["id"])))
         if len(unknown):
-            raise InputError(f"{where}: id {unknown[0].as_py()!r} (and {len(unknown) - 1} more) is not in {part}")
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise InputError(
+                f"{where}: {column} {unknown[0].as_py()!r}{more} is not in {tables.where(part)}; "
+                "add its text there or leave the row out"
+            )
     documents, queries = (
         _whole_rows(texts, ["text"], tables, tables.where(part), texts["id"])
         for texts, part in ((documents, "corpus"), (queries, "queries"))
@@ -315,6 +321,8 @@ def _judged_pairs(tables: Tables, split: str) -> tuple[pa.ChunkedArray, pa.Table
             raise InputError(f"{where}: no label is one of {', '.join(tables.label_scores)}; found: {found}")
         table = table.set_column(2, "label", label).filter(pc.is_valid(label))
         table = _whole_rows(table, ["text1", "text2"], tables, where)
+        sides = zip(_strings(table["text1"]), _strings(table["text2"]), strict=True)
+        table = table.filter(np.fromiter((normalised(one) != normalised(other) for one, other in sides), bool))
         scores = np.array(list(tables.label_scores.values()), np.int32)[table["label"].to_numpy()]
         judged = {"row": np.arange(len(table)), "text": table["text2"], "score": scores}
         return table["text1"], pa.table(judged), rows
@@ -333,7 +341,7 @@ def _judged_pairs(tables: Tables, split: str) -> tuple[pa.ChunkedArray, pa.Table
 def _read_texts(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     """Every text is a query, each of the first split a document too; a query's positive is drawn from its class.
 
-    The texts of other splits are no documents: as negatives they would be trained on.
+    What also stands in another split is no document: as a positive or a negative it would be trained on.
     """
     parts, seen = [], 0
     for split in splits:
@@ -350,11 +358,14 @@ def _read_texts(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
         if split == splits[0]:
             table = table.filter(draw.keeps(table["hash"].to_numpy(), np.ones(len(table))))
         parts.append(table)
-    hashes = parts[0]["hash"].to_numpy()
+    here, *elsewhere = (_hashes(map(normalised, _strings(table["text"]))) for table in parts)
+    inside = parts[0].filter(~np.isin(here, np.concatenate([np.empty(0, np.uint64), *elsewhere])))
+    check_rows(inside, f"{tables.where(splits[0])}: every text also stands in {', '.join(splits[1:])}")
+    hashes = inside["hash"].to_numpy()
     qrels = []
     for split, table in zip(splits, parts, strict=True):
         own = table["hash"].to_numpy()
-        row = draw_of_class(own, table["label"], hashes, parts[0]["label"], draw.seed)
+        row = draw_of_class(own, table["label"], hashes, inside["label"], draw.seed)
         found = row >= 0
         columns = [
             _ids("q", own[found]),
@@ -362,7 +373,7 @@ def _read_texts(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
             pa.repeat(pa.scalar(1, pa.int32()), found.sum()),
         ]
         qrels.append(pa.table([*columns, pa.repeat(split, found.sum())], schema=QRELS))
-    documents = pa.table({"document_id": _ids("d", hashes), "text": parts[0]["text"], "class": parts[0]["label"]})
+    documents = pa.table({"document_id": _ids("d", hashes), "text": inside["text"], "class": inside["label"]})
     queries = _distinct(pa.concat_tables(parts).select(["hash", "text"]), "q")
     return Rows(documents, queries.rename_columns(["query_id", "text"]), pa.concat_tables(qrels), seen)
 

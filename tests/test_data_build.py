@@ -348,7 +348,10 @@ BAD_SETS = {
     "empty text": (change("corpus.parquet", text=lambda texts: ["  ", *texts[1:]]), "text of d00 is empty"),
     "null text": (change("queries.parquet", text=lambda texts: [None, *texts[1:]]), "row 0 has no 'text'"),
     "id twice": (change("corpus.parquet", _id=lambda ids: [ids[1], *ids[1:]]), "'d01' occurs twice"),
-    "unknown document": (change("qrels.parquet", corpus_id=lambda ids: ["nope", *ids[1:]]), "'nope'"),
+    "unknown document": (
+        change("qrels.parquet", corpus_id=lambda ids: ["nope", *ids[1:]]),
+        "document_id 'nope' is not in",
+    ),
     "unknown query": (change("qrels.parquet", query_id=lambda ids: ["nope", *ids[1:]]), "'nope'"),
     "scores as words": (
         change("qrels.parquet", score=lambda scores: ["good"] * len(scores)),
