@@ -59,7 +59,7 @@ def plot_false_negatives(by_margin: Sequence[Mapping[str, Any]], margin: float) 
             capsize=4,
             label=title,
         )
-    ticks = [f"{row['margin']:.2f}" + (" (recipe)" if row["margin"] == margin else "") for row in by_margin]
+    ticks = [f"{row['margin']:g}" + (" (recipe)" if row["margin"] == margin else "") for row in by_margin]
     axis.set_xticks(range(len(ticks)), ticks)
     axis.set(
         title="False negatives, by leaving out known positives",

@@ -157,7 +157,7 @@ def test_every_count_is_told(facts):
     missing = [number for number in range(1001, 1035) if f"{number:,}" not in text]
     # dropped rows are told one by one and as a sum
     assert missing == [] and f"{1020 + 1021:,}" in text
-    for words in ("k1 = 1.5, b = 0.75", "bm25s 0.3.16", "k = 60", "f1f1f1", "e2e2e2", "17.2500", "-6.5000", "0.9485"):
+    for words in ("k1 = 1.5, b = 0.75", "bm25s 0.3.16", "k = 60", "f1f1f1", "e2e2e2", "17.25", "-6.5)", "0.9485"):
         assert words in text
     for words in ("label < 0.95", "seed 4", "query_prompt 'query: '", "20.0 % (10.0 % to 40.0 %)", "not ECI"):
         assert words in text
@@ -278,6 +278,14 @@ def test_what_was_not_estimated_says_why(facts):
     assert "false_negatives.png" not in text and "reliability.png" not in text
 
 
+def test_numbers_are_told_whole(facts):
+    # 0.975 as 0.97 would be another margin; of a teacher with large scores, 0.0012 half a digit
+    facts["audit"]["false_negatives"]["by_margin"][0]["margin"] = 0.975
+    facts["scores"]["calibration"]["a"] = 0.001234567
+    text = render_card(CONFIGS, facts)
+    assert "\n| 0.975 |" in text and "sigmoid(0.00123457 ·" in text
+
+
 def test_sections_of_steps_that_were_not_made_are_left_out(facts):
     facts["audit"] = None
     text = render_card(CONFIGS, facts)
@@ -294,6 +302,7 @@ def test_a_set_of_published_pairs_has_a_card_without_the_steps():
     }
     text = render_card([config_of("sts", 10, "sentence1")], facts)
     assert "moved from [0, 5] into (0, 1)" in text
+    assert "\n\nThe sentences were not compared with any evaluation task.\n\n" in text
     assert not {"## How it was made", "## Audit", "## In-batch negatives"} & set(text.splitlines())
     data = DatasetCard(text).data
     assert data.size_categories == ["n<1K"] and data.annotations_creators == ["found"]
