@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 from dataset_builders.card import card_for
 from dataset_builders.cli import ArgumentParser, InputError, run
 from dataset_builders.verify import verify_dataset
-from eval.model_card import card_files, read_evidence, render_adapter_card, render_card
+from eval.evidence import read_evidence
+from eval.model_card import card_files, render_adapter_card, render_card
 from modeling.verify import published_files, verify_adapter, verify_model
 
 if TYPE_CHECKING:

@@ -17,13 +17,12 @@ from dataset_builders import build
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, fingerprint, write_json
 from eval import model_card, report, retrieval
+from eval.evidence import provenance, read_evidence
 from eval.model_card import (
     FORMULAS,
     POOLED,
     card_files,
     card_metadata,
-    provenance,
-    read_evidence,
     render_adapter_card,
     render_card,
     settings_table,
