@@ -271,7 +271,7 @@ def build_graded(
     make(
         "hub",
         {"steps": steps, "recipe": keys},
-        lambda folder: publish(output, steps, {**keys, **made}, folder, recipe.max_shard_size, recipe.publish),
+        lambda folder: write_hub(output, steps, {**keys, **made}, folder, recipe.max_shard_size, recipe.publish),
     )
 
 
@@ -306,21 +306,14 @@ def build_sts(recipe: StsRecipe, output: Path, from_step: str | None) -> None:
     make_step(
         output / "hub",
         {"files": made["files"], "recipe": keys},
-        lambda folder: publish(output, ["sts"], facts, folder, recipe.max_shard_size),
+        lambda folder: write_hub(output, ["sts"], facts, folder, recipe.max_shard_size),
     )
 
 
-def publish(
-    output: Path,
-    steps: Sequence[str],
-    facts: Mapping[str, Any],
-    folder: Path,
-    max_shard_size: str,
-    further: Sequence[Mining] = (),
-) -> dict[str, Any]:
-    from dataset_builders.builders import write_hub  # `datasets` takes seconds to import
+def write_hub(*arguments: Any) -> dict[str, Any]:
+    from dataset_builders import builders  # `datasets` takes seconds to import
 
-    return write_hub(output, steps, facts, folder, max_shard_size, further)
+    return builders.write_hub(*arguments)
 
 
 def make_step(folder: Path, inputs: Mapping[str, Any], write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

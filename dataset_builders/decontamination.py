@@ -32,7 +32,7 @@ from dataset_builders.folders import file_sha256, read_parquet
 from dataset_builders.layouts import as_text
 from dataset_builders.near_duplicates import (
     NEAR_DUPLICATE,
-    Texts,
+    TextsByRow,
     band_keys,
     first_equal,
     near_matches,
@@ -327,8 +327,8 @@ def _strings(value: Any) -> Iterator[str]:
 class _Titled:
     """Documents as they are read: title, space, text."""
 
-    titles: Texts
-    texts: Texts
+    titles: TextsByRow
+    texts: TextsByRow
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -338,7 +338,7 @@ class _Titled:
         return [f"{title or ''} {text}".strip() for title, text in pairs]
 
 
-def _searched_keys(corpus: Mapping[str, Texts]) -> list[np.ndarray]:
+def _searched_keys(corpus: Mapping[str, TextsByRow]) -> list[np.ndarray]:
     """Text keys of a corpus, with and without the titles, if it has texts and titles."""
     keys = [text_keys(corpus["text"])] if "text" in corpus else []
     return keys + ([text_keys(_Titled(corpus["title"], corpus["text"]))] if keys and "title" in corpus else [])

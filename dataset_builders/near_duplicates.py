@@ -35,7 +35,7 @@ _HASHES = 1 << 16  # 5-grams hashed at a time: a text of a megabyte should not t
 _WORD = re.compile(r"\w+")
 
 
-class Texts(Protocol):
+class TextsByRow(Protocol):
     """Texts that need not be in memory: `texts[rows]` are those of a slice or of an array of row numbers."""
 
     def __len__(self) -> int: ...
@@ -48,7 +48,7 @@ def normalised(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def text_keys(texts: Texts) -> np.ndarray:
+def text_keys(texts: TextsByRow) -> np.ndarray:
     """(n, 2) uint64: 128 bits of hash of each normalised text, so equal rows mean equal texts."""
     keys = np.empty((len(texts), 2), np.uint64)
     for start in range(0, len(texts), BLOCK):
@@ -76,7 +76,7 @@ def same_text(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where((known[rows] == keys).all(axis=1), rows, -1)
 
 
-def band_keys(texts: Texts, description: str = "MinHash") -> np.ndarray:
+def band_keys(texts: TextsByRow, description: str = "MinHash") -> np.ndarray:
     """(n, BANDS) uint32: texts that agree in a band have the same minima under its ROWS permutations."""
     from datasketch import MinHash
 
@@ -94,7 +94,7 @@ def band_keys(texts: Texts, description: str = "MinHash") -> np.ndarray:
     return keys
 
 
-def near_duplicate_groups(texts: Texts, keys: np.ndarray, similarity: float = NEAR_DUPLICATE) -> np.ndarray:
+def near_duplicate_groups(texts: TextsByRow, keys: np.ndarray, similarity: float = NEAR_DUPLICATE) -> np.ndarray:
     """(n,) the smallest row of each text's group, which is its own row where it has no near duplicate.
 
     `keys` are the texts' `band_keys`. A chain of near duplicates is one group.
@@ -114,7 +114,7 @@ def near_duplicate_groups(texts: Texts, keys: np.ndarray, similarity: float = NE
 
 
 def near_matches(
-    texts: Texts, keys: np.ndarray, others: Texts, other_keys: np.ndarray, similarity: float = NEAR_DUPLICATE
+    texts: TextsByRow, keys: np.ndarray, others: TextsByRow, other_keys: np.ndarray, similarity: float = NEAR_DUPLICATE
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row in `texts`, row in `others` and Jaccard similarity of the pairs that are near, ordered by rows.
 
@@ -199,7 +199,7 @@ def _meetings(block: np.ndarray, bucket: np.ndarray, rows: np.ndarray) -> np.nda
     return texts * len(rows) + rows[places]
 
 
-def _join(texts: Texts, group: np.ndarray, left: np.ndarray, right: np.ndarray, similarity: float) -> None:
+def _join(texts: TextsByRow, group: np.ndarray, left: np.ndarray, right: np.ndarray, similarity: float) -> None:
     """Join the groups of the pairs that are near. Pairs that are in one group by then are not compared."""
     grams = _shingles_of(texts, np.concatenate([left, right]))
     for row, other in zip(left.tolist(), right.tolist(), strict=True):
@@ -214,6 +214,6 @@ def _root(group: np.ndarray, row: int) -> int:
     return row
 
 
-def _shingles_of(texts: Texts, rows: np.ndarray) -> dict[int, np.ndarray]:
+def _shingles_of(texts: TextsByRow, rows: np.ndarray) -> dict[int, np.ndarray]:
     rows = np.unique(rows)
     return {row: shingles(text) for row, text in zip(rows.tolist(), texts[rows], strict=True)}
