@@ -275,7 +275,7 @@ def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
         considered = sum(tally.qualifying.values())
         raise InputError(
             f"{graded.scores[0].parent}: none of {considered} rows has {mining.num_negatives} negatives below margin "
-            f"{mining.margin}; lower --num_negatives or raise the candidates' top_k"
+            f"{mining.margin}; raise --margin, lower --num_negatives or raise the candidates' top_k"
         )
 
 

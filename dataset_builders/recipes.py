@@ -202,11 +202,13 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
     # an unknown key explains a missing one, so it is told first
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     paths = [".".join(path) for path, _ in _keys(kind)]
+    of_section = problem["type"] == "value_error" and isinstance(problem["input"], dict)
     location: list[str] = []
-    for part in map(str, problem["loc"]):
+    for part in problem["loc"]:
         # pydantic puts the tag of a union's member into the path (source.local.path); no recipe has that key
-        if not location or ".".join([*location, part]) in paths or part == str(problem["loc"][-1]):
-            location.append(part)
+        named = ".".join([*location, str(part)]) in paths or (part == problem["loc"][-1] and not of_section)
+        if not location or named:
+            location.append(str(part))
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         if key in paths:  # a key of another member of the union
@@ -217,7 +219,7 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
     # pydantic speaks of Python's types, where a recipe has YAML's
     told = {"tuple_type": "write a list, such as [a, b]", "model_type": "write a mapping, such as {a: 1}"}
     reason = told.get(problem["type"], problem["msg"].removeprefix("Value error, ").replace("Tuple", "the list"))
-    return f"key {key!r} is {problem['input']!r}: {reason}"
+    return f"key {key!r} is {problem['input']!r}: {reason}" if key else reason
 
 
 def _suggestion(name: str, paths: list[str]) -> str:

@@ -374,7 +374,7 @@ BAD_FLAGS = {
     "no such package": (["--dense.model", "package:no_such_package"], "no installed package"),
     "no such model": (["--teacher.model", "./no/such/model"], "no such folder"),
     "trained on eval": (["--source.eval_splits", "[train]"], "cannot be an eval split too"),
-    "more negatives than there are": (["--num_negatives", "60"], "lower --num_negatives"),
+    "more negatives than there are": (["--num_negatives", "60"], "raise --margin, lower --num_negatives"),
     "shards without a unit": (["--max_shard_size", "500"], "such as 500MB"),
     "shards of nothing": (["--max_shard_size", "0MB"], "max_shard_size"),
     "unknown engine": (["--engine", "spark"], "invalid choice"),
@@ -423,6 +423,10 @@ def test_bad_flags_are_refused_in_one_line(case, recipe, tmp_path, capsys):
         ("task_type: poetry\n", "'task_type' is 'poetry'"),
         ("task_type: retrieval\ninstruction: x\nsource: {kind: web}\ndense: {model: m}\n", "teacher"),
         ("task_type: sts\ninstruction: x\nsource: {kind: local, path: p}\n", "score_range"),
+        (
+            "task_type: sts\ninstruction: x\nsource: {kind: local, path: p, score_range: [5, 0]}\n",
+            "key 'source' is {'kind': 'local', 'path': 'p', 'score_range': [5, 0]}: score_range is written",
+        ),
         ("sources: []\ndense: {model: m}\nteacher: {kind: bi_encoder, model: m}\n", "'sources' is []: the list"),
     ],
 )
