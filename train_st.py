@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset_builders.cli import InputError, run
 from dataset_builders.folders import MANIFEST, Step, files_of, fingerprint, folder_step
-from dataset_builders.references import resolve_model
+from dataset_builders.references import hub_commit, resolve_model
 from modeling.ledger import closing_line, stage_cost, write_ledger, write_log
 from modeling.prompts import baked_prompts, instruction_prompt
 from modeling.recipe import DatasetArguments, MergeArguments, Recipe, Stage, parse_keys, read_recipe, write_recipe
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+    from trl import ModelConfig
 
     from modeling.demonstrations import Demonstrations
     from modeling.shared_prefix import TokenCounts
@@ -233,12 +234,8 @@ class TrainedAdapter:
 
 def first_start(recipe: Recipe) -> Start:
     """Where the first stage starts: the recipe's model, or the student, which is built here."""
-    stage = recipe.stages[0]
     if "student" not in recipe.values:
-        reference = resolve_model(stage.model.model_name_or_path)
-        revision = None if stage.model.model_revision == "main" else stage.model.model_revision
-        reference = dataclasses.replace(reference, revision=reference.revision or revision)
-        return Start(reference.name_or_path, reference.revision, reference.fingerprint(), reference.reference)
+        return published_start(recipe.stages[0].model)
     from modeling.student import StudentConfig, build_student
 
     instruction = recipe.values.get("instruction")
@@ -255,6 +252,21 @@ def first_start(recipe: Recipe) -> Start:
             build_student(config, step.path)
             step.finish()
     return Start(str(folder), None, step.key, "student")
+
+
+def published_start(model: ModelConfig) -> Start:
+    """The recipe's model: of a Hub id the commit that it names now, for all stages and for the adapter to name."""
+    reference = resolve_model(model.model_name_or_path)
+    revision = None if model.model_revision == "main" else model.model_revision
+    if revision and (reference.is_local or reference.revision not in (None, revision)):
+        other = "is a folder, which has none" if reference.is_local else "names another"
+        raise InputError(
+            f"model_revision is {revision!r}, but {reference.reference!r} {other}; --model_revision main drops it"
+        )
+    if not reference.is_local:
+        revision = hub_commit(reference.name_or_path, reference.revision or revision)
+        reference = dataclasses.replace(reference, revision=revision)
+    return Start(reference.name_or_path, reference.revision, reference.fingerprint(), reference.reference)
 
 
 def check_room(stages: Sequence[Stage], start: Start, data: Mapping[str, StageData]) -> None:
@@ -323,10 +335,27 @@ def check_model(stages: Sequence[Stage], start: Start) -> None:
             config = AutoConfig.from_pretrained(start.name_or_path, revision=start.revision)
             with torch.device("meta"):
                 model = AutoModel.from_config(config, attn_implementation=stage.model.attn_implementation)
-                if stage.peft_config:
-                    model.add_adapter(stage.peft_config)
+            modules = [name for name, _ in model.named_modules()]
+            parameters = [name for name, _ in model.named_parameters()]
+            if stage.peft_config:
+                model.add_adapter(stage.peft_config)
         except (HTTPError, OSError, ValueError, TypeError, ImportError) as error:
             raise InputError(f"stage {stage.name!r}: {where} cannot be built: {error}") from None
+        if not stage.peft_config:
+            continue
+        # peft passes over names that it does not find; of modules to save, any ending is one
+        kinds = {
+            "modules_to_save": ("", modules),
+            "target_modules": (".", modules),
+            "target_parameters": (".", parameters),
+        }
+        for key, (before, names) in kinds.items():
+            wanted = getattr(stage.peft_config, key) or ()
+            if isinstance(wanted, str):  # a pattern, which peft itself looks for
+                continue
+            for name in sorted(wanted):
+                if not any(f".{there}".endswith(before + name) for there in names):
+                    raise InputError(f"stage {stage.name!r}: lora_{key}: {where} has no {name!r}")
 
 
 def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]:

@@ -109,17 +109,30 @@ def _problem_of(path: Path, content: Any) -> str | None:
 
 
 def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> str:
-    """The commit a Hub revision points to now. Raises InputError in one line when the Hub cannot say."""
+    """The commit a Hub revision points to now; offline, what it pointed to when a model was brought into the cache.
+
+    A data set's is not asked of the cache: `datasets` loads from one of its own, which may hold another commit.
+
+    Raises InputError in one line when neither can say.
+    """
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return revision  # a commit is what it is: nothing to ask, also offline
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RevisionResolutionError,
+    )
 
     try:
+        if repo_type == "model" and is_offline_mode():
+            return HfApi().resolve_revision(repo_id, revision=revision, local_files_only=True).resolved
         return HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type).sha
     except UnicodeEncodeError:  # of the request's headers
         raise InputError("HF_TOKEN holds a character that no token has; set it again") from None
-    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:  # also no network, or no such host
+    # also no network, or no such host, or offline nothing in the cache
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, RevisionResolutionError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it: {reason}; "

@@ -16,6 +16,7 @@ steps. `max_steps`, by contrast, holds for each stage.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -52,6 +53,9 @@ ELSEWHERE = {
     "router_mapping": "has no effect on a model of one tower; leave it out",
     "neftune_noise_alpha": "needs embeddings where a SentenceTransformer has none; leave it out",
     "use_liger_kernel": "has no effect on a SentenceTransformer; leave it out",
+    "label_smoothing_factor": "has no effect: soft labels take its place; leave it out",
+    "auto_find_batch_size": "has no effect on the batches made here; lower mini_batch_size, which changes no result",
+    "save_only_model": "leaves nothing for a killed stage to go on from; leave it out",
     "push_to_hub": "is not for training: leave it out, and run push_to_hub.py afterwards",
 }
 ELSEWHERE["multi_dataset_batch_sampler"] = ELSEWHERE["train_sampling_strategy"] = ELSEWHERE["batch_sampler"]
@@ -183,6 +187,10 @@ def parse_recipe(
     stages = _named(values.pop("stages", None), "stage", "stages", where, taken=RESERVED)
     if selected is not None:
         stages = _select(stages, selected)
+    for name, keys in stages.items():
+        for key in ("model_name_or_path", "model_revision"):
+            if key in keys:
+                raise InputError(f"{where}: stage {name!r}: {key}: stages go on from one another; name it above them")
     student = {**_mapping(values.pop("student", None), where), **_mapping(overrides.pop("student", None), "--student")}
     values |= overrides
     stages = {name: {k: v for k, v in keys.items() if k not in overrides} for name, keys in stages.items()}
@@ -413,6 +421,9 @@ def _check_training(training: SentenceTransformerTrainingArguments, where: str) 
             kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
             more = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
             get_scheduler(training.lr_scheduler_type, kind([weight], **settings), 0, 2, **more)
+            unread = unread_optim_args(training)
+            if unread:
+                raise ValueError(f"optim_args: {training.optim.value} does not read {unread[0]!r}; drop it")
         DataLoader(
             [0],
             num_workers=training.dataloader_num_workers,
@@ -428,10 +439,36 @@ def _check_training(training: SentenceTransformerTrainingArguments, where: str) 
             torch.compile(
                 torch.nn.Identity(), backend=training.torch_compile_backend, mode=training.torch_compile_mode
             )
-        for pattern in training.learning_rate_mapping:
+        for pattern, rate in training.learning_rate_mapping.items():
             re.compile(pattern)
+            training.learning_rate_mapping[pattern] = float(rate)  # YAML reads 1e-5 as a text
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
         raise InputError(f"{where}: training cannot start so: {error}") from None
+    _check_numbers(training, where)
+
+
+def unread_optim_args(training: SentenceTransformerTrainingArguments) -> list[str]:
+    """Keys of `optim_args` that transformers passes over in silence, as it does all of AdamW's.
+
+    It has no list of those that it reads. But where it reads one, a value that none can have makes a difference: other
+    settings, or an error.
+    """
+    from transformers import Trainer
+
+    def settings(pairs: Mapping[str, str]) -> Any:
+        tried = copy.copy(training)
+        tried.optim_args = ",".join(f"{key}={value}" for key, value in pairs.items())
+        return Trainer.get_optimizer_cls_and_kwargs(tried)
+
+    def is_read(key: str) -> bool:
+        others = {other: value for other, value in given.items() if other != key}
+        try:
+            return settings({**others, key: "?"}) != settings(others)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return True
+
+    given = dict(pair.split("=") for pair in (training.optim_args or "").replace(" ", "").split(",") if pair)
+    return [key for key in given if not is_read(key)]
 
 
 def _check_dataset(own: DatasetArguments, where: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dataset_builders.cli import InputError
 from dataset_builders.folders import MANIFEST, write_json
 from dataset_builders.verify import in_clean_process
+from modeling.prompts import baked_prompts, few_shot_prompts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,11 +33,13 @@ _PUBLISHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 
 def write_reference(encoder: SentenceTransformer, folder: Path) -> None:
-    """Write `reference_vectors.json`: a few texts, bare and with the `query` prompt, and the vectors of `encoder` as
-    it is in memory. Written when a model is saved, it tells later whether what was saved is that model.
+    """Write `reference_vectors.json`: a few texts, bare and with the model's own prompts (`query`, and those with
+    demonstrations), and the vectors of `encoder` as it is in memory. Written when a model is saved, it tells later
+    whether what was saved is that model.
     """
+    own = ["query", *(f"query-{shots}-shot" for shots in few_shot_prompts(encoder.prompts))]
     vectors = []
-    for name in [None, *(name for name in ("query",) if name in encoder.prompts)]:
+    for name in [None, *(name for name in own if name in encoder.prompts)]:
         found = encoder.encode(_REFERENCE_TEXTS, prompt_name=name, show_progress_bar=False)
         for text, vector in zip(_REFERENCE_TEXTS, found, strict=True):
             vectors.append({"text": text, "prompt_name": name, "vector": [round(float(x), 7) for x in vector]})
@@ -245,8 +248,6 @@ def describe_adapter(path: str, model_path: str) -> dict:
 
 def _check_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raises InputError for what would silently give wrong vectors or scores."""
-    from modeling.prompts import baked_prompts
-
     if not facts["ends_in_eos"]:
         raise InputError(f"{folder}: texts do not end in EOS ({facts['eos']}); build the model with build_encoder")
     if not facts["keeps_max_seq_length"]:

@@ -21,12 +21,17 @@ from modeling.verify import (
     write_reference,
 )
 
+PROMPTS = baked_prompts("Given a question, retrieve its answer", [("sort", "sort a list")])
+
 
 @pytest.fixture(scope="module")
 def whole(tiny_encoder, tmp_path_factory):
     """A model as train_st.py saves it."""
     folder = shutil.copytree(tiny_encoder, tmp_path_factory.mktemp("model") / "model")
-    write_reference(SentenceTransformer(str(folder), device="cpu"), folder)
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.prompts = PROMPTS
+    model.save_pretrained(str(folder), create_model_card=False)
+    write_reference(model, folder)
     (folder / "manifest.json").write_text("{}")
     return folder
 
@@ -47,7 +52,7 @@ def test_a_clean_process_sees_what_this_one_sees(whole):
     facts = verify_model(whole)
     assert facts == json.loads(json.dumps(describe_model(str(whole))))
     assert facts["dimensions"] == 32
-    assert facts["prompts"] == baked_prompts("Given a question, retrieve its answer")
+    assert facts["prompts"] == PROMPTS
     assert facts["reference_dtype"] == "float32" and 0 <= facts["reference_distance"] < 1e-5
 
 
@@ -70,11 +75,11 @@ def test_the_clean_process_has_no_token(whole, monkeypatch):
 
 def test_reference_vectors_are_those_of_the_model(whole):
     reference = json.loads((whole / REFERENCE).read_text())
-    assert [entry["prompt_name"] for entry in reference["vectors"]] == [None] * 3 + ["query"] * 3
+    names = [entry["prompt_name"] for entry in reference["vectors"]]
+    assert names == [None] * 3 + ["query"] * 3 + ["query-1-shot"] * 3
     model = SentenceTransformer(str(whole), device="cpu")
-    prompt = model.prompts["query"]
     for entry in reference["vectors"]:
-        features = model.preprocess([(prompt if entry["prompt_name"] else "") + entry["text"]])
+        features = model.preprocess([PROMPTS.get(entry["prompt_name"], "") + entry["text"]])
         with torch.no_grad():
             expected = model(features)["sentence_embedding"][0].numpy()
         np.testing.assert_allclose(entry["vector"], expected, atol=2e-6)
@@ -152,6 +157,7 @@ BROKEN = {
     "no EOS": ("tokenizer.json", drop_post_processor, "do not end in EOS"),
     "vectors of any length": ("modules.json", drop_normalize, "not of unit length"),
     "no reference": (REFERENCE, lambda path: path.unlink(), f"{REFERENCE} is missing"),
+    "a shot altered": (SETTINGS, replace("Response: sort a list", "Response: read a file"), "are not that model"),
     "other weights": ("model.safetensors", change_weights, r"more than 0.001 \(float32\)"),
     "weights of another dtype": (REFERENCE, replace('"float32"', '"int8"'), "its weights were int8"),
 }

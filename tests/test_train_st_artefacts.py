@@ -62,9 +62,12 @@ def test_adapter_on_its_base_equals_the_merged_model(tiny_decoder, tmp_path):
     least_cosine = {"float32": 1 - 1e-6, "bfloat16": 0.999}
     snapshot = tmp_path / "hf" / "hub" / f"models--{BASE.replace('/', '--')}" / "snapshots" / REVISION
     shutil.copytree(tiny_decoder, snapshot)
+    main = snapshot.parents[1] / "refs" / "main"  # offline, where the cache says what the base's name stands for
+    main.parent.mkdir()
+    main.write_text(REVISION)
     recipe = two_stages(Path(BASE), write_hub(tmp_path / "data" / "hub"))
     lora = {key: value for key, value in recipe["stages"][1].items() if key not in ("name", "mini_batch_size")}
-    recipe |= {**lora, "model_revision": REVISION, "eval_strategy": "no", "learning_rate": "1e-2"}
+    recipe |= {**lora, "eval_strategy": "no", "learning_rate": "1e-2"}
     # equal settings in both stages: one adapter, on the Hub base
     recipe["stages"] = [recipe["stages"][0], {"name": "retrieval"}]
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
@@ -88,6 +91,8 @@ def test_adapter_on_its_base_equals_the_merged_model(tiny_decoder, tmp_path):
     for dtype, least in least_cosine.items():
         before, adapted, merged = map(np.array, read[dtype][:3])
         assert read[dtype][3:] == [BASE, REVISION]
+        manifest = json.loads((tmp_path / "runs" / dtype / "sts" / "manifest.json").read_text())
+        assert manifest["inputs"]["start"] == f"{BASE}@{REVISION}"
         assert (adapted * merged).sum(axis=1).min() > least
         assert (before * merged).sum(axis=1).max() < 0.99  # it is the adapter that makes them equal
     for path in elsewhere.rglob("*.json"):

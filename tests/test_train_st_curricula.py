@@ -85,7 +85,7 @@ def test_optimizer_and_schedule_are_a_stages_own(recipe, tmp_path):
         {**recipe["stages"][0], "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": "1e-2"},
         {**recipe["stages"][2], "optim": "adamw_torch", "lr_scheduler_type": "cosine", "warmup_steps": 0},
     ]
-    shared = {**recipe, "stages": stages, "total_steps": 8, "save_steps": 4, "save_only_model": False}
+    shared = {**recipe, "stages": stages, "total_steps": 8, "save_steps": 4, "learning_rate_mapping": {"norm": "1e-5"}}
     output = train(tmp_path, shared)
     logs = [json.loads((output / "logs" / f"{name}.json").read_text()) for name in ("sts", "retrieval")]
     rates = [[entry["learning_rate"] for entry in log if "learning_rate" in entry] for log in logs]

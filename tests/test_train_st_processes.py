@@ -138,18 +138,31 @@ def test_two_processes_train_as_one(recipe, one, tmp_path):
     ["fsdp", pytest.param("zero3", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed"))],
 )
 def test_two_processes_with_half_of_the_weights_each_train_as_one(name, recipe, one, tmp_path):
-    """As recipes/accelerate/NAME.yaml launches them, killed in the first stage and resumed from its shards."""
+    """As recipes/accelerate/NAME.yaml launches them, killed in the first stage and resumed from its shards, with the
+    prompt of a batch computed once; in bfloat16, too.
+    """
     _, environment = launched(RECIPES / "accelerate" / f"{name}.yaml")
     kinds = ("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_")
     shards = {key: value for key, value in environment.items() if key.startswith(kinds)}
     shards["ACCELERATE_MIXED_PRECISION"] = "no"  # to compare in float32
-    two = tmp_path / "two"
-    command = ["--output_dir", str(two), "--resume_from_checkpoint", "true"]
-    done = run_two(recipe, tmp_path, [(command, shards, 8), (command, shards, None)])
+    two, half = tmp_path / "two", tmp_path / "half"
+    command = ["--output_dir", str(two), "--resume_from_checkpoint", "true", "--share_prefix", "true"]
+    rounded = ["--output_dir", str(half), "--share_prefix", "true", "--stages", "full", "--max_steps", "2"]
+    runs = [(command, shards, 8), (command, shards, None), ([*rounded, "--bf16", "true"], shards, None)]
+    done = run_two(recipe, tmp_path, runs)
     codes = [line for line in done.stdout.splitlines() if line.startswith("codes")]
-    assert codes == ["codes [-9, -9]", "codes [0, 0]"], done.stderr[-3000:]
+    assert codes == ["codes [-9, -9]", "codes [0, 0]", "codes [0, 0]"], done.stderr[-3000:]
     assert "step 7/12" in done.stdout and "step 12/12" in done.stdout
     check_same(one, two)
+    counts = [row["share_prefix"] for row in json.loads((two / "ledger.json").read_text())["stages"]]
+    assert all(count["tokens_computed"] < 0.9 * count["tokens_padded"] for count in counts)
+    expected, found = (losses_of(run, "full")[:2] for run in (one, half))
+    assert found == pytest.approx(expected, rel=0.02) and found != pytest.approx(expected, rel=1e-5)
+
+
+def losses_of(run: Path, stage: str) -> list[float]:
+    history = json.loads((run / "logs" / f"{stage}.json").read_text())
+    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def check_same(one: Path, two: Path) -> None:
@@ -158,7 +171,7 @@ def check_same(one: Path, two: Path) -> None:
     assert not list(two.rglob("*.partial")) + list(two.rglob("checkpoint*"))
     for stage in ("full", "lora"):
         histories = [json.loads((run / "logs" / f"{stage}.json").read_text()) for run in (one, two)]
-        losses, others = ([entry["loss"] for entry in history if "loss" in entry] for history in histories)
+        losses, others = (losses_of(run, stage) for run in (one, two))
         assert len(losses) == 12 and max(losses) - min(losses) > 0.01
         assert others == pytest.approx(losses, abs=2e-4)
         scores, others = (
