@@ -17,7 +17,7 @@ from dataset_builders.hits import NONE, merge_keys, positions_and_scores, sort_k
 
 QUERY_BLOCK = 256
 DOCUMENT_BLOCK = 8192  # with the above, 8 MiB of scores at a time
-GROUP = 16  # documents of which the best is looked at first
+GROUP = 8  # documents of which the best is looked at first
 
 
 class Dense(EncoderSection):
@@ -97,9 +97,9 @@ def _contenders(scores: Any, first: int, lowest: np.ndarray, top_k: int) -> np.n
     """
     import torch
 
-    count = scores.shape[1]
-    if count % GROUP:
-        scores = torch.nn.functional.pad(scores, (0, -count % GROUP), value=-torch.inf)
+    missing = -scores.shape[1] % GROUP
+    if missing:  # sorts below every document, and there are as many documents as places for them
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
     groups = scores.view(len(scores), GROUP, -1)  # document i in group i mod the number of groups
     highest = groups.amax(dim=1).cpu().numpy()
     width = highest.shape[1]
@@ -107,12 +107,13 @@ def _contenders(scores: Any, first: int, lowest: np.ndarray, top_k: int) -> np.n
         lowest = np.fmax(lowest, np.partition(highest, -top_k, axis=1)[:, -top_k])
     queries, group = np.divmod(np.flatnonzero(~(highest < lowest[:, None])), width)  # nothing is below a NaN
     members = groups[torch.from_numpy(queries), :, torch.from_numpy(group)].cpu().numpy()
-    row, member = np.divmod(np.flatnonzero(~(members < lowest[queries, None])), GROUP)
-    columns = member * width + group[row]
-    keys = np.where(columns < count, sort_keys(members[row, member], first + columns), NONE)
-    counts = np.bincount(queries[row], minlength=len(scores))
+    near = np.flatnonzero(~(members < lowest[queries, None]))
+    row, member = np.divmod(near, GROUP)
+    keys = sort_keys(members.ravel()[near], first + member * width + group[row])
+    queries = queries[row]
+    counts = np.bincount(queries, minlength=len(scores))
     found = np.full((len(scores), counts.max()), NONE)
-    found[queries[row], np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)] = keys
+    found[queries, np.arange(len(keys)) - np.repeat(counts.cumsum() - counts, counts)] = keys
     return found
 
 

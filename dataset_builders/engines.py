@@ -138,7 +138,7 @@ def compute_shards(
     `sizes[i]` is what shard i counts for in the progress bar, in `unit`s.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = _whole_shards(folder, len(sizes))
+    done = _shards_in(folder, len(sizes), verify=True)
     todo = [number for number in range(len(sizes)) if number not in done]
     total, before = sum(sizes), sum(sizes[number] for number in done)
     if todo:
@@ -151,7 +151,7 @@ def compute_shards(
             except InputError:
                 shutil.rmtree(folder)  # bad input leaves nothing behind
                 raise
-        done = _whole_shards(folder, len(sizes))
+        done = _shards_in(folder, len(sizes), verify=False)  # who wrote the others has just read them for their names
     missing = [number for number in range(len(sizes)) if number not in done]
     if missing:
         raise InputError(
@@ -170,13 +170,14 @@ def _write_shard(folder: Path, number: int, values: np.ndarray) -> None:
     temporary.rename(folder / f"{number:06d}-{file_sha256(temporary)[:16]}.npy")
 
 
-def _whole_shards(folder: Path, count: int) -> dict[int, Path]:
-    """Number -> file of the shards whose content is what their name says; the others are deleted."""
-    whole: dict[int, Path] = {}
+def _shards_in(folder: Path, count: int, verify: bool) -> dict[int, Path]:
+    """Number -> file of the shards; those whose content is not what their name says (if `verify`) are deleted."""
+    found: dict[int, Path] = {}
     for path in sorted(folder.glob("*.npy")):
         number, _, digest = path.stem.partition("-")
-        if number.isdecimal() and int(number) < count and file_sha256(path).startswith(digest or "none"):
-            whole.setdefault(int(number), path)
+        is_ours = number.isdecimal() and int(number) < count
+        if is_ours and (not verify or file_sha256(path).startswith(digest or "none")):
+            found.setdefault(int(number), path)
         else:
             path.unlink()
-    return whole
+    return found
