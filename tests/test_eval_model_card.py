@@ -363,7 +363,7 @@ def test_a_base_of_the_hub_is_linked_at_its_revision(facts):
     assert "It is [org/base](https://huggingface.co/org/base) at `abc`" in card
     assert "see [o/d](https://huggingface.co/datasets/o/d)" in card
     assert "not evaluated yet" in card and "Not evaluated: nothing is known" in card
-    assert "none is stated for the weights" in card and "at commit unknown" in card
+    assert "none is stated for the weights" in card and "at a commit that was not noted" in card
     known = plain(recipe, commit="c0ffee", versions={"torch": "2.13.0"})
     assert "at commit `c0ffee`, with torch 2.13.0." in render_card("org/name", facts, known)
     changed = render_card("org/name", facts, {**known, "commit": "c0ffee-dirty"})
