@@ -240,10 +240,9 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     for column, texts, part in (("query_id", queries, "queries"), ("document_id", documents, "corpus")):
         unknown = qrels[column].filter(pc.invert(pc.is_in(qrels[column], value_set=texts["id"])))
         if len(unknown):
-            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise InputError(
-                f"{where}: {column} {unknown[0].as_py()!r}{more} is not in {tables.where(part)}; "
-                "add its text there or leave the row out"
+                f"{where}: {column} {unknown[0].as_py()!r} (and {len(unknown) - 1} more) is not in "
+                f"{tables.where(part)}; add its text there or leave the row out"
             )
     documents, queries = (
         _whole_rows(texts, ["text"], tables, tables.where(part), texts["id"])

@@ -170,13 +170,17 @@ def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tup
 
 
 def _flag_value(value: str, is_text: bool) -> Any:
-    """What a flag says, as YAML; a text is taken as it stands, for `query: ` is no mapping there, unless quoted."""
-    if is_text and value.lower() not in ("", "~", "null") and not value.startswith(("'", '"')):
-        return value
+    """What a flag says, as YAML; a text as it stands (`query: ` is no mapping there), unless it is null or quoted, or
+    a mapping with values, which was meant for another key.
+    """
     try:
-        return load_yaml(value)
+        read = load_yaml(value)
     except ValueError:
         return value
+    is_other = isinstance(read, dict) and any(read.values())
+    if is_text and value.lower() not in ("", "~", "null") and not value.startswith(("'", '"')) and not is_other:
+        return value
+    return read
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:

@@ -350,7 +350,7 @@ BAD_SETS = {
     "id twice": (change("corpus.parquet", _id=lambda ids: [ids[1], *ids[1:]]), "'d01' occurs twice"),
     "unknown document": (
         change("qrels.parquet", corpus_id=lambda ids: ["nope", *ids[1:]]),
-        "document_id 'nope' is not in",
+        "document_id 'nope' (and 0 more) is not in",
     ),
     "unknown query": (change("qrels.parquet", query_id=lambda ids: ["nope", *ids[1:]]), "'nope'"),
     "scores as words": (
