@@ -155,20 +155,38 @@ class Prefix:
         return _length_of_run(self.ids[:length] == ids[:length])
 
 
-@dataclass
 class Packing:
-    """Where the tokens of B texts lie in a row of N tokens, of which the first `known` are not computed again."""
+    """Where the tokens of B texts lie in a row of N tokens, of which the first `known` are not computed again.
 
-    prefix: int  # tokens that all texts begin with; they lie first
-    own: list[int]  # tokens of each text after them, at least one
-    tokens: Tensor  # (N - known,): place of each token to compute in the flattened batch
-    positions: Tensor  # (N - known,): of each in its own text, from 0
-    places: Tensor  # shape of the batch: place of each of its tokens in the row; 0, of any token, for padding.
-    # Or (B, 1): place of each text's last token
-    known: int = 0
-    kept: Prefix | None = None  # of batches before this one; it begins with the known tokens
-    keeps: Prefix | None = None  # this batch's, for those after it: the layers fill it in
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    No dataclass: in half precision FSDP2 casts what layers are called with, and copies dataclasses for that. What
+    layers fill in would be lost.
+
+    Args:
+        prefix: tokens that all texts begin with; they lie first.
+        own: tokens of each text after them, at least one.
+        tokens: (N - known,): place of each token to compute in the flattened batch.
+        positions: (N - known,): of each in its own text, from 0.
+        places: shape of the batch: place of each of its tokens in the row; 0, of any token, for padding. Or (B, 1):
+            place of each text's last token.
+        kept: of batches before this one; it begins with the known tokens.
+        keeps: this batch's, for those after it: the layers fill it in.
+    """
+
+    def __init__(
+        self,
+        prefix: int,
+        own: list[int],
+        tokens: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        known: int = 0,
+        kept: Prefix | None = None,
+        keeps: Prefix | None = None,
+    ) -> None:
+        self.prefix, self.own = prefix, own
+        self.tokens, self.positions, self.places = tokens, positions, places
+        self.known, self.kept, self.keeps = known, kept, keeps
+        self._masks: dict[Any, Tensor] = {}
 
     @property
     def new(self) -> int:
