@@ -8,8 +8,9 @@
 | text_pairs | text1, text2, label (in a folder: label_text) | duplicates, nli |
 | graded_pairs | sentence1, sentence2, score | sts |
 
-Rows without ids get them from their texts, so that the same text has the same id in every build. A row without text
-is refused in a folder, and left out of a set from the Hub: whoever builds from that cannot mend it.
+Rows without ids get them from their texts, so that the same text has the same id in every build. A row without text,
+and a judgement of a text that is not there, is refused in a folder, and left out of a set from the Hub: whoever builds
+from that cannot mend it.
 """
 
 from __future__ import annotations
@@ -237,18 +238,22 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     qrels = tables.read_part("qrels", splits)
     check_rows(qrels, where)
     qrels = to_schema(qrels.rename_columns(QRELS.names), QRELS, where)
+    seen = len(qrels)
     for column, texts, part in (("query_id", queries, "queries"), ("document_id", documents, "corpus")):
-        unknown = qrels[column].filter(pc.invert(pc.is_in(qrels[column], value_set=texts["id"])))
-        if len(unknown):
+        known = pc.is_in(qrels[column], value_set=texts["id"])
+        unknown = qrels[column].filter(pc.invert(known))
+        if len(unknown) and not (tables.published and pc.any(known).as_py()):  # of all rows: other ids, not lost texts
             raise InputError(
                 f"{where}: {column} {unknown[0].as_py()!r} (and {len(unknown) - 1} more) is not in "
                 f"{tables.where(part)}; add its text there or leave the row out"
             )
+        if len(unknown):
+            tqdm.write(f"{where}: {len(unknown):,} rows whose {column} is not in {part} left out", file=sys.stderr)
+            qrels = qrels.filter(known)
     documents, queries = (
         _whole_rows(texts, ["text"], tables, tables.where(part), texts["id"])
         for texts, part in ((documents, "corpus"), (queries, "queries"))
     )
-    seen = len(qrels)
     if tables.published:
         # texts may have been left out, and the judgements of other splits were not read
         for column, texts in (("query_id", queries), ("document_id", documents)):

@@ -145,6 +145,32 @@ def test_a_published_row_without_text_is_left_out_and_told(tmp_path, capsys):
     assert capsys.readouterr().err.count("1 rows without") == 2
 
 
+@pytest.mark.parametrize("judged_ids", [["d0", "d9", "d1"], ["0", "1", "2"]])
+def test_published_judgements_of_texts_that_are_not_there(tmp_path, capsys, judged_ids):
+    """Some are the publisher's loss, and left out; where no id is known, the columns are not what they seem."""
+    folder = tmp_path / judged_ids[0]  # `datasets` caches a folder by its name
+    folder.mkdir()
+    parts = [("default", "train", "qrels"), ("corpus", "corpus", "corpus"), ("queries", "queries", "queries")]
+    configs = [
+        {"config_name": name, "data_files": [{"split": split, "path": f"{path}.parquet"}]}
+        for name, split, path in parts
+    ]
+    write_table(folder / "corpus.parquet", _id=["d0", "d1"], title=["", ""], text=["a", "b"])
+    write_table(folder / "queries.parquet", _id=["q0", "q1"], text=["x", "y"])
+    write_table(
+        folder / "qrels.parquet", **{"query-id": ["q0", "q0", "q1"], "corpus-id": judged_ids, "score": [1] * 3}
+    )
+    (folder / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+    source = HubSource(kind="hub", dataset=str(folder), layout="corpus")
+    if "d0" in judged_ids:
+        rows = read_rows(source, None)
+        assert judged(rows) == [("x", "a", 1, "train"), ("y", "b", 1, "train")] and rows.seen == 3
+        assert "1 rows whose document_id is not in corpus left out" in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=r"document_id '0' \(and 2 more\) is not in"):
+            read_rows(source, None)
+
+
 def test_a_query_that_is_drawn_keeps_all_its_positives(tmp_path):
     columns = {"query": [f"q{row // 3}" for row in range(60)], "positive": [f"d{row}" for row in range(60)]}
     folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns)
@@ -480,7 +506,10 @@ configs:
     ),
     "queries.jsonl": json_lines(*({"_id": f"q{row}", "text": f"question {row}"} for row in range(6))),
     "qrels/train.jsonl": json_lines(
-        *({"query-id": f"q{row}", "corpus-id": str(row), "score": 1.0} for row in (0, 1, 3))
+        *({"query-id": f"q{row}", "corpus-id": str(row), "score": 1.0} for row in (0, 1, 3)),
+        # and judgements of texts that it no longer holds
+        {"query-id": "q0", "corpus-id": "gone", "score": 1.0},
+        {"query-id": "gone", "corpus-id": "0", "score": 1.0},
     ),
     "qrels/dev.jsonl": json_lines({"query-id": "q4", "corpus-id": "4", "score": 1.0}),
 }
