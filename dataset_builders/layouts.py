@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dataset_builders.cli import InputError
-from dataset_builders.folders import read_parquet
+from dataset_builders.folders import files_of, fingerprint, read_parquet
 from dataset_builders.near_duplicates import normalised
 from dataset_builders.schema import DOCUMENTS, QRELS, check_rows, to_schema
 
@@ -140,6 +141,15 @@ class HubTables:
     label_scores: Mapping[str, int]
     published: ClassVar[bool] = True
 
+    @cached_property
+    def _cache(self) -> str | None:
+        """Of a folder, a cache of its content: datasets (5.2) knows it by its name and README, whatever its rows."""
+        if not Path(self.dataset).is_dir():
+            return None
+        from datasets.config import HF_DATASETS_CACHE
+
+        return str(Path(HF_DATASETS_CACHE) / fingerprint(files_of(Path(self.dataset))))
+
     def where(self, name: str) -> str:
         return f"{self.dataset} ({name})"
 
@@ -147,7 +157,9 @@ class HubTables:
         from datasets import load_dataset
 
         with self._answered(split):
-            dataset = load_dataset(self.dataset, self.config, split=split, revision=self.revision)
+            dataset = load_dataset(
+                self.dataset, self.config, split=split, revision=self.revision, cache_dir=self._cache
+            )
         table = dataset.with_format("arrow")[:]
         taken = {}
         for name in names:
@@ -165,7 +177,7 @@ class HubTables:
         with self._answered(part):
             if name == "qrels" and name not in get_dataset_config_names(self.dataset, revision=self.revision):
                 name = "default"
-            loaded = load_dataset(self.dataset, name, revision=self.revision)
+            loaded = load_dataset(self.dataset, name, revision=self.revision, cache_dir=self._cache)
         tables = {found: dataset.with_format("arrow")[:] for found, dataset in loaded.items()}
         if part != "qrels" and len(tables) == 1:
             splits = list(tables)
