@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset_builders.card import card_for
 from dataset_builders.cli import ArgumentParser, InputError, run
+from dataset_builders.references import limit_waiting
 from dataset_builders.verify import verify_dataset
 from eval.evidence import read_evidence
 from eval.model_card import card_files, render_adapter_card, render_card
@@ -54,7 +55,6 @@ REPLACED = {
     "dataset": ("*.parquet", "*/*.parquet", "assets/*.png"),
 }
 _WAITS = (1, 2, 4)  # seconds before a request that may be repeated is
-_TIMEOUT = 120  # seconds without a byte, after which a connection counts as lost
 _PULL_REQUESTS = 20  # the newest ones are searched for the same files
 
 
@@ -204,8 +204,7 @@ def publish(releases: Sequence[Release], args: Namespace) -> None:
     Raises:
         InputError: what went wrong, what is there now and what to do.
     """
-    from huggingface_hub import HfApi, get_token, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import HfApi, get_token
 
     token = get_token()
     if token is None:
@@ -213,12 +212,7 @@ def publish(releases: Sequence[Release], args: Namespace) -> None:
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise InputError("the token holds spaces, line breaks or letters that no token has; set HF_TOKEN again")
 
-    def make_client():  # the library makes another one after a connection that failed
-        client = default_client_factory()
-        client.event_hooks["request"].append(_limit_waiting)
-        return client
-
-    set_client_factory(make_client)
+    limit_waiting()
     api = HfApi(token=token)
     uploads = [Upload(api, release, args) for release in releases]
     for upload in uploads:
@@ -232,11 +226,6 @@ def publish(releases: Sequence[Release], args: Namespace) -> None:
         except InputError as error:
             before = "".join(f"{done.release.repo_id} is published; " for done in uploads[:index])
             raise InputError(f"{before}{error}") from error
-
-
-def _limit_waiting(request: Any) -> None:
-    """The library would wait for ever: its calls ask for no limit, which is stronger than a limit of its client."""
-    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), _TIMEOUT)
 
 
 def _check_no_token(release: Release, token: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, fingerprint
 
+SILENCE = 120  # seconds without a byte, after which a connection counts as lost
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # all that loaders read of a model but its weights
 
 
@@ -108,6 +110,28 @@ def _problem_of(path: Path, content: Any) -> str | None:
     return None
 
 
+@functools.cache
+def limit_waiting() -> None:
+    """Requests of huggingface_hub that would wait for ever for a Hub that stays silent get a limit, `SILENCE`.
+
+    A limit of its client alone would not do: the library's calls ask for none, which is stronger. Those with a limit
+    of their own keep it.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limit(request: Any) -> None:
+        limits = request.extensions["timeout"]
+        request.extensions["timeout"] = {kind: limits[kind] or SILENCE for kind in limits}
+
+    def make_client() -> Any:  # the library makes another one after a connection that failed
+        client = default_client_factory()
+        client.event_hooks["request"].append(limit)
+        return client
+
+    set_client_factory(make_client)
+
+
 def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> str:
     """The commit a Hub revision points to now; offline, what it pointed to when a model was brought into the cache.
 
@@ -115,6 +139,7 @@ def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> 
 
     Raises InputError in one line when neither can say.
     """
+    limit_waiting()  # every command that reads from the Hub comes here first
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return revision  # a commit is what it is: nothing to ask, also offline
     from huggingface_hub import HfApi, is_offline_mode

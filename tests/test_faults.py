@@ -34,16 +34,16 @@ from argparse import Namespace
 import httpx2
 import push_to_hub
 from dataset_builders.cli import run
+from dataset_builders.references import SILENCE
 from huggingface_hub import HfFileSystem
 
 sleep, prepare, send = time.sleep, push_to_hub.prepare, httpx2.HTTPTransport.handle_request
 
 def send_with_a_limit(self, request):
     limits = request.extensions["timeout"]
-    if job["module"] == "push_to_hub":
-        assert all(limits[kind] == push_to_hub._TIMEOUT for kind in ("connect", "read", "write", "pool")), request
-        if job["stalled"] and re.search(job["stalled"], f"{request.method} {request.url.raw_path.decode()}"):
-            request.extensions["timeout"] = {**limits, "read": 0.1}
+    assert all(limits[kind] and limits[kind] <= SILENCE for kind in ("connect", "read", "write", "pool")), request
+    if job["stalled"] and re.search(job["stalled"], f"{request.method} {request.url.raw_path.decode()}"):
+        request.extensions["timeout"] = {**limits, "read": 0.1}
     return send(self, request)
 
 httpx2.HTTPTransport.handle_request = send_with_a_limit
@@ -434,6 +434,18 @@ def test_each_request_of_a_reader(module, hub, client, readers):
             planned.times = 0
             assert not error or read() == (None, whole)
     assert happened >= len(requests)
+
+
+@pytest.mark.parametrize(
+    "request_", ["GET /api/models/org/name$", "GET /api/models/org/name/tree/"], ids=["first", "files"]
+)
+def test_a_reader_gives_up_on_a_hub_that_never_answers(request_, hub, client, readers):
+    shutil.rmtree(client.cache, ignore_errors=True)
+    planned = hub.fail(request_, "stall", LASTING)
+    error, _ = client("eval.search", *readers["eval.search"][0], stalled=request_)
+    assert planned.happened and re.match(f"model '{MODEL}': .*the Hub did not serve", error), (error, hub.asked)
+    planned.times = 0
+    assert client("eval.search", *readers["eval.search"][0])[0] is None
 
 
 def test_a_private_model_needs_a_token(hub, client, readers):
