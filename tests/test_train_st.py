@@ -18,6 +18,7 @@ from tiny_training import INSTRUCTION, distance, own_cache, train, two_stages, w
 
 import train_st
 from dataset_builders.cli import InputError, run
+from modeling.processes import ZERO3 as ZERO3_SETTINGS
 from modeling.prompts import baked_prompts
 from modeling.recipe import StageArguments, parse_keys
 
@@ -384,7 +385,7 @@ def test_bad_recipes(case, recipe, tmp_path, capsys, monkeypatch):
 
 
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true"} | {
-    f"ACCELERATE_DEEPSPEED_{key}": value for key, value in train_st.ZERO3.items()
+    f"ACCELERATE_DEEPSPEED_{key}": value for key, value in ZERO3_SETTINGS.items()
 }
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 

@@ -1,0 +1,75 @@
+"""The processes of a run: who of how many this one is, what they do together, and how they may share out weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset_builders.cli import InputError
+from dataset_builders.folders import Step, folder_step
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from modeling.recipe import Stage
+
+# What `accelerate launch` has to say of shards: FSDP_KEY, ACCELERATE_DEEPSPEED_KEY
+FSDP = {"VERSION": "2", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+ZERO3 = {"ZERO_STAGE": "3", "ZERO3_INIT": "false", "OFFLOAD_OPTIMIZER_DEVICE": "none", "OFFLOAD_PARAM_DEVICE": "none"}
+
+
+def processes() -> PartialState:
+    """Who of how many we are: one, or as many as `accelerate launch` or torchrun started."""
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def launched_with(kind: str) -> bool:
+    """Whether `accelerate launch` said so: FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}") == "true"
+
+
+def refuse_shards(stages: Sequence[Stage]) -> None:
+    """Refuse, before hours of training, what shares out weights in a way that was not seen to train and save right."""
+    for key, name in (("fsdp", "fsdp"), ("deepspeed", "zero3")):
+        if any(getattr(stage.training, key) for stage in stages):
+            raise InputError(
+                f"{key} is the launcher's: drop it from the recipe, and use recipes/accelerate/{name}.yaml"
+            )
+    fsdp, deepspeed = launched_with("FSDP"), launched_with("DEEPSPEED")
+    if not (fsdp or deepspeed):
+        return
+    if fsdp and any(os.environ.get(f"FSDP_{key}") != value for key, value in FSDP.items()):
+        raise InputError(
+            "of FSDP, version 2 with SHARDED_STATE_DICT alone is supported; use recipes/accelerate/fsdp.yaml"
+        )
+    if deepspeed and any(os.environ.get(f"ACCELERATE_DEEPSPEED_{key}") != value for key, value in ZERO3.items()):
+        raise InputError("of DeepSpeed, ZeRO-3 as in recipes/accelerate/zero3.yaml alone is supported; use that file")
+    if any(stage.model.load_in_4bit or stage.model.load_in_8bit for stage in stages):
+        raise InputError("load_in_4bit and load_in_8bit of shards are not supported; use recipes/accelerate/ddp.yaml")
+    if deepspeed and any(stage.training.gradient_accumulation_steps > 1 for stage in stages):
+        raise InputError(
+            "gradient_accumulation_steps with ZeRO-3 is not supported; raise per_device_train_batch_size, and set "
+            "mini_batch_size, which memory depends on"
+        )
+    if deepspeed and any(stage.training.mixed_precision == "fp16" for stage in stages):
+        raise InputError("fp16 with ZeRO-3 is not supported; set bf16")
+    if processes().distributed_type.value in ("NO", "MULTI_CPU"):
+        raise InputError("accelerate shares weights out among two GPUs or more alone; use recipes/accelerate/ddp.yaml")
+
+
+@contextlib.contextmanager
+def joint_step(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Step]:
+    """`folder_step` of all processes: the main one makes the folder and finishes it, and they leave together."""
+    if processes().is_main_process:
+        with folder_step(folder, inputs) as step:
+            processes().wait_for_everyone()
+            yield step
+    else:
+        processes().wait_for_everyone()  # until the partial folder is there
+        yield Step(folder, inputs)
+    processes().wait_for_everyone()
