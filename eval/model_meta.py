@@ -1,0 +1,274 @@
+"""The file by which mteb knows a published model: what its pull request to mteb adds, filled in from evidence.
+
+    python -m eval.model_meta org/name@COMMIT --run runs/mistral-7b --code https://github.com/org/graded-embedder \\
+        --output_dir ../mteb/mteb/models/model_implementations
+    python -m eval.model_meta org/name --run runs/demo --dry_run    # before it is published; needs no network
+
+What the run's folder and the commit do not say is None, with a comment in the file and a line on stderr; nothing is
+guessed. Without --output_dir the file is printed. docs/leaderboard.md tells the rest of the way to the leaderboard.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset_builders.cli import ArgumentParser, InputError, output_folder, run
+from dataset_builders.folders import written_whole
+from dataset_builders.references import hub_commit, resolve_model
+from dataset_builders.verify import in_clean_process
+from eval.evidence import dataset_names, read_evidence
+from eval.model_card import card_metadata, disclosure
+from eval.report import read_json
+from modeling.verify import REFERENCE, published_files
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelCardData
+    from mteb.models import ModelMeta
+
+HUB = "https://huggingface.co"
+# What train_st.py saves: read by sentence-transformers, and by transformers alone with the lines of the card.
+FRAMEWORK = ["Sentence Transformers", "PyTorch", "safetensors", "Transformers"]
+# Why a field is None: what stands beside it in the file, and is told on stderr.
+UNKNOWN = {
+    "revision": "not published yet: the commit",
+    "release_date": "not published yet: the date of the commit",
+    "license": "not published yet: what the card says",
+    "open_weights": "not published yet",
+    "public_training_code": "no --code",
+    "public_training_data": "the card does not name a public data set for each of those that it was trained on",
+    "training_datasets": "not every data set that it was trained on is at hand and states its tasks of mteb",
+    "n_embedding_parameters": "no tensor of the name embed_tokens",
+    "adapted_from": "the card names no base model on the Hub",
+    "citation": "BibTeX of an article about this very model, if there is one",
+    "contacts": "GitHub handles of those who answer for it",
+}
+_HEAD = """\
+from __future__ import annotations
+
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+from mteb.types import OutputDType
+
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    evidence = read_evidence(args.run)
+    folder = args.run / "model"
+    if args.dry_run:
+        published = {"adapted_from": card_metadata(args.name, evidence).base_model}
+    else:
+        published = read_commit(args.name, args.revision, folder, len(dataset_names(evidence["recipe"])))
+    disclosed = disclosure(evidence["data"])
+    meta = make_meta(
+        name=args.name,
+        reference=f"{HUB}/{args.name}",
+        public_training_code=args.code,
+        training_datasets=set(disclosed["training_datasets"]) if disclosed else None,
+        **read_folder(folder),
+        **published,
+    )
+    source = to_source(meta)
+    check_source(source, meta)
+    if args.output_dir:
+        path = write_source(source, args.name, args.output_dir)
+        print(f"{path}: how mteb knows {args.name}", file=sys.stderr)
+    else:
+        print(source, end="")
+    for field in unknown(meta):
+        print(f"{field} is None: {UNKNOWN[field]}", file=sys.stderr)
+    if disclosed:
+        import mteb
+
+        share = meta.zero_shot_percentage(mteb.get_benchmark(disclosed["benchmark"]).tasks)
+        print(f"by mteb's rule {share} % zero-shot on {disclosed['benchmark']}", file=sys.stderr)
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(prog="python -m eval.model_meta", description=__doc__)
+    parser.add_argument("model", metavar="ORG/NAME@COMMIT", help="the published model; a branch or tag will do")
+    parser.add_argument("--run", required=True, type=Path, help="folder with recipe.yaml, ledger.json and model/")
+    parser.add_argument("--code", metavar="URL", help="where the code that trained it is public")
+    parser.add_argument("--dry_run", action="store_true", help="ask nobody; what only the commit says is None")
+    parser.add_argument("--output_dir", type=output_folder, help="write the file there, as ORG_models.py")
+    args = parser.parse_args(argv)
+    reference = resolve_model(args.model)
+    if reference.is_local:
+        raise InputError(f"{args.model}: a folder; name the repository on the Hub, ORG/NAME@COMMIT")
+    if reference.name_or_path.count("/") != 1:
+        raise InputError(f"{args.model}: mteb knows models as ORG/NAME")
+    if args.code is not None and not re.match(r"https://\S+$", args.code):
+        raise InputError(f"--code {args.code!r}: give an address, https://...")
+    args.name, args.revision = reference.name_or_path, reference.revision
+    return args
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """What the files of a model that train_st.py saved say about it: push_to_hub.py proved that they do as they say.
+
+    Raises InputError for a folder that it would not publish.
+    """
+    from huggingface_hub import get_local_safetensors_metadata
+    from mteb.types import OutputDType
+
+    published_files(folder)
+    settings = read_json(folder / "config_sentence_transformers.json")
+    saved = read_json(folder / REFERENCE)
+    files = get_local_safetensors_metadata(folder).files_metadata
+    tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
+    embeddings = [tensor.parameter_count for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
+    size = sum(end - begin for begin, end in (tensor.data_offsets for tensor in tensors.values()))
+    return {
+        "n_parameters": sum(tensor.parameter_count for tensor in tensors.values()),
+        "n_embedding_parameters": sum(embeddings) or None,
+        "memory_usage_mb": round(size / 2**20),
+        "max_tokens": read_json(folder / "sentence_bert_config.json")["max_seq_length"],
+        "embed_dim": len(saved["vectors"][0]["vector"]),
+        # mteb: models loaded in lower precision declare it
+        "output_dtypes": None if saved["dtype"] == "float32" else OutputDType(saved["dtype"]),
+        "similarity_fn_name": settings.get("similarity_fn_name") or "cosine",  # sentence-transformers' default
+        "use_instructions": any(settings["prompts"].values()),
+    }
+
+
+def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -> dict[str, Any]:
+    """What the Hub says about a published model, whose files must be those of `folder`.
+
+    mteb's own draft (ModelMeta.from_hub) reads the branch main whatever the revision, and takes the positions of the
+    backbone for the longest text.
+
+    Args:
+        name: ORG/NAME.
+        revision: commit, branch or tag; None: main.
+        folder: the model that was published.
+        data_sets: how many data sets it was trained on.
+
+    Raises:
+        InputError: no such commit, one of other files, a private repository, no licence, no answer.
+    """
+    from huggingface_hub import HfApi, ModelCard, hf_hub_download
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    commit, api = hub_commit(name, revision), HfApi()
+    try:
+        found = api.verify_repo_checksums(name, revision=commit, local_dir=folder)
+        other = {*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths}
+        other &= published_files(folder).keys()
+        if other:
+            raise InputError(
+                f"{name}@{commit}: {min(other)} is not that of {folder}; name the commit that this run was pushed as"
+            )
+        if not api.repo_exists(name, token=False):
+            raise InputError(f"{name}: not public, and the leaderboard takes no other model; change its settings")
+        date = api.list_repo_commits(name, revision=commit)[0].created_at
+        card = ModelCard.load(hf_hub_download(name, "README.md", revision=commit)).data
+        if not card.license:
+            raise InputError(f"{name}@{commit}: its card names no licence; push it again with --license")
+        data = public_data(api, card, data_sets)
+    except OfflineModeIsEnabled:
+        raise InputError("HF_HUB_OFFLINE is set; unset it, or ask nobody: --dry_run") from None
+    except (HTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name}@{commit}: the Hub did not serve it: {reason}; check the name, the network and HF_TOKEN, then "
+            "run again"
+        ) from None
+    return {
+        "revision": commit,
+        "release_date": date.strftime("%Y-%m-%d"),
+        "license": card.license,
+        "open_weights": True,
+        "public_training_data": data,
+        "adapted_from": card.base_model,
+    }
+
+
+def public_data(api: HfApi, card: ModelCardData, data_sets: int) -> str | None:
+    """Addresses of the training data; None unless the card names as many as there are and everybody can read them."""
+    names = card.datasets or []
+    if not data_sets or len(names) < data_sets:
+        return None
+    if not all(api.repo_exists(name, repo_type="dataset", token=False) for name in names):
+        return None
+    return ", ".join(f"{HUB}/datasets/{name}" for name in names)
+
+
+def make_meta(**fields: Any) -> ModelMeta:
+    """mteb's ModelMeta of these fields; those of UNKNOWN that are not given are None. Raises InputError."""
+    from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+    from pydantic import ValidationError
+
+    try:
+        return ModelMeta(
+            loader=SentenceTransformerEncoderWrapper,  # it uses the prompts that are saved in the model
+            languages=["eng-Latn"],  # as the card says
+            framework=FRAMEWORK,
+            **{**dict.fromkeys(UNKNOWN), **fields},
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"mteb does not take {first['input']!r} as {first['loc'][0]}: {first['msg']}; mend it in the card"
+        ) from None
+
+
+def unknown(meta: ModelMeta) -> list[str]:
+    return [field for field in UNKNOWN if getattr(meta, field) is None]
+
+
+def to_source(meta: ModelMeta) -> str:
+    """A module of mteb's model_implementations, whose one ModelMeta mteb finds by its type."""
+    head = _HEAD if meta.output_dtypes else _HEAD.replace("from mteb.types import OutputDType\n", "")
+    code = meta.to_python()
+    for field in unknown(meta):
+        code = code.replace(f"    {field}=None,", f"    {field}=None,  # {UNKNOWN[field]}")
+    return f"{head}{identifier(meta.name)} = {code}\n"
+
+
+def identifier(name: str) -> str:
+    """
+    >>> identifier("my-org/Model-7B.v2"), identifier("01/x")
+    ('my_org_model_7b_v2', '_01_x')
+    """
+    return re.sub(r"\W|^(?=\d)", "_", name.lower())
+
+
+def check_source(source: str, meta: ModelMeta) -> None:
+    """Raises InputError unless a process that has mteb but not this repository reads `meta` out of `source`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "models.py"
+        path.write_text(source, encoding="utf-8")
+        found = in_clean_process(read_source, path, library="mteb")
+    if found != {"found": [meta.to_python()]}:
+        raise InputError(f"{meta.name}: mteb reads another ModelMeta than was written, {found['found']}")
+
+
+def read_source(path: str) -> dict:
+    """The code of each ModelMeta of a file. Runs alone, so it imports all it needs."""
+    import runpy
+
+    from mteb.models import ModelMeta
+
+    return {"found": [value.to_python() for value in runpy.run_path(path).values() if isinstance(value, ModelMeta)]}
+
+
+def write_source(source: str, name: str, folder: Path) -> Path:
+    """Write it as ORG_models.py, mteb's way to name them. Raises InputError where that file has other content."""
+    path = folder / f"{identifier(name.partition('/')[0])}_models.py"
+    if path.exists() and path.read_text(encoding="utf-8") != source:
+        raise InputError(f"{path}: is there already; add what this prints without --output_dir by hand")
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(source, encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    run(main)

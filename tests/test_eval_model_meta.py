@@ -1,0 +1,170 @@
+"""The file by which mteb knows a published model, and the results that go with it: one commit, and mteb takes both."""
+
+import json
+import runpy
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from local_hub import LocalHub
+from test_modeling_verify import BASE, save_adapted
+
+from dataset_builders.cli import InputError
+from dataset_builders.folders import folder_step
+from eval import model_meta
+from eval.evidence import read_evidence
+from eval.model_card import card_metadata
+from modeling.verify import published_files
+
+NAME = "my-org/tiny"
+CODE = "https://github.com/my-org/graded-embedder"
+# What a user does from the pushed commit on, in one process: the client reads its endpoint when it is imported.
+SCRIPT = """
+import json, runpy, sys
+from mteb.cli.build_cli import build_cli
+from mteb.mocks import MOCK_TASK_REGISTRY
+from mteb.models import ModelMeta
+from mteb.models.model_implementations import MODEL_REGISTRY
+from pathlib import Path
+from dataset_builders.cli import InputError
+from eval import model_meta
+from eval.run_mteb import evaluate, load_for_mteb
+
+name, commit, other, run, code, fork, results = sys.argv[1:]
+model_meta.in_clean_process = lambda describe, path, library: describe(str(path))  # another test has the clean one
+try:
+    model_meta.main([f"{name}@{other}", "--run", run])
+except InputError as error:
+    print(json.dumps(str(error)))
+model_meta.main([f"{name}@{commit}", "--run", run, "--code", code, "--output_dir", fork])
+drafted = ModelMeta.from_hub(name, commit)
+[meta] = [value for value in runpy.run_path(f"{fork}/my_org_models.py").values() if isinstance(value, ModelMeta)]
+print(json.dumps([{**value.to_dict(), "release_date": str(value.release_date)} for value in (meta, drafted)]))
+MODEL_REGISTRY[name] = meta  # as mteb does when it finds the file in its folder
+evaluate(load_for_mteb(f"{name}@{commit}"), [MOCK_TASK_REGISTRY["MockSTSTask"]()], Path(results), batch_size=8)
+submit = build_cli().parse_args(["submit-results", "-m", name, "--output-folder", results])
+submit.func(submit)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
+    """A run with its merged model, trained on two data sets that state their tasks, both of them published."""
+    folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("run") / "run", ignore=shutil.ignore_patterns("model"))
+    save_adapted(tiny_decoder, folder)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del recipe["student"]
+    recipe |= {"model_name_or_path": BASE, "stages": []}
+    for name, task in {"sts": "ArguAna", "retrieval": "MSMARCO"}.items():
+        source = {"kind": "hub", "dataset": f"org/{name}", "split": "train", "training_datasets": [task]}
+        with folder_step(folder / "graded" / name / "hub", {"recipe": {"source": source}}) as step:
+            step.finish(counts=["rows"], rows={"train": 3})
+        recipe["stages"].append({"name": name, "dataset_name": str(folder / "graded" / name / "hub")})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def write_results_repository(folder):
+    """What mteb clones, with nobody's results, and the settings that let it find this one under the real address."""
+    environment = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{folder}.insteadOf",
+        "GIT_CONFIG_VALUE_0": "https://github.com/embeddings-benchmark/results",
+        **{f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    }
+    (folder / "results").mkdir(parents=True)
+    (folder / "results" / "README.md").write_text("results\n")
+    for command in (
+        ["init", "-q", "-b", "main"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t", "commit", "-qm", "t"],
+    ):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return environment
+
+
+def test_from_a_pushed_commit_to_what_mteb_takes(run_folder, tmp_path):
+    metadata = card_metadata(NAME, read_evidence(run_folder), "apache-2.0", ["my-org/sts", "my-org/retrieval"])
+    files = {name: path.read_bytes() for name, path in published_files(run_folder / "model").items()}
+    environment = write_results_repository(tmp_path / "remote")
+    with LocalHub() as hub:
+        for name in ("sts", "retrieval"):
+            hub.create(f"my-org/{name}", "dataset")
+        other = hub.create(NAME, files={**files, "model.safetensors": b"other weights"})
+        commit = hub.commit(NAME, {**files, "README.md": f"---\n{metadata.to_yaml()}\n---\n# Tiny\n".encode()})
+        hub.commit(NAME, {"README.md": b"---\nlicense: mit\n---\nwritten later"})
+        places = [str(tmp_path / "fork"), str(tmp_path / "results")]
+        arguments = [NAME, commit, other, str(run_folder), CODE, *places]
+        done = hub.run(f"import sys; sys.argv[1:] = {arguments!r}\n{SCRIPT}", tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    refused, (meta, drafted) = map(json.loads, done.stdout.splitlines()[:2])
+    assert "model.safetensors is not that of" in refused and other in refused
+    assert "by mteb's rule 97 % zero-shot on MTEB(eng, v2)" in done.stderr
+    given = {"name": NAME, "revision": commit, "license": "apache-2.0", "open_weights": True, "adapted_from": BASE}
+    given |= {"public_training_code": CODE, "max_tokens": 64, "use_instructions": True, "citation": None}
+    hub_of = "https://huggingface.co/datasets/my-org"
+    given |= {"public_training_data": f"{hub_of}/sts, {hub_of}/retrieval"}
+    assert {field: meta[field] for field in given} == given
+    assert sorted(meta["training_datasets"]) == ["ArguAna", "MSMARCO"]
+    same = ["loader", "n_parameters", "n_embedding_parameters", "memory_usage_mb", "embed_dim", "similarity_fn_name"]
+    same += ["modalities", "model_type", "reference", "release_date"]
+    assert {field: meta[field] for field in same} == {field: drafted[field] for field in same}
+    # what mteb drafts by itself is of main, and not of the length that the model was trained for
+    assert (drafted["license"], drafted["max_tokens"], drafted["training_datasets"]) == ("mit", 128, None)
+
+    clone = tmp_path / "results" / "remote"
+    listed = subprocess.run(["git", "show", "--name-only", "--format="], cwd=clone, capture_output=True, text=True)
+    place = f"results/my-org__tiny/{commit}"
+    assert sorted(listed.stdout.split()) == [
+        f"{place}/MockSTSTask.json",
+        f"{place}/model_meta.json",
+        f"{place}/run_settings.jsonl",
+    ]
+    told = json.loads((clone / place / "model_meta.json").read_text())
+    told["training_datasets"].sort()
+    assert {field: told[field] for field in given} == given and told["training_datasets"] == ["ArguAna", "MSMARCO"]
+
+
+def test_before_it_is_published_nobody_is_asked(run_folder, tmp_path, capsys, monkeypatch):
+    """And the file is read in a process that has mteb alone."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model_meta.main([NAME, "--run", str(run_folder), "--dry_run"])
+    shown = capsys.readouterr()
+    (tmp_path / "shown.py").write_text(shown.out)
+    meta = runpy.run_path(str(tmp_path / "shown.py"))["my_org_tiny"]
+    assert (meta.embed_dim, meta.adapted_from, meta.revision, meta.output_dtypes) == (32, BASE, None, None)
+    unknown = ["revision", "release_date", "license", "open_weights", "public_training_code", "public_training_data"]
+    unknown += ["citation", "contacts"]
+    assert model_meta.unknown(meta) == unknown
+    for field in unknown:
+        line = f"{field} is None: {model_meta.UNKNOWN[field]}"
+        assert line in shown.err and f"    {field}=None,  # {model_meta.UNKNOWN[field]}\n" in shown.out
+
+
+def test_weights_in_half_precision_are_declared(run_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    save_file(
+        {key: value.bfloat16() for key, value in load_file(folder / "model.safetensors").items()},
+        folder / "model.safetensors",
+    )
+    saved = json.loads((folder / "reference_vectors.json").read_text())
+    (folder / "reference_vectors.json").write_text(json.dumps({**saved, "dtype": "bfloat16"}))
+    fields = model_meta.read_folder(folder)
+    assert fields["n_parameters"] == model_meta.read_folder(run_folder / "model")["n_parameters"]
+    meta = model_meta.make_meta(name=NAME, training_datasets=set(), **fields)
+    source = model_meta.to_source(meta)
+    assert "output_dtypes=OutputDType.BF16" in source and "import OutputDType" in source
+    (tmp_path / "x.py").write_text(source)
+    assert model_meta.read_source(str(tmp_path / "x.py")) == {"found": [meta.to_python()]}
+
+
+def test_a_file_of_other_models_is_never_overwritten(tmp_path):
+    path = model_meta.write_source("a = 1\n", NAME, tmp_path / "new")
+    assert path == tmp_path / "new" / "my_org_models.py" and path.read_text() == "a = 1\n"
+    assert model_meta.write_source("a = 1\n", NAME, tmp_path / "new") == path
+    with pytest.raises(InputError, match="is there already"):
+        model_meta.write_source("a = 2\n", NAME, tmp_path / "new")
+    assert path.read_text() == "a = 1\n"
