@@ -16,11 +16,11 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dataset_builders.cli import ArgumentParser, InputError, output_folder, run
 from dataset_builders.folders import written_whole
-from dataset_builders.references import hub_commit, resolve_model
+from dataset_builders.references import check_model_folder, hub_commit, resolve_model
 from dataset_builders.verify import in_clean_process
 from eval.evidence import dataset_names, read_evidence
 from eval.model_card import card_metadata, disclosure
@@ -116,26 +116,33 @@ def read_folder(folder: Path) -> dict[str, Any]:
     Raises InputError for a folder that it would not publish.
     """
     from huggingface_hub import get_local_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
     from mteb.types import OutputDType
 
     published_files(folder)
-    settings = read_json(folder / "config_sentence_transformers.json")
-    saved = read_json(folder / REFERENCE)
-    files = get_local_safetensors_metadata(folder).files_metadata
-    tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
-    embeddings = [tensor.parameter_count for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
-    size = sum(end - begin for begin, end in (tensor.data_offsets for tensor in tensors.values()))
-    return {
-        "n_parameters": sum(tensor.parameter_count for tensor in tensors.values()),
-        "n_embedding_parameters": sum(embeddings) or None,
-        "memory_usage_mb": round(size / 2**20),
-        "max_tokens": read_json(folder / "sentence_bert_config.json")["max_seq_length"],
-        "embed_dim": len(saved["vectors"][0]["vector"]),
-        # mteb: models loaded in lower precision declare it
-        "output_dtypes": None if saved["dtype"] == "float32" else OutputDType(saved["dtype"]),
-        "similarity_fn_name": settings.get("similarity_fn_name") or "cosine",  # sentence-transformers' default
-        "use_instructions": any(settings["prompts"].values()),
-    }
+    check_model_folder(folder)
+    try:
+        settings = read_json(folder / "config_sentence_transformers.json")
+        saved = read_json(folder / REFERENCE)
+        files = get_local_safetensors_metadata(folder).files_metadata
+        tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
+        embeddings = [tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
+        size = sum(end - begin for begin, end in (tensor.data_offsets for tensor in tensors.values()))
+        return {
+            "n_parameters": sum(tensor.parameter_count for tensor in tensors.values()),
+            "n_embedding_parameters": sum(tensor.parameter_count for tensor in embeddings) or None,
+            "memory_usage_mb": round(size / 2**20),
+            "max_tokens": read_json(folder / "sentence_bert_config.json")["max_seq_length"],
+            "embed_dim": len(saved["vectors"][0]["vector"]),
+            # mteb: models loaded in lower precision declare it
+            "output_dtypes": None if saved["dtype"] == "float32" else OutputDType(saved["dtype"]),
+            "similarity_fn_name": settings.get("similarity_fn_name") or "cosine",  # sentence-transformers' default
+            "use_instructions": any(settings["prompts"].values()),
+        }
+    except (NotASafetensorsRepoError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder}: not as train_st.py saves a model ({error!r}); name the folder of its run"
+        ) from None
 
 
 def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -> dict[str, Any]:
@@ -169,8 +176,6 @@ def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -
             raise InputError(f"{name}: not public, and the leaderboard takes no other model; change its settings")
         date = api.list_repo_commits(name, revision=commit)[0].created_at
         card = ModelCard.load(hf_hub_download(name, "README.md", revision=commit)).data
-        if not card.license:
-            raise InputError(f"{name}@{commit}: its card names no licence; push it again with --license")
         data = public_data(api, card, data_sets)
     except OfflineModeIsEnabled:
         raise InputError("HF_HUB_OFFLINE is set; unset it, or ask nobody: --dry_run") from None
@@ -183,11 +188,24 @@ def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -
     return {
         "revision": commit,
         "release_date": date.strftime("%Y-%m-%d"),
-        "license": card.license,
+        "license": licence(card),
         "open_weights": True,
         "public_training_data": data,
         "adapted_from": card.base_model,
     }
+
+
+def licence(card: ModelCardData) -> str:
+    """The card's licence as mteb takes it: a name that it knows, or else the address. Raises InputError."""
+    from mteb.types import Licenses
+
+    found = card.license if card.license in get_args(Licenses) else card.get("license_link")
+    if not found:
+        raise InputError(
+            f"mteb knows no licence {card.license!r}, which the card names; push it with another --license, or add "
+            "license_link, its address, to the card on the Hub and name that commit"
+        )
+    return found
 
 
 def public_data(api: HfApi, card: ModelCardData, data_sets: int) -> str | None:

@@ -4,7 +4,7 @@
     python -m eval.run_mteb --model org/name@revision --tasks STSBenchmark SciFact --output_dir results
 
 Scores go to OUTPUT_DIR/results/MODEL/REVISION/TASK.json as soon as a task is done; running the same command again
-computes only what is missing.
+computes only what is missing. For results that go to mteb's leaderboard see docs/leaderboard.md.
 
 `--shots 2` evaluates with demonstrations, those of the model's prompt `query-2-shot`. They are rows of the training
 task, with its instruction, and stand before every task's own instruction, whatever that task is about. REVISION ends
@@ -14,6 +14,7 @@ in -2-shot, and its model_meta.json has the prompts.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,11 +91,18 @@ def load_for_mteb(reference: str) -> MTEBModels:
     import mteb
     from huggingface_hub.errors import HTTPError
     from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.models.model_implementations import MODEL_REGISTRY
     from sentence_transformers import SentenceTransformer
 
     model = resolve_model(reference)
     if not model.is_local:
         commit = fetch_settings(model)
+        if model.name_or_path not in MODEL_REGISTRY:  # model_meta.json will hold mteb's guess of what is not stated
+            print(
+                f"{model.name_or_path}: mteb has no file about it; results for the leaderboard need one first, "
+                "see docs/leaderboard.md",
+                file=sys.stderr,
+            )
         try:
             return mteb.get_model(model.name_or_path, commit)
         except (HTTPError, OSError, ValueError, KeyError) as error:

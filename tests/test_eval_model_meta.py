@@ -1,22 +1,29 @@
 """The file by which mteb knows a published model, and the results that go with it: one commit, and mteb takes both."""
 
+import doctest
 import json
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCardData
 from local_hub import LocalHub
 from test_modeling_verify import BASE, save_adapted
 
+import push_to_hub
 from dataset_builders.cli import InputError
 from dataset_builders.folders import folder_step
-from eval import model_meta
+from eval import model_meta, run_mteb
 from eval.evidence import read_evidence
 from eval.model_card import card_metadata
 from modeling.verify import published_files
 
+ROOT = Path(__file__).parents[1]
 NAME = "my-org/tiny"
 CODE = "https://github.com/my-org/graded-embedder"
 # What a user does from the pushed commit on, in one process: the client reads its endpoint when it is imported.
@@ -33,14 +40,17 @@ from eval.run_mteb import evaluate, load_for_mteb
 
 name, commit, other, run, code, fork, results = sys.argv[1:]
 model_meta.in_clean_process = lambda describe, path, library: describe(str(path))  # another test has the clean one
-try:
-    model_meta.main([f"{name}@{other}", "--run", run])
-except InputError as error:
-    print(json.dumps(str(error)))
+for wrong in (f"{name}@{other}", f"{name}@nowhere", "my-org/private"):
+    try:
+        model_meta.main([wrong, "--run", run])
+    except InputError as error:
+        print(json.dumps(str(error)))
 model_meta.main([f"{name}@{commit}", "--run", run, "--code", code, "--output_dir", fork])
 drafted = ModelMeta.from_hub(name, commit)
 [meta] = [value for value in runpy.run_path(f"{fork}/my_org_models.py").values() if isinstance(value, ModelMeta)]
 print(json.dumps([{**value.to_dict(), "release_date": str(value.release_date)} for value in (meta, drafted)]))
+load_for_mteb(f"{name}@{commit}")
+print("known from here on", file=sys.stderr)
 MODEL_REGISTRY[name] = meta  # as mteb does when it finds the file in its folder
 evaluate(load_for_mteb(f"{name}@{commit}"), [MOCK_TASK_REGISTRY["MockSTSTask"]()], Path(results), batch_size=8)
 submit = build_cli().parse_args(["submit-results", "-m", name, "--output-folder", results])
@@ -88,18 +98,25 @@ def test_from_a_pushed_commit_to_what_mteb_takes(run_folder, tmp_path):
     metadata = card_metadata(NAME, read_evidence(run_folder), "apache-2.0", ["my-org/sts", "my-org/retrieval"])
     files = {name: path.read_bytes() for name, path in published_files(run_folder / "model").items()}
     environment = write_results_repository(tmp_path / "remote")
-    with LocalHub() as hub:
+    with LocalHub(tokens={"hf_read": "read"}) as hub:
         for name in ("sts", "retrieval"):
             hub.create(f"my-org/{name}", "dataset")
+        hub.create("my-org/private", private=True, files=files)
         other = hub.create(NAME, files={**files, "model.safetensors": b"other weights"})
         commit = hub.commit(NAME, {**files, "README.md": f"---\n{metadata.to_yaml()}\n---\n# Tiny\n".encode()})
         hub.commit(NAME, {"README.md": b"---\nlicense: mit\n---\nwritten later"})
         places = [str(tmp_path / "fork"), str(tmp_path / "results")]
         arguments = [NAME, commit, other, str(run_folder), CODE, *places]
-        done = hub.run(f"import sys; sys.argv[1:] = {arguments!r}\n{SCRIPT}", tmp_path, **environment)
+        done = hub.run(
+            f"import sys; sys.argv[1:] = {arguments!r}\n{SCRIPT}", tmp_path, HF_TOKEN="hf_read", **environment
+        )
     assert done.returncode == 0, done.stderr
-    refused, (meta, drafted) = map(json.loads, done.stdout.splitlines()[:2])
+    refused, unfound, private, (meta, drafted) = map(json.loads, done.stdout.splitlines()[:4])
     assert "model.safetensors is not that of" in refused and other in refused
+    assert "the Hub did not serve it" in unfound
+    assert private.startswith("my-org/private: not public")
+    before, after = done.stderr.split("known from here on")
+    assert "mteb has no file about it" in before and "no file about it" not in after
     assert "by mteb's rule 97 % zero-shot on MTEB(eng, v2)" in done.stderr
     given = {"name": NAME, "revision": commit, "license": "apache-2.0", "open_weights": True, "adapted_from": BASE}
     given |= {"public_training_code": CODE, "max_tokens": 64, "use_instructions": True, "citation": None}
@@ -168,3 +185,87 @@ def test_a_file_of_other_models_is_never_overwritten(tmp_path):
     with pytest.raises(InputError, match="is there already"):
         model_meta.write_source("a = 2\n", NAME, tmp_path / "new")
     assert path.read_text() == "a = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["name"], "mteb knows models as ORG/NAME"),
+        (["../name"], "no such folder, and no Hub id"),
+        (["tests"], "tests: a folder"),
+        ([NAME, "--code", "my code"], "--code 'my code': give an address"),
+        ([NAME, "--output_dir", ""], "names no folder"),
+        ([NAME], "nowhere/recipe.yaml: no such file"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        model_meta.main([*arguments, "--run", "nowhere"])
+
+
+def test_a_licence_is_one_that_mteb_takes(run_folder):
+    """Of the Hub's names mteb does not know all: llama3 is one that it knows by its address alone."""
+    address = "https://llama.com/llama3/license"
+    assert model_meta.licence(ModelCardData(license="mit", license_link=address)) == "mit"
+    assert model_meta.licence(ModelCardData(license="llama3", license_link=address)) == address
+    fields = model_meta.read_folder(run_folder / "model")
+    assert model_meta.make_meta(name=NAME, license=address, **fields).license == address
+    for card in (ModelCardData(), ModelCardData(license="llama3")):
+        with pytest.raises(InputError, match=f"mteb knows no licence {card.license!r}"):
+            model_meta.licence(card)
+    with pytest.raises(InputError, match="mteb does not take 'mine' as license"):
+        model_meta.make_meta(name=NAME, license="mine", **fields)
+
+
+def test_training_data_are_public_only_if_all_are():
+    class Anyone:
+        def repo_exists(self, name, repo_type, token):
+            return (repo_type, token) == ("dataset", False) and name != "org/hidden"
+
+    def told(data_sets, *names):
+        return model_meta.public_data(Anyone(), ModelCardData(datasets=list(names) or None), data_sets)
+
+    assert told(1, "org/a") == "https://huggingface.co/datasets/org/a"
+    assert told(2, "org/a") is told(2, "org/a", "org/hidden") is told(1) is told(0) is None
+
+
+def test_a_model_that_was_saved_by_others_is_refused(run_folder, tmp_path):
+    """sentence-transformers alone leaves the length out of sentence_bert_config.json."""
+    folder = shutil.copytree(run_folder / "model", tmp_path / "model")
+    (folder / "sentence_bert_config.json").write_text("{}")
+    with pytest.raises(InputError, match="not as train_st"):
+        model_meta.read_folder(folder)
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match="not readable as safetensors"):
+        model_meta.read_folder(folder)
+
+
+def test_the_commands_of_the_page_are_commands():
+    """Each with flags that its parser knows; all but git, gh, make and pip are parsed."""
+    from mteb.cli.build_cli import build_cli
+
+    text = (ROOT / "docs" / "leaderboard.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    parsers = {"eval.model_meta": model_meta._parse, "eval.run_mteb": run_mteb._parse}
+    parsed = []
+    for command in filter(None, commands):
+        if command[:2] == ["python", "-m"]:
+            parsers[command[2]](command[3:])
+            parsed.append(command[2])
+        elif command[0] == "mteb":
+            build_cli().parse_args(command[1:])
+            parsed.append(command[1])
+        elif command[0] == "python":
+            assert command[1] == "push_to_hub.py"
+            push_to_hub._parse(command[2:])
+            parsed.append(command[1])
+    assert sorted({*parsed}) == ["eval.model_meta", "eval.run_mteb", "mock-run", "push_to_hub.py", "submit-results"]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert all((ROOT / "docs" / link).exists() for link in links)
+
+
+def test_examples():
+    found = doctest.testmod(model_meta)
+    assert found.attempted > 0 and found.failed == 0
