@@ -428,13 +428,13 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
 def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_dir: Path) -> None:
     """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
     from modeling.encoder import continue_adapter, quantization, save_adapter, save_merged
-    from modeling.trainer import last_checkpoint
+    from modeling.trainer import drop_checkpoints, last_checkpoint
     from modeling.verify import write_reference
 
     checkpoints = step.path / "checkpoints"
     resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"
     if processes().is_main_process and not resuming:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        drop_checkpoints(checkpoints)
     processes().wait_for_everyone()
     encoder, base = build_model(stage, start)
     trainer = build_trainer(stage, encoder, data, checkpoints)
@@ -459,7 +459,7 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, output_di
     save_merged(encoder, step.path)
     write_reference(encoder, step.path)
     write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    drop_checkpoints(checkpoints)
     step.finish(**cost)
     print(closing_line(stage.name, cost, trainer.state.log_history, step.folder), flush=True)
 

@@ -246,6 +246,9 @@ def _save(encoder: SentenceTransformer, folder: Path) -> None:
 
     sentence-transformers 6 reads it there, before tokenizer_config.json, but writes it into the latter alone.
     """
+    tokenizer = encoder.tokenizer.backend_tokenizer
+    tokenizer.no_truncation()  # the file would hold the length and the padding that the last batch asked for
+    tokenizer.no_padding()
     encoder.save_pretrained(str(folder), create_model_card=False)
     path = folder / "sentence_bert_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 
 def stage_cost(trainer: EmbedderTrainer, counts: TokenCounts | None) -> dict[str, Any]:
-    """The trainer's cost, the seconds of it that went into evaluation, and what `share_prefix` made of the tokens of
-    this process since it started (all forward passes, evaluations among them); None without it.
+    """The trainer's cost, the seconds of it that went into evaluation and those before a resume, and what
+    `share_prefix` made of the tokens of this process since it started (all forward passes, evaluations among them);
+    None without it.
     """
     evaluations = [entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history]
     return {
         **trainer.cost(),
         "evaluation_seconds": round(sum(evaluations), 2),
+        "seconds_before_resume": round(trainer.seconds_before, 2),
         "share_prefix": counts and dataclasses.asdict(counts),
     }
 
@@ -62,7 +64,10 @@ def write_ledger(stages: Sequence[Stage], output_dir: Path) -> None:
         if (output_dir / stage.name / MANIFEST).is_file():
             manifest = read_manifest(output_dir / stage.name)
             known = {name: manifest.get(name) for name in ("share_prefix", "commit")}
-            rows.append({"stage": stage.name, **{name: manifest[name] for name in facts}, **known})
+            row = {"stage": stage.name, **{name: manifest[name] for name in facts}, **known}
+            # the manifest's are those of the process that finished it
+            row["seconds"] = round(row["seconds"] + manifest.get("seconds_before_resume", 0.0), 2)
+            rows.append(row)
     data = data_costs(stages)
     total = {name: round(sum(row[name] for row in rows), 2) for name in sums}
     total = {"seconds": round(sum(row["seconds"] for row in [*data, *rows]), 2), **total}

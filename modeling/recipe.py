@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from dataset_builders.cli import ArgumentParser, InputError
+from dataset_builders.folders import written_whole
 from dataset_builders.recipes import load_yaml, read_yaml
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ def write_recipe(recipe: Recipe) -> None:
     """Write what is run, as a recipe that runs it again: before anything else, for whoever reads a half-done run."""
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True, width=119)
-    (recipe.output_dir / "recipe.yaml").write_text(text, encoding="utf-8")
+    with written_whole(recipe.output_dir / "recipe.yaml") as path:  # a run may be started from this very file
+        path.write_text(text, encoding="utf-8")
 
 
 def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> list[Any]:

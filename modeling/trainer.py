@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         InputError: in training, when the loss or the gradient is not finite.
     """
 
-    _seconds_before = 0.0
+    seconds_before = 0.0
     _started: float | None = None
 
     def __init__(
@@ -113,7 +114,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
     def train(self, resume_from_checkpoint: str | None = None) -> Any:
         if resume_from_checkpoint:
             state = json.loads(Path(resume_from_checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            self._seconds_before = max((entry.get("seconds", 0.0) for entry in state["log_history"]), default=0.0)
+            self.seconds_before = max((entry.get("seconds", 0.0) for entry in state["log_history"]), default=0.0)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._started = time.monotonic()
@@ -160,7 +161,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
     @property
     def seconds(self) -> float:
         """Seconds of training and of the evaluations in it, those before a resume (up to its last log) included."""
-        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
+        return self.seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def cost(self) -> dict[str, Any]:
         """What training took so far. Memory is the high-water mark of the process, and of its accelerator."""
@@ -277,3 +278,10 @@ def last_checkpoint(folder: Path) -> str | None:
         except ValueError:
             continue  # killed while it was written
     return steps[max(steps)] if steps else None
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete `folder`, first what marks checkpoints as whole: a kill on the way leaves none that only looks it."""
+    for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        state.unlink()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -110,6 +110,8 @@ def test_a_model_may_read_more_than_it_was_trained_on(tmp_path, recipe, hub):
     run = train(tmp_path, recipe, *flags, "--min_text_tokens", "2", "--eval_strategy", "no")
     model = SentenceTransformer(str(run / "model"), device="cpu")
     assert model.max_seq_length == 64
+    tokenizer = json.loads((run / "model" / "tokenizer.json").read_text())
+    assert tokenizer["truncation"] is tokenizer["padding"] is None  # not those of the last batch of 15 tokens
     whole = count_tokens(model, hub)
     model.max_seq_length = 15
     assert json.loads((run / "ledger.json").read_text())["total"]["tokens"] == count_tokens(model, hub) < whole
