@@ -282,11 +282,12 @@ def count_searched(keys: np.ndarray, probes: Probes) -> dict[str, int]:
     return {task: count for task, count in sorted(found.items()) if count}
 
 
-def zero_shot(training_datasets: Sequence[str], benchmark: str) -> dict[str, Any]:
+def zero_shot(training_datasets: Sequence[str], benchmark: str, base_model: str | None = None) -> dict[str, Any]:
     """What a model trained on these sets (mteb's names) has to state, and how zero-shot mteb will then call it.
 
     mteb's own rule: a task of the benchmark counts as seen when it, or a task that mteb lists as similar to it (a
-    translation, a subset), is among the training sets. Raises InputError for an unknown benchmark.
+    translation, a subset), is among the training sets, or those that mteb knows of its base model (a Hub id).
+    Raises InputError for an unknown benchmark.
 
     >>> zero_shot(["ArguAna", "MSMARCO"], "MTEB(eng, v2)")["trained_on"]
     ['ArguAna']
@@ -294,7 +295,7 @@ def zero_shot(training_datasets: Sequence[str], benchmark: str) -> dict[str, Any
     from mteb.models import ModelMeta
 
     names = [task.metadata.name for task in mteb_tasks(Decontamination(benchmark=benchmark))]
-    meta = ModelMeta.create_empty({"training_datasets": set(training_datasets)})
+    meta = ModelMeta.create_empty({"training_datasets": set(training_datasets), "adapted_from": base_model})
     return {
         "training_datasets": sorted(set(training_datasets)),
         "benchmark": benchmark,

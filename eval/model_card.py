@@ -128,7 +128,7 @@ def render_card(
         "shots": max((max(stage_values(recipe, stage, "shots", 0)) for stage in recipe["stages"]), default=0),
         "few_shot_prompts": few_shot_prompts(facts["prompts"]),
         "few_shot": few_shot_prompt("TASK", [("QUERY 1", "POSITIVE 1"), ("QUERY 2", "POSITIVE 2")]),
-        "disclosure": disclosure(evidence["data"]),
+        "disclosure": disclosure(evidence["data"], metadata.base_model),
         "recipe_text": public_recipe_text(recipe),
         "ledger_table": format_ledger(evidence["ledger"], evidence["metrics"]),
     }
@@ -464,13 +464,16 @@ def base_revision(recipe: Mapping[str, Any]) -> str | None:
     return recipe.get("model_revision") or (recipe.get("model_name_or_path") or "").partition("@")[2] or None
 
 
-def disclosure(data: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """`training_datasets` and mteb's zero-shot share, for all data sets together; None where one is not known."""
+def disclosure(data: Mapping[str, Mapping[str, Any] | None], base_model: str | None = None) -> dict[str, Any] | None:
+    """`training_datasets` and mteb's zero-shot share, for all data sets together; None where one is not known.
+
+    The share counts what mteb knows of the base model's training, too.
+    """
     known = [entry["training_datasets"] if entry else [] for entry in data.values()]
     if not known or not all(known):
         return None
     benchmark = next(entry["benchmark"] for entry in data.values())
-    return zero_shot([name for names in known for name in names], benchmark)
+    return zero_shot([name for names in known for name in names], benchmark, base_model)
 
 
 def public_recipe_text(recipe: Mapping[str, Any]) -> str:

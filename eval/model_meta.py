@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         published = {"adapted_from": card_metadata(args.name, evidence).base_model}
     else:
         published = read_commit(args.name, args.revision, folder, len(dataset_names(evidence["recipe"])))
-    disclosed = disclosure(evidence["data"])
+    disclosed = disclosure(evidence["data"], published["adapted_from"])
     meta = make_meta(
         name=args.name,
         reference=f"{HUB}/{args.name}",

@@ -454,6 +454,9 @@ def test_zero_shot_share_needs_every_source_to_state_its_own():
     told = model_card.disclosure(known)
     assert told["training_datasets"] == ["ArguAna", "MSMARCO"] and told["trained_on"] == ["ArguAna"]
     assert 90 < told["zero_shot_percentage"] < 100
+    on_e5 = model_card.disclosure(known, "intfloat/e5-mistral-7b-instruct")  # which mteb knows to have seen FEVER
+    assert on_e5["training_datasets"] == told["training_datasets"] and "FEVERHardNegatives" in on_e5["trained_on"]
+    assert on_e5["zero_shot_percentage"] < told["zero_shot_percentage"]
     assert model_card.disclosure({**known, "c": None}) is None
     assert model_card.disclosure({**known, "c": {**entry, "training_datasets": []}}) is None
     assert model_card.disclosure({}) is None
