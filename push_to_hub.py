@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import time
 from argparse import Namespace
@@ -30,7 +31,7 @@ from dataset_builders.references import limit_waiting
 from dataset_builders.verify import verify_dataset
 from eval.evidence import read_evidence
 from eval.model_card import card_files, render_adapter_card, render_card
-from modeling.verify import published_files, verify_adapter, verify_model
+from modeling.verify import other_files, published_files, verify_adapter, verify_model
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -151,7 +152,8 @@ def prepare_model(args: Namespace) -> list[Release]:
     run_folder = Path(args.run) if args.run else folder.parent
     files = published_files(folder)
     results, ablations = (Path(path) if path else None for path in (args.results, args.ablations))
-    evidence = read_evidence(run_folder, results, ablations)
+    commits = evaluated_commits(args, [results or run_folder / "results", run_folder / "results"])
+    evidence = read_evidence(run_folder, results, ablations, commits)
     facts = verify_model(folder)
     links = {"adapter_repo_id": args.adapter, "datasets": args.datasets}
     card = render_card(args.repo_id, facts, evidence, license=args.license, **links)
@@ -168,6 +170,30 @@ def prepare_model(args: Namespace) -> list[Release]:
     for release in releases:
         _check_no_local_path(release, run_folder)
     return releases
+
+
+def evaluated_commits(args: Namespace, results: Sequence[Path]) -> list[str]:
+    """The repository's commits that eval.run_mteb evaluated and that have the files to be published.
+
+    A commit that was published with an earlier card is one of them: what it scored is what this model scores.
+    """
+    places = {place for folder in results for place in folder.glob(f"results/{args.repo_id.replace('/', '__')}/*")}
+    found = sorted({place.name for place in places if re.fullmatch("[0-9a-f]{40}", place.name)})
+    if found and args.dry_run:
+        print(f"{args.repo_id}@{found[0]}: its scores are left out, as --dry_run asks no Hub for it", file=sys.stderr)
+    if not found or args.dry_run:
+        return []
+    from huggingface_hub.errors import HTTPError
+
+    limit_waiting()
+    try:
+        return [commit for commit in found if not other_files(args.repo_id, commit, Path(args.path))]
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{args.repo_id}: the Hub did not tell the files of the commits that were evaluated: {reason}; check the "
+            "network and HF_TOKEN, then run again"
+        ) from None
 
 
 def prepare_dataset(args: Namespace) -> Release:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 _PICTURES = ("systems.png", "training.png")  # of eval.report, drawn from metrics.json
 
 
-def read_evidence(run_folder: Path, results: Path | None = None, ablations: Path | None = None) -> dict[str, Any]:
+def read_evidence(
+    run_folder: Path, results: Path | None = None, ablations: Path | None = None, commits: Sequence[str] = ()
+) -> dict[str, Any]:
     """All that a run's folder can prove about its model.
 
     Args:
@@ -34,6 +36,7 @@ def read_evidence(run_folder: Path, results: Path | None = None, ablations: Path
         results: folder with eval.retrieval's metrics.json or mteb's results/ (eval.run_mteb's --output_dir), or both;
             run_folder/results is looked at, too.
         ablations: eval.ablate's --output_dir.
+        commits: on the Hub that are known to have the model's files; mteb's results of them are the model's.
 
     Raises:
         InputError: no run, a named folder without results, pictures of other results.
@@ -49,7 +52,7 @@ def read_evidence(run_folder: Path, results: Path | None = None, ablations: Path
     with_metrics = next((folder for folder in folders if (folder / "metrics.json").is_file()), None)
     metrics = read_metrics(with_metrics) if with_metrics else None
     model = run_folder / "model"
-    if results and with_metrics != results and not read_mteb([results], model):
+    if results and with_metrics != results and not read_mteb([results], model, commits):
         raise InputError(
             f"{results}: neither metrics.json nor mteb's results of {model} are there; "
             "evaluate it with eval.retrieval or eval.run_mteb, or name another folder"
@@ -64,7 +67,7 @@ def read_evidence(run_folder: Path, results: Path | None = None, ablations: Path
         "versions": stage_versions(run_folder, recipe),
         "commit": ledger.get("commit"),
         "metrics": metrics,
-        "mteb": read_mteb(folders, model),
+        "mteb": read_mteb(folders, model, commits),
         "ablation": ablation,
         "data": {name: provenance(Path(name)) for name in dataset_names(recipe)},
         "evaluated": provenance(with_metrics / metrics["data"] / "hub") if metrics else None,
@@ -72,13 +75,20 @@ def read_evidence(run_folder: Path, results: Path | None = None, ablations: Path
     }
 
 
-def read_mteb(folders: Sequence[Path], model: Path) -> list[TaskResult]:
-    """Results that eval.run_mteb wrote of exactly these weights, whose hash is their revision. Others are not ours."""
+def read_mteb(folders: Sequence[Path], model: Path, commits: Sequence[str] = ()) -> list[TaskResult]:
+    """Results that eval.run_mteb wrote of exactly these weights: their revision is the hash of the model's folder, or
+    a commit that has its files. Others are not ours.
+    """
     found = [folder / "results" for folder in folders if (folder / "results").is_dir()]
     if not found or not model.is_dir():
         return []
-    revision = fingerprint(files_of(model))
-    paths = {path.name: path for folder in reversed(found) for path in sorted(folder.glob(f"*/{revision}/*.json"))}
+    revisions = [*commits, fingerprint(files_of(model))]
+    paths = {
+        path.name: path
+        for folder in reversed(found)
+        for revision in revisions
+        for path in sorted(folder.glob(f"*/{revision}/*.json"))
+    }
     return [read_result(path) for name, path in paths.items() if name not in BESIDE_RESULTS]
 
 

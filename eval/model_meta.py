@@ -25,7 +25,7 @@ from dataset_builders.verify import in_clean_process
 from eval.evidence import dataset_names, read_evidence
 from eval.model_card import card_metadata, disclosure
 from eval.report import read_json
-from modeling.verify import REFERENCE, published_files
+from modeling.verify import REFERENCE, other_files, published_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCardData
@@ -165,10 +165,7 @@ def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -
 
     commit, api = hub_commit(name, revision), HfApi()
     try:
-        found = api.verify_repo_checksums(name, revision=commit, local_dir=folder)
-        other = {*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths}
-        other &= published_files(folder).keys()
-        if other:
+        if other := other_files(name, commit, folder):
             raise InputError(
                 f"{name}@{commit}: {min(other)} is not that of {folder}; name the commit that this run was pushed as"
             )

@@ -112,6 +112,14 @@ def is_hub_id(reference: str, folder: Path) -> bool:
     return not (reference.startswith(("..", "~")) or Path(reference).exists() or (folder / reference).exists())
 
 
+def other_files(repo_id: str, commit: str, folder: Path) -> set[str]:
+    """Names of the files that `folder` publishes and that a commit on the Hub lacks, or has with another content."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=folder)
+    return {*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths} & published_files(folder).keys()
+
+
 def published_files(folder: Path) -> dict[str, Path]:
     """Name in the repository -> file, of what a SentenceTransformer folder (merged or an adapter) publishes: the files
     that its readers read, at the top and in the folders of its modules. No manifest and no README.md.

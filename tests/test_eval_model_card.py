@@ -462,6 +462,17 @@ def test_zero_shot_share_needs_every_source_to_state_its_own():
     assert model_card.disclosure({}) is None
 
 
+def test_results_of_a_commit_with_the_same_files_are_ours(run, tmp_path):
+    commits = ["a" * 40, "b" * 40]
+    write_mteb(tmp_path, run / "model", {"ArguAna": ("test", "ndcg_at_10", 0.25)})
+    [written] = tmp_path.glob("results/*/*")
+    written.rename(written.with_name(commits[0]))
+    [found] = read_evidence(run, tmp_path, commits=commits)["mteb"][:1]
+    assert (found.task_name, found.get_score()) == ("ArguAna", 0.25)
+    with pytest.raises(InputError, match=r"neither metrics\.json nor mteb's results"):
+        read_evidence(run, tmp_path, commits=commits[1:])
+
+
 def test_results_of_other_weights_are_not_ours(run, tmp_path):
     """mteb's results are found by the hash of the weights: after another training the old ones are not told."""
     copy = shutil.copytree(run, tmp_path / "run")

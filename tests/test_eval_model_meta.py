@@ -29,6 +29,8 @@ CODE = "https://github.com/my-org/graded-embedder"
 # What a user does from the pushed commit on, in one process: the client reads its endpoint when it is imported.
 SCRIPT = """
 import json, runpy, sys
+import push_to_hub
+from argparse import Namespace
 from mteb.cli.build_cli import build_cli
 from mteb.mocks import MOCK_TASK_REGISTRY
 from mteb.models import ModelMeta
@@ -55,6 +57,9 @@ MODEL_REGISTRY[name] = meta  # as mteb does when it finds the file in its folder
 evaluate(load_for_mteb(f"{name}@{commit}"), [MOCK_TASK_REGISTRY["MockSTSTask"]()], Path(results), batch_size=8)
 submit = build_cli().parse_args(["submit-results", "-m", name, "--output-folder", results])
 submit.func(submit)
+(Path(results) / "results" / name.replace("/", "__") / other).mkdir()
+asked = Namespace(repo_id=name, path=f"{run}/model", dry_run=False)
+print(json.dumps(push_to_hub.evaluated_commits(asked, [Path(results), Path(results)])))
 """
 
 
@@ -129,6 +134,9 @@ def test_from_a_pushed_commit_to_what_mteb_takes(run_folder, tmp_path):
     assert {field: meta[field] for field in same} == {field: drafted[field] for field in same}
     # what mteb drafts by itself is of main, and not of the length that the model was trained for
     assert (drafted["license"], drafted["max_tokens"], drafted["training_datasets"]) == ("mit", 128, None)
+
+    # the card of the next push has these scores, and none of another model's
+    assert json.loads(done.stdout.splitlines()[-1]) == [commit]
 
     clone = tmp_path / "results" / "remote"
     listed = subprocess.run(["git", "show", "--name-only", "--format="], cwd=clone, capture_output=True, text=True)
