@@ -89,8 +89,9 @@ def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     run_folder, data, output = Path(args.run), Path(args.data), Path(args.output_dir)
     documents = load_documents(data)
-    queries = load_queries(data, args.split, set(documents.ids))
-    rankings = candidate_rankings(data, queries)
+    known = set(documents.ids)
+    queries = load_queries(data, args.split, known)
+    rankings = candidate_rankings(data, queries, known)
     systems = run_systems(run_folder, output)
 
     key = evaluation_key(data, args.split, systems)
@@ -177,7 +178,7 @@ def count(documents: Documents, queries: Queries) -> dict[str, int]:
     return {"documents": len(documents.ids), "queries": len(queries.ids), "relevant": relevant}
 
 
-def candidate_rankings(data: Path, queries: Queries) -> dict[str, tuple[Ranking, int]]:
+def candidate_rankings(data: Path, queries: Queries, document_ids: set[str]) -> dict[str, tuple[Ranking, int]]:
     """The rankings of BM25, of the dense teacher and of their fusion, as the candidates folder holds them.
 
     With each comes the rank down to which it is whole: the folder keeps the first `fusion.top_k` documents of the
@@ -197,6 +198,9 @@ def candidate_rankings(data: Path, queries: Queries) -> dict[str, tuple[Ranking,
             f"{path}: no candidates for the queries of split {queries.split!r}; "
             f"name that split in the recipe's source.eval_splits and build the data again"
         )
+    unknown = set(table["document_id"].to_pylist()) - document_ids
+    if unknown:  # the retrievers would score too low, and every model too well against them
+        raise InputError(f"{path}: document {min(unknown)!r} is not in documents.arrow; build the data again")
     kept = Counter(table["query_id"].to_pylist())
     rankings = {}
     for name, column in RETRIEVERS.items():

@@ -209,8 +209,24 @@ def test_a_cut_candidates_file_gives_no_recall(tiny_run, tmp_path, top_k, known)
     write_parquet(path, pa.concat_tables([table, pa.Table.from_pylist(lost_second, table.schema)]))
     write_json(data / "candidates" / "manifest.json", {"inputs": {"fusion": {"top_k": top_k}}})
     queries = load_queries(data, "test", {f"d{number}" for number in range(6)})
-    row = retriever_row("dense teacher", queries, *candidate_rankings(data, queries)["dense teacher"])
+    row = retriever_row(
+        "dense teacher", queries, *candidate_rankings(data, queries, set(load_documents(data).ids))["dense teacher"]
+    )
     assert {measure: row[measure] is not None for measure in known} == known
+
+
+def test_candidates_of_other_documents_are_refused(tiny_run, tmp_path):
+    """A build that was killed between its steps has them. BM25 would find nothing and be easy to beat."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_run / "data", data)
+    path = data / "candidates" / "candidates.parquet"
+    table = read_parquet(path)
+    names = [f"old-{name}" for name in table["document_id"].to_pylist()]
+    write_parquet(path, table.set_column(table.column_names.index("document_id"), "document_id", [names]))
+    flags = ["--run", str(tiny_run), "--data", str(data), "--output_dir", str(tmp_path / "results")]
+    with pytest.raises(InputError, match=r"'old-d0' is not in documents\.arrow; build the data again"):
+        main(flags)
+    assert not (tmp_path / "results").exists()
 
 
 def test_intervals_hold_the_mean_and_are_paired():
