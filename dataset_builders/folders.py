@@ -162,6 +162,7 @@ class Step:
         self.inputs = dict(inputs)
         self.key = fingerprint(self.inputs)
         self.path = folder.with_name(folder.name + ".partial")
+        self.outdated = folder.with_name(folder.name + ".outdated")
         self.done = self._is_finished()
         self._start = time.monotonic()
 
@@ -175,13 +176,18 @@ class Step:
     def open(self) -> None:
         inputs = self.path / INPUTS
         if self.path.exists() and (not inputs.is_file() or inputs.read_text(encoding="utf-8") != self.key):
-            shutil.rmtree(self.path)
+            self.discard()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # what a file system that holds no files of ours answers, /proc for one
             raise InputError(f"{error.filename}: no folder can be made here; choose another") from None
         inputs.write_text(self.key, encoding="utf-8")
         self.commit = code_commit()  # of now: who edits while it runs has other code afterwards
+
+    def discard(self) -> None:
+        """Delete what there is of the step; one that is killed meanwhile is not taken for one to go on with."""
+        (self.path / INPUTS).unlink(missing_ok=True)
+        shutil.rmtree(self.path)
 
     def finish(self, **facts: Any) -> None:
         """Write the manifest (`facts` are counts, constants, ...) and give the folder its final name."""
@@ -203,7 +209,7 @@ class Step:
         write_json(self.path / MANIFEST, manifest)
         # what carries no manifest was not made here, so it is not ours to delete
         is_ours = (self.folder / MANIFEST).is_file()
-        aside = self.folder.with_name(self.folder.name + (".outdated" if is_ours else ".unknown"))
+        aside = self.outdated if is_ours else self.folder.with_name(self.folder.name + ".unknown")
         if self.folder.exists():
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.folder, aside)
@@ -218,6 +224,7 @@ def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]
     """Make `folder` from `inputs` (anything JSON can hold), unless it was already made from the same inputs."""
     step = Step(Path(folder), inputs)
     if step.done:
+        shutil.rmtree(step.outdated, ignore_errors=True)  # of a kill right after the new folder got its name
         yield step
         return
     created = [parent for parent in step.path.parents if not parent.exists()]
@@ -226,7 +233,7 @@ def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]
         yield step
     except InputError:
         # bad input leaves nothing behind; a crash or a kill keeps the finished shards for the next run
-        shutil.rmtree(step.path)
+        step.discard()
         for parent in created:
             parent.rmdir()
         raise

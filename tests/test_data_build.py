@@ -185,46 +185,39 @@ def states(command, capsys) -> dict[str, str]:
 # Builds the recipe again and again, each time killed thrice at random moments, until 24 were killed. Small shards,
 # so that many moments differ. Each build is a fork, made before any work: loading the libraries takes longer.
 KILLS = """
-import os, random, shutil, signal, sys, time
+import random, sys
 import datasets, matplotlib.pyplot, scipy.special, sentence_transformers, sklearn.linear_model, sklearn.metrics, torch
 from pathlib import Path
 from dataset_builders import audit, builders, candidates, embeddings, mine, scores
 from dataset_builders.build import main
+from kills import changes
 embeddings.SHARD, candidates.PART, scores.SHARD_PAIRS = 8, 16, 64
 candidates.SEARCH_BLOCK, candidates.QUERY_BLOCK = 16, 8
 recipe, output = sys.argv[1], Path(sys.argv[2])
 
-def start(folder):
-    child = os.fork()
-    if not child:
-        main(["--config", recipe, "--output_dir", str(folder)])
-        os._exit(0)
-    return child
+def build(folder, moment=None):
+    return changes(lambda: main(["--config", recipe, "--output_dir", str(folder)]), folder, moment)
 
-begin = time.monotonic()
-assert os.waitpid(start(output / "whole"), 0)[1] == 0
-seconds = time.monotonic() - begin
+made = build(output / "whole")
 chance, kills, finished = random.Random(0), 0, 0
 while kills < 24:
     folder = output / f"{finished:02d}"
     for _ in range(3):
-        child = start(folder)
-        # as likely in the first hundredth as in the last half: the first steps are the quick ones
-        time.sleep(0.005 * (seconds / 0.005) ** chance.random())
-        os.kill(child, signal.SIGKILL)
-        if os.waitpid(child, 0)[1] == 0:
+        if build(folder, chance.randrange(1, made)) is not None:
             break
         kills += 1
         print("state", *sorted(path.name for path in folder.glob("*")) if folder.exists() else ())
         # what a dying disk or a hand may do between two runs: a shard that is cut, one that is altered
-        shards = sorted(folder.rglob("*-*.npy"))
+        # (vectors once the search is done may be read by nobody, and so stay as they are)
+        shards = [path for path in sorted(folder.rglob("*-*.npy"))
+                  if ".partial" in str(path) or not (folder / "candidates").exists()]
         if len(shards) > 2:
             content = shards[0].read_bytes()
             shards[0].write_bytes(content[: len(content) // 2])
             content = shards[1].read_bytes()
             shards[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             print("spoilt")
-    assert os.waitpid(start(folder), 0)[1] == 0
+    build(folder)
     finished += 1
 print("kills", kills, "finished", finished)
 """
@@ -232,6 +225,7 @@ print("kills", kills, "finished", finished)
 
 def test_builds_killed_at_random_moments_with_spoilt_shards_come_to_the_same_bytes(recipe, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, "-c", KILLS, str(recipe), str(tmp_path / "out")]
     root = Path(__file__).parents[1]
     answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)

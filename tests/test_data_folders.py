@@ -59,3 +59,30 @@ def test_manifests_tell_the_commit_that_steps_began_with(copied, tmp_path):
     assert (manifest["commit"], manifest["rows"]) == (head, 3)
     with folder_step(tmp_path / "made", {"a": 1}) as step:
         assert step.done  # another commit is no other input
+
+
+def test_what_a_kill_leaves_beside_a_finished_step_goes(tmp_path):
+    """The folder that the finished one took the place of, and one that was being discarded."""
+    for value in (1, 2):
+        with folder_step(tmp_path / "made", {"a": value}) as step:
+            step.finish()
+    (tmp_path / "made.outdated").mkdir()
+    with folder_step(tmp_path / "made", {"a": 2}) as step:
+        assert step.done
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_step_killed_while_it_was_discarded_is_not_gone_on_with(tmp_path, monkeypatch):
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError), folder_step(tmp_path / "made", {"a": 1}) as step:
+        (step.path / "half").write_text("of recipe 1")
+        raise RuntimeError
+    monkeypatch.setattr(dataset_builders.folders.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt), folder_step(tmp_path / "made", {"a": 2}):
+        pass
+    monkeypatch.undo()
+    with folder_step(tmp_path / "made", {"a": 1}) as step:
+        assert not (step.path / "half").exists()
+        step.finish()

@@ -35,7 +35,7 @@ import httpx2
 import push_to_hub
 from dataset_builders.cli import run
 from dataset_builders.references import SILENCE
-from huggingface_hub import HfFileSystem
+from huggingface_hub import HfFileSystem, close_session
 
 sleep, prepare, send = time.sleep, push_to_hub.prepare, httpx2.HTTPTransport.handle_request
 
@@ -55,6 +55,7 @@ for line in sys.stdin:
     job = json.loads(line)
     os.environ |= job["environment"]
     HfFileSystem.clear_instance_cache()
+    close_session()  # a proxy is read when a client is made
     output, errors, debug = io.StringIO(), io.StringIO(), ""
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:

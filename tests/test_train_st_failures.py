@@ -16,55 +16,33 @@ from tiny_training import distance, own_cache, train, two_stages, weights, write
 import train_st
 from dataset_builders.cli import run
 
-# Each run is a fork, made before any work: loading the libraries takes longer. A moment is one of the calls on a run's
-# files that Python audits (open to write, rename, delete, ...), so that a busy machine does not move it.
+# Each run is a fork, made before any work: loading the libraries takes longer.
 KILLS = """
-import itertools, os, random, signal, sys
+import os, random, sys
 import datasets, peft, sentence_transformers, torch, trl
 from pathlib import Path
 from sentence_transformers.sentence_transformer import evaluation, losses
+from kills import changes
 from modeling import encoder, losses, recipe, student, trainer, training_data, verify
 from train_st import main
 recipe, output = sys.argv[1], Path(sys.argv[2])
 os.dup2(os.open(output / "log", os.O_WRONLY | os.O_CREAT), 2)
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")
 
-def start(folder, moment=None):
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1] == 0
-    calls = itertools.count(1)
-    last = 0
+def run(folder, moment=None):
+    command = ["--config", recipe, "--output_dir", str(folder), "--resume_from_checkpoint", "true"]
+    return changes(lambda: main(command), folder, moment)
 
-    def hook(event, arguments):
-        nonlocal last
-        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if event in CHANGES and not os.path.isabs(arguments[0]) or (
-            (writes or event in CHANGES) and str(folder) in str(arguments[0])
-        ):  # what is relative is in a folder that is being deleted
-            last = next(calls)
-            if last == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    main(["--config", recipe, "--output_dir", str(folder), "--resume_from_checkpoint", "true"])
-    sys.stdout.flush()
-    if moment is None:
-        (output / "calls").write_text(str(last))
-    os._exit(0)
-
-assert start(output / "whole")
-calls = int((output / "calls").read_text())
+made = run(output / "whole")
 chance, kills, finished = random.Random(0), 0, 0
-while kills < 9:
+while kills < 20:
     folder = output / f"{finished:02d}"
-    for _ in range(3):
-        if start(folder, chance.randrange(1, calls)):
+    for _ in range(5):
+        if run(folder, chance.randrange(1, made)) is not None:
             break
         kills += 1
         steps = [path.parent.name for path in folder.glob("*.partial/checkpoints/*/trainer_state.json")]
         print("state", *sorted(path.name for path in folder.glob("*")), *sorted(steps), flush=True)
-    assert start(folder)
+    run(folder)
     finished += 1
 print("kills", kills, "finished", finished, flush=True)
 """
@@ -89,13 +67,14 @@ def test_runs_killed_at_random_moments_come_to_the_same_weights(recipe, tmp_path
     recipe = {**recipe, "num_train_epochs": 1, "eval_strategy": "steps", "eval_steps": 2}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, "-c", KILLS, str(tmp_path / "train.yaml"), str(tmp_path)]
     root = Path(__file__).parents[1]
     answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stdout[-2000:] + (tmp_path / "log").read_text()[-3000:]
     lines = answer.stdout.splitlines()
     kills, finished = map(int, lines[-1].split()[1::2])
-    assert kills >= 9 and finished >= 3
+    assert kills >= 20 and finished >= 4
     whole = tmp_path / "whole"
     costs = [row["tokens"] for row in json.loads((whole / "ledger.json").read_text())["stages"]]
     for number in range(finished):
