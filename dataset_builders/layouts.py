@@ -33,6 +33,7 @@ from tqdm import tqdm
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, fingerprint, read_parquet
 from dataset_builders.near_duplicates import normalised
+from dataset_builders.references import datasets_cache
 from dataset_builders.schema import DOCUMENTS, QRELS, check_rows, to_schema
 
 Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]
@@ -143,12 +144,8 @@ class HubTables:
 
     @cached_property
     def _cache(self) -> str | None:
-        """Of a folder, a cache of its content: datasets (5.2) knows it by its name and README, whatever its rows."""
-        if not Path(self.dataset).is_dir():
-            return None
-        from datasets.config import HF_DATASETS_CACHE
-
-        return str(Path(HF_DATASETS_CACHE) / fingerprint(files_of(Path(self.dataset))))
+        folder = Path(self.dataset)
+        return datasets_cache(fingerprint(files_of(folder))) if folder.is_dir() else None
 
     def where(self, name: str) -> str:
         return f"{self.dataset} ({name})"

@@ -110,6 +110,17 @@ def _problem_of(path: Path, content: Any) -> str | None:
     return None
 
 
+def datasets_cache(content: str) -> str:
+    """Where `load_dataset` may unpack a folder whose files have the fingerprint `content`.
+
+    datasets (5.2) knows a folder in its cache by its name and README alone: it would go on serving the rows of another
+    folder of that name, or those from before the folder was made anew.
+    """
+    from datasets.config import HF_DATASETS_CACHE
+
+    return str(Path(HF_DATASETS_CACHE) / content)
+
+
 @functools.cache
 def limit_waiting() -> None:
     """Requests of huggingface_hub that would wait for ever for a Hub that stays silent get a limit, `SILENCE`.

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from dataset_builders.cli import InputError
 from dataset_builders.folders import files_of, fingerprint
-from dataset_builders.references import hub_commit
+from dataset_builders.references import datasets_cache, hub_commit
 from modeling.batches import LABEL
 from modeling.objectives import OBJECTIVES
 
@@ -57,9 +57,7 @@ def load_config(name: str, config: str, revision: str | None, key: str, where: s
     cache = None
     if Path(name).is_dir():
         datasets.disable_progress_bars()  # of downloads; reading a folder takes no time to speak of
-        # datasets (5.2) caches a folder under its name and its README alone, and would go on serving the rows of
-        # another folder of that name, or those from before the folder was built anew
-        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / key)
+        cache = datasets_cache(key)
     try:
         return datasets.load_dataset(name, config, split="train", revision=revision, cache_dir=cache)
     except (ValueError, OSError, HTTPError, DatasetsError) as error:

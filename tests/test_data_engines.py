@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kills import changes
 
 from dataset_builders import engines
 from dataset_builders.cli import InputError
@@ -104,34 +105,17 @@ def test_bad_input_leaves_nothing(tmp_path, trace):
     assert not (tmp_path / "x").exists()
 
 
-def die_at(call: int, folder: Path) -> None:
-    calls = itertools.count(1)
-
-    def hook(event: str, arguments: tuple) -> None:
-        if arguments and str(folder) in str(arguments[0]) and next(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
 def killed_twenty_times(folder: Path) -> list[int]:
-    """Compute shards in forks that are killed at random moments; how many shards stood after each of them.
+    """Compute shards, killed at random moments; how many shards stood after each of them.
 
-    A moment is one of the calls on the folder that Python audits (open, rename, listing, ...), so that a busy machine
-    does not move it. In a process of its own: what is forked must not have threads, which a progress bar has.
+    In a process of its own: what is forked must not have threads, which a progress bar has.
     """
     trace = folder / "trace"
     trace.mkdir(parents=True)
     chance, kills, done = random.Random(0), 0, []
     for attempt in itertools.count():
         moment = chance.randrange(1, 30) if kills < 20 else None
-        child = os.fork()
-        if not child:
-            if moment:
-                die_at(moment, folder)
-            computed(Squares(trace), folder / "shards")
-            os._exit(0)
-        killed = os.waitpid(child, 0)[1] != 0
+        killed = changes(lambda: computed(Squares(trace), folder / "shards"), folder, moment) is None
         kills += killed
         done.append(len(list((folder / "shards").glob("*.npy"))))
         if not killed and kills == 20:
