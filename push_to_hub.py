@@ -25,9 +25,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import ArgumentParser, InputError, run
+from common.models import limit_waiting
 from dataset_builders.card import card_for
-from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.references import limit_waiting
 from dataset_builders.verify import verify_dataset
 from eval.evidence import read_evidence
 from eval.model_card import card_files, render_adapter_card, render_card

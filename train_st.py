@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset_builders.cli import InputError, run
-from dataset_builders.folders import MANIFEST, Step, files_of, fingerprint
-from dataset_builders.references import hub_commit, resolve_model
+from common.cli import InputError, run
+from common.models import hub_commit, resolve_model
+from common.steps import MANIFEST, Step, files_of, fingerprint
 from modeling.ledger import closing_line, stage_cost, write_ledger, write_log
 from modeling.processes import joint_step, launched_with, processes, refuse_shards
 from modeling.prompts import baked_prompts, instruction_prompt

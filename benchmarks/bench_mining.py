@@ -34,13 +34,13 @@ import pyarrow as pa
 
 from benchmarks.measure import environment, in_child, markdown, median_and_range, peak_memory
 from benchmarks.synthetic import write_cross_encoder, write_encoder, zipf_texts
+from common.cli import ArgumentParser, InputError, at_least_1, run
+from common.steps import write_arrow
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise
-from dataset_builders.cli import ArgumentParser, InputError, at_least_1, run
 from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, search_dense
 from dataset_builders.embeddings import SHARD, Vectors
 from dataset_builders.engines import LOCAL, compute_shards
-from dataset_builders.folders import write_arrow
 from dataset_builders.hits import merge_keys, positions_and_scores
 from dataset_builders.mine import select_negatives
 from dataset_builders.schema import LABEL_FLOOR

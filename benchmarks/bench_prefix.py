@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import environment, markdown, median_and_range
 from benchmarks.synthetic import word_tokenizer, zipf_texts
-from dataset_builders.cli import ArgumentParser, InputError, at_least_1, run
+from common.cli import ArgumentParser, InputError, at_least_1, run
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -25,8 +25,8 @@ import yaml
 
 from benchmarks.measure import environment, in_child, markdown, status_mib
 from benchmarks.synthetic import write_encoder, write_set
-from dataset_builders.cli import ArgumentParser, InputError, at_least_1, run
-from dataset_builders.folders import MANIFEST, read_manifest
+from common.cli import ArgumentParser, InputError, at_least_1, run
+from common.steps import MANIFEST, read_manifest
 
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "hub")
 INTERVAL = 0.05  # seconds between two looks at the process

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dataset_builders.folders import ParquetStream
+from common.steps import ParquetStream
 
 WORDS = [f"w{number:x}q" for number in range(30_000)]
 BLOCK = 65_536  # documents in memory at a time

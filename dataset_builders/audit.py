@@ -20,15 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from common.cli import InputError
+from common.steps import row_groups
 from dataset_builders.audit_plots import draw
 from dataset_builders.candidates import queries_of
-from dataset_builders.cli import InputError
 from dataset_builders.columns import TextColumn, positions_of
 from dataset_builders.dense import Dense
 from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.engines import Engine
 from dataset_builders.families import Families
-from dataset_builders.folders import row_groups
 from dataset_builders.mine import Block, Mining, choose_negatives, read_graded
 from dataset_builders.schema import QRELS, SCORES
 from dataset_builders.sources import Splits

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
+from common.recipes import Section
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
 from dataset_builders.hits import NONE, sort_keys
-from dataset_builders.recipes import Section
 
 if TYPE_CHECKING:
     import bm25s

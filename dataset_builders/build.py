@@ -18,16 +18,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from common.cli import ArgumentParser, InputError, output_folder, run
+from common.recipes import Section, parse_recipe, read_yaml
+from common.steps import MANIFEST, folder_step, read_manifest, write_parquet
 from dataset_builders.audit import write_audit
 from dataset_builders.candidates import Bm25, Dense, Fusion, write_candidates
 from dataset_builders.check_teacher import check_teacher
-from dataset_builders.cli import ArgumentParser, InputError, output_folder, run
 from dataset_builders.corpus import write_corpus
 from dataset_builders.decontamination import Decontamination, clean_pairs, describe_decontamination, read_probes
 from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
-from dataset_builders.folders import MANIFEST, folder_step, read_manifest, write_parquet
 from dataset_builders.mine import Mining, Sts, Tally, count_by_bin, mine, read_graded, write_mined, write_sts
-from dataset_builders.recipes import Section, parse_recipe, read_yaml
 from dataset_builders.schema import check_rows
 from dataset_builders.scores import Calibration, Teacher, write_scores
 from dataset_builders.sources import (

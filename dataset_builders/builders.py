@@ -27,9 +27,8 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 from pydantic import ValidationError
 
-from dataset_builders.card import Config, render_card
-from dataset_builders.cli import InputError
-from dataset_builders.folders import (
+from common.cli import InputError
+from common.steps import (
     MANIFEST,
     file_sha256,
     fingerprint,
@@ -38,6 +37,7 @@ from dataset_builders.folders import (
     read_parquet,
     row_groups,
 )
+from dataset_builders.card import Config, render_card
 from dataset_builders.mine import Graded, Mining, Tally, mine, read_graded
 from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES, STS, train_schema
 

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from common.recipes import Section
+from common.steps import ParquetStream, read_arrow, read_parquet
 from dataset_builders.bm25 import Bm25, search_bm25
 from dataset_builders.columns import TextColumn, take
 from dataset_builders.dense import Dense, search_dense
 from dataset_builders.embeddings import Embedder
 from dataset_builders.engines import Engine, Shards
-from dataset_builders.folders import ParquetStream, read_arrow, read_parquet
 from dataset_builders.hits import NONE, merge_keys, positions_and_scores
 from dataset_builders.near_duplicates import normalised
-from dataset_builders.recipes import Section
 from dataset_builders.schema import CANDIDATES
 from dataset_builders.sources import Splits
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from dataset_builders.embeddings import load_model
 from dataset_builders.engines import Engine
 from dataset_builders.schema import check_finite

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import read_arrow
+from common.cli import InputError
+from common.steps import read_arrow
 
 
 @dataclass(frozen=True)

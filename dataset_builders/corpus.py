@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
+from common.steps import ParquetStream, write_arrow, write_parquet
 from dataset_builders.columns import TextRows, take
 from dataset_builders.decontamination import (
     CONTAMINATION,
@@ -35,7 +36,6 @@ from dataset_builders.decontamination import (
     find_matches,
     read_probes,
 )
-from dataset_builders.folders import ParquetStream, write_arrow, write_parquet
 from dataset_builders.near_duplicates import band_keys, first_equal, near_duplicate_groups, text_keys
 from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES
 from dataset_builders.sources import Rows, Splits, stable_hash

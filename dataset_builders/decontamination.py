@@ -26,9 +26,10 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
+from common.recipes import Section
+from common.steps import file_sha256, read_parquet
 from dataset_builders.columns import TextRows
-from dataset_builders.folders import file_sha256, read_parquet
 from dataset_builders.layouts import as_text
 from dataset_builders.near_duplicates import (
     NEAR_DUPLICATE,
@@ -39,7 +40,6 @@ from dataset_builders.near_duplicates import (
     same_text,
     text_keys,
 )
-from dataset_builders.recipes import Section
 from dataset_builders.schema import to_schema
 from dataset_builders.sources import find_folder
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from dataset_builders.embeddings import EncoderSection, Vectors
 from dataset_builders.engines import Engine, Shards, compute_shards
 from dataset_builders.hits import NONE, merge_keys, positions_and_scores, sort_keys

@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
+from common.models import ModelReference, check_model_folder, fetch_settings, resolve_model
+from common.recipes import Section
+from common.steps import fingerprint
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import LOCAL, Engine, Shards, compute_shards
-from dataset_builders.folders import fingerprint
-from dataset_builders.recipes import Section
-from dataset_builders.references import ModelReference, check_model_folder, fetch_settings, resolve_model
 from dataset_builders.schema import check_finite
 
 if TYPE_CHECKING:

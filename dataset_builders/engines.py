@@ -20,9 +20,9 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import file_sha256
-from dataset_builders.recipes import Section
+from common.cli import InputError
+from common.recipes import Section
+from common.steps import file_sha256
 
 # Computes shard number i. It must not depend on other shards, and an engine may pickle it: it holds paths, recipe
 # sections and small arrays, and opens models and tables when it is first called.

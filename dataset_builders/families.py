@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from common.steps import read_parquet
 from dataset_builders.columns import positions_of
-from dataset_builders.folders import read_parquet
 from dataset_builders.schema import CLASSES
 
 

@@ -30,10 +30,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import files_of, fingerprint, read_parquet
+from common.cli import InputError
+from common.models import datasets_cache
+from common.steps import files_of, fingerprint, read_parquet
 from dataset_builders.near_duplicates import normalised
-from dataset_builders.references import datasets_cache
 from dataset_builders.schema import DOCUMENTS, QRELS, check_rows, to_schema
 
 Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]

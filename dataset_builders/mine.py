@@ -23,15 +23,15 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from tqdm import tqdm
 
+from common.cli import InputError
+from common.recipes import Section
+from common.steps import ParquetStream, read_arrow, read_parquet, row_groups, write_parquet
 from dataset_builders.candidates import queries_of
-from dataset_builders.cli import InputError
 from dataset_builders.columns import positions_of, take
 from dataset_builders.dense import Dense, dense_top_k
 from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.engines import Engine
 from dataset_builders.families import Families, read_classes
-from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, row_groups, write_parquet
-from dataset_builders.recipes import Section
 from dataset_builders.schema import SCORES, STS, mined_schema, to_schema
 from dataset_builders.scores import Calibration, PairScorer, Teacher, count_flat_and_one_hot
 from dataset_builders.sources import Splits, stable_hash

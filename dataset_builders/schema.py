@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 
 # Soft labels stay this far from 0 and 1: losses take their logit, and 1e-4 is a logit of about 9.2.
 LABEL_FLOOR = 1e-4

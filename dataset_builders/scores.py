@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationInfo, field_validator
 
+from common.cli import InputError
+from common.steps import ParquetStream, read_arrow, read_parquet, row_groups, write_arrow
 from dataset_builders.candidates import queries_of
-from dataset_builders.cli import InputError
 from dataset_builders.columns import TextColumn, positions_of, take
 from dataset_builders.embeddings import (
     Embedder,
@@ -42,7 +43,6 @@ from dataset_builders.embeddings import (
 )
 from dataset_builders.engines import Engine, Shards, compute_shards
 from dataset_builders.families import Families, read_classes
-from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, row_groups, write_arrow
 from dataset_builders.schema import CANDIDATES, LABEL_FLOOR, SCORES, check_finite, check_rows
 from dataset_builders.sources import Splits
 

@@ -20,9 +20,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from common.cli import InputError
+from common.models import expand_user, hub_commit
+from common.recipes import Section, parse_recipe, read_yaml
+from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
-from dataset_builders.cli import InputError
-from dataset_builders.folders import file_sha256, files_of
 from dataset_builders.layouts import (
     COLUMNS,
     LABEL_SCORES,
@@ -36,8 +38,6 @@ from dataset_builders.layouts import (
     read_layout,
 )
 from dataset_builders.layouts import stable_hash as stable_hash  # for the rooms to the right
-from dataset_builders.recipes import Section, parse_recipe, read_yaml
-from dataset_builders.references import expand_user, hub_commit
 from dataset_builders.schema import DOCUMENTS, LABEL_FLOOR, QRELS, STS
 
 REGISTRY = Path(__file__).with_name("sources.yaml")

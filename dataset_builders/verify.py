@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import files_of, read_manifest, row_groups
+from common.cli import InputError
+from common.steps import files_of, read_manifest, row_groups
 
 README = "README.md"
 # Names that a stranger's machine does not have; blocked in the process that reads the data.

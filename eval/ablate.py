@@ -59,8 +59,10 @@ import yaml
 from pydantic import Field
 
 import train_st
-from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.folders import (
+from common.cli import ArgumentParser, InputError, run
+from common.models import resolve_model
+from common.recipes import Section, parse_recipe, read_yaml
+from common.steps import (
     MANIFEST,
     file_sha256,
     files_of,
@@ -69,8 +71,6 @@ from dataset_builders.folders import (
     stack_versions,
     write_json,
 )
-from dataset_builders.recipes import Section, parse_recipe, read_yaml
-from dataset_builders.references import resolve_model
 from eval.ablation_table import INTERVAL, choose, notes, save, summary
 from eval.retrieval import COMPARED, MEASURES, System, count, load_documents, load_queries, model_row
 from modeling.recipe import Recipe, parse_keys, read_recipe, write_recipe

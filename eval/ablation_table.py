@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from dataset_builders.folders import write_json
+from common.steps import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import InputError
+from common.recipes import read_yaml
+from common.steps import MANIFEST, files_of, fingerprint, read_manifest
 from dataset_builders.build import FOLDERS
 from dataset_builders.card import BENCHMARK, compared_tasks, public_name, source_licence, source_title, used_models
-from dataset_builders.cli import InputError
-from dataset_builders.folders import MANIFEST, files_of, fingerprint, read_manifest
-from dataset_builders.recipes import read_yaml
 from dataset_builders.sources import registry
 from eval.leaderboard import BESIDE_RESULTS, read_result
 from eval.report import KEY, read_json, read_ledger, read_manifests, read_metrics

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.cli import InputError
 from dataset_builders.card import BENCHMARK
-from dataset_builders.cli import InputError
 
 if TYPE_CHECKING:
     from mteb import AbsTask

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from common.cli import InputError
 from dataset_builders.card import BENCHMARK, public_name
-from dataset_builders.cli import InputError
 from dataset_builders.decontamination import zero_shot
 from eval.evidence import dataset_names, stage_values
 from eval.leaderboard import benchmark_tasks

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from dataset_builders.cli import ArgumentParser, InputError, output_folder, run
-from dataset_builders.folders import written_whole
-from dataset_builders.references import check_model_folder, hub_commit, resolve_model
+from common.cli import ArgumentParser, InputError, output_folder, run
+from common.models import check_model_folder, hub_commit, resolve_model
+from common.steps import written_whole
 from dataset_builders.verify import in_clean_process
 from eval.evidence import dataset_names, read_evidence
 from eval.model_card import card_metadata, disclosure

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import ArgumentParser, InputError, run
+from common.steps import MANIFEST, read_manifest
 from dataset_builders.build import FOLDERS, in_words
-from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.folders import MANIFEST, read_manifest
 from eval.leaderboard import Leaderboard, format_means, format_tasks, read_leaderboard
 from eval.retrieval import format_table, run_recipe
 

@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.dense import dense_top_k
-from dataset_builders.embeddings import Embedder, EncoderSection, Vectors
-from dataset_builders.folders import (
+from common.cli import ArgumentParser, InputError, run
+from common.models import check_model_folder, fetch_settings, resolve_model
+from common.recipes import read_yaml
+from common.steps import (
     MANIFEST,
     file_sha256,
     files_of,
@@ -39,8 +39,8 @@ from dataset_builders.folders import (
     stack_versions,
     write_json,
 )
-from dataset_builders.recipes import read_yaml
-from dataset_builders.references import check_model_folder, fetch_settings, resolve_model
+from dataset_builders.dense import dense_top_k
+from dataset_builders.embeddings import Embedder, EncoderSection, Vectors
 from dataset_builders.schema import DOCUMENTS, QRELS, QUERIES, to_schema
 from modeling.prompts import few_shot_prompts
 

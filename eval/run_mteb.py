@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataset_builders.cli import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, InputError, run
+from common.models import fetch_settings, resolve_model
 from dataset_builders.embeddings import load_model
-from dataset_builders.references import fetch_settings, resolve_model
 from eval.retrieval import encoder_as_saved
 from modeling.prompts import few_shot_prompts, with_demonstrations
 

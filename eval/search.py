@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset_builders.cli import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, InputError, run
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, load_model
 from eval.retrieval import Documents, encoder_as_saved, load_documents

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset

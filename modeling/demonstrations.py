@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.batches import LABEL
 from modeling.prompts import few_shot_prompt, instruction_prompt
 

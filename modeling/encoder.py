@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import write_json
-from dataset_builders.references import ModelReference, fetch_settings
+from common.cli import InputError
+from common.models import ModelReference, fetch_settings
+from common.steps import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset_builders.folders import MANIFEST, read_manifest, write_json
+from common.steps import MANIFEST, read_manifest, write_json
 
 if TYPE_CHECKING:
     from modeling.recipe import Stage

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 
 # Above this cosine two tensors count as parallel: sin(angle) is then too small to divide by in float32.
 _PARALLEL = 0.9995

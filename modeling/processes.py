@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import Step, folder_step
+from common.cli import InputError
+from common.steps import Step, folder_step
 
 if TYPE_CHECKING:
     from accelerate import PartialState

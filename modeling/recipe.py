@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from dataset_builders.cli import ArgumentParser, InputError
-from dataset_builders.folders import written_whole
-from dataset_builders.recipes import load_yaml, read_yaml
+from common.cli import ArgumentParser, InputError
+from common.recipes import load_yaml, read_yaml
+from common.steps import written_whole
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -31,9 +31,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel, PreTrainedTokenizerFast
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import read_arrow, read_parquet
-from dataset_builders.references import resolve_model
+from common.cli import InputError
+from common.models import resolve_model
+from common.steps import read_arrow, read_parquet
 
 HEAD_SIZE = 128
 ROPE_THETA = 1e6

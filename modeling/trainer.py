@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.batches import EpochBatchSampler, WeightedBatchSampler
 from modeling.demonstrations import DemonstrationCollator, Demonstrations
 

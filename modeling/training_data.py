@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import files_of, fingerprint
-from dataset_builders.references import datasets_cache, hub_commit
+from common.cli import InputError
+from common.models import datasets_cache, hub_commit
+from common.steps import files_of, fingerprint
 from modeling.batches import LABEL
 from modeling.objectives import OBJECTIVES
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import MANIFEST, write_json
+from common.cli import InputError
+from common.steps import MANIFEST, write_json
 from dataset_builders.verify import in_clean_process
 from modeling.prompts import baked_prompts, few_shot_prompts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from dataset_builders.folders import folder_step, write_arrow, write_json, write_parquet
+from common.steps import folder_step, write_arrow, write_json, write_parquet
 
 # The same examples everywhere: what breaks a test is a change. `--hypothesis-profile search` looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from local_hub import ROOT, LocalHub
 
-from dataset_builders.cli import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, InputError, run
 from eval.model_card import final_row
 from modeling.verify import is_hub_id
 
@@ -31,7 +31,8 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS
 READER = """
 import sys
 
-sys.modules.update(dict.fromkeys(["dataset_builders", "modeling", "train_st", "eval", "push_to_hub"]))  # not to be had
+ours = ["common", "dataset_builders", "modeling", "train_st", "eval", "push_to_hub"]
+sys.modules.update(dict.fromkeys(ours))  # not to be had
 import hashlib
 import json
 

@@ -21,8 +21,8 @@ import yaml
 from tiny_data import write_encoder, write_recipe, write_set
 from tiny_training import own_cache, two_stages, write_hub
 
-from dataset_builders.cli import run
-from dataset_builders.folders import read_arrow, read_parquet, write_arrow, write_parquet
+from common.cli import run
+from common.steps import read_arrow, read_parquet, write_arrow, write_parquet
 
 REPOSITORY = Path(__file__).parents[1]
 NAN, INF = float("nan"), float("inf")

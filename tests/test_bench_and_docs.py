@@ -9,10 +9,10 @@ import yaml
 
 from benchmarks import bench_scale, measure
 from benchmarks.synthetic import write_set
+from common.recipes import parse_recipe
+from common.steps import read_parquet
 from dataset_builders.build import parse_arguments
 from dataset_builders.engines import Ray
-from dataset_builders.folders import read_parquet
-from dataset_builders.recipes import parse_recipe
 from dataset_builders.sources import LocalSource, read_rows
 
 ROOT = Path(__file__).parents[1]

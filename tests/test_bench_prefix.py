@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import bench_prefix
-from dataset_builders.cli import InputError
+from common.cli import InputError
 
 
 def test_both_parts_on_a_few_texts(capsys):

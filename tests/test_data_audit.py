@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_data import WORDS, write_encoder
 
+from common.cli import InputError
+from common.steps import ParquetStream, read_parquet, write_arrow, write_parquet
 from dataset_builders import audit
 from dataset_builders.audit import (
     MARGINS,
@@ -21,10 +23,8 @@ from dataset_builders.audit import (
     wilson,
     write_audit,
 )
-from dataset_builders.cli import InputError
 from dataset_builders.dense import Dense
 from dataset_builders.engines import LOCAL
-from dataset_builders.folders import ParquetStream, read_parquet, write_arrow, write_parquet
 from dataset_builders.mine import Mining, write_mined
 from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES
 from dataset_builders.sources import Splits

@@ -12,10 +12,10 @@ import pytest
 from local_hub import LocalHub
 from tiny_data import write_encoder, write_recipe, write_set, write_table
 
+from common.cli import run
+from common.steps import files_of, read_arrow, read_manifest
 from dataset_builders.build import FOLDERS, main
 from dataset_builders.card import card_for
-from dataset_builders.cli import run
-from dataset_builders.folders import files_of, read_arrow, read_manifest
 from dataset_builders.schema import CANDIDATES, SCORES
 from dataset_builders.verify import verify_dataset
 
@@ -123,7 +123,7 @@ for name in ("train", "candidates", "documents", "queries", "qrels", "sts"):
     if name == "train":
         assert isinstance(rows[0]["label"], list) and len(rows[0]["label"]) == 4, rows[0]
         print(len(rows))
-assert not any(module.startswith("dataset_builders") for module in sys.modules)
+assert not any(module.startswith(("common", "dataset_builders")) for module in sys.modules)
 """
     answer = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
@@ -287,7 +287,7 @@ def test_ray_builds_the_same_bytes_as_local_and_a_killed_worker_changes_nothing(
     script = """
 import os, signal, subprocess, sys, threading, time
 from dataset_builders.build import main
-from dataset_builders.cli import run
+from common.cli import run
 killed = []
 def kill_one_worker():
     while not killed:

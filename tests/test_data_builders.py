@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data_mine import table_of, write_graded
 
+from common.cli import InputError
+from common.steps import files_of, folder_step, write_arrow, write_parquet
 from dataset_builders import builders
 from dataset_builders.builders import GradedConfig, GradedDataset, write_hub
 from dataset_builders.card import card_metadata
-from dataset_builders.cli import InputError
-from dataset_builders.folders import files_of, folder_step, write_arrow, write_parquet
 from dataset_builders.mine import Mining, write_mined
 from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, STS
 
@@ -129,7 +129,7 @@ for name in get_dataset_config_names(folder):
     assert streamed.features == rows.features and list(streamed) == rows.to_list(), name
     found[name] = [rows.features.to_dict(), rows.to_list()]
 print(json.dumps(found))
-assert not any(module.startswith("dataset_builders") for module in sys.modules)
+assert not any(module.startswith(("common", "dataset_builders")) for module in sys.modules)
 """
     answer = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from rank_bm25 import BM25Okapi
 from tiny_data import SHARED_DATA
 
+from common.steps import write_arrow
 from dataset_builders import dense
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise, top_keys
 from dataset_builders.candidates import _ranges, reciprocal_rank_fusion
@@ -19,7 +20,6 @@ from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, dense_top_k, search_dense
 from dataset_builders.embeddings import Vectors
 from dataset_builders.engines import LOCAL, compute_shards
-from dataset_builders.folders import write_arrow
 from dataset_builders.hits import NONE, merge_keys, positions_and_scores
 
 rankings = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=3)

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_data import WORDS
 
+from common.cli import InputError
+from common.steps import files_of, read_arrow, read_parquet
 from dataset_builders import corpus
-from dataset_builders.cli import InputError
 from dataset_builders.corpus import split_of, write_corpus
-from dataset_builders.folders import files_of, read_arrow, read_parquet
 from dataset_builders.schema import QRELS
 from dataset_builders.sources import Rows, Splits
 

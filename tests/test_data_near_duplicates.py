@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import SHARED_DATA, WORDS
 
+from common.steps import read_parquet
 from dataset_builders import near_duplicates
 from dataset_builders.columns import TextRows, take
-from dataset_builders.folders import read_parquet
 from dataset_builders.near_duplicates import (
     band_keys,
     first_equal,

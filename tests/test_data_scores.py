@@ -15,13 +15,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tiny_data import WORDS, write_encoder
 
+from common.cli import InputError
+from common.recipes import parse_recipe
+from common.steps import ParquetStream, read_arrow, read_parquet, write_arrow, write_parquet
 from dataset_builders import scores as scores_module
 from dataset_builders.check_teacher import check_teacher, compare_scores
-from dataset_builders.cli import InputError
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import LocalEngine
-from dataset_builders.folders import ParquetStream, read_arrow, read_parquet, write_arrow, write_parquet
-from dataset_builders.recipes import parse_recipe
 from dataset_builders.schema import CANDIDATES, DOCUMENTS, LABEL_FLOOR, QRELS, QUERIES, SCORES
 from dataset_builders.scores import (
     Calibration,

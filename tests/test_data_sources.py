@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from local_hub import LocalHub
 from tiny_data import SHARED_DATA, write_encoder, write_table
 
+from common.cli import InputError
+from common.recipes import Section, parse_recipe, read_yaml
+from common.steps import read_manifest
 from dataset_builders import pydocs, sources
 from dataset_builders.build import load_recipes, main
-from dataset_builders.cli import InputError
-from dataset_builders.folders import read_manifest
 from dataset_builders.layouts import Draw, draw_of_class
-from dataset_builders.recipes import Section, parse_recipe, read_yaml
 from dataset_builders.sources import (
     TASK_LAYOUTS,
     HubSource,

@@ -13,11 +13,11 @@ import pytest
 from local_hub import LocalHub
 from test_data_builders import PUBLISH, STEPS, rows_of, write_build
 
+from common.cli import InputError
+from common.steps import MANIFEST, files_of, folder_step, read_manifest, write_json
 from dataset_builders import builders
 from dataset_builders.builders import write_hub
 from dataset_builders.card import REPO_ID, card_for, card_metadata
-from dataset_builders.cli import InputError
-from dataset_builders.folders import MANIFEST, files_of, folder_step, read_manifest, write_json
 from dataset_builders.verify import (
     check_configs,
     check_files,

@@ -18,9 +18,9 @@ from scipy import stats
 from tiny_data import write_encoder, write_recipe, write_set
 from tiny_training import two_stages, write_hub
 
+from common.cli import InputError
+from common.steps import folder_step, write_arrow, write_parquet
 from dataset_builders import build
-from dataset_builders.cli import InputError
-from dataset_builders.folders import folder_step, write_arrow, write_parquet
 from eval import ablate, ablation_table
 from eval.ablate import combinations, main, override
 from eval.ablation_table import METHOD, bootstrap_interval

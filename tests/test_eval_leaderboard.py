@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_eval_model_card import write_result
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from eval import report
 from eval.leaderboard import borda_ranks, format_means, format_tasks, read_leaderboard
 from eval.report import plot_leaderboard

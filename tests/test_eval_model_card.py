@@ -13,9 +13,9 @@ from huggingface_hub import EvalResult, ModelCard
 from jinja2 import UndefinedError
 from tiny_data import write_encoder, write_recipe, write_set
 
+from common.cli import InputError
+from common.steps import files_of, fingerprint, write_json
 from dataset_builders import build
-from dataset_builders.cli import InputError
-from dataset_builders.folders import files_of, fingerprint, write_json
 from eval import model_card, report, retrieval
 from eval.evidence import provenance, read_evidence
 from eval.model_card import (

@@ -16,8 +16,8 @@ from local_hub import LocalHub
 from test_modeling_verify import BASE, save_adapted
 
 import push_to_hub
-from dataset_builders.cli import InputError
-from dataset_builders.folders import folder_step
+from common.cli import InputError
+from common.steps import folder_step
 from eval import model_meta, run_mteb
 from eval.evidence import read_evidence
 from eval.model_card import card_metadata
@@ -36,7 +36,7 @@ from mteb.mocks import MOCK_TASK_REGISTRY
 from mteb.models import ModelMeta
 from mteb.models.model_implementations import MODEL_REGISTRY
 from pathlib import Path
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from eval import model_meta
 from eval.run_mteb import evaluate, load_for_mteb
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import write_json
+from common.cli import InputError
+from common.steps import write_json
 from eval import retrieval
 from eval.report import (
     KEY,

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import read_parquet, write_json, write_parquet
+from common.cli import InputError
+from common.steps import read_parquet, write_json, write_parquet
 from eval.retrieval import (
     Queries,
     System,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dataset_builders.cli import InputError, run
+from common.cli import InputError, run
 from eval import run_mteb
 from eval.run_mteb import evaluate, format_table, load_for_mteb, load_tasks, main, show_demonstrations
 from modeling.prompts import baked_prompts, few_shot_prompt

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dataset_builders.folders import read_arrow, write_arrow
+from common.steps import read_arrow, write_arrow
 from eval.retrieval import load_documents
 from eval.search import Hit, format_hits, main, search
 

@@ -33,8 +33,8 @@ import contextlib, functools, importlib, io, json, os, re, ssl, sys, time, trace
 from argparse import Namespace
 import httpx2
 import push_to_hub
-from dataset_builders.cli import run
-from dataset_builders.references import SILENCE
+from common.cli import run
+from common.models import SILENCE
 from huggingface_hub import HfFileSystem, close_session
 
 sleep, prepare, send = time.sleep, push_to_hub.prepare, httpx2.HTTPTransport.handle_request

@@ -18,8 +18,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from local_hub import LocalHub, card_problems, default_attributes, front_matter, matches_attributes
 from release_demo import compare
 
+from common.cli import InputError
 from dataset_builders import build
-from dataset_builders.cli import InputError
 from eval import retrieval
 
 # `told` gives what a call returned, or the error's class and status

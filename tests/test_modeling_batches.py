@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from torch.utils.data import ConcatDataset
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.batches import (
     EpochBatchSampler,
     WeightedBatchSampler,

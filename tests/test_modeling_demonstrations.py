@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from tiny_training import INSTRUCTION as TRAINED
 from tiny_training import own_cache, train, two_stages, write_hub
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.demonstrations import DemonstrationCollator, Demonstrations, fitting_prompt
 from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt
 

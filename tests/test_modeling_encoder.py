@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.encoder import POOLING, build_encoder, continue_adapter, quantization, save_adapter, save_merged
 from modeling.prompts import few_shot_prompt, instruction_prompt
 

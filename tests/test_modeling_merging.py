@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.merging import linear, merge_models, merge_weights, slerp
 
 vectors = st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3).map(torch.tensor)

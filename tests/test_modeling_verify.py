@@ -8,7 +8,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 from modeling import verify
 from modeling.prompts import baked_prompts
 from modeling.verify import (

@@ -13,12 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from common.cli import one_line
+from common.recipes import load_yaml
 from dataset_builders.candidates import reciprocal_rank_fusion
-from dataset_builders.cli import one_line
 from dataset_builders.columns import TextRows
 from dataset_builders.hits import merge_keys, positions_and_scores, sort_keys
 from dataset_builders.near_duplicates import band_keys, text_keys
-from dataset_builders.recipes import load_yaml
 from dataset_builders.schema import LABEL_FLOOR
 from dataset_builders.scores import calibrate
 from eval.retrieval import Queries, ranking_scores

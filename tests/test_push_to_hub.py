@@ -16,7 +16,7 @@ from test_data_verify import hub as graded_data  # noqa: F401
 from test_modeling_verify import BASE, in_this_process, save_adapted  # noqa: F401
 
 import push_to_hub
-from dataset_builders.cli import InputError
+from common.cli import InputError
 
 ROOT = Path(__file__).parents[1]
 TOKENS = {"hf_write": "write", "hf_read": "read"}
@@ -26,7 +26,7 @@ TOKENS = {"hf_write": "write", "hf_read": "read"}
 WORKER = """
 import contextlib, io, json, os, sys, traceback
 import push_to_hub
-from dataset_builders.cli import run
+from common.cli import run
 
 push_to_hub._WAITS = (0.01, 0.01, 0.01)
 for line in sys.stdin:

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from tiny_training import INSTRUCTION, distance, own_cache, train, two_stages, weights, write_hub
 
 import train_st
-from dataset_builders.cli import InputError, run
+from common.cli import InputError, run
 from modeling.processes import ZERO3 as ZERO3_SETTINGS
 from modeling.prompts import baked_prompts
 from modeling.recipe import StageArguments, parse_keys
@@ -127,7 +127,8 @@ model = SentenceTransformer("model", device="cpu")
 vectors = model.encode(["how do i parse a date", "word " * 500], prompt_name="query")
 ids = model.preprocess(["how do i", "word " * 500], prompt=model.prompts["query"])
 last = ids["input_ids"][range(2), ids["attention_mask"].sum(1) - 1].tolist()
-ours = [name for name in sys.modules if name.split(".")[0] in ("modeling", "dataset_builders", "train_st", "eval")]
+rooms = ("common", "modeling", "dataset_builders", "train_st", "eval")
+ours = [name for name in sys.modules if name.split(".")[0] in rooms]
 bare = model.encode(["how do i parse a date"])
 print(json.dumps([vectors.tolist(), last, model.tokenizer.eos_token_id, ours, model.prompts, bare.tolist()]))
 """

@@ -162,7 +162,7 @@ def test_the_ledger_tells_what_the_data_cost(tiny_decoder, hub, tmp_path):
     """From the manifests that dataset_builders.build leaves beside its hub/."""
     import shutil
 
-    from dataset_builders.folders import folder_step
+    from common.steps import folder_step
 
     for name, table in {"corpus": {}, "scores": {}}.items():
         with folder_step(tmp_path / "data" / name, table) as step:

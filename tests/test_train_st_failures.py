@@ -14,7 +14,7 @@ import yaml
 from tiny_training import distance, own_cache, train, two_stages, weights, write_hub
 
 import train_st
-from dataset_builders.cli import run
+from common.cli import run
 
 # Each run is a fork, made before any work: loading the libraries takes longer.
 KILLS = """

@@ -28,7 +28,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from sentence_transformers.sentence_transformer import evaluation, losses
 from transformers import TrainerCallback
 import train_st
-from dataset_builders.cli import run
+from common.cli import run
 from modeling import encoder, losses, recipe, trainer, training_data, verify
 
 class Killed(TrainerCallback):

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-import dataset_builders.folders
-from dataset_builders.folders import code_commit, folder_step, read_manifest
+import common.steps
+from common.steps import code_commit, folder_step, read_manifest
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """This code as it lies in somebody's folder."""
-    file = tmp_path / "code" / "dataset_builders" / "folders.py"
+    file = tmp_path / "code" / "common" / "steps.py"
     file.parent.mkdir(parents=True)
     file.write_text("1\n")
-    monkeypatch.setattr(dataset_builders.folders, "__file__", str(file))
+    monkeypatch.setattr(common.steps, "__file__", str(file))
     return tmp_path
 
 
@@ -38,7 +38,7 @@ def commit(folder: Path) -> str:
 def test_a_commit_and_what_differs_from_it(copied):
     head = commit(copied / "code")
     assert len(head) == 40 and code_commit() == head
-    (copied / "code" / "dataset_builders" / "folders.py").write_text("2\n")
+    (copied / "code" / "common" / "steps.py").write_text("2\n")
     assert code_commit() == f"{head}-dirty"
 
 
@@ -53,7 +53,7 @@ def test_no_commit_outside_a_repository_of_ours(copied, monkeypatch):
 def test_manifests_tell_the_commit_that_steps_began_with(copied, tmp_path):
     head = commit(copied / "code")
     with folder_step(tmp_path / "made", {"a": 1}) as step:
-        (copied / "code" / "dataset_builders" / "folders.py").write_text("2\n")
+        (copied / "code" / "common" / "steps.py").write_text("2\n")
         step.finish(rows=3)
     manifest = read_manifest(tmp_path / "made")
     assert (manifest["commit"], manifest["rows"]) == (head, 3)
@@ -79,7 +79,7 @@ def test_a_step_killed_while_it_was_discarded_is_not_gone_on_with(tmp_path, monk
     with pytest.raises(RuntimeError), folder_step(tmp_path / "made", {"a": 1}) as step:
         (step.path / "half").write_text("of recipe 1")
         raise RuntimeError
-    monkeypatch.setattr(dataset_builders.folders.shutil, "rmtree", killed)
+    monkeypatch.setattr(common.steps.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt), folder_step(tmp_path / "made", {"a": 2}):
         pass
     monkeypatch.undo()

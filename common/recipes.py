@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 
 _NUMBERS = {int, float}
 

@@ -29,7 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataset_builders.cli import InputError
+from common.cli import InputError
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"

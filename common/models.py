@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset_builders.cli import InputError
-from dataset_builders.folders import files_of, fingerprint
+from common.cli import InputError
+from common.steps import files_of, fingerprint
 
 SILENCE = 120  # seconds without a byte, after which a connection counts as lost
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # all that loaders read of a model but its weights

@@ -1,0 +1,1 @@
+"""What every room stands on: command lines, finished folders, recipes, model references."""
