@@ -17,6 +17,7 @@ import numpy as np
 
 from common.cli import InputError
 from dataset_builders.card import BENCHMARK
+from eval.local_tasks import register_local_tasks
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -48,6 +49,7 @@ def read_result(path: Path) -> TaskResult:
     from mteb import get_task
     from mteb.results import TaskResult
 
+    register_local_tasks()
     try:
         result = TaskResult.from_disk(path)
         get_task(result.task_name)

@@ -2,9 +2,11 @@
 
     python -m eval.run_mteb --model runs/demo/model --benchmark "MTEB(eng, v2)" --output_dir results
     python -m eval.run_mteb --model org/name@revision --tasks STSBenchmark SciFact --output_dir results
+    python -m eval.run_mteb --model runs/demo/model --tasks local --data_root DATA --output_dir results
 
 Scores go to OUTPUT_DIR/results/MODEL/REVISION/TASK.json as soon as a task is done; running the same command again
-computes only what is missing. For results that go to mteb's leaderboard see docs/leaderboard.md.
+computes only what is missing. For results that go to mteb's leaderboard see docs/leaderboard.md. With --data_root,
+tasks of eval.local_tasks read the Parquet files below that folder instead of the Hub; `local` means all of them.
 
 `--shots 2` evaluates with demonstrations, those of the model's prompt `query-2-shot`. They are rows of the training
 task, with its instruction, and stand before every task's own instruction, whatever that task is about. REVISION ends
@@ -24,6 +26,7 @@ import numpy as np
 from common.cli import ArgumentParser, InputError, run
 from common.models import fetch_settings, resolve_model
 from dataset_builders.embeddings import load_model
+from eval.local_tasks import LOCAL_TASKS, local_tasks
 from eval.retrieval import encoder_as_saved
 from modeling.prompts import few_shot_prompts, with_demonstrations
 
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    tasks = load_tasks(args.benchmark, args.tasks)
+    tasks = load_tasks(args.benchmark, args.tasks, args.data_root)
     model = load_for_mteb(args.model)
     if args.shots:
         show_demonstrations(model, args.shots)
@@ -54,7 +57,8 @@ def _parse(argv: Sequence[str]):
     parser.add_argument("--model", required=True, help="folder of a model, Hub id (with @revision) or package:NAME")
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--benchmark", help='name of an mteb benchmark, such as "MTEB(eng, v2)"')
-    chosen.add_argument("--tasks", nargs="+", metavar="TASK", help="names of mteb tasks")
+    chosen.add_argument("--tasks", nargs="+", metavar="TASK", help="names of mteb tasks, or local")
+    parser.add_argument("--data_root", type=Path, help="folder of local copies of tasks' data, see eval.local_tasks")
     parser.add_argument("--output_dir", required=True, help="where results/ goes")
     parser.add_argument("--batch_size", type=int, default=32, help="texts per forward pass (default: 32)")
     parser.add_argument(
@@ -72,12 +76,24 @@ def _parse(argv: Sequence[str]):
     return args
 
 
-def load_tasks(benchmark: str | None, names: Sequence[str] | None) -> list[AbsTask]:
-    """The tasks of a benchmark, or those of the given names. Raises InputError for an unknown name."""
+def load_tasks(benchmark: str | None, names: Sequence[str] | None, data_root: Path | None = None) -> list[AbsTask]:
+    """The tasks of a benchmark, those of the given names, or all local ones; below `data_root` where it has them.
+
+    Raises InputError for an unknown name, and for local tasks whose files are not there.
+    """
     import mteb
 
+    if names == ["local"]:
+        if data_root is None:
+            raise InputError("--tasks local: name the folder of the data sets with --data_root")
+        return local_tasks(data_root)
     try:
-        return list(mteb.get_benchmark(benchmark).tasks) if benchmark else [mteb.get_task(name) for name in names]
+        tasks = list(mteb.get_benchmark(benchmark).tasks) if benchmark else None
+        names = [task.metadata.name for task in tasks] if tasks else names
+        if data_root is None:
+            return tasks or [mteb.get_task(name) for name in names]
+        local = {name: task for name in names if name in LOCAL_TASKS for task in local_tasks(data_root, [name])}
+        return [local[name] if name in local else mteb.get_task(name) for name in names]
     except KeyError as error:
         raise InputError(f"mteb: {error.args[0]}") from None
 

@@ -115,7 +115,7 @@ def test_a_failing_task_does_not_end_the_run(model, mock_tasks, tmp_path, monkey
         raise ConnectionError("the Hub cannot be reached")
 
     monkeypatch.setattr(mock_tasks[0], "evaluate", unreachable)
-    monkeypatch.setattr(run_mteb, "load_tasks", lambda benchmark, names: mock_tasks)
+    monkeypatch.setattr(run_mteb, "load_tasks", lambda *_: mock_tasks)
     monkeypatch.setattr(run_mteb, "load_for_mteb", lambda reference: model)
     with pytest.raises(SystemExit) as stopped:
         run(main, ["--model", "m", "--tasks", *NAMES, "--output_dir", str(tmp_path)])
