@@ -97,13 +97,14 @@ class StageData:
     train: dict[str, Dataset]  # by data set
     validation: dict[str, SearchSample]  # by the name that scores are logged under; empty when the stage has none
     keys: dict[str, str]  # change when the data do
+    positives: dict[str, dict[str, list[str]]]  # by data set, all positives of queries that have several
 
 
 def load_data(stage: Stage) -> StageData:
     """A stage's rows and, if it evaluates while it trains, its validation samples; all checked before training."""
-    from modeling.training_data import data_key, load_config, training_rows
+    from modeling.training_data import data_key, known_positives, load_config, training_rows
 
-    train, keys = {}, {}
+    train, keys, positives = {}, {}, {}
     for name, own in stage.datasets.items():
         where = location(stage, name)
         keys[name] = data_key(own.dataset_name, own.dataset_revision, where)
@@ -111,8 +112,9 @@ def load_data(stage: Stage) -> StageData:
         rows = load_config(own.dataset_name, own.dataset_config, own.dataset_revision, keys[name], where)
         config = f"{where}: config {own.dataset_config!r}"
         train[name] = training_rows(rows, own.loss, prompted, config, own.num_negatives)
+        positives[name] = known_positives(train[name], own.dataset_name, own.dataset_revision, keys[name], where)
     evaluated = stage.training.eval_strategy.value != "no"
-    return StageData(train, load_validation(stage, keys) if evaluated else {}, keys)
+    return StageData(train, load_validation(stage, keys) if evaluated else {}, keys, positives)
 
 
 def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSample]:
@@ -397,6 +399,7 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
         or None,
         weights={name: own.weight for name, own in stage.datasets.items()},
         demonstrations=demonstrations(stage, data.train),
+        positives=data.positives,
     )
 
 

@@ -7,15 +7,18 @@ the same prompt.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from common.cli import InputError
 from modeling.batches import LABEL
+from modeling.losses import MISSING, POSITIVES, text_keys
 from modeling.prompts import few_shot_prompt, instruction_prompt
 
 if TYPE_CHECKING:
@@ -154,13 +157,16 @@ def fitting_prompt(
 
 @dataclass
 class DemonstrationCollator(SentenceTransformerDataCollator):
-    """sentence-transformers' collator, with a prompt of its own for each batch of a data set that has demonstrations.
+    """sentence-transformers' collator, which also adds demonstrations to prompts, and known positives to queries.
 
-    All prompted columns of such a batch get the same prompt. Other data sets keep their `prompts`.
+    All prompted columns of a batch get the same prompt, of its own where its data set has demonstrations. The query
+    column gets text keys of the known positives of its queries, (B, P), by which `modeling.losses.GradedLoss` tells
+    what is no negative; they are made of the same tokens as those of the positive column.
 
     Args:
         model: tells what fits: its tokenizer, and its max_seq_length at the time of the batch.
         demonstrations: by name of the data set; the trainer takes its data sets by name, too.
+        positives: by name of the data set, texts of all positives by query (`modeling.training_data.known_positives`).
         prompts: zero-shot, by name of the data set and column, as in the training arguments.
 
     Raises:
@@ -169,6 +175,7 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
 
     model: SentenceTransformer | None = field(default=None, repr=False)
     demonstrations: Mapping[str, Demonstrations] = field(default_factory=dict, repr=False)
+    positives: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name in self.demonstrations:
@@ -177,7 +184,20 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompts_of_batch = self.choose_prompts(features)
-        return super().__call__(features)
+        batch = super().__call__(features)
+        known = self.positives.get(features[0].get("dataset_name"), {})
+        positives = [known.get(row.get("query"), ()) for row in features]
+        if any(positives):
+            batch[f"query_{POSITIVES}"] = self._keys_of(positives, self._resolve_prompts(batch))
+        return batch
+
+    def _keys_of(self, texts: Sequence[Sequence[str]], prompts: str | dict[str, str] | None) -> torch.Tensor:
+        """(rows, most texts of a row) text keys of texts of the column `positive`."""
+        distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
+        keys = text_keys(self.preprocess_fn(distinct, prompt=self._get_prompt_for_column(prompts, "positive")))
+        key_of = dict(zip(distinct, keys.tolist(), strict=True))
+        width = max(map(len, texts))
+        return torch.tensor([[*map(key_of.get, row), *[MISSING] * (width - len(row))] for row in texts])
 
     def _resolve_prompts(self, batch: dict[str, Any]) -> str | dict[str, str] | None:
         return self._prompts_of_batch or super()._resolve_prompts(batch)

@@ -24,8 +24,9 @@ class GradedLoss(CachedLossMixin, nn.Module):
 
     Scores are cosines / temperature. Which documents a row is compared with depends on the objective: its own ones,
     or its own and those of the other rows (in-batch negatives). Of the latter, documents that are known to be no
-    negatives are left out: those with the same text as one of the row's own, and the positives of rows with the same
-    query. Texts are compared as the model sees them, that is as token ids.
+    negatives are left out: those with the same text as one of the row's own, the positives of rows with the same
+    query, and the known positives of the query where the collator tells them (modeling.demonstrations). Texts are
+    compared as the model sees them, as token ids.
 
     Rows may have fewer documents than there are columns: a missing one is an empty text, and NaN in the label. It is
     left out of everything.
@@ -103,8 +104,9 @@ class GradedLoss(CachedLossMixin, nn.Module):
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         columns = [dict(column) for column in sentence_features]
+        positives = columns[0].pop(POSITIVES, None)
         self._check(columns, labels)
-        batch = self._batch(columns, labels)
+        batch = self._batch(columns, labels, positives)
         if self.uses_gradient_cache:
             columns, order = sort_by_length(columns)
             return self.forward_cached(columns, batch._replace(order=order))
@@ -138,7 +140,7 @@ class GradedLoss(CachedLossMixin, nn.Module):
                 torch.autograd.backward(graph, (queries.grad, documents.grad))
         return total
 
-    def _batch(self, columns: list[Features], labels: Tensor | None) -> _Batch:
+    def _batch(self, columns: list[Features], labels: Tensor | None, positives: Tensor | None) -> _Batch:
         queries = text_keys(columns[0])
         documents = torch.stack([text_keys(column) for column in columns[1:]])
         missing = torch.zeros_like(documents, dtype=torch.bool)
@@ -146,7 +148,7 @@ class GradedLoss(CachedLossMixin, nn.Module):
             missing = labels.isnan().T
             if missing[0].any():
                 raise ValueError("the first label of a row is NaN: its positive is missing; drop the row")
-        documents = documents.masked_fill(missing, _MISSING)
+        documents = documents.masked_fill(missing, MISSING)
         rows = len(queries)
         first, everywhere = 0, rows
         if self._gathers:
@@ -155,7 +157,7 @@ class GradedLoss(CachedLossMixin, nn.Module):
             first, everywhere = get_rank() * rows, len(queries)
         documents = documents.flatten()
         own = torch.arange(len(documents), device=documents.device).view(-1, everywhere).T[first : first + rows]
-        return _Batch(labels, queries, documents, own.masked_fill(missing.T, -1), first)
+        return _Batch(labels, queries, documents, own.masked_fill(missing.T, -1), first, positives)
 
     def _directions(self, reps: list[list[Tensor]], batch: _Batch) -> tuple[Tensor, Tensor]:
         """Unit vectors, float32: (B, dim) of the queries, and (N, dim) of the documents, in their order."""
@@ -192,7 +194,8 @@ class GradedLoss(CachedLossMixin, nn.Module):
         if not self.in_batch_negatives:
             return torch.ones_like(scores, dtype=torch.bool)
         rows = slice(batch.first + part.start, batch.first + part.start + len(scores))
-        mask = known_relevant(batch.queries, batch.documents, rows) | (batch.documents == _MISSING)
+        positives = None if batch.positives is None else batch.positives[part]
+        mask = known_relevant(batch.queries, batch.documents, rows, positives) | (batch.documents == MISSING)
         if self.false_negative_margin is not None:
             mask |= scores > scores.gather(1, own[:, :1]) + self.false_negative_margin / self.temperature
         return mask
@@ -313,13 +316,15 @@ class _Batch(NamedTuple):
 
     labels: Tensor | None  # (B, n+1)
     queries: Tensor  # text keys, of all rows
-    documents: Tensor  # (N,) text keys: first documents of all rows, then second ones, ...; or _MISSING
+    documents: Tensor  # (N,) text keys: first documents of all rows, then second ones, ...; or MISSING
     own: Tensor  # (B, n+1) own documents of the rows here, -1 where there is none
     first: int  # which of all rows is the first one here
+    positives: Tensor | None = None  # (B, P) text keys of known positives of the rows here; MISSING where fewer
     order: Tensor | None = None  # (B * (n+1),): embedding order[j] is document j of the rows here; None = in order
 
 
-_MISSING = -(2**63)  # a text key that no text has, but by a rare chance
+MISSING = -(2**63)  # the text key of a missing document
+POSITIVES = "known_positives"  # the feature of the query column that holds text keys of the query's known positives
 
 
 def _check_alike(documents: Tensor) -> None:
@@ -357,23 +362,28 @@ def _multipliers(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (32768,), generator=generator).to(device)
 
 
-def known_relevant(queries: Tensor, documents: Tensor, rows: slice) -> Tensor:
+def known_relevant(queries: Tensor, documents: Tensor, rows: slice, positives: Tensor | None = None) -> Tensor:
     """(len(rows), N) bool: documents of the batch that are not to count as negatives of these rows.
 
-    True where the text is that of one of the row's own documents, or that of the positive of a row with the same
-    query (a query with several labelled positives makes several rows).
+    True where the text is that of one of the row's own documents, of the positive of a row with the same query, or of
+    a known positive of the query.
 
     Args:
         queries: (B,) text keys.
         documents: (N,) text keys: the B first documents of the rows (positives), the B second ones, ...
         rows: which rows of the batch.
+        positives: (len(rows), P) text keys, whether they are in the batch or not; MISSING for none.
     """
     batch = len(queries)
     texts, document_ids = documents.unique(return_inverse=True)
     distinct, query_ids = queries.unique(return_inverse=True)
-    positives = torch.zeros(len(distinct), len(texts), dtype=torch.bool, device=documents.device)
-    positives[query_ids, document_ids[:batch]] = True
-    relevant = positives[query_ids[rows]].scatter_(1, document_ids.view(-1, batch).T[rows], True)
+    relevant = torch.zeros(len(distinct), len(texts), dtype=torch.bool, device=documents.device)
+    relevant[query_ids, document_ids[:batch]] = True
+    relevant = relevant[query_ids[rows]].scatter_(1, document_ids.view(-1, batch).T[rows], True)
+    if positives is not None:
+        places = torch.searchsorted(texts, positives).clamp(max=len(texts) - 1)
+        row, column = (texts[places] == positives).nonzero(as_tuple=True)
+        relevant[row, places[row, column]] = True
     return relevant[:, document_ids]
 
 

@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,12 @@ _PEFT_PREFIX = "base_model.model."  # transformers saves adapters under the name
 class EmbedderTrainer(SentenceTransformerTrainer):
     """Trains on one data set, or on several by name, with their losses by name.
 
-    Where a loss says `in_batch_negatives`, no two rows of a batch have a text in common (modeling.batches). `seconds`
-    and `tokens` so far go with every entry of the log; both go on after a resume.
+    `seconds` and `tokens` so far go with every entry of the log; both go on after a resume.
 
     Args:
         weights: of the data sets by name, their share of steps; None gives all the same.
         demonstrations: of the data sets by name, for those that have any.
+        positives: of the data sets by name, all positives of their queries, see `DemonstrationCollator`.
         *args, **kwargs: as sentence-transformers takes them.
 
     Raises:
@@ -60,10 +60,12 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         *args: Any,
         weights: Mapping[str, float] | None = None,
         demonstrations: Mapping[str, Demonstrations] | None = None,
+        positives: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.weights = weights or {}
         self.demonstrations = demonstrations or {}
+        self.positives = positives or {}
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             # where accelerate looks for the last layer's norm: it would take `Normalize` for it, and fail
@@ -78,23 +80,17 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         self, model: SentenceTransformer, args: SentenceTransformerTrainingArguments, processing_class: Any = None
     ) -> DemonstrationCollator:
         return DemonstrationCollator(
-            model.preprocess, prompts=args.prompts, model=model, demonstrations=self.demonstrations
+            model.preprocess,
+            prompts=args.prompts,
+            model=model,
+            demonstrations=self.demonstrations,
+            positives=self.positives,
         )
 
     def get_batch_sampler(
         self, dataset: Dataset, batch_size: int, drop_last: bool, seed: int = 0, **kwargs: Any
     ) -> EpochBatchSampler:
-        loss = self.loss
-        if isinstance(loss, dict):
-            loss = loss[next(name for name, rows in self.train_dataset.items() if rows is dataset)]
-        return EpochBatchSampler(
-            dataset,
-            batch_size,
-            drop_last,
-            seed,
-            distinct_texts=getattr(loss, "in_batch_negatives", False),
-            world_size=self.args.world_size,
-        )
+        return EpochBatchSampler(dataset, batch_size, drop_last, seed, world_size=self.args.world_size)
 
     def get_multi_dataset_batch_sampler(
         self, dataset: ConcatDataset, batch_samplers: list[EpochBatchSampler], seed: int = 0, **kwargs: Any

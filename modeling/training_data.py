@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
+import polars as pl
 import pyarrow.compute as pc
 
 from common.cli import InputError
@@ -22,7 +22,9 @@ from modeling.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
+Rule = tuple[pl.Expr, str]  # true for a row that is refused, and what is wrong with it
 VALIDATION = "validation"
 
 
@@ -70,7 +72,7 @@ def load_config(name: str, config: str, revision: str | None, key: str, where: s
 def training_rows(
     rows: Dataset, loss: str, prompted: Sequence[str], where: str, num_negatives: int | None = None
 ) -> Dataset:
-    """The columns that `loss` reads, in its order, after a look at every row; the first `num_negatives` of a row.
+    """The columns that `loss` reads, in its order, after a check of every row; the first `num_negatives` of a row.
 
     Rows may have fewer negatives than there are columns: a null one comes out as "" in the column and NaN in the
     label, which is what `modeling.losses.GradedLoss` leaves out. The label may end before the nulls at the end.
@@ -86,31 +88,25 @@ def training_rows(
     Raises:
         InputError: a missing column, a prompted column that is not there, no rows, an empty text, a bad label.
     """
-    pairs = loss == "cosent" or _learns_from_pairs(loss, rows.column_names)
+    objective = OBJECTIVES.get(loss)  # None is CoSENT
+    labelled = objective is None or "labels" in objective.needs
+    pairs = objective is None or (labelled and objective.documents == 1 and "query" not in rows.column_names)
     texts = _text_columns(rows.column_names, loss, pairs, where)
     for column in prompted:
         if column not in texts:
             raise InputError(f"{where}: no column {column!r} to prompt; prompted_columns may hold {', '.join(texts)}")
-    labelled = loss == "cosent" or "labels" in OBJECTIVES[loss].needs
     if labelled and LABEL not in rows.column_names:
         raise InputError(f"{where}: no column 'label', which {loss} trains on")
     if len(rows) == 0:
         raise InputError(f"{where}: no rows; python -m dataset_builders.build makes them")
     rows = rows.select_columns([*texts, LABEL] if labelled else texts)
+    _refuse_first(rows, where, [*_empty_texts(texts), *(_bad_labels(texts, loss, pairs) if labelled else [])])
     if pairs:
-        _check_pairs(rows, texts, loss, where)
         return rows if loss == "cosent" else rows.map(_listed, batched=True, desc="Labels of pairs")
-    ragged = _check_rows(rows, texts, labelled, where)
+    ragged = any(rows.data.table[name].null_count for name in texts)
     if num_negatives is not None:
         rows = _first_negatives(rows, num_negatives, where)
-    if ragged:
-        rows = rows.map(_filled, batched=True, desc="Missing negatives")
-    return rows
-
-
-def _learns_from_pairs(loss: str, names: Sequence[str]) -> bool:
-    objective = OBJECTIVES.get(loss)
-    return objective is not None and objective.documents == 1 and "labels" in objective.needs and "query" not in names
+    return rows.map(_filled, batched=True, desc="Missing negatives") if ragged else rows
 
 
 def _text_columns(names: Sequence[str], loss: str, pairs: bool, where: str) -> list[str]:
@@ -125,6 +121,45 @@ def _text_columns(names: Sequence[str], loss: str, pairs: bool, where: str) -> l
     if missing:
         raise InputError(f"{where}: no column {missing[0]!r}, which {loss} needs; it has {', '.join(names)}")
     return wanted
+
+
+def _empty_texts(texts: Sequence[str]) -> Iterator[Rule]:
+    for name in texts:
+        optional = name.startswith("negative_")  # null, and no other way, says that there is none
+        text = pl.col(name).cast(pl.String).fill_null("-" if optional else "")
+        remedy = "make it null or drop the row" if optional else "drop the row"
+        yield text.str.strip_chars() == "", f"column {name!r} is empty; {remedy}"
+
+
+def _bad_labels(texts: Sequence[str], loss: str, pairs: bool) -> Iterator[Rule]:
+    if pairs:
+        number = pl.col(LABEL).cast(pl.Float64)
+        yield ~number.is_finite().fill_null(False), "label is not a finite number"
+        if loss != "cosent":
+            yield ~number.is_between(0, 1), f"label must lie in (0, 1) for {loss}; rescale the scores, or use cosent"
+        return
+    documents = texts[1:]
+    count = pl.col(LABEL).list.len().fill_null(0)
+    present = [pl.col(name).is_not_null() for name in documents]
+    needed = pl.max_horizontal(pl.when(there).then(at + 1).otherwise(0) for at, there in enumerate(present))
+    wrong = (count > len(documents)) | (count < needed)
+    yield wrong, f"label must hold {len(documents)} numbers, one for each document"
+    outside = pl.any_horizontal(
+        there & ~pl.col(LABEL).list.get(at, null_on_oob=True).is_between(0, 1).fill_null(False)
+        for at, there in enumerate(present)
+    )
+    yield outside, "labels must lie in (0, 1): these are not calibrated teacher scores"
+
+
+def _refuse_first(rows: Dataset, where: str, rules: Sequence[Rule]) -> None:
+    """Raises InputError for the first row that breaks a rule. Rows are read once, in blocks."""
+    first = 0
+    for block in rows.with_format("arrow").iter(10_000):
+        broken = pl.from_arrow(block).select(bad.alias(str(at)) for at, (bad, _) in enumerate(rules))
+        for bad, (_, what) in zip(broken, rules, strict=True):
+            if bad.any():
+                raise InputError(f"{where}: row {first + bad.arg_max()}: {what}")
+        first += len(block)
 
 
 def _listed(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -157,59 +192,97 @@ def _first_negatives(rows: Dataset, num_negatives: int, where: str) -> Dataset:
     return rows.remove_columns(LABEL).add_column(LABEL, labels).cast(features)
 
 
-def _check_pairs(rows: Dataset, texts: Sequence[str], loss: str, where: str) -> None:
-    for block, refuse in _blocks(rows, where):
-        _refuse_empty(block, texts, refuse)
-        labels = block[LABEL].to_numpy().astype(float)
-        refuse(~np.isfinite(labels), "label is not a finite number")
-        if loss != "cosent":
-            refuse(
-                (labels < 0) | (labels > 1), f"label must lie in (0, 1) for {loss}; rescale the scores, or use cosent"
-            )
+# --- what else is known of the rows ---------------------------------------------------------------------------------
 
 
-def _check_rows(rows: Dataset, texts: Sequence[str], labelled: bool, where: str) -> bool:
-    """Whether any row lacks negatives. Refuses empty texts and labels that are no soft labels."""
-    documents = texts[1:]
-    ragged = False
-    for block, refuse in _blocks(rows, where):
-        _refuse_empty(block, texts, refuse)
-        present = np.stack([block[name].is_valid().to_numpy() for name in documents], axis=1)
-        ragged |= not present.all()
-        if not labelled:
-            continue
-        counts = pc.fill_null(pc.list_value_length(block[LABEL]), 0).to_numpy()
-        given = np.arange(len(documents)) < counts[:, None]
-        wrong = (counts > len(documents)) | (present & ~given).any(axis=1)
-        refuse(wrong, f"label must hold {len(documents)} numbers, one for each document")
-        labels = np.full(present.shape, np.nan)
-        labels[given] = pc.list_flatten(block[LABEL]).to_numpy()
-        outside = present & ~((labels >= 0) & (labels <= 1))  # NaN is neither
-        refuse(outside.any(axis=1), "labels must lie in (0, 1): these are not calibrated teacher scores")
-    return ragged
+def known_positives(rows: Dataset, name: str, revision: str | None, key: str, where: str) -> dict[str, list[str]]:
+    """Query text -> texts of all its labelled positives, of those queries in `rows` that have several.
+
+    In a batch these are no negatives of the query, whichever row they come with. They are read from the rows, and from
+    what is published beside them: the config `positives` (query, positive) or, without it, `qrels` with `queries` and
+    `documents`.
+
+    Args:
+        rows: what `training_rows` returned; graded pairs have no positives.
+        name, revision, key, where: of the dataset, as `load_config` takes them.
+    """
+    from datasets import get_dataset_config_names
+
+    if "query" not in rows.column_names:
+        return {}
+    configs = get_dataset_config_names(name, revision=revision)
+
+    def read(config: str) -> pl.LazyFrame:
+        return pl.from_arrow(load_config(name, config, revision, key, where).with_format("arrow")[:]).lazy()
+
+    own = pl.from_arrow(rows.select_columns(["query", "positive"]).with_format("arrow")[:]).lazy()
+    pairs = [own]
+    if "positives" in configs:
+        pairs.append(read("positives"))
+    elif {"qrels", "queries", "documents"} <= set(configs):
+        judged = read("qrels").filter(pl.col("score") > 0)
+        judged = judged.join(read("queries").select("query_id", query="text"), on="query_id")
+        pairs.append(judged.join(read("documents").select("document_id", positive="text"), on="document_id"))
+    pairs = pl.concat([pair.select(pl.col("query", "positive").cast(pl.String)) for pair in pairs]).unique()
+    several = pairs.group_by("query").agg(pl.col("positive").sort()).filter(pl.col("positive").list.len() > 1)
+    return dict(several.join(own.select("query").unique(), on="query", how="semi").collect().iter_rows())
 
 
-def _blocks(rows: Dataset, where: str) -> Iterator[tuple[pa.Table, Callable[[np.ndarray, str], None]]]:
-    """The rows in blocks, read once, each with a function that refuses the first row that is bad."""
-    first = 0
-    for block in rows.with_format("arrow").iter(10_000):
+class CutTexts(NamedTuple):
+    """How many texts of a column are longer than what the model reads of them."""
 
-        def refuse(bad: np.ndarray, what: str, first: int = first) -> None:
-            if bad.any():
-                raise InputError(f"{where}: row {first + int(bad.argmax())}: {what}")
-
-        yield block, refuse
-        first += len(block)
+    cut: int
+    texts: int
+    all_equal: bool  # the texts differ, and what the model reads of them does not
 
 
-def _refuse_empty(block: pa.Table, texts: Sequence[str], refuse: Callable[[np.ndarray, str], None]) -> None:
-    for name in texts:
-        # a column of nulls alone has a type of its own
-        lengths = pc.utf8_length(pc.utf8_trim_whitespace(block[name].cast(pa.string())))
-        if name.startswith("negative_"):  # null, and no other way, says that there is none
-            refuse(pc.fill_null(lengths, 1).to_numpy() == 0, f"column {name!r} is empty; make it null or drop the row")
-        else:
-            refuse(pc.fill_null(lengths, 0).to_numpy() == 0, f"column {name!r} is empty; drop the row")
+def count_cut(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    prompts: Mapping[str, str],
+    max_rows: int = 10_000,
+) -> dict[str, CutTexts]:
+    """Column -> texts that are cut at `max_seq_length`, prompt and special tokens included.
+
+    Args:
+        rows: text columns, and `label`; of more than `max_rows`, so many are read, at equal distances.
+        tokenizer: ends texts as the model's does.
+        prompts: by column, before each of its texts; columns without one are bare.
+    """
+    if len(rows) > max_rows:
+        rows = rows.select(np.linspace(0, len(rows) - 1, max_rows).astype(int))
+    read: dict[str, tuple[bool, int]] = {}  # prompted text -> whether it is cut, hash of the ids that are read
+
+    def of_column(texts: Sequence[str], prompt: str) -> CutTexts:
+        texts = [prompt + text for text in texts if text]  # "" is a missing document
+        new = list(set(texts) - read.keys())
+        for begin in range(0, len(new), 1000):
+            block = new[begin : begin + 1000]
+            for text, ids in zip(block, tokenizer(block, verbose=False)["input_ids"], strict=True):
+                read[text] = len(ids) > max_seq_length, hash(tuple(ids[: max_seq_length - 1]))
+        all_equal = len(set(texts)) > 1 and len({read[text][1] for text in texts}) == 1
+        return CutTexts(sum(read[text][0] for text in texts), len(texts), all_equal)
+
+    return {name: of_column(rows[name][:], prompts.get(name, "")) for name in rows.column_names if name != LABEL}
+
+
+def cut_line(counts: Mapping[str, CutTexts], max_seq_length: int) -> str | None:
+    """What a person should know of `count_cut`; None where nothing is cut.
+
+    >>> cut_line({"query": CutTexts(0, 8, False), "positive": CutTexts(3, 4, False)}, 64)
+    '3 of 12 texts are cut at 64 tokens; positive: 3 of 4, more than half; raise max_seq_length'
+    """
+    cut, texts = (sum(count[at] for count in counts.values()) for at in range(2))
+    if not cut:
+        return None
+    parts = [f"{cut:,} of {texts:,} texts are cut at {max_seq_length} tokens"]
+    for name, count in counts.items():
+        if count.all_equal:
+            parts.append(f"all {count.texts:,} of {name} read the same")
+        elif 2 * count.cut > count.texts:
+            parts.append(f"{name}: {count.cut:,} of {count.texts:,}, more than half")
+    return "; ".join(parts + ["raise max_seq_length"] * (len(parts) > 1))
 
 
 def search_sample(

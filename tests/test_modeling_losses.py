@@ -13,7 +13,15 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 from modeling.encoder import build_encoder
-from modeling.losses import CachedCoSENTLoss, GradedLoss, SoftInfoNCELoss, known_relevant, sort_by_length, text_keys
+from modeling.losses import (
+    MISSING,
+    CachedCoSENTLoss,
+    GradedLoss,
+    SoftInfoNCELoss,
+    known_relevant,
+    sort_by_length,
+    text_keys,
+)
 from modeling.objectives import OBJECTIVES
 
 # words of the tiny tokenizer, so that different texts have different ids
@@ -333,6 +341,10 @@ def test_known_relevant():
     ])  # fmt: skip
     assert known_relevant(queries, documents, slice(0, 3)).equal(expected)
     assert known_relevant(queries, documents, slice(1, 3)).equal(expected[1:])
+    # row 0 is told of n2 and of a positive that is not in the batch, row 1 of nothing
+    positives = torch.tensor([[6, 99], [MISSING, MISSING], [1, MISSING]])
+    expected[0, 5] = True
+    assert known_relevant(queries, documents, slice(0, 3), positives).equal(expected)
 
 
 def test_text_keys_tell_texts_apart_whatever_the_padding(encoder):

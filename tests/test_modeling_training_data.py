@@ -2,12 +2,14 @@
 
 import math
 
+import polars as pl
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from common.cli import InputError
 from modeling.objectives import OBJECTIVES
-from modeling.training_data import training_rows
+from modeling.training_data import count_cut, cut_line, data_key, known_positives, training_rows
 
 ROWS = [
     {"query": "q0", "positive": "p0", "negative_1": "a0", "negative_2": "b0", "label": [0.9, 0.4, 0.2]},
@@ -122,3 +124,54 @@ def test_scores_of_pairs_that_are_no_soft_labels():
     assert len(made(pairs, "cosent")) == 2
     with pytest.raises(InputError, match="row 1: label must lie in"):
         made(pairs, "bixse")
+
+
+PUBLISHED = {
+    "rows alone": {},
+    "positives": {"positives": {"query": ["q0", "q0", "q1", "q9"], "positive": ["p0", "p4", "p1", "p9"]}},
+    "qrels": {
+        "queries": {"query_id": ["a", "b", "c"], "text": ["q0", "q1", "q9"], "split": ["train"] * 3},
+        "documents": {"document_id": list("xyz"), "text": ["p0", "p4", "p1"]},
+        "qrels": {
+            "query_id": ["a", "a", "a", "b", "c", "c"],
+            "document_id": ["x", "y", "z", "z", "x", "y"],
+            "score": [1, 2, 0, 1, 1, 1],
+            "split": ["train"] * 6,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_known_positives_are_those_of_the_rows_and_what_lies_beside_them(tmp_path, monkeypatch, case):
+    """q2 has two in the rows; q0 a second one that no row brings; q9 is no query of the rows."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = {"query": ["q0", "q1", "q2", "q2"], "positive": ["p0", "p1", "p2", "p3"], "negative_1": ["n"] * 4}
+    tables = {"train": rows, **PUBLISHED[case]}
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name, columns in tables.items():
+        pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")
+    configs = [f"{{config_name: {name}, data_files: {name}.parquet}}" for name in tables]
+    (folder / "README.md").write_text(f"---\nconfigs: [{', '.join(configs)}]\n---\n")
+    found = known_positives(Dataset.from_dict(rows), str(folder), None, data_key(str(folder), None, ""), "here")
+    assert found == {"q2": ["p2", "p3"], **({"q0": ["p0", "p4"]} if case != "rows alone" else {})}
+
+
+def test_cut_texts_are_counted_by_column(tiny_encoder):
+    """Lengths by hand: BOS, EOS, one token a word; the prompt's words count too."""
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_encoder))
+    rows = Dataset.from_dict(
+        {
+            "query": ["read a file", "read a file a file"],
+            "positive": ["sort a list " * 4 + "read", "sort a list " * 4 + "write"],
+            "negative_1": ["", "sort a list " * 4],
+            "label": [[0.9, 0.1]] * 2,
+        }
+    )
+    counts = count_cut(rows, tokenizer, 8, {"query": "query : "})
+    assert counts == {"query": (1, 2, False), "positive": (2, 2, True), "negative_1": (1, 1, False)}
+    line = "4 of 5 texts are cut at 8 tokens; all 2 of positive read the same; negative_1: 1 of 1, more than half"
+    assert cut_line(counts, 8) == line + "; raise max_seq_length"
+    assert cut_line(count_cut(rows, tokenizer, 15, {}), 15) is None
+    assert count_cut(rows, tokenizer, 8, {}, max_rows=1)["positive"].texts == 1
