@@ -1,4 +1,8 @@
-"""Model references: a Hub id (optionally `@revision`), a local folder, or `package:NAME`."""
+"""Model references: where a model's files are.
+
+A Hub id (`ORG/NAME`, `ORG/NAME@REVISION`), a local folder, a GGUF file (`path/to/x.gguf`, on the Hub
+`ORG/NAME:x.gguf` or `ORG/NAME@REVISION:x.gguf`), or `package:NAME`: the model or GGUF file in an installed package.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import InputError
+from common.gguf import dequantise, gguf_sha256, is_gguf, quantisation
 from common.steps import files_of, fingerprint
 
 SILENCE = 120  # seconds without a byte, after which a connection counts as lost
@@ -23,36 +28,61 @@ class ModelReference:
     """Where a model's files are: `name_or_path` and `revision` are what transformers' loaders take."""
 
     reference: str  # as the recipe wrote it: what cards and manifests show
-    name_or_path: str
+    source: str  # a Hub id, a folder, or a GGUF file
     revision: str | None = None
+    gguf: str | None = None  # the file's name, of a GGUF on the Hub; "" of a local one
+
+    @property
+    def name_or_path(self) -> str:
+        """A Hub id or a folder; of a GGUF file the folder it is dequantised into, now if it was not before."""
+        return self.source if self.gguf is None else str(dequantise(self._gguf_file()))
 
     @property
     def is_local(self) -> bool:
-        return Path(self.name_or_path).is_dir()
+        """Whether loaders get a folder."""
+        return self.gguf is not None or Path(self.source).is_dir()
 
     def fingerprint(self) -> str:
         """Changes when the weights, the adapter, the tokenizer or the configuration change.
 
-        Local folders are hashed file by file: a name alone would serve stale vectors after a training run. Hub
-        ids are resolved to the commit the revision points to now.
+        Local folders are hashed file by file: a name alone would serve stale vectors after a training run. A GGUF
+        file is hashed as it is. Hub ids are resolved to the commit the revision points to now.
         """
+        if self.gguf is not None:
+            return gguf_sha256(self._gguf_file())[:16]
         if self.is_local:
-            return fingerprint(files_of(Path(self.name_or_path)))
-        return f"{self.name_or_path}@{hub_commit(self.name_or_path, self.revision)}"  # cards tell it
+            return fingerprint(files_of(Path(self.source)))
+        return f"{self.source}@{hub_commit(self.source, self.revision)}"  # cards tell it
+
+    def quantisation(self) -> dict[str, Any] | None:
+        """Of a GGUF model its file, SHA-256, type (such as Q4_1) and mean bits per weight, for cards; else None."""
+        return None if self.gguf is None else quantisation(self._gguf_file())
+
+    def _gguf_file(self) -> Path:
+        return _hub_file(self.source, self.revision, self.gguf) if self.gguf else Path(self.source)
 
 
 def resolve_model(reference: str) -> ModelReference:
-    """Find the model behind a reference. Raises InputError when a package or a folder does not exist."""
+    """Find the model behind a reference. Raises InputError when a package, a folder or a file does not exist."""
     if not isinstance(reference, str) or not reference.strip():
-        raise InputError(f"model reference {reference!r}: name a Hub id, a folder or package:NAME")
-    if reference.startswith("package:"):
-        return ModelReference(reference, str(_folder_in_package(reference.removeprefix("package:"))))
-    if expand_user(reference).is_dir():
-        return ModelReference(reference, str(expand_user(reference)))
-    name, _, revision = reference.partition("@")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"model {reference!r}: no such folder, and no Hub id (those look like org/name or name)")
-    return ModelReference(reference, name, revision or None)
+        raise InputError(f"model reference {reference!r}: name a Hub id, a folder, a GGUF file or package:NAME")
+    is_package = reference.startswith("package:")
+    path = _in_package(reference.removeprefix("package:")) if is_package else expand_user(reference)
+    if path.is_dir():
+        return ModelReference(reference, str(path))
+    if path.is_file():
+        if not is_gguf(path):
+            raise InputError(f"model {reference!r}: not a GGUF file; name a folder, a GGUF file or a Hub id")
+        return ModelReference(reference, str(path), gguf="")
+    repository, _, file = reference.partition(":")
+    name, _, revision = repository.partition("@")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise InputError(
+            f"model {reference!r}: no such folder or file, and no Hub id (those look like org/name or name)"
+        )
+    if file and not file.endswith(".gguf"):
+        raise InputError(f"model {reference!r}: {file!r} is no GGUF file; name ORG/NAME:FILE.gguf or ORG/NAME")
+    return ModelReference(reference, name, revision or None, file or None)
 
 
 def expand_user(path: str) -> Path:
@@ -202,8 +232,22 @@ def fetch_settings(model: ModelReference) -> str | None:
     return commit
 
 
-def _folder_in_package(name: str) -> Path:
-    """The folder inside an installed package that holds a model (found, not imported)."""
+@functools.cache
+def _hub_file(repo_id: str, revision: str | None, name: str) -> Path:
+    """A file of a Hub repository, brought into the cache. Raises InputError when the Hub does not serve it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    commit = hub_commit(repo_id, revision)
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=commit))
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model '{repo_id}:{name}': the Hub did not serve this file: {reason}") from None
+
+
+def _in_package(name: str) -> Path:
+    """The folder or the GGUF file inside an installed package that holds a model (found, not imported)."""
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"model 'package:{name}': no installed package of that name; pip install it first")
@@ -212,4 +256,7 @@ def _folder_in_package(name: str) -> Path:
             subfolders.sort()
             if "modules.json" in files or {"config.json", "model.safetensors"} <= set(files):
                 return Path(folder)
-    raise InputError(f"model 'package:{name}': the package holds no model (no modules.json, no model.safetensors)")
+            for file in sorted(files):
+                if file.endswith(".gguf"):
+                    return Path(folder, file)
+    raise InputError(f"model 'package:{name}': the package holds no model (modules.json, model.safetensors or GGUF)")
