@@ -1,7 +1,7 @@
 """How every command of this project reads its arguments and reports bad input.
 
-Bad input is one line on stderr, `error: what, where, what to do`, and exit code 2. A traceback is shown for
-`--debug`, and for what is a defect of ours rather than of the input.
+Bad input is one line on stderr, `error: what, where, what to do`, and exit code 2. `--debug` shows the traceback;
+without it, only a defect of ours does.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# What a user's disk can answer; anything else that is an OSError is a defect and keeps its traceback.
+_OTHER_FOLDER = "choose another folder"
+# What the user can mend about the disk; any other OSError is a defect and keeps its traceback.
 _DISK_ADVICE = {
-    errno.ENOSPC: "the disk is full; free space or choose another folder",
-    errno.EDQUOT: "the disk quota is used up; free space or choose another folder",
-    errno.EACCES: "permission denied; choose a folder you may write to",
-    errno.EPERM: "operation not permitted; choose a folder you may write to",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed; choose another path",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
-    errno.EISDIR: "a folder stands where a file is needed; choose another path",
-    errno.ELOOP: "a symbolic link leads back to itself; choose another path",
+    errno.ENOSPC: f"the disk is full; free space or {_OTHER_FOLDER}",
+    errno.EDQUOT: f"the disk quota is used up; free space or {_OTHER_FOLDER}",
+    errno.EACCES: f"permission denied; {_OTHER_FOLDER}",
+    errno.EPERM: f"operation not permitted; {_OTHER_FOLDER}",
+    errno.EROFS: f"the file system is read-only; {_OTHER_FOLDER}",
+    errno.EEXIST: f"a file stands where a folder is needed; {_OTHER_FOLDER}",
+    errno.ENOTDIR: f"a file stands where a folder is needed; {_OTHER_FOLDER}",
+    errno.EISDIR: f"a folder stands where a file is needed; {_OTHER_FOLDER}",
+    errno.ELOOP: f"a symbolic link leads back to itself; {_OTHER_FOLDER}",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
 }
-# How libraries that are not written in Python tell of a full disk: safetensors, and torch.save.
+# How safetensors and torch.save report a full disk: by no OSError.
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
 
 
@@ -36,7 +37,7 @@ class InputError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that reports through `InputError`, so that every error of every command looks the same."""
+    """argparse that raises InputError, so that every error of every command looks the same."""
 
     def __init__(self, **kwargs) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -64,45 +65,35 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Call `main(argv)` and exit: 0 when it returns, 2 on bad input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
-    argv = [arg for arg in argv if arg != "--debug"]
     try:
-        main(argv)
-    except InputError as error:
-        _report(str(error), debug)
+        main([arg for arg in argv if arg != "--debug"])
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except Exception as error:
-        advice = _disk_advice(error)
-        if advice is None:
+        message = _user_message(error)
+        if message is None or debug:
             raise
-        _report(f"{getattr(error, 'filename', None) or 'output'}: {advice}", debug)
+        print("error: " + one_line(message), file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(0)
 
 
-def _disk_advice(error: Exception) -> str | None:
-    """What to do about the disk, if that is what the error is about."""
-    if isinstance(error, OSError) and error.errno in _DISK_ADVICE:
-        return _DISK_ADVICE[error.errno]
+def _user_message(error: Exception) -> str | None:
+    """What to tell the user about bad input or the disk; None for a defect."""
+    if isinstance(error, InputError):
+        return str(error)
+    advice = _DISK_ADVICE.get(error.errno) if isinstance(error, OSError) else None
     if any(words in str(error) for words in _FULL_DISK):
-        return _DISK_ADVICE[errno.ENOSPC]
-    return None
-
-
-def _report(message: str, debug: bool) -> NoReturn:
-    if debug:
-        raise
-    print("error: " + one_line(message), file=sys.stderr)
-    raise SystemExit(2) from None
+        advice = _DISK_ADVICE[errno.ENOSPC]
+    return advice and f"{getattr(error, 'filename', None) or 'output'}: {advice}"
 
 
 def one_line(message: str, longest: int = 2000) -> str:
-    """`message` in one line of at most `longest` characters that a terminal shows as they are.
-
-    A value out of a file may be a megabyte long, or hold codes that move the cursor.
+    """`message` in one line of at most `longest` characters, control characters escaped.
 
     >>> one_line("a\\n  b\\x1b[2J" + 3000 * "c" + " end", longest=24)
     'a b\\\\x1b[2J ... ccccc end'

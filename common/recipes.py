@@ -1,10 +1,6 @@
 """Recipes: YAML files whose keys are fields of pydantic models. An unknown key is an error.
 
-They are plain data of a size that people write: no tags that make objects, no key twice, no alias that writes out to
-more than MAX_VALUES values.
-
-Every key can be overridden on the command line by a flag of the same name: `--mining.margin 0.9`, or `--margin 0.9`
-when only one section has a key of that name.
+A flag of the same name overrides any key: `--mining.margin 0.9`, or `--margin 0.9` where only one section has it.
 """
 
 from __future__ import annotations
@@ -20,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from common.cli import InputError
 
-_NUMBERS = {int, float}
+# pydantic speaks of Python's types, where a recipe has YAML's
+_ADVICE = {"tuple_type": "write a list, such as [a, b]", "model_type": "write a mapping, such as {a: 1}"}
 
 
 class Section(BaseModel):
@@ -30,38 +27,36 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, values: Any) -> Any:
-        """pydantic would read `yes` as 1; as a word it is refused."""
-        if not isinstance(values, dict):
-            return values
-        numbers = [
-            name
-            for name, field in cls.model_fields.items()
-            if _NUMBERS & {field.annotation, *get_args(field.annotation)}
-        ]
-        return {
-            name: str(value).lower() if isinstance(value, bool) and name in numbers else value
-            for name, value in values.items()
-        }
+    def _no_boolean_for_a_number(cls, values: Any) -> Any:
+        """pydantic reads `yes` as 1; as a word it is refused."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
+            if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+                values = {**values, name: str(value).lower()}
+        return values
 
 
 Recipe = TypeVar("Recipe", bound=Section)
-MAX_BYTES = 1 << 18  # of a recipe's file
-MAX_VALUES = 100_000  # of a recipe, each alias counted as what it stands for
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's loader keeps the last of two equal keys; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {name!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError when there is none."""
-    path = Path(path)
     try:
-        with path.open("rb") as stream:
-            text = stream.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise InputError(f"{path}: more than {MAX_BYTES:,} bytes; name a recipe")
-        content = load_yaml(text.decode("utf-8"))
+        content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe; recipes that ship are under recipes/") from None
-    except (OSError, ValueError) as error:  # a folder, a loop of links, other bytes than UTF-8, a name with a NUL
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: a recipe is a mapping of names to values, this file is not")
@@ -69,63 +64,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML text says, as plain data. Raises ValueError for what is no YAML, or more than plain data."""
+    """What a YAML text says. Raises ValueError for what is no YAML, or holds a key twice."""
     try:
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _count_values(node, loader, {})
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _count_values(node: yaml.Node, loader: yaml.SafeLoader, counted: dict[yaml.Node, int | None]) -> int:
-    """How many values there are in `node`, aliases written out; `counted` holds None for those around it.
-
-    Raises YAMLError for what safe_load would take, make endless, or fail on in ways of its own: a key that is there
-    twice, a value inside itself, a tag that does not fit its text, text that no UTF-8 file can hold.
-    """
-    if node in counted:
-        if counted[node] is None:
-            raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
-        return counted[node]
-    counted[node] = None
-    inner: list[yaml.Node] = []
-    if isinstance(node, yaml.MappingNode):
-        names: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in names:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
-            names.add(key.value)
-        inner = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        inner = node.value
-    else:
-        _check_scalar(node, loader)
-    counted[node] = 1 + sum(_count_values(part, loader, counted) for part in inner)
-    if counted[node] > MAX_VALUES:
-        raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES:,} values", problem_mark=node.start_mark)
-    return counted[node]
-
-
-def _check_scalar(node: yaml.ScalarNode, loader: yaml.SafeLoader) -> None:
-    problem = None
-    is_typed = node.tag in loader.yaml_constructors and node.tag != loader.DEFAULT_SCALAR_TAG
-    if is_typed and loader.resolve(yaml.ScalarNode, node.value, (True, False)) != node.tag:
-        problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
-    try:
-        node.value.encode()
-    except UnicodeEncodeError:
-        problem = f"{node.value!r} is no text: half of a surrogate pair"
-    if problem:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: Sequence[str] = ()) -> Recipe:
@@ -148,39 +91,34 @@ def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: 
 
 
 def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    texts = dict(_keys(kind))  # variants of a union (source: local | hub | ...) may hold the same key
-    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
-    position = 0
-    while position < len(flags):
-        flag = flags[position]
+    """The path of a key and its value, for each flag."""
+    is_text = dict(_keys(kind))  # members of a union (source: local | hub | ...) may hold the same key
+    parts = iter(part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag]))
+    for flag in parts:
         if not flag.startswith("--"):
             raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
-        if position + 1 == len(flags):
-            raise InputError(f"{flag} needs a value")
         name = flag.removeprefix("--")
-        matches = [path for path in texts if name in (".".join(path), path[-1])]
+        matches = [path for path in is_text if name in (".".join(path), path[-1])]
         if not matches:
-            raise InputError(f"unknown option {flag}{_suggestion(name, ['.'.join(path) for path in texts])}")
+            raise InputError(f"unknown option {flag}{_suggestion(name, ['.'.join(path) for path in is_text])}")
         if len(matches) > 1:
             raise InputError(
                 f"{flag} could be any of {', '.join('--' + '.'.join(path) for path in matches)}: name one"
             )
-        yield matches[0], _flag_value(flags[position + 1], texts[matches[0]])
-        position += 2
+        value = next(parts, None)
+        if value is None:
+            raise InputError(f"{flag} needs a value")
+        yield matches[0], _flag_value(value, is_text[matches[0]])
 
 
 def _flag_value(value: str, is_text: bool) -> Any:
-    """What a flag says, as YAML; a text as it stands (`query: ` is no mapping there), unless it is null or quoted, or
-    a mapping with values, which was meant for another key.
-    """
+    """What a flag says: YAML; for a key that holds text the text as it is (as YAML, `query: ` would be a mapping)."""
+    if is_text:
+        return None if value in ("", "null") else value
     try:
-        read = load_yaml(value)
+        return load_yaml(value)
     except ValueError:
         return value
-    is_other = isinstance(read, dict) and any(read.values())
-    if is_text and value.lower() not in ("", "~", "null") and not value.startswith(("'", '"')) and not is_other:
-        return value
-    return read
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
@@ -194,7 +132,7 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _keys(kind: type[Section]) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """The path of every key, and whether it holds a text."""
+    """The path of every key, and whether it holds text."""
     for name, field in kind.model_fields.items():
         yield (name,), {field.annotation, *get_args(field.annotation)} <= {str, str | None, NoneType}
         for section in _sections(field.annotation):
@@ -203,15 +141,15 @@ def _keys(kind: type[Section]) -> Iterator[tuple[tuple[str, ...], bool]]:
 
 
 def _first_problem(kind: type[Section], error: ValidationError) -> str:
-    # an unknown key explains a missing one, so it is told first
+    # an unknown key explains a missing one, so it comes first
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     paths = [".".join(path) for path, _ in _keys(kind)]
     of_section = problem["type"] == "value_error" and isinstance(problem["input"], dict)
     location: list[str] = []
     for part in problem["loc"]:
         # pydantic puts the tag of a union's member into the path (source.local.path); no recipe has that key
-        named = ".".join([*location, str(part)]) in paths or (part == problem["loc"][-1] and not of_section)
-        if not location or named:
+        is_key = ".".join([*location, str(part)]) in paths or (part == problem["loc"][-1] and not of_section)
+        if not location or is_key:
             location.append(str(part))
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
@@ -220,9 +158,8 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
         return f"unknown key {key!r}{_suggestion(location[-1], paths)}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
-    # pydantic speaks of Python's types, where a recipe has YAML's
-    told = {"tuple_type": "write a list, such as [a, b]", "model_type": "write a mapping, such as {a: 1}"}
-    reason = told.get(problem["type"], problem["msg"].removeprefix("Value error, ").replace("Tuple", "the list"))
+    reason = problem["msg"].removeprefix("Value error, ").replace("Tuple", "the list")
+    reason = _ADVICE.get(problem["type"], reason)
     return f"key {key!r} is {problem['input']!r}: {reason}" if key else reason
 
 

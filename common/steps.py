@@ -1,13 +1,13 @@
-"""Every hand-over between steps is a folder: made under a temporary name, renamed when whole, manifest last.
+"""A step's result is a folder: written under a temporary name, renamed when whole, its manifest last.
 
     with folder_step(output / "scores", inputs={...}) as step:
         if not step.done:
             ... write files into step.path ...
             step.finish(rows=len(table))
 
-A folder whose manifest carries the same inputs, and whose files are those the manifest lists, is kept and the step
-skipped. A killed step leaves `NAME.partial`; it is resumed when its inputs are still the same, else started afresh.
-A folder in the way that has no manifest is moved aside to `NAME.unknown`.
+A folder whose manifest has the same inputs and lists the files that are there is kept, and the step skipped. A killed
+step leaves `NAME.partial`, which is resumed if the inputs are still the same and deleted otherwise. A folder in the
+way that has no manifest is moved aside to `NAME.unknown`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,7 @@ from common.cli import InputError
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
-_STACK = (
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "peft",
-    "datasets",
-    "bm25s",
-    "rank_bm25",
-    "trl",
-    "mteb",
-)
+_STACK = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "bm25s", "rank_bm25", "trl", "mteb")
 
 
 def fingerprint(value: Any) -> str:
@@ -58,14 +48,14 @@ def file_sha256(path: Path) -> str:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """Relative name -> sha256 of every file under `folder`, the manifest and temporary files left out."""
+    """Relative name -> sha256 of every file under `folder` but the manifest and INPUTS."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: file_sha256(folder / name) for name in names if name not in (MANIFEST, INPUTS)}
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; `path` appears when the block ends, so a file under its name is complete."""
+    """A temporary path to write to, renamed to `path` when the block ends: a file of that name is complete."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
     os.replace(temporary, path)
@@ -77,27 +67,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    with ParquetStream(path, table.schema) as stream:
-        stream.write(table)
+    with parquet_writer(path, table.schema) as writer:
+        writer.write(table)
 
 
-class ParquetStream:
-    """Writes a Parquet file, whole or not at all, with one row group for each `stream.write(table)`."""
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Writes a Parquet file, whole or not at all: each `writer.write(table)` is a row group."""
+    with written_whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        yield writer
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._whole = written_whole(path)
-        self._schema = schema
 
-    def __enter__(self) -> ParquetStream:
-        self._writer = pq.ParquetWriter(self._whole.__enter__(), self._schema, compression="zstd")
-        return self
-
-    def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table, row_group_size=max(len(table), 1))
-
-    def __exit__(self, *error: Any) -> None:
-        self._writer.close()
-        self._whole.__exit__(*error)
+ParquetStream = parquet_writer
 
 
 def write_arrow(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
@@ -109,25 +90,24 @@ def write_arrow(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema
 
 def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of an Arrow file, memory-mapped: nothing is read before it is used. Raises as `read_parquet` does."""
-    return _readable(path, columns, lambda: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+    return _read(path, columns, lambda: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of a Parquet file. Raises InputError when it is missing, unreadable or lacks a column."""
-    return _readable(path, columns, lambda: pq.read_table(path, memory_map=True))
+    return _read(path, columns, lambda: pq.read_table(path, memory_map=True))
 
 
-def _readable(path: Path, columns: list[str] | None, read: Callable[[], pa.Table]) -> pa.Table:
+def _read(path: Path, columns: list[str] | None, read: Callable[[], pa.Table]) -> pa.Table:
     try:
         table = read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
-        kind = path.suffix.removeprefix(".").capitalize()
-        raise InputError(f"{path}: not a readable {kind} file: {error}") from None
-    missing = [name for name in columns or [] if name not in table.column_names]
-    if missing:
-        raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
+        raise InputError(f"{path}: not a readable {path.suffix[1:].capitalize()} file: {error}") from None
+    for name in columns or ():
+        if name not in table.column_names:
+            raise InputError(f"{path}: no column {name!r}; it has {', '.join(table.column_names)}")
     return table.select(columns) if columns else table
 
 
@@ -140,22 +120,21 @@ def row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Tabl
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A finished folder's manifest. Raises InputError when the folder is missing or was not finished."""
-    path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder}: not a finished folder ({MANIFEST} is missing); run the step that makes it"
         ) from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not readable as JSON; delete the folder and make it again") from None
+    except ValueError:
+        manifest = None
     if not isinstance(manifest, dict):
-        raise InputError(f"{path}: not a manifest; delete the folder and make it again")
+        raise InputError(f"{folder / MANIFEST}: not a manifest; delete the folder and make it again")
     return manifest
 
 
 class Step:
-    """One step in the making. `path` is where to write; `done` is true when there is nothing to do."""
+    """One step: `path` is where to write, `done` is true when there is nothing to do."""
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -179,18 +158,18 @@ class Step:
             self.discard()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # what a file system that holds no files of ours answers, /proc for one
+        except FileNotFoundError as error:  # the answer of file systems such as /proc
             raise InputError(f"{error.filename}: no folder can be made here; choose another") from None
         inputs.write_text(self.key, encoding="utf-8")
-        self.commit = code_commit()  # of now: who edits while it runs has other code afterwards
+        self.commit = code_commit()  # now: the code may be edited while the step runs
 
     def discard(self) -> None:
-        """Delete what there is of the step; one that is killed meanwhile is not taken for one to go on with."""
+        """Delete the unfinished step, INPUTS first: what a kill leaves of it is not resumed."""
         (self.path / INPUTS).unlink(missing_ok=True)
         shutil.rmtree(self.path)
 
     def finish(self, **facts: Any) -> None:
-        """Write the manifest (`facts` are counts, constants, ...) and give the folder its final name."""
+        """Write the manifest (with `facts`: counts, constants, ...) and give the folder its final name."""
         (self.path / INPUTS).unlink()
         for leftover in self.path.rglob("*.tmp"):
             leftover.unlink()
@@ -207,7 +186,7 @@ class Step:
             "files": files_of(self.path),
         }
         write_json(self.path / MANIFEST, manifest)
-        # what carries no manifest was not made here, so it is not ours to delete
+        # a folder without a manifest was not made by a step, and is not deleted
         is_ours = (self.folder / MANIFEST).is_file()
         aside = self.outdated if is_ours else self.folder.with_name(self.folder.name + ".unknown")
         if self.folder.exists():
@@ -232,7 +211,7 @@ def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]
     try:
         yield step
     except InputError:
-        # bad input leaves nothing behind; a crash or a kill keeps the finished shards for the next run
+        # bad input leaves nothing behind; a crash or a kill leaves finished shards for the next run
         step.discard()
         for parent in created:
             parent.rmdir()
@@ -242,7 +221,7 @@ def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]
 
 
 def peak_memory_bytes() -> int:
-    """High-water mark of this process's resident memory, from its start."""
+    """The most resident memory that this process has had."""
     high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return high_water if sys.platform == "darwin" else high_water * 1024
 
@@ -253,11 +232,11 @@ def stack_versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The git commit of this code, with -dirty behind it where files differ from it; None outside a repository."""
+    """The git commit of this code, with -dirty behind it where files differ; None outside a repository."""
     root = Path(__file__).parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        # of our own repository, not of one that this folder was copied into
+        # of this repository, not of one that the folder was copied into
         environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
