@@ -23,15 +23,12 @@ from tqdm import tqdm
 from common.cli import InputError
 from common.steps import row_groups
 from dataset_builders.audit_plots import draw
-from dataset_builders.candidates import queries_of
-from dataset_builders.columns import TextColumn, positions_of
-from dataset_builders.dense import Dense
-from dataset_builders.embeddings import Embedder, Vectors
-from dataset_builders.engines import Engine
+from dataset_builders.build_record import Build
+from dataset_builders.columns import positions_of
+from dataset_builders.embeddings import Vectors
 from dataset_builders.families import Families
 from dataset_builders.mine import Block, Mining, choose_negatives, read_graded
 from dataset_builders.schema import QRELS, SCORES
-from dataset_builders.sources import Splits
 
 MARGINS = (0.90, 0.95, 0.98, 1.0)
 LABEL_BINS = 20  # equal-width bins of the label
@@ -40,39 +37,22 @@ TEMPERATURE = 0.05  # of the cosines: sentence-transformers' scale of 20
 PAIRS = 16_384  # vectors gathered at a time
 
 
-def write_audit(
-    corpus: Path,
-    scores: Path,
-    mined: Path,
-    splits: Splits,
-    mining: Mining,
-    calibration: Mapping[str, Any],
-    dense: Dense,
-    cache: Path,
-    engine: Engine,
-    folder: Path,
-) -> dict[str, Any]:
-    """Write the plots into `folder`; returns the figures for the manifest.
-
-    `calibration` is the scores manifest's; its `reliability` table is drawn when it has one.
-    """
-    texts = TextColumn(corpus / "documents.arrow")
-    query_texts = queries_of(corpus, splits.searched)
-    embedder = Embedder(dense, cache, engine)
-    vectors = embedder.queries(list(query_texts.values())), embedder.documents(texts)
+def write_audit(build: Build, folder: Path) -> dict[str, Any]:
+    """Write the plots into `folder`; returns the figures for the manifest."""
+    mining, vectors = build.recipe.mining, (build.query_vectors, build.document_vectors)
     tallies = {
-        "mined_rows": MinedRows(mining.margin, len(texts)),
+        "mined_rows": MinedRows(mining.margin, len(build.documents)),
         "labels": Labels(),
         "false_negatives": FalseNegatives(mining),
         "found_by": FoundBy(),
-        "negative_quality": NegativeQuality(mining, *vectors, list(query_texts)),
-        "ndcg_at_10": Ndcg(corpus / "qrels.parquet", splits.split),
+        "negative_quality": NegativeQuality(mining, *vectors, list(build.queries)),
+        "ndcg_at_10": Ndcg(build.corpus / "qrels.parquet", build.splits.split),
     }
-    for part in read_parts(corpus, scores, mined):
+    for part in read_parts(build.corpus, build.scores, build.mined):
         for tally in tallies.values():
             tally.add(part)
     figures = {name: tally.facts() for name, tally in tallies.items()}
-    plots = draw(figures, mining.margin, calibration.get("reliability"))
+    plots = draw(figures, mining.margin, build.calibration.get("reliability"))
     for name, plot in plots.items():
         # without the writing library's name and version the same figures give the same bytes
         plot.savefig(folder / name, metadata={"Software": None})

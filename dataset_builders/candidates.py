@@ -16,16 +16,15 @@ import pyarrow as pa
 from pydantic import Field
 
 from common.recipes import Section
-from common.steps import ParquetStream, read_arrow, read_parquet
-from dataset_builders.bm25 import Bm25, search_bm25
+from common.steps import ParquetStream
+from dataset_builders.bm25 import search_bm25
+from dataset_builders.build_record import Build
 from dataset_builders.columns import TextColumn, take
-from dataset_builders.dense import Dense, search_dense
-from dataset_builders.embeddings import Embedder
-from dataset_builders.engines import Engine, Shards
+from dataset_builders.dense import search_dense
+from dataset_builders.engines import Shards
 from dataset_builders.hits import NONE, merge_keys, positions_and_scores
 from dataset_builders.near_duplicates import normalised
 from dataset_builders.schema import CANDIDATES
-from dataset_builders.sources import Splits
 
 PART = 65_536  # documents searched at a time, at least: 100 MB of vectors of 384 dimensions
 MAX_PARTS = 64  # of a larger corpus; each keeps its own best documents for every query until they are merged
@@ -39,32 +38,16 @@ class Fusion(Section):
     top_k: int = Field(100, ge=1)
 
 
-def write_candidates(
-    corpus: Path,
-    splits: Splits,
-    symmetric: bool,
-    bm25: Bm25,
-    dense: Dense,
-    fusion: Fusion,
-    cache: Path,
-    engine: Engine,
-    folder: Path,
-) -> dict[str, Any]:
-    """Write candidates.parquet into `folder`; returns the counts for the manifest.
-
-    `symmetric`: queries and documents are texts of one kind, and a query's own text is not a candidate for it.
-    """
-    documents = TextColumn(corpus / "documents.arrow")
-    queries = queries_of(corpus, splits.searched)
-    texts = list(queries.values())
+def write_candidates(build: Build, folder: Path) -> dict[str, Any]:
+    """Write candidates.parquet into `folder`; returns the counts for the manifest."""
+    bm25, dense, fusion = build.recipe.bm25, build.recipe.dense, build.recipe.fusion
+    documents, query_ids, texts = build.documents, list(build.queries), list(build.queries.values())
     parts = _ranges(len(documents), PART * -(-len(documents) // (PART * MAX_PARTS)))
     blocks = _ranges(len(texts), SEARCH_BLOCK)
-    sparse = search_bm25(bm25, documents, parts, texts, blocks, folder, engine)
-    embedder = Embedder(dense, cache, engine)
-    found = search_dense(dense, embedder.queries(texts), blocks, embedder.documents(documents), parts, folder, engine)
+    sparse = search_bm25(bm25, documents, parts, texts, blocks, folder, build.engine)
+    found = search_dense(dense, build.query_vectors, blocks, build.document_vectors, parts, folder, build.engine)
     counts = {"bm25_only": 0, "dense_only": 0, "both": 0}
-    own = _own_documents(texts, documents) if symmetric else np.full(len(texts), -1)
-    document_ids = read_arrow(corpus / "documents.arrow", ["document_id"])["document_id"]
+    own = _own_documents(texts, documents) if build.symmetric else np.full(len(texts), -1)
     with ParquetStream(folder / "candidates.parquet", CANDIDATES) as stream:
         for rows in _ranges(len(texts), QUERY_BLOCK):
             hits = [
@@ -72,19 +55,12 @@ def write_candidates(
                 for shards, section in ((sparse, bm25), (found, dense))
             ]
             part = slice(rows.start, rows.stop)
-            table = _fuse(*hits, own[part], fusion, list(queries)[part], document_ids)
+            table = _fuse(*hits, own[part], fusion, query_ids[part], build.document_ids)
             stream.write(table)
             _count(table, counts)
     total = sum(counts.values())
     share = {name: round(count / max(total, 1), 4) for name, count in counts.items()}
-    return {"queries": len(queries), "documents": len(documents), "candidates": total, "share": share}
-
-
-def queries_of(corpus: Path, splits: Sequence[str]) -> dict[str, str]:
-    """query_id -> text of the queries in any of `splits`, by id."""
-    table = read_parquet(corpus / "queries.parquet")
-    rows = zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
-    return {query_id: text for query_id, text, split in rows if split in splits}
+    return {"queries": len(texts), "documents": len(documents), "candidates": total, "share": share}
 
 
 def reciprocal_rank_fusion(

@@ -17,20 +17,17 @@ from typing import Any
 import numpy as np
 
 from common.cli import InputError
+from dataset_builders.build_record import Build
 from dataset_builders.embeddings import load_model
-from dataset_builders.engines import Engine
 from dataset_builders.schema import check_finite
 from dataset_builders.scores import Teacher, check_spread, load_reranker, pairs_to_grade, take_texts
-from dataset_builders.sources import Splits
 
 # Of the reference scores' standard deviation: how far the build may be from the reference. bfloat16 stays below;
 # scores that are random differ by about 1 in the mean.
 TOLERATED = {"mean_difference": 0.05, "max_difference": 0.5}
 
 
-def check_teacher(
-    corpus: Path, candidates: Path, splits: Splits, teacher: Teacher, cache: Path, engine: Engine, sample: int
-) -> dict[str, Any]:
+def check_teacher(build: Build, sample: int) -> dict[str, Any]:
     """Grade `sample` pairs as the build does (batches, dtype, stored vectors) and as plain sentence-transformers
     does (float32, one pair at a time); print and return how far they are apart, in the teacher's unit.
 
@@ -39,10 +36,11 @@ def check_teacher(
     """
     if sample < 2:
         raise InputError(f"--check_teacher {sample}: the teacher is compared on 2 pairs or more; 200 tell enough")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as name:  # beside the vectors: every worker of a cluster sees it
+    teacher = build.recipe.teacher
+    build.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=build.cache) as name:  # beside the vectors: every worker of a cluster sees it
         folder = Path(name)
-        scorer, pairs = pairs_to_grade(corpus, candidates, splits, teacher, cache, engine, folder / "pairs.arrow")
+        scorer, pairs = pairs_to_grade(build, folder / "pairs.arrow")
         rows = np.random.default_rng(0).choice(len(pairs), min(sample, len(pairs)), replace=False)
         drawn = pairs.take(np.sort(rows))
         queries, documents = drawn["query"].to_numpy(), drawn["document"].to_numpy()

@@ -26,15 +26,14 @@ from tqdm import tqdm
 from common.cli import InputError
 from common.recipes import Section
 from common.steps import ParquetStream, read_arrow, read_parquet, row_groups, write_parquet
-from dataset_builders.candidates import queries_of
+from dataset_builders.build_record import Build
 from dataset_builders.columns import positions_of, take
-from dataset_builders.dense import Dense, dense_top_k
-from dataset_builders.embeddings import Embedder, Vectors
-from dataset_builders.engines import Engine
+from dataset_builders.dense import dense_top_k
+from dataset_builders.embeddings import Vectors
 from dataset_builders.families import Families, read_classes
 from dataset_builders.schema import SCORES, STS, mined_schema, to_schema
-from dataset_builders.scores import Calibration, PairScorer, Teacher, count_flat_and_one_hot
-from dataset_builders.sources import Splits, stable_hash
+from dataset_builders.scores import Calibration, PairScorer, count_flat_and_one_hot
+from dataset_builders.sources import stable_hash
 
 READ = pa.schema([SCORES.field(name) for name in ("query_id", "document_id", "label", "is_positive")])
 ROWS = 1024  # mined rows in a row group: their texts are in memory at once
@@ -123,11 +122,11 @@ def choose_negatives(
     return chosen if len(chosen) == mining.num_negatives else chosen[:0]
 
 
-def write_mined(corpus: Path, scores: Path, mining: Mining, folder: Path) -> dict[str, Any]:
+def write_mined(build: Build, folder: Path) -> dict[str, Any]:
     """Write mined.parquet into `folder`; returns the counts for the manifest."""
-    tally = Tally()
+    mining, tally = build.recipe.mining, Tally()
     with ParquetStream(folder / "mined.parquet", mined_schema(mining.num_negatives)) as stream:
-        for table in mine(read_graded(corpus, scores), mining, tally):
+        for table in mine(read_graded(build.corpus, build.scores), mining, tally):
             stream.write(table)
     return tally.facts()
 
@@ -352,32 +351,21 @@ def _lists(values: pa.Array, rows: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.linspace(0, len(values), rows + 1).astype(np.int32), values)
 
 
-def write_sts(
-    corpus: Path,
-    splits: Splits,
-    dense: Dense,
-    teacher: Teacher,
-    calibration: Calibration,
-    sts: Sts,
-    cache: Path,
-    engine: Engine,
-    folder: Path,
-) -> dict[str, Any]:
+def write_sts(build: Build, folder: Path) -> dict[str, Any]:
     """Write sts.parquet into `folder`: pairs of the graded split's queries, spread over the range of labels.
 
     Neighbours give the upper end of the range and random pairs the lower; the teacher grades both, and its
     calibrated label decides which pairs are kept.
     """
-    # the texts that were searched for, though fewer are paired: their vectors are in the cache already
-    queries = queries_of(corpus, splits.searched)
-    graded_split = queries_of(corpus, [splits.split])
-    rows = np.array([row for row, query_id in enumerate(queries) if query_id in graded_split])
+    sts, split, constants = build.recipe.sts, build.splits.split, build.calibration
+    graded_split = build.queries_of(split)
+    rows = np.array([row for row, query_id in enumerate(build.queries) if query_id in graded_split])
     if len(rows) < 2:
-        raise InputError(f"sts: split {splits.split!r} has {len(rows)} query; a pair needs two")
-    texts = list(queries.values())
-    pool = rows[_sts_pool(Selected(Embedder(dense, cache, engine).queries(texts), rows), sts)]
-    scores = PairScorer(teacher, cache, engine, texts, texts, symmetric=True).scores(pool, folder)
-    labels = calibration(scores)
+        raise InputError(f"sts: split {split!r} has {len(rows)} query; a pair needs two")
+    texts = list(build.queries.values())
+    pool = rows[_sts_pool(Selected(build.query_vectors, rows), sts)]
+    scorer = PairScorer(build.recipe.teacher, build.cache, build.engine, texts, texts, symmetric=True)
+    labels = Calibration(constants["a"], constants["b"])(scorer.scores(pool, folder))
     chosen = spread_over_bins(labels, sts.num_rows, np.random.default_rng(sts.seed))
     left, right = ([texts[query] for query in side] for side in pool[chosen].T)
     write_parquet(folder / "sts.parquet", pa.table([left, right, pa.array(labels[chosen])], schema=STS))

@@ -30,7 +30,7 @@ from pydantic import ValidationInfo, field_validator
 
 from common.cli import InputError
 from common.steps import ParquetStream, read_arrow, read_parquet, row_groups, write_arrow
-from dataset_builders.candidates import queries_of
+from dataset_builders.build_record import Build
 from dataset_builders.columns import TextColumn, positions_of, take
 from dataset_builders.embeddings import (
     Embedder,
@@ -44,7 +44,6 @@ from dataset_builders.embeddings import (
 from dataset_builders.engines import Engine, Shards, compute_shards
 from dataset_builders.families import Families, read_classes
 from dataset_builders.schema import CANDIDATES, LABEL_FLOOR, SCORES, check_finite, check_rows
-from dataset_builders.sources import Splits
 
 if TYPE_CHECKING:
     import torch
@@ -104,16 +103,15 @@ class Calibration:
         return np.clip(labels, LABEL_FLOOR, 1 - LABEL_FLOOR).astype(np.float32)
 
 
-def write_scores(
-    corpus: Path, candidates: Path, splits: Splits, teacher: Teacher, cache: Path, engine: Engine, folder: Path
-) -> dict[str, Any]:
+def write_scores(build: Build, folder: Path) -> dict[str, Any]:
     """Write scores.parquet into `folder`; returns counts, calibration and warnings for the manifest."""
-    scorer, pairs = pairs_to_grade(corpus, candidates, splits, teacher, cache, engine, folder / "pairs.arrow")
+    teacher = build.recipe.teacher
+    scorer, pairs = pairs_to_grade(build, folder / "pairs.arrow")
     grades = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
     calibration, facts = calibrate(*_positives_and_others(pairs, grades))
     counts = {"queries": 0, "graded": 0, "judged_not_retrieved": 0, "flat_rows": 0, "one_hot_rows": 0}
     with ParquetStream(folder / "scores.parquet", SCORES) as stream:
-        for block in graded_blocks(corpus, candidates, splits.split):
+        for block in graded_blocks(build):
             start = counts["graded"]
             scores = _rows(grades, start, start + len(block))["score"]
             labels = calibration(scores)
@@ -400,19 +398,20 @@ def take_texts(texts: Texts, rows: np.ndarray) -> list[str]:
     return [texts[row] for row in rows]
 
 
-def graded_blocks(corpus: Path, candidates: Path, split: str) -> Iterator[pa.Table]:
+def graded_blocks(build: Build) -> Iterator[pa.Table]:
     """CANDIDATES and is_positive of the split's queries, block by block: those retrieved by rank, and below them,
     with null ranks, the judged documents (also those judged not relevant) that no retriever returned.
 
     Documents that an evaluation task asks about, and that stay for another split's sake, are left out.
     A query's rows are together, queries in order of their ids. Raises InputError when there is nothing to grade.
     """
-    split_queries = pa.array(list(queries_of(corpus, [split])), pa.string())
-    judged = read_parquet(corpus / "qrels.parquet")
+    split = build.splits.split
+    split_queries = pa.array(list(build.queries_of(split)), pa.string())
+    judged = read_parquet(build.corpus / "qrels.parquet")
     judged = judged.filter((pc.field("split") == split) & pc.field("query_id").isin(split_queries))
     judged = judged.append_column("is_positive", pc.greater(judged["score"], 0)).drop_columns(["score", "split"])
-    asked_about = _asked_about(corpus)
-    path = candidates / "candidates.parquet"
+    asked_about = _asked_about(build.corpus)
+    path = build.candidates / "candidates.parquet"
     # after the last block, the queries for which nothing at all was retrieved
     for retrieved in chain(filter(len, row_groups(path, CANDIDATES.names)), [CANDIDATES.empty_table()]):
         here = judged
@@ -436,21 +435,15 @@ def _asked_about(corpus: Path) -> pa.Array:
     return rows.filter((pc.field("side") == "document") & ~pc.field("dropped"))["id"].combine_chunks()
 
 
-def pairs_to_grade(
-    corpus: Path, candidates: Path, splits: Splits, teacher: Teacher, cache: Path, engine: Engine, path: Path
-) -> tuple[PairScorer, pa.Table]:
+def pairs_to_grade(build: Build, path: Path) -> tuple[PairScorer, pa.Table]:
     """The scorer, and the pairs of all graded blocks (PAIRS), written to `path` and memory-mapped."""
-    # the texts that were searched for, though fewer are graded: their vectors are in the cache already
-    queries = queries_of(corpus, splits.searched)
-    query_ids = pa.chunked_array([list(queries)], pa.string())
-    documents = corpus / "documents.arrow"
-    document_ids = read_arrow(documents, ["document_id"])["document_id"]
-    classes = Families.of(read_classes(corpus), "class", document_ids)
+    query_ids = pa.chunked_array([list(build.queries)], pa.string())
+    classes = Families.of(read_classes(build.corpus), "class", build.document_ids)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for block in graded_blocks(corpus, candidates, splits.split):
+        for block in graded_blocks(build):
             asked = positions_of(block["query_id"].combine_chunks(), query_ids, "graded candidates")
-            found = positions_of(block["document_id"].combine_chunks(), document_ids, "graded candidates")
+            found = positions_of(block["document_id"].combine_chunks(), build.document_ids, "graded candidates")
             labelled = block["is_positive"].to_numpy()
             is_positive = labelled | classes.meet_positive(asked, found, labelled)
             columns = [asked.astype(np.int32), found.astype(np.int32), is_positive]
@@ -458,8 +451,9 @@ def pairs_to_grade(
 
     write_arrow(path, batches(), PAIRS)
     pairs = read_arrow(path)
-    check_rows(pairs, f"{candidates}: nothing to grade for split {splits.split!r}")
-    return PairScorer(teacher, cache, engine, list(queries.values()), TextColumn(documents)), pairs
+    check_rows(pairs, f"{build.candidates}: nothing to grade for split {build.splits.split!r}")
+    queries = list(build.queries.values())
+    return PairScorer(build.recipe.teacher, build.cache, build.engine, queries, build.documents), pairs
 
 
 def _positives_and_others(pairs: pa.Table, grades: Shards) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_data import WORDS, write_encoder
+from tiny_data import WORDS, tiny_build, write_encoder
 
 from common.cli import InputError
-from common.steps import ParquetStream, read_parquet, write_arrow, write_parquet
+from common.steps import ParquetStream, read_parquet, write_arrow, write_json, write_parquet
 from dataset_builders import audit
 from dataset_builders.audit import (
     MARGINS,
@@ -23,11 +23,8 @@ from dataset_builders.audit import (
     wilson,
     write_audit,
 )
-from dataset_builders.dense import Dense
-from dataset_builders.engines import LOCAL
 from dataset_builders.mine import Mining, write_mined
 from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES
-from dataset_builders.sources import Splits
 
 QUERY_COUNT, CANDIDATES_EACH = 24, 14
 MINING = Mining(num_negatives=3)
@@ -158,26 +155,40 @@ def graded(tmp_path_factory):
     judged = [(row["query_id"], row["document_id"], 1, "train") for row in rows if row["is_positive"]]
     write_parquet(corpus / "qrels.parquet", pa.table(list(map(list, zip(*judged, strict=True))), schema=QRELS))
     for name in ("whole", "split"):
-        (folder / name).mkdir()
+        write_scores_manifest(folder / name)
     table = pa.Table.from_pylist(rows, schema=SCORES)
     write_parquet(folder / "whole" / "scores.parquet", table)
     with ParquetStream(folder / "split" / "scores.parquet", SCORES) as stream:
         for start in range(0, QUERY_COUNT, 5):
             stream.write(table.slice(start * CANDIDATES_EACH, 5 * CANDIDATES_EACH))
-    (folder / "mined").mkdir()
-    write_mined(corpus, folder / "whole", MINING, folder / "mined")
+    mine_into(folder / "mined", scores="whole")
     write_encoder(folder / "encoder")
     return folder, rows
 
 
+def write_scores_manifest(folder):
+    folder.mkdir()
+    write_json(folder / "manifest.json", {"calibration": {"a": 1.0, "b": 0.0, "reliability": RELIABILITY}})
+
+
+def build_of(folder, *, scores, mined="mined", mining=MINING):
+    """The record of a build whose scores/ and mined/ are folders of these names."""
+    made = folder / "builds" / f"{scores}-{mined}"
+    made.mkdir(parents=True, exist_ok=True)
+    for step, name in {"corpus": "corpus", "scores": scores, "mined": mined}.items():
+        if not (made / step).is_symlink():
+            (made / step).symlink_to(folder / name)
+    return tiny_build(made, mining=mining, dense={"model": str(folder / "encoder")})
+
+
+def mine_into(target, *, scores, mining=MINING):
+    target.mkdir(exist_ok=True)
+    write_mined(build_of(target.parent, scores=scores, mined=target.name, mining=mining), target)
+
+
 def run_audit(folder, *, scores="whole", mined="mined", output="audit", mining=MINING):
     (folder / output).mkdir(exist_ok=True)
-    dense = Dense(model=str(folder / "encoder"))
-    calibration = {"a": 1.0, "b": 0.0, "reliability": RELIABILITY}
-    paths = folder / "corpus", folder / scores, folder / mined
-    return write_audit(
-        *paths, Splits(split="train"), mining, calibration, dense, folder / "cache", LOCAL, folder / output
-    )
+    return write_audit(build_of(folder, scores=scores, mined=mined, mining=mining), folder / output)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +292,7 @@ def test_rankings_by_a_plain_recount(graded, facts):
 def test_a_list_that_fusion_cut_has_no_figure(graded):
     folder, rows = graded
     cut = [{**row, "bm25_rank": row["bm25_rank"] and row["bm25_rank"] + 1} for row in rows]
-    (folder / "cut").mkdir()
+    write_scores_manifest(folder / "cut")
     write_parquet(folder / "cut" / "scores.parquet", pa.Table.from_pylist(cut, schema=SCORES))
     found = run_audit(folder, scores="cut", output="audit_cut")["ndcg_at_10"]
     assert found["bm25"] is None and found["dense"] > 0
@@ -354,10 +365,9 @@ def test_without_several_positives_there_is_a_reason_instead_of_an_estimate(grad
         group = list(group)
         # the first positive stays one; the others are plain candidates
         single += [{**row, "is_positive": place == 0} for place, row in enumerate(group)]
-    for name in ("single", "single_mined"):
-        (folder / name).mkdir()
+    write_scores_manifest(folder / "single")
     write_parquet(folder / "single" / "scores.parquet", pa.Table.from_pylist(single, schema=SCORES))
-    write_mined(folder / "corpus", folder / "single", MINING, folder / "single_mined")
+    mine_into(folder / "single_mined", scores="single")
     found = run_audit(folder, scores="single", mined="single_mined", output="audit_single")
     assert found["false_negatives"] == {
         "reason": "no query has two labelled positives of which one was retrieved",
@@ -370,13 +380,13 @@ def test_documents_of_one_class_say_nothing_of_false_negatives(graded, tmp_path)
     import shutil
 
     folder, _ = graded
-    shutil.copytree(folder, tmp_path / "classes", dirs_exist_ok=True)
+    shutil.copytree(folder, tmp_path / "classes", ignore=shutil.ignore_patterns("builds"))
     folder = tmp_path / "classes"
     classes = [f"c{number % 5}" for number in range(40)]
     table = pa.table({"document_id": [f"d{number:02d}" for number in range(40)], "class": classes})
     write_parquet(folder / "corpus" / "classes.parquet", table)
     (folder / "mined" / "mined.parquet").unlink()
-    write_mined(folder / "corpus", folder / "whole", Mining(num_negatives=1), folder / "mined")
+    mine_into(folder / "mined", scores="whole", mining=Mining(num_negatives=1))
     found = run_audit(folder, mining=Mining(num_negatives=1), output="audit_classes")
     assert found["false_negatives"]["reason"].startswith("documents of one class")
     assert found["mined_rows"]["violations"]["same_class"] == 0 < found["mined_rows"]["rows"]

@@ -271,8 +271,8 @@ def test_one_document_the_teachers_weights_or_an_option_redo_exactly_what_depend
     weights = next(tmp_path.glob("teacher/**/*.safetensors")).relative_to(tmp_path / "teacher")
     shutil.copyfile(tmp_path / "other" / weights, tmp_path / "teacher" / weights)
     assert redone() == ["scores", "mined", "audit", "sts", "hub"]
-    assert redone("--rrf_k", "10") == ["candidates", "scores", "mined", "audit", "hub"]
-    assert redone() == ["candidates", "scores", "mined", "audit", "hub"]  # and back again
+    assert redone("--rrf_k", "10") == ["candidates", "scores", "mined", "audit", "sts", "hub"]
+    assert redone() == ["candidates", "scores", "mined", "audit", "sts", "hub"]  # and back again
     assert redone("--sts.seed", "1") == ["sts", "hub"]
     assert redone("--dense.batch_tokens", "64", "--teacher.batch_tokens", "64") == ["sts", "hub"]  # the seed, back
     shards = {path.parent.name for path in tmp_path.glob("data/embeddings/*/*.npy")}

@@ -15,6 +15,7 @@ from datasets import List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from test_data_mine import table_of, write_graded
+from tiny_data import tiny_build
 
 from common.cli import InputError
 from common.steps import files_of, folder_step, write_arrow, write_parquet
@@ -40,7 +41,7 @@ def write_build(folder: Path, mining: Mining = MINING, **keys) -> Path:
                 qrels = [("q00", "d01", 1, "train"), ("q00", "d02", 0, "train")]
                 write_parquet(step.path / "qrels.parquet", table_of(qrels, QRELS))
             if name == "mined":
-                write_mined(folder / "corpus", folder / "scores", mining, step.path)
+                write_mined(tiny_build(folder, mining=mining), step.path)
             if name == "audit":
                 (step.path / "labels.png").write_bytes(b"a picture")
             if name == "sts":
@@ -80,7 +81,7 @@ def mined_anew(build: Path, mining: Mining) -> pa.Table:
     """What the build itself mines, as published: without the ids."""
     folder = build.parent / mining.config_name()
     folder.mkdir()
-    write_mined(build / "corpus", build / "scores", mining, folder)
+    write_mined(tiny_build(build, mining=mining), folder)
     return pq.read_table(folder / "mined.parquet").drop_columns(["query_id", "positive_id", "negative_ids"])
 
 

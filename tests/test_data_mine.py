@@ -7,14 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_data import TOPICS, write_encoder
+from tiny_data import TOPICS, tiny_build, write_encoder
 
 from common.cli import InputError
-from common.steps import ParquetStream, write_arrow, write_parquet
+from common.steps import ParquetStream, write_arrow, write_json, write_parquet
 from dataset_builders import mine as mining_room
 from dataset_builders.columns import take
-from dataset_builders.dense import Dense
-from dataset_builders.engines import LOCAL
 from dataset_builders.mine import (
     Families,
     Mining,
@@ -30,8 +28,6 @@ from dataset_builders.mine import (
     write_sts,
 )
 from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QUERIES, SCORES, mined_schema
-from dataset_builders.scores import Calibration, Teacher
-from dataset_builders.sources import Splits
 
 label = st.floats(0.01, 0.99)
 candidates = st.lists(st.tuples(label, st.booleans()), max_size=30)
@@ -201,7 +197,7 @@ def mined_by_hand(data, mining):
 
 def mined(folder, mining, name="mined"):
     (folder / name).mkdir()
-    facts = write_mined(folder / "corpus", folder / "scores", mining, folder / name)
+    facts = write_mined(tiny_build(folder, mining=mining), folder / name)
     return pq.read_table(folder / name / "mined.parquet"), facts
 
 
@@ -384,21 +380,15 @@ def test_sts_pairs_are_graded_by_the_teacher_and_hold_no_test_query(tmp_path):
     queries = [
         (f"q{row:02d}", " ".join(rng.choice(WORDS, 5)), "test" if row % 3 == 0 else "train") for row in range(TOPICS)
     ]
-    (tmp_path / "corpus").mkdir()
+    for name in ("corpus", "scores"):
+        (tmp_path / name).mkdir()
     write_parquet(tmp_path / "corpus" / "queries.parquet", table_of(queries, QUERIES))
     model = write_encoder(tmp_path / "encoder")
     (tmp_path / "sts").mkdir()
-    facts = write_sts(
-        tmp_path / "corpus",
-        Splits(split="train", eval_splits=("test",)),
-        Dense(model=str(model)),
-        Teacher(kind="bi_encoder", model=str(model)),
-        Calibration(4.0, -1.0),
-        Sts(num_rows=50),
-        tmp_path / "cache",
-        LOCAL,
-        tmp_path / "sts",
-    )
+    write_json(tmp_path / "scores" / "manifest.json", {"calibration": {"a": 4.0, "b": -1.0}})
+    sections = {"dense": {"model": str(model)}, "teacher": {"kind": "bi_encoder", "model": str(model)}}
+    build = tiny_build(tmp_path, splits=("train", "test"), sts=Sts(num_rows=50), **sections)
+    facts = write_sts(build, tmp_path / "sts")
     rows = pq.read_table(tmp_path / "sts" / "sts.parquet").to_pylist()
     train = {text for _, text, split in queries if split == "train"}
     assert len(rows) == facts["rows"] == 50
@@ -413,17 +403,9 @@ def test_sts_pairs_are_graded_by_the_teacher_and_hold_no_test_query(tmp_path):
 
 
 def test_sts_of_one_query_is_refused(tmp_path):
-    write_parquet(tmp_path / "queries.parquet", table_of([("q", "text", "train")], QUERIES))
-    model = write_encoder(tmp_path / "encoder")
+    for name in ("corpus", "scores"):
+        (tmp_path / name).mkdir()
+    write_parquet(tmp_path / "corpus" / "queries.parquet", table_of([("q", "text", "train")], QUERIES))
+    write_json(tmp_path / "scores" / "manifest.json", {"calibration": {}})
     with pytest.raises(InputError, match="a pair needs two"):
-        write_sts(
-            tmp_path,
-            Splits(),
-            Dense(model=str(model)),
-            Teacher(kind="bi_encoder", model=str(model)),
-            Calibration(1.0, 0.0),
-            Sts(),
-            tmp_path / "cache",
-            LOCAL,
-            tmp_path,
-        )
+        write_sts(tiny_build(tmp_path, sts=Sts()), tmp_path)

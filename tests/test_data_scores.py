@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from tiny_data import WORDS, write_encoder
+from tiny_data import WORDS, tiny_build, write_encoder
 
 from common.cli import InputError
 from common.recipes import parse_recipe
@@ -35,11 +35,9 @@ from dataset_builders.scores import (
     reliability,
     write_scores,
 )
-from dataset_builders.sources import Splits
 
 rng = np.random.default_rng(0)
 POSITIVES, OTHERS = rng.normal(0.6, 0.1, 500), rng.normal(0.4, 0.15, 20_000)
-SPLITS = Splits(split="train", eval_splits=["test"])
 
 
 def test_calibration_is_platt_scaling_of_balanced_classes():
@@ -396,15 +394,7 @@ def expected_rows(folder: Path) -> list[tuple]:
 def grade(folder: Path, teacher: Teacher, name: str = "scores", engine=None) -> tuple[pa.Table, dict]:
     target = folder / name
     target.mkdir(exist_ok=True)
-    facts = write_scores(
-        folder / "corpus",
-        folder / "candidates",
-        SPLITS,
-        teacher,
-        folder / "cache",
-        engine or LocalEngine(),
-        target,
-    )
+    facts = write_scores(tiny_build(folder, splits=("train", "test"), engine=engine, teacher=teacher), target)
     return read_parquet(target / "scores.parquet"), facts
 
 
@@ -533,7 +523,7 @@ def test_neither_blocks_nor_shards_decide_a_grade(graded_set, monkeypatch):
     encoder = write_encoder(graded_set / "encoder")
     teacher = Teacher(kind="bi_encoder", model=str(encoder))
     table, facts = grade(graded_set, teacher, "small-blocks")
-    assert len({len(block) for block in graded_blocks(graded_set / "corpus", graded_set / "candidates", "train")}) > 1
+    assert len({len(block) for block in graded_blocks(tiny_build(graded_set))}) > 1
     path = graded_set / "candidates" / "candidates.parquet"
     write_parquet(path, read_parquet(path))
     assert pq.ParquetFile(path).num_row_groups == 1
@@ -598,8 +588,7 @@ def test_a_teacher_without_answers_scores_zero_everywhere_and_is_refused(graded_
 
 
 def check(folder: Path, teacher: Teacher, sample: int = 40) -> dict:
-    arguments = (folder / "corpus", folder / "candidates", SPLITS, teacher, folder / "cache", LocalEngine(), sample)
-    return check_teacher(*arguments)
+    return check_teacher(tiny_build(folder, splits=("train", "test"), teacher=teacher), sample)
 
 
 def test_a_sound_teacher_passes_its_check(graded_set, classifier, capsys):
@@ -612,7 +601,7 @@ def test_a_sound_teacher_passes_its_check(graded_set, classifier, capsys):
     assert 1e-4 < facts[2]["mean_difference"] < 0.05 * facts[2]["reference_deviation"]
     assert all(fact["spearman"] > 0.98 for fact in facts)
     assert capsys.readouterr().out.count("max difference") == 3
-    leftovers = [path for path in (graded_set / "cache").rglob("*") if path.suffix in (".arrow", ".shards")]
+    leftovers = [path for path in (graded_set / "embeddings").rglob("*") if path.suffix in (".arrow", ".shards")]
     assert leftovers == []
 
 

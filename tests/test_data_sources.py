@@ -14,7 +14,8 @@ from common.cli import InputError
 from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import read_manifest
 from dataset_builders import pydocs, sources
-from dataset_builders.build import load_recipes, main
+from dataset_builders.build import main
+from dataset_builders.data_recipe import load_recipes
 from dataset_builders.layouts import Draw, draw_of_class
 from dataset_builders.sources import (
     TASK_LAYOUTS,

@@ -66,3 +66,19 @@ def write_recipe(path: Path, folder: Path, model: Path, **keys) -> Path:
     }
     path.write_text(yaml.safe_dump({**recipe, **keys}))
     return path
+
+
+def tiny_build(folder: Path, *, splits=("train",), engine=None, **sections):
+    """The record of a build in `folder` whose recipe has these `sections`; nothing is made."""
+    from dataset_builders.build_record import Build
+    from dataset_builders.data_recipe import GradedRecipe
+    from dataset_builders.engines import LOCAL
+
+    keys = {
+        "source": {"kind": "pydocs", "split": splits[0], "eval_splits": splits[1:]},
+        "task_type": "retrieval",
+        "instruction": "Find the text",
+        "dense": {"model": "unused"},
+        "teacher": {"kind": "bi_encoder", "model": "unused"},
+    }
+    return Build(folder, GradedRecipe(**{**keys, **sections}), engine or LOCAL)

@@ -1,0 +1,112 @@
+"""The keys of a data recipe: how texts become graded data, and which folder each recipe is built into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from common.cli import InputError
+from common.recipes import Section, parse_recipe, read_yaml
+from dataset_builders.bm25 import Bm25
+from dataset_builders.candidates import Fusion
+from dataset_builders.decontamination import Decontamination
+from dataset_builders.dense import Dense
+from dataset_builders.engines import Ray
+from dataset_builders.mine import Mining, Sts
+from dataset_builders.scores import Teacher
+from dataset_builders.sources import Source, StsSource, check_task_type, registry
+
+
+def _with_unit(size: Any) -> str:
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", str(size)):
+        raise ValueError("write a number and its unit, such as 500MB or 2GB")
+    return size
+
+
+# Of a published file's rows in memory; compressed they are less. What breaks off in a download is fetched again, and
+# readers work on shards side by side.
+ShardSize = Annotated[str, BeforeValidator(_with_unit)]
+
+
+def _of_different_names(published: tuple[Mining, ...]) -> tuple[Mining, ...]:
+    names = [mining.config_name() for mining in published]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice; drop one")
+    return published
+
+
+Published = Annotated[tuple[Mining, ...], AfterValidator(_of_different_names)]
+
+
+class Graders(Section):
+    """How candidates are found, graded and mined, whatever the source."""
+
+    data_root: str | None = None  # where local sets are; else $DATA_ROOT, else the current folder
+    decontamination: Decontamination | None = None
+    bm25: Bm25 = Bm25()
+    dense: Dense
+    fusion: Fusion = Fusion()
+    teacher: Teacher
+    mining: Mining = Mining()
+    publish: Published = ()  # further training sets, mined from the same grades
+    max_shard_size: ShardSize = "500MB"
+    ray: Ray = Ray()  # of --engine ray
+
+
+class GradedRecipe(Graders):
+    source: Source
+    task_type: Literal["retrieval", "classification", "clustering", "duplicates", "nli"]
+    instruction: str
+    sts: Sts | None = None
+
+
+class StsRecipe(Section):
+    source: StsSource
+    task_type: Literal["sts"]
+    instruction: str
+    data_root: str | None = None
+    decontamination: Decontamination | None = None
+    max_shard_size: ShardSize = "500MB"
+
+
+class CollectionRecipe(Graders):
+    """Sets of the registry (see --list_sources), each built into a folder of its name."""
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    num_pairs: int | None = None  # of each
+    seed: int = 0
+
+
+def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, GradedRecipe | StsRecipe]:
+    """Folder -> recipe of what is built there: one, or one for each set of a collection."""
+    values = read_yaml(path)
+    if "sources" in values:
+        collection = parse_recipe(CollectionRecipe, values, path, flags)
+        return {output / name: recipe_of(name, collection, path) for name in collection.sources}
+    task_types = {
+        "sts": StsRecipe,
+        **dict.fromkeys(GradedRecipe.model_fields["task_type"].annotation.__args__, GradedRecipe),
+    }
+    task_type = values.get("task_type")
+    if not isinstance(task_type, str) or task_type not in task_types:
+        raise InputError(f"{path}: key 'task_type' is {task_type!r}; it can be {', '.join(task_types)}")
+    recipe = parse_recipe(task_types[task_type], values, path, flags)
+    check_task_type(recipe.task_type, recipe.source, recipe.data_root)
+    return {output: recipe}
+
+
+def recipe_of(name: str, collection: CollectionRecipe, path: str) -> GradedRecipe | StsRecipe:
+    """The recipe of one set of a collection; task type and instruction are the registry's."""
+    shared = collection.model_dump(exclude={"sources", "num_pairs", "seed"})
+    source = {"kind": "registry", "name": name, "num_pairs": collection.num_pairs, "seed": collection.seed}
+    entry = registry().get(name)
+    kind = StsRecipe if entry and entry.task_type == "sts" else GradedRecipe
+    own = {name: value for name, value in shared.items() if name in kind.model_fields}
+    # an unknown name is told by RegistrySource
+    facts = {"task_type": entry.task_type, "instruction": entry.instruction} if entry else {}
+    return parse_recipe(kind, {**own, **facts, "source": source}, f"{path}: {name}")
