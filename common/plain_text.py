@@ -1,0 +1,40 @@
+"""What an encoder reads is prompt + text as its bare tokenizer splits it, whatever files lie beside the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.cli import InputError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def use_plain_text(model: SentenceTransformer, name_or_path: str, revision: str | None = None) -> None:
+    """Pin `model`, as loaded from `name_or_path`, to plain text; a folder that is saved from it stays pinned.
+
+    sentence-transformers (6.2) renders every text as a chat message, and its prompt as a system message, as soon as
+    the tokenizer has a chat template. For an embedder that template is an accident of the base model's repository,
+    and some write today's date: vectors would change overnight. Modules that read no tokens stay as they are.
+
+    Raises InputError for an embedder whose own sentence_bert_config.json says that it was made with chat messages:
+    read as plain text it would be another model, and no vector of its own could be cached or reproduced elsewhere.
+    """
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    for module in model.modules():
+        if not isinstance(module, Transformer):
+            continue
+        # without modules.json, nobody but the library chose messages
+        if "message" in module.modalities and is_sentence_transformer_model(name_or_path, revision=revision):
+            raise InputError(
+                f"model {name_or_path!r} reads its texts as chat messages (modality_config in its "
+                "sentence_bert_config.json); only embedders of plain text can be used, name another"
+            )
+        if module.tokenizer is None or "text" not in module.modalities:
+            raise InputError(f"model {name_or_path!r} reads {', '.join(map(str, module.modalities))}, no plain text")
+        module.processor = module.tokenizer  # not the one for images or sound around it
+        module.modality_config = {"text": module.modality_config["text"]}
+        module.input_formatter.processor = module.tokenizer
+        module.input_formatter.supported_modalities = module.modalities
