@@ -7,9 +7,9 @@ the machine's luck.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from dataset_builders.build_record import Build
 from dataset_builders.columns import TextColumn, take
 from dataset_builders.dense import search_dense
 from dataset_builders.engines import Shards
+from dataset_builders.fusion import reciprocal_rank_fusion
 from dataset_builders.hits import NONE, merge_keys, positions_and_scores
 from dataset_builders.near_duplicates import normalised
 from dataset_builders.schema import CANDIDATES
@@ -30,7 +31,6 @@ PART = 65_536  # documents searched at a time, at least: 100 MB of vectors of 38
 MAX_PARTS = 64  # of a larger corpus; each keeps its own best documents for every query until they are merged
 SEARCH_BLOCK = 8192  # queries that one search of a part answers
 QUERY_BLOCK = 1024  # queries in a row group: what the later steps hold in memory
-Identifier = TypeVar("Identifier", bound=Hashable)
 
 
 class Fusion(Section):
@@ -61,23 +61,6 @@ def write_candidates(build: Build, folder: Path) -> dict[str, Any]:
     total = sum(counts.values())
     share = {name: round(count / max(total, 1), 4) for name, count in counts.items()}
     return {"queries": len(texts), "documents": len(documents), "candidates": total, "share": share}
-
-
-def reciprocal_rank_fusion(
-    rankings: Sequence[Sequence[Identifier]], k: int = 60, top_k: int | None = None
-) -> list[tuple[Identifier, float]]:
-    """(document, score) best first, score = sum over rankings of 1 / (k + rank), rank from 1; ties by document id.
-
-    Source: Cormack, Clarke and Buettcher, SIGIR 2009.
-
-    >>> reciprocal_rank_fusion([["a", "b"], ["b", "c"]], k=1)
-    [('b', 0.8333333333333333), ('a', 0.5), ('c', 0.3333333333333333)]
-    """
-    scores: dict[Identifier, float] = {}
-    for ranking in rankings:
-        for rank, document in enumerate(ranking, start=1):
-            scores[document] = scores.get(document, 0.0) + 1 / (k + rank)
-    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:top_k]
 
 
 def _ranges(count: int, size: int) -> list[range]:

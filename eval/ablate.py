@@ -72,7 +72,9 @@ from common.steps import (
     write_json,
 )
 from eval.ablation_table import INTERVAL, choose, notes, save, summary
-from eval.retrieval import COMPARED, MEASURES, System, count, load_documents, load_queries, model_row
+from eval.held_out import count, load_documents, load_queries
+from eval.retrieval import COMPARED, MEASURES, model_row
+from eval.systems import System
 from modeling.recipe import Recipe, parse_keys, read_recipe, write_recipe
 from modeling.recipe import parse_recipe as parse_training_recipe
 
@@ -511,7 +513,9 @@ def score(run_: Run, data: Path, keys: Mapping[str, str]) -> None:
     for split in keys:
         queries = load_queries(data, split, set(documents.ids))
         # vectors go under the run's folder instead of the data's: nobody asks for them again
-        rows[split] = model_row(System(run_.name, run_.folder / "model"), run_.folder, documents, queries)
+        rows[split] = model_row(
+            System(run_.name, str(run_.folder / "model")), run_.folder / "embeddings", documents, queries
+        )
     shutil.rmtree(run_.folder / "embeddings")
     for split, row in rows.items():  # last: with these the run counts as finished
         write_json(run_.scores_path(split), {**row, "model": "model", "key": scores_key(run_, keys[split])})

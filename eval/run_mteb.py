@@ -27,7 +27,7 @@ from common.cli import ArgumentParser, InputError, run
 from common.models import fetch_settings, resolve_model
 from dataset_builders.embeddings import load_model
 from eval.local_tasks import LOCAL_TASKS, local_tasks
-from eval.retrieval import encoder_as_saved
+from eval.systems import encoder_section
 from modeling.prompts import few_shot_prompts, with_demonstrations
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def load_for_mteb(reference: str) -> MTEBModels:
             return mteb.get_model(model.name_or_path, commit)
         except (HTTPError, OSError, ValueError, KeyError) as error:
             raise InputError(f"model {reference!r}: mteb cannot load it: {str(error).splitlines()[0]}") from None
-    wrapper = SentenceTransformerEncoderWrapper(load_model(SentenceTransformer, encoder_as_saved(reference)))
+    wrapper = SentenceTransformerEncoderWrapper(load_model(SentenceTransformer, encoder_section(reference)))
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
         update={
             "name": "/".join(Path(model.name_or_path).resolve().parts[-2:]),

@@ -1,9 +1,10 @@
 """Ask a model a question: the documents of a data folder that answer it best.
 
     python -m eval.search --model runs/demo/model --data runs/demo/data "how do I parse a date"
+    python -m eval.search --model runs/demo/model --data runs/demo/data --hybrid 0.4 "how do I parse a date"
 
-The documents' embeddings are kept under DATA/embeddings, by the hash of the model and of the texts: the first question
-waits for them, the next ones do not.
+The documents' vectors are kept under DATA/embeddings, by the hash of the model and of the texts: the first question
+waits for them, the next ones do not. --hybrid adds BM25, by the weight that `eval.retrieval` told.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import NamedTuple
 from common.cli import ArgumentParser, InputError, run
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, load_model
-from eval.retrieval import Documents, encoder_as_saved, load_documents
+from dataset_builders.fusion import convex_fusion
+from eval.held_out import DEPTH, Documents, load_documents
+from eval.systems import encoder_section
 
 
-class Hit(NamedTuple):
-    """`score` is the cosine of question and document, in [-1, 1]."""
+class Result(NamedTuple):
+    """`score`: cosine of question and document, in [-1, 1]; of a hybrid search the fused score, in [0, 1]."""
 
     score: float
     document_id: str
@@ -30,8 +33,8 @@ class Hit(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     documents = load_documents(Path(args.data))
-    hits = search(args.model, args.question, documents, Path(args.data) / "embeddings", args.top_k)
-    print(format_hits(hits))
+    cache = Path(args.data) / "embeddings"
+    print(format_results(search(args.model, args.question, documents, cache, args.top_k, args.hybrid)))
 
 
 def _parse(argv: Sequence[str]):
@@ -40,6 +43,7 @@ def _parse(argv: Sequence[str]):
     parser.add_argument("--model", required=True, help="folder of a model, Hub id or package:NAME")
     parser.add_argument("--data", required=True, help="folder that dataset_builders.build wrote")
     parser.add_argument("--top_k", type=int, default=5, help="documents to show (default: 5)")
+    parser.add_argument("--hybrid", type=float, metavar="WEIGHT", help="weight of BM25 in the score, in [0, 1]")
     args = parser.parse_args(argv)
     if not args.question.strip():
         raise InputError("the question is empty; ask one in words")
@@ -49,31 +53,48 @@ def _parse(argv: Sequence[str]):
         raise InputError(f"the question {args.question!r} is not UTF-8; write it in that") from None
     if args.top_k < 1:
         raise InputError(f"--top_k {args.top_k}: use 1 or more")
+    if args.hybrid is not None and not 0 <= args.hybrid <= 1:
+        raise InputError(f"--hybrid {args.hybrid}: use a weight from 0 to 1")
     return args
 
 
-def search(model: str, question: str, documents: Documents, cache: Path, top_k: int) -> list[Hit]:
-    """The `top_k` documents nearest to `question`, best first (all of them where there are fewer)."""
+def search(
+    model: str, question: str, documents: Documents, cache: Path, top_k: int, hybrid: float | None = None
+) -> list[Result]:
+    """The `top_k` documents nearest to `question`, best first; with `hybrid`, BM25 has that weight in the score."""
     from sentence_transformers import SentenceTransformer
 
-    section = encoder_as_saved(model)
+    section = encoder_section(model)
     vectors = Embedder(section, cache).documents(documents.texts)
-    # the question itself is not worth a place in the cache
+    # not through the cache: a question is asked once
     question_vector = load_model(SentenceTransformer, section).encode_query([question], normalize_embeddings=True)
-    positions, scores = dense_top_k(question_vector, vectors, top_k)
-    return [
-        Hit(float(score), documents.ids[position], documents.texts[position])
-        for position, score in zip(positions[0], scores[0], strict=True)
-    ]
+    positions, scores = dense_top_k(question_vector, vectors, top_k if hybrid is None else max(top_k, DEPTH))
+    best = list(zip(positions[0].tolist(), scores[0].tolist(), strict=True))
+    if hybrid is not None:
+        best = convex_fusion(search_bm25(question, documents.texts, max(top_k, DEPTH)), dict(best), hybrid, top_k)
+    return [Result(score, documents.ids[position], documents.texts[position]) for position, score in best]
 
 
-def format_hits(hits: Sequence[Hit]) -> str:
+def search_bm25(question: str, texts: Sequence[str], top_k: int) -> dict[int, float]:
+    """Positions and BM25 scores of the documents that share a word with `question`, at most `top_k`."""
+    import bm25s
+
+    from dataset_builders.bm25 import tokenise
+
+    index = bm25s.BM25()
+    index.index(tokenise(texts), show_progress=False)
+    found = index.retrieve(tokenise([question]), k=min(top_k, len(texts)), show_progress=False)
+    pairs = zip(found.documents[0].tolist(), found.scores[0].tolist(), strict=True)
+    return {position: score for position, score in pairs if score > 0}
+
+
+def format_results(results: Sequence[Result]) -> str:
     """Rank, score and id on one line, the beginning of the text below it."""
     lines = []
-    for rank, hit in enumerate(hits, start=1):
-        snippet = textwrap.shorten(hit.text, width=220, placeholder=" ...")
+    for rank, result in enumerate(results, start=1):
+        snippet = textwrap.shorten(result.text, width=220, placeholder=" ...")
         lines += [
-            f"{rank}. {hit.score:.3f}  {hit.document_id}",
+            f"{rank}. {result.score:.3f}  {result.document_id}",
             *textwrap.wrap(snippet, width=110, initial_indent="   ", subsequent_indent="   "),
         ]
     return "\n".join(lines)

@@ -89,11 +89,13 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
     documents = [f"d{number}" for number in range(6)]
     # (document, BM25 rank, dense rank) by query; the relevant documents are d0, d4 and d2
     found = {"q0": [("d0", 1, 2), ("d1", 2, 1)], "q1": [("d0", 1, None), ("d4", 2, 1)], "q2": [("d3", None, 1)]}
-    rows = [
-        {"query_id": query, "document_id": document, "bm25_rank": bm25, "dense_rank": dense, "rrf_rank": rank}
-        for query, candidates in found.items()
-        for rank, (document, bm25, dense) in enumerate(candidates, start=1)
-    ]
+    rows = []
+    for query, candidates in found.items():
+        for rank, (document, bm25, dense) in enumerate(candidates, start=1):
+            ranks = {"bm25": bm25, "dense": dense, "rrf": rank}
+            columns = {f"{name}_rank": place for name, place in ranks.items()}
+            columns |= {f"{name}_score": place and 1 / place for name, place in ranks.items()}
+            rows.append({"query_id": query, "document_id": document, **columns})
     with folder_step(run / "data" / "corpus", {}) as step:
         batch = pa.record_batch({"document_id": documents, "text": texts})
         write_arrow(step.path / "documents.arrow", [batch], batch.schema)

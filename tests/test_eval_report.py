@@ -1,11 +1,13 @@
 """The report says what the run's files say, shows pictures that were drawn, and tells what was not run."""
 
+import doctest
 import re
 import shutil
 
 import pytest
 from PIL import Image
 
+from common import tables
 from common.cli import InputError
 from common.steps import write_json
 from eval import retrieval
@@ -20,8 +22,8 @@ from eval.report import (
     plot_training,
     read_ledger,
     read_manifests,
-    read_metrics,
 )
+from eval.retrieval import read_metrics
 
 LOGS = {
     "sts": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}],
@@ -29,13 +31,24 @@ LOGS = {
 }
 
 
+def stage(**changed):
+    row = {"stage": "sts", "steps": 2, "tokens": 1234, "training_seconds": 90.0, "device": "cpu"}
+    row |= {"device_seconds": 90.0, "peak_memory_bytes": 2**30, "peak_device_memory_bytes": 2**31}
+    return row | changed
+
+
+def report(results, output):
+    main([str(results), "--output_dir", str(output)])
+    return (output / "report.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
     """The tiny run, evaluated, with the trainer's logs."""
     run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("report") / "run")
     (run / "logs").mkdir()
-    for stage, log in LOGS.items():
-        write_json(run / "logs" / f"{stage}.json", log)
+    for name, log in LOGS.items():
+        write_json(run / "logs" / f"{name}.json", log)
     retrieval.main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
     return run
 
@@ -46,8 +59,10 @@ def metrics(run):
 
 
 def test_report_shows_every_system_step_and_picture(run, tmp_path, metrics):
-    main([str(run / "results"), "--output_dir", str(tmp_path / "report")])
-    page = (tmp_path / "report" / "report.md").read_text()
+    """Of a run that was moved as well; pictures carry the key of their results, by which the card knows them."""
+    moved = shutil.copytree(run, tmp_path / "elsewhere")
+    page = report(moved / "results", tmp_path / "report")
+    assert page.startswith("# Report on elsewhere\n")
     for row in metrics["systems"]:
         assert f"| {row['name']} | {row['nDCG@10']:.3f} |" in page
     for step in ("data: corpus", "data: candidates", "training: sts", "training: retrieval", "evaluation"):
@@ -55,25 +70,24 @@ def test_report_shows_every_system_step_and_picture(run, tmp_path, metrics):
     pictures = re.findall(r"!\[.*\]\((.*)\)", page)
     assert pictures == ["systems.png", "training.png"]
     for picture in pictures:
-        content = (tmp_path / "report" / picture).read_bytes()
-        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+        assert Image.open(tmp_path / "report" / picture).text[KEY] == metrics["key"]
     assert "max_seq_length: 64" in page  # the recipe
     assert "torch" in page.splitlines()[-1]  # the versions
+    assert "- MTEB and other collections: " in page and "- Other seeds: " in page
 
 
-def test_a_moved_run_is_still_reported(run, tmp_path):
-    moved = shutil.copytree(run, tmp_path / "elsewhere")
-    main([str(moved / "results"), "--output_dir", str(tmp_path / "report")])
-    assert "# Report on elsewhere" in (tmp_path / "report" / "report.md").read_text()
+def test_models_without_a_run_have_a_report(run, tmp_path, metrics):
+    flags = ["--model", str(run / "model"), "--data", str(run / "data"), "--output_dir", str(tmp_path / "out")]
+    retrieval.main(flags)
+    page = report(tmp_path / "out", tmp_path / "report")
+    assert f"| {run / 'model'} | {metrics['systems'][-2]['nDCG@10']:.3f} |" in page and "## Settings" not in page
 
 
 def test_bars_are_as_long_as_the_scores(metrics):
     [axis] = plot_systems(metrics).axes
-    shown = {
-        label.get_text(): bar.get_width() for label, bar in zip(axis.get_yticklabels(), axis.patches, strict=True)
-    }
-    assert shown == {row["name"]: row["nDCG@10"] for row in metrics["systems"]}
-    assert len(shown) == 6
+    bars = zip(axis.get_yticklabels(), axis.patches, strict=True)
+    shown = {label.get_text(): bar.get_width() for label, bar in bars}
+    assert shown == {row["name"]: row["nDCG@10"] for row in metrics["systems"]} and len(shown) == 7
 
 
 def test_curves_are_the_logged_points():
@@ -84,16 +98,15 @@ def test_curves_are_the_logged_points():
     assert not ndcg_sts.lines and [text.get_text() for text in ndcg_sts.texts] == ["not measured"]
 
 
-def test_costs_add_up(run, metrics):
-    ledger = {"stages": [{"stage": "sts", "steps": 2, "tokens": 1234, "training_seconds": 90.0, "device": "cpu"}]}
-    ledger["stages"][0] |= {"device_seconds": 90.0, "peak_memory_bytes": 2**30, "peak_device_memory_bytes": 2**31}
-    ledger["data"] = [{"data": "x", "step": "corpus", "seconds": 10.0, "peak_memory_bytes": 2**29}]
+def test_costs_add_up(metrics):
+    ledger = {"data": [{"data": "x", "step": "corpus", "seconds": 10.0, "peak_memory_bytes": 2**29}]}
+    ledger["stages"] = [stage()]
     manifests = {"corpus": {"seconds": 10.0, "peak_memory_bytes": 2**29, "counts": ["rows"], "rows": 1200}}
-    metrics = {**metrics, "systems": [{"seconds": 5.0}, {}], "peak_memory_bytes": 2**30}
+    metrics = {**metrics, "systems": [{"seconds": 5.0}, {"seconds": 0.0}], "peak_memory_bytes": 2**30}
     costs = format_costs(manifests, ledger, metrics).splitlines()
-    assert costs[2] == "| data: corpus | 10 | 0.50 GiB | rows 1,200 |"
-    assert costs[3] == "| training: sts | 90 | 1.00 GiB | 2 steps, 1,234 tokens on cpu |"
-    assert costs[-1] == "| **all** | **105** | | |"
+    assert costs[2] == "| data: corpus | rows 1,200 | 10 | 0.50 GiB |"
+    assert costs[3] == "| training: sts | 2 steps, 1,234 tokens on cpu | 90 | 1.00 GiB |"
+    assert costs[-1] == "| **all** | | **105** | |"
     assert format_ledger(ledger).splitlines()[2:] == [
         "| data: corpus | | | 10 | | 0.50 GiB | |",
         "| sts | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
@@ -106,30 +119,15 @@ def test_costs_add_up(run, metrics):
 
 
 def test_eight_devices_for_an_hour_are_eight_device_hours():
-    stage = {"stage": "retrieval", "steps": 98, "tokens": 10**8, "training_seconds": 3600.0, "device": "A100"}
-    stage |= {"device_seconds": 8 * 3600.0, "peak_memory_bytes": 2**30, "peak_device_memory_bytes": 2**36}
-    row = format_ledger({"data": [], "stages": [stage]}).splitlines()[2]
-    assert row == "| retrieval | 98 | 100,000,000 | 3,600 | 8 x A100 | 64.00 GiB | 8.00 |"
+    hour = stage(training_seconds=3600.0, device_seconds=8 * 3600.0, device="A100")
+    row = format_ledger({"data": [], "stages": [hour]}).splitlines()[2]
+    assert row == "| sts | 2 | 1,234 | 3,600 | 8 x A100 | 2.00 GiB | 8.00 |"
 
 
-def test_a_ledger_without_data_costs_is_read(tmp_path):
-    """train_st.py's first version wrote such; the report ended in a traceback."""
-    write_json(tmp_path / "ledger.json", {"stages": [], "total": {}})
-    assert format_ledger(read_ledger(tmp_path)).splitlines()[2:] == ["| **all** | | 0 | **0** | | | **0.00** |"]
-
-
-@pytest.mark.parametrize("content", [[], {}, {"stages": None}, {"stages": [{"stage": "sts"}]}, {"stages": [1]}])
-def test_what_is_no_ledger_is_one_line(tmp_path, content):
-    write_json(tmp_path / "ledger.json", content)
+def test_what_is_no_ledger_is_one_line(tmp_path):
+    write_json(tmp_path / "ledger.json", {"stages": [{"stage": "sts"}]})
     with pytest.raises(InputError, match=r"ledger.json: not a ledger of train_st.py; run the training command again"):
         read_ledger(tmp_path)
-
-
-def test_pictures_carry_the_key_of_their_results(run, tmp_path, metrics):
-    """What the card ships: a picture of results that were replaced since can be told."""
-    main([str(run / "results"), "--output_dir", str(tmp_path / "report")])
-    for name in ("systems.png", "training.png"):
-        assert Image.open(tmp_path / "report" / name).text[KEY] == metrics["key"]
 
 
 def test_what_was_not_run_is_said(run, metrics):
@@ -141,16 +139,13 @@ def test_what_was_not_run_is_said(run, metrics):
     assert "Data step mined: it was not made." in said and "Data step corpus" not in said
 
 
-def test_what_one_run_cannot_tell_is_said(run, tmp_path):
-    main([str(run / "results"), "--output_dir", str(tmp_path / "report")])
-    page = (tmp_path / "report" / "report.md").read_text()
-    assert "- MTEB and other collections: " in page and "- Other seeds: " in page
-
-
 def test_a_run_without_logs_has_a_report_without_curves(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "logs")
-    main([str(copy / "results"), "--output_dir", str(tmp_path / "report")])
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = report(copy / "results", tmp_path / "report")
     assert "training.png" not in page and not (tmp_path / "report" / "training.png").exists()
     assert "Training curve of stage sts: there is no log of it." in page
+
+
+def test_tables_by_example():
+    assert doctest.testmod(tables).attempted == 1 and doctest.testmod(tables).failed == 0

@@ -1,5 +1,6 @@
 """Scores over a held-out split: by hand, and against vectors and metrics computed another way."""
 
+import doctest
 import json
 import math
 import shutil
@@ -10,82 +11,117 @@ import pytest
 
 from common.cli import InputError
 from common.steps import read_parquet, write_json, write_parquet
+from dataset_builders import fusion
+from dataset_builders.fusion import convex_fusion
+from eval import retrieval, systems
+from eval.held_out import Queries, candidate_rankings, load_documents, load_queries
 from eval.retrieval import (
-    Queries,
     System,
-    candidate_rankings,
+    choose_weight,
     cosine_quantiles,
-    load_documents,
-    load_queries,
+    dequantised,
     main,
     missing_stages,
     model_row,
     ranking_scores,
     retriever_row,
-    run_systems,
     with_differences,
 )
+from eval.systems import run_systems
+from modeling.prompts import baked_prompts
 
 
-@pytest.fixture(scope="module")
-def metrics(tiny_run, tmp_path_factory):
-    output = tmp_path_factory.mktemp("out") / "results"
-    main(["--run", str(tiny_run), "--data", str(tiny_run / "data"), "--output_dir", str(output)])
+def evaluate(run, output, *flags):
+    main([*flags, "--data", str(run / "data"), "--output_dir", str(output)])
     return json.loads((output / "metrics.json").read_text())
 
 
-def test_rows_are_in_the_order_in_which_systems_came_to_be(metrics):
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """The tiny run, whose final model carries a 2-shot prompt."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("retrieval") / "run")
+    prompts = baked_prompts("Given a question, retrieve its answer", [("open", "open a file"), ("close", "list")])
+    for name in ("retrieval", "model"):
+        path = run / name / "config_sentence_transformers.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": prompts}))
+    return run
+
+
+@pytest.fixture(scope="module")
+def metrics(run):
+    return evaluate(run, run / "results", "--run", str(run))
+
+
+@pytest.fixture(scope="module")
+def rows(metrics):
+    return {row["name"]: row for row in metrics["systems"]}
+
+
+@pytest.fixture(scope="module")
+def held_out(run):
+    documents = load_documents(run / "data")
+    return documents, load_queries(run / "data", "test", set(documents.ids))
+
+
+def sentence_transformers_scores(model, held_out, **options):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    documents, queries = held_out
+    return InformationRetrievalEvaluator(
+        dict(zip(queries.ids, queries.texts, strict=True)),
+        dict(zip(documents.ids, documents.texts, strict=True)),
+        {query_id: set(grades) for query_id, grades in queries.qrels.items()},
+        write_csv=False,
+        **options,
+    )(SentenceTransformer(str(model)))
+
+
+def test_doctests():
+    assert sum(doctest.testmod(module).attempted for module in (fusion,)) == 2
+    assert doctest.testmod(fusion).failed == 0
+
+
+def test_rows_are_in_the_order_in_which_systems_came_to_be(metrics, rows):
     """The last stage's files are the final model's: one row, not two."""
-    names = [row["name"] for row in metrics["systems"]]
-    assert names == ["BM25", "dense teacher", "RRF", "untrained", "after sts", "after retrieval (final)"]
+    final = "after retrieval (final)"
+    models = ["untrained", "after sts", final, f"{final}, 2-shot"]
+    assert list(rows) == ["BM25", "dense teacher", "RRF", *models, f"BM25 + {final}"]
+    assert [row["kind"] for row in metrics["systems"][-2:]] == ["model", "fusion"]
     assert metrics["counts"] == {"documents": 6, "queries": 3, "relevant": 3}
     assert metrics["not_evaluated"] == []
 
 
-def test_retriever_rows_by_hand(metrics):
+def test_retriever_rows_by_hand(rows):
     """d0 first for q0, d4 second for q1, nothing for q2, which has to count 0."""
-    rows = {row["name"]: row for row in metrics["systems"]}
     second = 1 / math.log2(3)
     assert rows["BM25"]["nDCG@10"] == pytest.approx((1 + second) / 3, abs=1e-4)
     assert rows["BM25"]["RR"] == pytest.approx((1 + 1 / 2) / 3, abs=1e-4)
     assert rows["BM25"]["R@100"] == pytest.approx(2 / 3, abs=1e-4)
     assert rows["dense teacher"]["nDCG@10"] == pytest.approx((second + 1) / 3, abs=1e-4)
-    assert rows["BM25"].get("difference") is None
+    assert rows["BM25"]["difference"] is None
     assert rows["dense teacher"]["difference"]["mean"] == pytest.approx(0, abs=1e-4)
 
 
-def test_model_rows_are_those_of_sentence_transformers_own_evaluator(metrics, tiny_run):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-
-    documents = load_documents(tiny_run / "data")
-    queries = load_queries(tiny_run / "data", "test", set(documents.ids))
-    model = SentenceTransformer(str(tiny_run / "model"))
-    scores = InformationRetrievalEvaluator(
-        dict(zip(queries.ids, queries.texts, strict=True)),
-        dict(zip(documents.ids, documents.texts, strict=True)),
-        {query_id: set(grades) for query_id, grades in queries.qrels.items()},
-        query_prompt_name="query",
-        write_csv=False,
-    )(model)
-    [final] = [row for row in metrics["systems"] if row["name"] == "after retrieval (final)"]
-    assert 0 < final["nDCG@10"] < 1
-    assert final["nDCG@10"] == pytest.approx(scores["cosine_ndcg@10"], abs=1e-4)
-    assert final["RR"] == pytest.approx(scores["cosine_mrr@10"], abs=1e-4)
+@pytest.mark.parametrize(("shots", "suffix"), [("", ""), ("-2-shot", ", 2-shot")])
+def test_model_rows_are_those_of_sentence_transformers_own_evaluator(rows, run, held_out, shots, suffix):
+    scores = sentence_transformers_scores(run / "model", held_out, query_prompt_name=f"query{shots}")
+    row = rows[f"after retrieval (final){suffix}"]
+    assert 0 < row["nDCG@10"] < 1 and row["shots"] == (2 if shots else 0)
+    assert row["nDCG@10"] == pytest.approx(scores["cosine_ndcg@10"], abs=1e-4)
+    assert row["RR"] == pytest.approx(scores["cosine_mrr@10"], abs=1e-4)
 
 
-def test_cosines_are_those_of_relevant_documents_and_of_others(metrics, tiny_run):
+def test_cosines_are_those_of_relevant_documents_and_of_others(rows, run, held_out):
     """Against sentence-transformers' whole similarity matrix; all 6 documents are among the first 10."""
     from sentence_transformers import SentenceTransformer
 
-    documents = load_documents(tiny_run / "data")
-    queries = load_queries(tiny_run / "data", "test", set(documents.ids))
-    model = SentenceTransformer(str(tiny_run / "model"))
+    documents, queries = held_out
+    model = SentenceTransformer(str(run / "model"))
     matrix = model.similarity(model.encode_query(queries.texts), model.encode_document(documents.texts)).numpy()
     relevant = np.array([[id in queries.qrels[query] for id in documents.ids] for query in queries.ids])
-    assert relevant.sum() == 3
-    found = metrics["systems"][-1]["cosines"]
-    assert found["quantiles"] == [5, 25, 50, 75, 95]
+    found = rows["after retrieval (final)"]["cosines"]
+    assert relevant.sum() == 3 and found["quantiles"] == [5, 25, 50, 75, 95]
     np.testing.assert_allclose(found["relevant"], np.percentile(matrix[relevant], found["quantiles"]), atol=1e-3)
     np.testing.assert_allclose(found["others"], np.percentile(matrix[~relevant], found["quantiles"]), atol=1e-3)
 
@@ -98,35 +134,99 @@ def test_cosines_by_hand():
     assert found == {"relevant": pytest.approx([0.1, 0.5, 1, 1, 1]), "others": None}
 
 
-def test_a_model_with_a_few_shot_prompt_has_a_row_for_it(tiny_run, tmp_path):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+# --- fused with BM25 ------------------------------------------------------------------------------------------------
 
-    from modeling.prompts import baked_prompts
 
+def test_the_weight_is_the_best_one_on_its_queries():
+    """BM25 alone is right about q0, the model alone about q1; both with at least half the weight."""
+    queries = Queries("validation", ["q0", "q1"], ["", ""], {"q0": {"a": 1}, "q1": {"b": 1}})
+    sparse = {"q0": {"a": 3.0, "b": 1.0}, "q1": {"c": 2.0, "b": 1.9, "a": 1.0}}
+    dense = {"q0": {"b": 0.9, "a": 0.5}, "q1": {"b": 0.9, "c": 0.2}}
+    weight = choose_weight(queries, sparse, dense)
+    assert 0.5 <= weight < 0.91
+    for query, best in (("q0", "a"), ("q1", "b")):
+        assert convex_fusion(sparse[query], dense[query], weight)[0][0] == best
+    assert convex_fusion(sparse["q0"], dense["q0"], 0.3)[0][0] == "b"
+    assert convex_fusion({}, {"x": 0.4}, 0.7) == [("x", pytest.approx(0.3))]
+
+
+def test_weights_are_chosen_on_validation_and_told(tiny_run, tmp_path, rows, metrics):
+    """The tiny run holds back test queries alone: half and half. With a validation split, what is best there."""
+    fused = rows["BM25 + after retrieval (final)"]
+    assert fused["weight"] == 0.5 and "weight of BM25 0.50, not chosen" in metrics["notes"][0]
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    prompts = baked_prompts("Given a question, retrieve its answer", [("open", "open a file"), ("close", "list")])
-    for name in ("retrieval", "model"):
-        path = run / name / "config_sentence_transformers.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": prompts}))
-    main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
-    *_, final, few_shot = json.loads((run / "results" / "metrics.json").read_text())["systems"]
-    assert (final["name"], final["shots"]) == ("after retrieval (final)", 0)
-    assert (few_shot["name"], few_shot["shots"]) == ("after retrieval (final), 2-shot", 2)
-    assert few_shot["cosines"] != final["cosines"]
-    documents = load_documents(run / "data")
-    queries = load_queries(run / "data", "test", set(documents.ids))
-    scores = InformationRetrievalEvaluator(
-        dict(zip(queries.ids, queries.texts, strict=True)),
-        dict(zip(documents.ids, documents.texts, strict=True)),
-        {query_id: set(grades) for query_id, grades in queries.qrels.items()},
-        query_prompt_name="query-2-shot",
-        write_csv=False,
-    )(SentenceTransformer(str(run / "model")))
-    assert few_shot["nDCG@10"] == pytest.approx(scores["cosine_ndcg@10"], abs=1e-4)
+    for name in ("queries", "qrels"):
+        path = run / "data" / "corpus" / f"{name}.parquet"
+        table = read_parquet(path)
+        place = table.column_names.index("split")
+        splits = pa.array(["validation" if id == "q1" else "test" for id in table["query_id"].to_pylist()])
+        write_parquet(path, table.set_column(place, "split", splits))
+    found = evaluate(run, tmp_path / "out", "--run", str(run))
+    assert "chosen on 1 validation queries" in found["notes"][0] and found["counts"]["queries"] == 3
+    best = evaluate(run, tmp_path / "out2", "--run", str(run), "--split", "validation")
+    assert best["systems"][-1]["weight"] == found["systems"][-1]["weight"]
 
 
-def test_evaluating_again_embeds_nothing(tiny_run, tmp_path, metrics, monkeypatch):
+# --- any model, no run ----------------------------------------------------------------------------------------------
+
+
+def test_any_models_are_compared_without_a_run(run, tiny_decoder, tmp_path, held_out, capsys):
+    """A bare decoder is evaluated with last-token pooling; vectors also cut and quantised."""
+    decoder = shutil.copytree(tiny_decoder, tmp_path / "decoder")
+    config = json.loads((decoder / "config.json").read_text()) | {"max_position_embeddings": 512}
+    (decoder / "config.json").write_text(json.dumps(config))
+    names = [str(run / "model"), str(decoder)]
+    found = evaluate(run, tmp_path / "out", "--model", *names, "--truncate_dim", "8", "--precision", "int8", "binary")
+    fused = [f"BM25 + {name}" for name in names]
+    cut = [f"{name}, {how}" for name in names for how in ("8 dimensions", "int8", "binary")]
+    assert [row["name"] for row in found["systems"]] == ["BM25", "dense teacher", "RRF", *names, *cut, *fused]
+    assert found["run"] is None and all(row["difference"] for row in found["systems"][1:])
+    scores = {row["name"]: row["nDCG@10"] for row in found["systems"]}
+    truncated = sentence_transformers_scores(run / "model", held_out, query_prompt_name="query", truncate_dim=8)
+    assert scores[f"{names[0]}, 8 dimensions"] == pytest.approx(truncated["cosine_ndcg@10"], abs=1e-4)
+    assert f"| {names[0]} | {scores[names[0]]:.3f} |" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"--truncate_dim 99: .* has fewer"):
+        evaluate(run, tmp_path / "out", "--model", names[0], "--truncate_dim", "99")
+
+
+def test_quantised_vectors_stay_near():
+    vectors = np.random.default_rng(0).normal(size=(50, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = {kind: (dequantised(vectors, kind) * vectors).sum(axis=1).min() for kind in ("int8", "binary")}
+    assert cosines["int8"] > 0.999 and 0.6 < cosines["binary"] < 0.95
+
+
+def test_a_published_embedder_starts_as_it_is_and_a_decoder_with_demonstrations(run, tiny_decoder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    rows = pa.table({"query": ["open", "sort", "parse"], "positive": ["open a file", "sort a list", "parse a date"]})
+    data = shutil.copytree(run / "data", tmp_path / "data")
+    (data / "mined").mkdir()
+    write_parquet(data / "mined" / "mined.parquet", rows)
+    stage = {"name": "retrieval", "instruction": "retrieve its answer", "max_seq_length": 128, "min_text_tokens": 8}
+
+    def untrained(model, output):
+        recipe = {"model_name_or_path": str(model), "stages": [stage]}
+        return systems.untrained_systems(run, recipe, data, tmp_path / output)
+
+    zero, one, two, mean = untrained(tiny_decoder, "decoder")
+    assert [system.name for system in (zero, one, two, mean)] == [
+        "untrained",
+        "untrained, 1-shot",
+        "untrained, 2-shot",
+        "untrained, mean pooling",
+    ]
+    assert one.model == two.model == zero.model and two.query_prompt.count("Response: ") == 2
+    bare, averaged = (SentenceTransformer(system.model) for system in (zero, mean))
+    assert bare.prompts["query"] == "Instruct: retrieve its answer\nQuery: "
+    assert (bare[1].pooling_mode, averaged[1].pooling_mode) == ("lasttoken", "mean")
+    assert untrained(run / "model", "published") == [System("untrained", str(run / "model"))]
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluating_again_embeds_nothing(run, tmp_path, metrics, monkeypatch, held_out):
     """A killed evaluation goes on where it stopped: vectors are found by what they were made from."""
     import sentence_transformers
 
@@ -134,98 +234,69 @@ def test_evaluating_again_embeds_nothing(tiny_run, tmp_path, metrics, monkeypatc
         raise AssertionError("a model was loaded although its vectors are there")
 
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", refuse)
-    moved = tmp_path / "moved"  # paths are no part of the key
-    shutil.copytree(tiny_run, moved)
-    documents = load_documents(moved / "data")
-    queries = load_queries(moved / "data", "test", set(documents.ids))
-    again = model_row(System("final model", moved / "model"), moved / "data", documents, queries)
-    assert again["nDCG@10"] == metrics["systems"][-1]["nDCG@10"]
+    moved = shutil.copytree(run, tmp_path / "moved")
+    again = model_row(System("final", str(moved / "model")), moved / "data" / "embeddings", *held_out)
+    assert again["nDCG@10"] == next(row for row in metrics["systems"] if "(final)" in row["name"])["nDCG@10"]
 
 
-def test_a_finished_evaluation_is_kept(tiny_run, tmp_path, capsys):
-    run, output = shutil.copytree(tiny_run, tmp_path / "run"), tmp_path / "out"
-    argv = ["--run", str(run), "--data", str(run / "data"), "--output_dir", str(output)]
-    main(argv)
-    before, shown = (output / "metrics.json").read_bytes(), capsys.readouterr().out
-    main(argv)
-    assert ((output / "metrics.json").read_bytes(), capsys.readouterr().out) == (before, shown)
-    path = run / "data" / "corpus" / "qrels.parquet"
-    write_parquet(path, read_parquet(path).slice(1))
-    main(argv)
-    assert json.loads((output / "metrics.json").read_bytes())["counts"]["queries"] == 2
+def test_a_finished_evaluation_is_kept_until_a_file_changes(run, metrics, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = copy / "results" / "metrics.json"
+    before = path.read_bytes()
+    main(["--run", str(copy), "--data", str(copy / "data"), "--output_dir", str(copy / "results")])
+    assert path.read_bytes() == before and "| BM25 | 0.544 |" in capsys.readouterr().out
+    judgements = copy / "data" / "corpus" / "qrels.parquet"
+    write_parquet(judgements, read_parquet(judgements).slice(1))
+    assert evaluate(copy, copy / "results", "--run", str(copy))["counts"]["queries"] == 2
 
 
-def test_changed_weights_are_embedded_anew(tiny_run, tmp_path, metrics):
+def test_changed_weights_are_embedded_anew(run, tmp_path, metrics, held_out):
     import torch
     from safetensors.torch import load_file, save_file
 
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    before = len(list((run / "data" / "embeddings").iterdir()))
-    weights = load_file(run / "model" / "model.safetensors")
+    copy = shutil.copytree(run, tmp_path / "run")
+    cache = copy / "data" / "embeddings"
+    before = len(list(cache.iterdir()))
     torch.manual_seed(1)
-    save_file(
-        {name: torch.randn_like(weight) for name, weight in weights.items()},
-        run / "model" / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    documents = load_documents(run / "data")
-    queries = load_queries(run / "data", "test", set(documents.ids))
-    model_row(System("final model", run / "model"), run / "data", documents, queries)
-    assert len(list((run / "data" / "embeddings").iterdir())) == before + 2  # queries and documents
-    assert [system.name for system in run_systems(run, tmp_path)] == [
-        "untrained",
-        "after sts",
-        "after retrieval",
-        "final model",
-    ]
+    path = copy / "model" / "model.safetensors"
+    weights = {name: torch.randn_like(weight) for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    model_row(System("final model", str(copy / "model")), cache, *held_out)
+    assert len(list(cache.iterdir())) == before + 2  # queries and documents
+    names = [system.name for system in run_systems(copy, copy / "data", tmp_path)]
+    assert names == ["untrained", "after sts", "after retrieval", "final model", "final model, 2-shot"]
 
 
-def test_untrained_row_is_the_encoder_before_training(tiny_run, tmp_path):
-    from sentence_transformers import SentenceTransformer
-
-    from modeling.encoder import build_encoder
-    from modeling.prompts import baked_prompts
-
-    saved = SentenceTransformer(str(run_systems(tiny_run, tmp_path)[0].folder))
-    built = build_encoder(
-        tiny_run / "student", max_seq_length=64, prompts=baked_prompts("Given a question, retrieve its answer")
-    )
-    assert saved.prompts == built.prompts
-    np.testing.assert_allclose(saved.encode_query(["sort a list"]), built.encode_query(["sort a list"]), atol=1e-6)
+# --- what is told ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("top_k", "known"), [(3, {"nDCG@10": False, "R@100": False}), (200, {"R@100": True})])
-def test_a_cut_candidates_file_gives_no_recall(tiny_run, tmp_path, top_k, known):
+def test_a_cut_candidates_file_gives_no_recall(tiny_run, tmp_path, top_k, known, held_out):
     """Documents that BM25 found and fusion cut off would silently lower BM25's recall."""
-    data = tmp_path / "data"
-    shutil.copytree(tiny_run / "data", data)
+    data = shutil.copytree(tiny_run / "data", tmp_path / "data")
     path = data / "candidates" / "candidates.parquet"
     lost_second = [
-        {"query_id": "q2", "document_id": "d2", "bm25_rank": None, "dense_rank": 3, "rrf_rank": 2},
-        {"query_id": "q2", "document_id": "d5", "bm25_rank": None, "dense_rank": 4, "rrf_rank": 3},
+        {"query_id": "q2", "document_id": "d2", "dense_rank": 3, "dense_score": 0.3, "rrf_rank": 2, "rrf_score": 0.5},
+        {"query_id": "q2", "document_id": "d5", "dense_rank": 4, "dense_score": 0.2, "rrf_rank": 3, "rrf_score": 0.3},
     ]
     table = read_parquet(path)
     write_parquet(path, pa.concat_tables([table, pa.Table.from_pylist(lost_second, table.schema)]))
     write_json(data / "candidates" / "manifest.json", {"inputs": {"fusion": {"top_k": top_k}}})
-    queries = load_queries(data, "test", {f"d{number}" for number in range(6)})
-    row = retriever_row(
-        "dense teacher", queries, *candidate_rankings(data, queries, set(load_documents(data).ids))["dense teacher"]
-    )
+    documents, queries = held_out
+    ranking = candidate_rankings(data, queries, set(documents.ids))["dense teacher"]
+    row = retriever_row("dense teacher", queries, *ranking)
     assert {measure: row[measure] is not None for measure in known} == known
 
 
 def test_candidates_of_other_documents_are_refused(tiny_run, tmp_path):
     """A build that was killed between its steps has them. BM25 would find nothing and be easy to beat."""
-    data = tmp_path / "data"
-    shutil.copytree(tiny_run / "data", data)
-    path = data / "candidates" / "candidates.parquet"
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = run / "data" / "candidates" / "candidates.parquet"
     table = read_parquet(path)
     names = [f"old-{name}" for name in table["document_id"].to_pylist()]
     write_parquet(path, table.set_column(table.column_names.index("document_id"), "document_id", [names]))
-    flags = ["--run", str(tiny_run), "--data", str(data), "--output_dir", str(tmp_path / "results")]
     with pytest.raises(InputError, match=r"'old-d0' is not in documents\.arrow; build the data again"):
-        main(flags)
+        evaluate(run, tmp_path / "results", "--run", str(run))
     assert not (tmp_path / "results").exists()
 
 
@@ -233,44 +304,29 @@ def test_intervals_hold_the_mean_and_are_paired():
     """A system that is better by the same amount on every query differs by exactly that, however queries vary."""
     generator = np.random.default_rng(0)
     baseline = generator.uniform(0, 0.5, 50)
-    rows = [
-        {"name": "BM25", "per_query": baseline.tolist()},
-        {"name": "better", "per_query": (baseline + 0.25).tolist()},
-        {"name": "noisy", "per_query": generator.uniform(0, 1, 50).tolist()},
-    ]
-    found = {row["name"]: row.get("difference") for row in with_differences(rows)}
-    assert found["BM25"] is None
+    scores = {"BM25": baseline, "better": baseline + 0.25, "noisy": generator.uniform(0, 1, 50)}
+    finished = with_differences([{"name": name, "per_query": values.tolist()} for name, values in scores.items()])
+    found = {row["name"]: row.get("difference") for row in finished}
+    assert found["BM25"] is None and all("per_query" not in row for row in finished)
     assert found["better"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
     assert found["noisy"]["low"] < found["noisy"]["mean"] < found["noisy"]["high"]
-    assert all("per_query" not in row for row in with_differences(rows))
 
 
 def test_graded_relevance_counts():
     queries = Queries("test", ["q"], ["?"], {"q": {"a": 2, "b": 1, "c": 0}})
-    best = ranking_scores(queries, {"q": ["a", "b", "c"]})
-    swapped = ranking_scores(queries, {"q": ["b", "a", "c"]})
-    assert (
-        best["nDCG@10"]
-        == 1
-        > swapped["nDCG@10"]
-        == pytest.approx((1 + 2 / math.log2(3)) / (2 + 1 / math.log2(3)), abs=1e-4)
-    )
+    best, swapped = (ranking_scores(queries, {"q": ranking})["nDCG@10"] for ranking in (["a", "b", "c"], ["b", "a"]))
+    assert best == 1 > swapped == pytest.approx((1 + 2 / math.log2(3)) / (2 + 1 / math.log2(3)), abs=1e-4)
 
 
-def test_a_query_without_relevant_documents_is_not_asked(tiny_run, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(tiny_run / "data", data)
-    qrels = read_parquet(data / "corpus" / "qrels.parquet")
-    write_parquet(data / "corpus" / "qrels.parquet", qrels.slice(1))
-    queries = load_queries(data, "test", {f"d{number}" for number in range(6)})
-    assert queries.ids == ["q1", "q2"]
-
-
-def test_a_run_without_a_stage_says_so(tiny_run, tmp_path):
-    shutil.copytree(tiny_run, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "sts")
-    assert missing_stages(tmp_path / "run") == ["sts"]
-    assert "after sts" not in [system.name for system in run_systems(tmp_path / "run", tmp_path / "out")]
-    shutil.rmtree(tmp_path / "run" / "model")
+def test_a_run_without_a_stage_says_so(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "sts")
+    assert missing_stages(copy) == ["sts"]
+    assert "after sts" not in [system.name for system in run_systems(copy, copy / "data", tmp_path / "out")]
+    shutil.rmtree(copy / "model")
     with pytest.raises(InputError, match="finish the training"):
-        run_systems(tmp_path / "run", tmp_path / "out")
+        run_systems(copy, copy / "data", tmp_path / "out")
+
+
+def test_metrics_are_read_as_they_were_written(run, metrics):
+    assert retrieval.read_metrics(run / "results") == metrics

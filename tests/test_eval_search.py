@@ -1,12 +1,14 @@
-"""Search: the right documents in the right order, embedded once, and never from a stale cache."""
+"""Search: the right documents in the right order, embedded once, never from a stale cache, and fused with BM25."""
 
 import shutil
 
 import pytest
 
+from common.cli import InputError
 from common.steps import read_arrow, write_arrow
-from eval.retrieval import load_documents
-from eval.search import Hit, format_hits, main, search
+from dataset_builders.fusion import convex_fusion
+from eval.held_out import load_documents
+from eval.search import Result, format_results, main, search, search_bm25
 
 
 @pytest.fixture
@@ -19,7 +21,8 @@ def cached(data):
     return sorted(path.name for path in (data / "embeddings").iterdir())
 
 
-def test_hits_are_those_of_sentence_transformers(tiny_encoder, data):
+def test_results_are_those_of_sentence_transformers(tiny_encoder, data):
+    """All of them where fewer documents than asked for are there."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import semantic_search
 
@@ -28,41 +31,56 @@ def test_hits_are_those_of_sentence_transformers(tiny_encoder, data):
     [expected] = semantic_search(
         model.encode_query(["how do i parse a date"], convert_to_tensor=True),
         model.encode_document(documents.texts, convert_to_tensor=True),
-        top_k=3,
+        top_k=50,
     )
-    hits = search(str(tiny_encoder), "how do i parse a date", documents, data / "embeddings", top_k=3)
-    assert [hit.document_id for hit in hits] == [documents.ids[hit["corpus_id"]] for hit in expected]
-    assert [hit.score for hit in hits] == pytest.approx([hit["score"] for hit in expected], abs=1e-5)
+    found = search(str(tiny_encoder), "how do i parse a date", documents, data / "embeddings", top_k=50)
+    assert len(found) == 6
+    assert [result.document_id for result in found] == [documents.ids[hit["corpus_id"]] for hit in expected]
+    assert [result.score for result in found] == pytest.approx([hit["score"] for hit in expected], abs=1e-5)
 
 
 def test_documents_are_embedded_once(tiny_encoder, data, capsys):
-    main(["--model", str(tiny_encoder), "--data", str(data), "how do i parse a date"])
-    first, shown = cached(data), capsys.readouterr().out
-    assert len(first) == 1
-    assert [line[:3] for line in shown.splitlines() if not line.startswith("   ")] == [f"{n}. " for n in range(1, 6)]
-    main(["--model", str(tiny_encoder), "--data", str(data), "how do i parse a date"])
-    assert (cached(data), capsys.readouterr().out) == (first, shown)
+    for shown in range(2):
+        main(["--model", str(tiny_encoder), "--data", str(data), "how do i parse a date"])
+        lines = [line[:3] for line in capsys.readouterr().out.splitlines() if not line.startswith("   ")]
+        assert lines == [f"{rank}. " for rank in range(1, 6)] and len(cached(data)) == 1, shown
 
 
 def test_other_documents_are_embedded_anew(tiny_encoder, data):
-    path = data / "corpus" / "documents.arrow"
     before = search(str(tiny_encoder), "sort", load_documents(data), data / "embeddings", top_k=6)
+    path = data / "corpus" / "documents.arrow"
     table = read_arrow(path)
-    texts = table["text"].to_pylist()[::-1]
-    table = table.set_column(1, "text", [texts])
-    write_arrow(path, table.to_batches(), table.schema)
+    turned = table.set_column(1, "text", [table["text"].to_pylist()[::-1]])
+    write_arrow(path, turned.to_batches(), table.schema)
     after = search(str(tiny_encoder), "sort", load_documents(data), data / "embeddings", top_k=6)
     assert len(cached(data)) == 2
-    assert {hit.text: round(hit.score, 5) for hit in after} == {hit.text: round(hit.score, 5) for hit in before}
-    assert [hit.document_id for hit in after] != [hit.document_id for hit in before]
+    assert {result.text: round(result.score, 5) for result in after} == {
+        result.text: round(result.score, 5) for result in before
+    }
+    assert [result.document_id for result in after] != [result.document_id for result in before]
 
 
-def test_more_documents_than_there_are(tiny_encoder, data):
-    assert len(search(str(tiny_encoder), "sort", load_documents(data), data / "embeddings", top_k=50)) == 6
+def test_a_hybrid_search_is_the_convex_sum_of_both(tiny_encoder, data):
+    documents = load_documents(data)
+    ask = "sort a list"
+    dense = search(str(tiny_encoder), ask, documents, data / "embeddings", top_k=6)
+    bm25 = search_bm25(ask, documents.texts, 6)
+    assert documents.texts[max(bm25, key=bm25.get)] == ask and 0 < len(bm25) < 6
+    places = {document_id: place for place, document_id in enumerate(documents.ids)}
+    for weight in (0.0, 0.4, 1.0):
+        found = search(str(tiny_encoder), ask, documents, data / "embeddings", 3, hybrid=weight)
+        cosines = {places[result.document_id]: result.score for result in dense}
+        expected = convex_fusion(bm25, cosines, weight, 3)
+        assert [places[result.document_id] for result in found] == [place for place, _ in expected]
+        assert [result.score for result in found] == pytest.approx([score for _, score in expected])
+    assert found[0].text == ask
+    with pytest.raises(InputError, match=r"--hybrid 1\.5: use a weight from 0 to 1"):
+        main(["--model", "m", "--data", "d", "--hybrid", "1.5", ask])
 
 
-def test_format_shows_rank_score_id_and_the_beginning_of_the_text():
-    shown = format_hits([Hit(0.5, "a.b", "word " * 200), Hit(-0.25, "c", "line one\n\n  line two")]).splitlines()
-    assert shown[0] == "1. 0.500  a.b"
-    assert shown[-2:] == ["2. -0.250  c", "   line one line two"]
-    assert max(map(len, shown)) <= 110 and "..." in "".join(shown)
+def test_rank_score_id_and_the_beginning_of_the_text_are_shown():
+    shown = format_results([Result(0.5, "a.b", "word " * 200), Result(-0.25, "c", "line one\n\n  line two")])
+    lines = shown.splitlines()
+    assert lines[0] == "1. 0.500  a.b"
+    assert lines[-2:] == ["2. -0.250  c", "   line one line two"]
+    assert max(map(len, lines)) <= 110 and "..." in shown

@@ -21,7 +21,8 @@ from dataset_builders.hits import merge_keys, positions_and_scores, sort_keys
 from dataset_builders.near_duplicates import band_keys, text_keys
 from dataset_builders.schema import LABEL_FLOOR
 from dataset_builders.scores import calibrate
-from eval.retrieval import Queries, ranking_scores
+from eval.held_out import Queries
+from eval.retrieval import ranking_scores
 from modeling.merging import linear, merge_weights, slerp
 from modeling.objectives import OBJECTIVES, info_nce, soft_targets
 from modeling.prompts import few_shot_prompt, instruction_prompt
