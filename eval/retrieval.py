@@ -63,7 +63,7 @@ class SystemScores(BaseModel):
     model: str | None = None
     seconds: float = 0.0  # 0 for vectors that were ready
     shots: int = 0
-    cosines: dict[str, list[float] | None] | None = None
+    cosines: dict[str, list[int | float] | None] | None = None
     weight: float | None = None  # of BM25 in a fused row
 
 
