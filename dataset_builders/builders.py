@@ -1,7 +1,7 @@
-"""corpus/, scores/, mined/, sts/ -> hub/: what is published, as Parquet with a README that `load_dataset` reads alone.
+"""A finished build -> hub/: what is published, as Parquet with a README that `load_dataset` reads alone.
 
-`datasets` no longer runs loading scripts, so the builder runs here, on the publisher's side. It runs on what was
-published, too: the graded candidates make other training sets without the teacher.
+`datasets` no longer runs loading scripts, so the builder runs on the publisher's side. It runs on what was published,
+too: the graded candidates make other training sets without the teacher.
 
     from dataset_builders.builders import GradedDataset
 
@@ -20,33 +20,36 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 from pydantic import ValidationError
 
 from common.cli import InputError
-from common.steps import (
-    MANIFEST,
-    file_sha256,
-    fingerprint,
-    read_arrow,
-    read_manifest,
-    read_parquet,
-    row_groups,
-)
+from common.steps import MANIFEST, file_sha256, fingerprint, read_arrow, read_manifest, read_parquet, row_groups
 from dataset_builders.card import Config, render_card
 from dataset_builders.mine import Graded, Mining, Tally, mine, read_graded
-from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES, STS, train_schema
+from dataset_builders.schema import (
+    CLASSES,
+    DOCUMENTS,
+    GROUPS,
+    POSITIVES,
+    QRELS,
+    QUERIES,
+    SCORES,
+    STS,
+    train_schema,
+)
 
 TEXT_ROWS = 1024  # documents in a row group: what a streaming reader holds at a time
 README = "README.md"
 
-# Where a build has what is published under a name, and the columns it is published with.
+# Config -> the file of a build that holds it, and the columns that are published.
 TABLES = {
     "train": ("mined/mined.parquet", None),  # as many negative_ columns as were mined
+    "positives": ("mined/positives.parquet", POSITIVES),
     "candidates": ("scores/scores.parquet", SCORES),
     "documents": ("corpus/documents.arrow", pa.schema([*DOCUMENTS, GROUPS.field("group")])),
     "queries": ("corpus/queries.parquet", QUERIES),
@@ -75,9 +78,6 @@ class GradedConfig(datasets.BuilderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.mining = self._mining()
-
-    def _mining(self) -> Mining | None:
         given = {name: getattr(self, name) for name in Mining.model_fields if getattr(self, name) is not None}
         short = _MINED.fullmatch(self.name)
         if not short and self.name not in TABLES:
@@ -89,7 +89,7 @@ class GradedConfig(datasets.BuilderConfig):
             if "margin" in given:
                 given["margin"] = round(float(given["margin"]) / 100, 12)  # 0.977, not 0.9770000000000001
         try:
-            return Mining(**given) if given else None
+            self.mining = Mining(**given) if given else None
         except ValidationError as error:
             problem = error.errors()[0]
             raise InputError(f"config {self.name!r}: {problem['loc'][0]}: {problem['msg']}") from None
@@ -103,9 +103,9 @@ class GradedDataset(datasets.ArrowBasedBuilder):
     DEFAULT_WRITER_BATCH_SIZE = 2**26
 
     def __init__(self, *, data_dir: str, **keywords: Any) -> None:
-        folder = Path(data_dir).expanduser()
+        self._folder = Path(data_dir).expanduser()
         # `datasets` caches what a builder made under its arguments: the path stays when the data behind it change
-        super().__init__(data_dir=str(folder), hash=_content_key(folder), **keywords)
+        super().__init__(data_dir=data_dir, hash=_content_key(self._folder), **keywords)
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(self._schema()))
@@ -118,16 +118,11 @@ class GradedDataset(datasets.ArrowBasedBuilder):
             return train_schema(sum(name.startswith("negative_") and name != "negative_ids" for name in columns))
         return TABLES[self.config.name][1]
 
-    @property
-    def _folder(self) -> Path:
-        return Path(self.config.data_dir)
-
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator(datasets.Split.TRAIN)]
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
-        tables = self._mined() if self.config.mining else self._stored()
-        for number, table in enumerate(tables):
+        for number, table in enumerate(self._mined() if self.config.mining else self._stored()):
             yield number, table.select(list(self.info.features))
 
     def _mined(self) -> Iterator[pa.Table]:
@@ -138,7 +133,7 @@ class GradedDataset(datasets.ArrowBasedBuilder):
             yield from _with_groups(path) if path.suffix == ".arrow" else row_groups(path, list(self.info.features))
 
     def download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
-        """As in `datasets`, which wraps whatever goes wrong: bad input and a full disk are told as everywhere here."""
+        """As in `datasets`, which wraps all errors; bad input and a full disk are reported as in every command."""
         try:
             super().download_and_prepare(*arguments, **keywords)
         except DatasetGenerationError as error:
@@ -147,13 +142,9 @@ class GradedDataset(datasets.ArrowBasedBuilder):
             raise
 
 
-def is_build(folder: Path) -> bool:
-    return any((folder / step / MANIFEST).is_file() for step in STEPS)
-
-
 def find_files(folder: Path, name: str) -> list[Path]:
-    """The files of a config in the folder of a build, or in a published one. Raises InputError when one is missing."""
-    files = _built_files(folder) if is_build(folder) else _published_files(folder)
+    """The files of a config, in the folder of a build or in a published one. Raises InputError when one is missing."""
+    files = _files_by_config(folder)
     if name not in files:
         raise InputError(f"{folder}: no config {name!r}; it has {', '.join(files) or 'none'}")
     for path in files[name]:
@@ -162,12 +153,14 @@ def find_files(folder: Path, name: str) -> list[Path]:
     return files[name]
 
 
-def _built_files(folder: Path) -> dict[str, list[Path]]:
-    return {name: [folder / file] for name, (file, _) in TABLES.items() if (folder / file).is_file()}
+def _is_build(folder: Path) -> bool:
+    return any((folder / step / MANIFEST).is_file() for step in STEPS)
 
 
-def _published_files(folder: Path) -> dict[str, list[Path]]:
-    """All shards of every config, as many as their names say there are, whether they were downloaded or not."""
+def _files_by_config(folder: Path) -> dict[str, list[Path]]:
+    """Of a published folder all shards of every config, downloaded or not: a shard's name says how many there are."""
+    if _is_build(folder):
+        return {name: [folder / file] for name, (file, _) in TABLES.items() if (folder / file).is_file()}
     if not (folder / README).is_file():
         raise InputError(f"{folder}: neither a build nor a published data set; download its {README}, too")
     configs = DatasetCard.load(folder / README, ignore_metadata_errors=True).data.to_dict().get("configs", [])
@@ -175,7 +168,7 @@ def _published_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _shards(folder: Path, pattern: str) -> list[Path]:
-    if not _PATTERN.fullmatch(pattern):
+    if not _PATTERN.fullmatch(pattern):  # a card names files anywhere on this machine
         raise InputError(f"{folder / README}: data files {pattern!r} are none that graded-embedder published")
     found = sorted(folder.glob(pattern))
     number = int(found[0].name.split("-")[3]) if found else 1  # train-00000-of-NUMBER-HASH.parquet
@@ -184,38 +177,37 @@ def _shards(folder: Path, pattern: str) -> list[Path]:
 
 def _content_key(folder: Path) -> str:
     """Changes when what `folder` holds does: published files are named by their content, in the README."""
-    if is_build(folder):
+    if _is_build(folder):
         made = [step for step in STEPS if (folder / step / MANIFEST).is_file()]
         return fingerprint({step: read_manifest(folder / step)["files"] for step in made})
-    return fingerprint({name: [str(path) for path in paths] for name, paths in _published_files(folder).items()})
+    return fingerprint({name: list(map(str, paths)) for name, paths in _files_by_config(folder).items()})
 
 
 def graded_of(folder: Path, cache_dir: str) -> Graded:
     """What mining reads, from the folder of a build or from a published one."""
-    if is_build(folder):
+    if _is_build(folder):
         return read_graded(folder / "corpus", folder / "scores")
-    files = {name: find_files(folder, name) for name in ("candidates", "documents", "queries")}
+    names = ("candidates", "documents", "queries", *({"classes"} & _files_by_config(folder).keys()))
+    files = {name: find_files(folder, name) for name in names}
     # unpacked by `datasets` into its cache, once, and memory-mapped from there
-    paths = [str(path) for path in files["documents"]]
-    documents = datasets.Dataset.from_parquet(paths, cache_dir=cache_dir).with_format("arrow")[:]
-    has_classes = "classes" in _published_files(folder)
+    documents = datasets.Dataset.from_parquet(list(map(str, files["documents"])), cache_dir=cache_dir)
+    documents = documents.with_format("arrow")[:]
     return Graded(
         files["candidates"],
         documents,
-        pa.concat_tables([read_parquet(path, ["query_id", "text"]) for path in files["queries"]]),
-        documents.select(["document_id", "group"]).filter(pc.field("group").is_valid()),
-        pa.concat_tables(map(read_parquet, find_files(folder, "classes"))) if has_classes else CLASSES.empty_table(),
+        pa.concat_tables(read_parquet(path, ["query_id", "text"]) for path in files["queries"]),
+        pl.from_arrow(documents.select(GROUPS.names)).drop_nulls("group"),
+        pl.from_arrow(pa.concat_tables([CLASSES.empty_table(), *map(read_parquet, files.get("classes", []))])),
     )
 
 
 def _with_groups(path: Path) -> Iterator[pa.Table]:
     """The documents, each with the group of its near duplicates (null: it has none)."""
-    groups = read_parquet(path.with_name("groups.parquet"), GROUPS.names).combine_chunks()
-    known, names = (groups[name].combine_chunks() for name in GROUPS.names)
+    groups = pl.from_arrow(read_parquet(path.with_name("groups.parquet"), GROUPS.names))
     for batch in read_arrow(path, DOCUMENTS.names).to_batches():
-        found = names.take(pc.index_in(batch["document_id"], known))
-        table = pa.Table.from_batches([batch]).append_column("group", found)
-        yield from (table.slice(start, TEXT_ROWS) for start in range(0, len(table), TEXT_ROWS))
+        table = pl.from_arrow(batch).join(groups, on="document_id", how="left", maintain_order="left")
+        for part in table.iter_slices(TEXT_ROWS):
+            yield part.to_arrow().cast(TABLES["documents"][1])
 
 
 def write_hub(
@@ -231,7 +223,7 @@ def write_hub(
     `publish`: further training sets, mined from the same graded candidates. A shard ends with the row group in which
     its rows exceed `max_shard_size` in memory; on disk, compressed, it is smaller.
     """
-    names = [name for name in _built_files(data) if TABLES[name][0].partition("/")[0] in steps]
+    names = [name for name in _files_by_config(data) if TABLES[name][0].partition("/")[0] in steps]
     further = dict.fromkeys(mining.config_name() for mining in publish)
     names[1:1] = further  # after `train`, which is the default
     configs = [_write_config(name, data, folder, max_shard_size) for name in names]

@@ -1,7 +1,7 @@
 """Recipe and manifests -> README.md of the published folder: how the data were made, checked, and can be made again.
 
 It is also what `load_dataset` and the Hub's viewer read: the YAML on top names the files of each configuration, their
-columns and their sizes. A build does not know which repository it will be in; `card_for` puts the name in.
+columns and their sizes. A build does not know the repository it will be published in; `card_for` puts its name in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ cdla-permissive-2.0 cdla-sharing-1.0 ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
 lgpl-2.1 lgpl-3.0 lgpl-lr lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 osl-3.0 pddl postgresql unlicense
 wtfpl zlib unknown
 """
-# What the Hub can be searched by. Every row is about which texts are alike; a retrieval set can be searched, too.
+# The Hub's task categories. Every row says which texts are alike; a retrieval set can be searched, too.
 TASK_CATEGORIES = {"retrieval": ["text-retrieval", "sentence-similarity"]}
 # Texts of one class are positives of each other, so one row's document is no negative of another's query.
 CLASS_TASKS = ("classification", "clustering")
@@ -56,67 +56,43 @@ class Config:
     def rows(self) -> int:
         return self.info.splits["train"].num_examples
 
-    @property
-    def columns(self) -> list[str]:
-        return list(self.info.features)
-
 
 def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
     """README.md. `facts`: the recipe's keys, and the manifest of each of STEPS; a step that was not made is left out.
 
-    The first of `configs` is the default one. Raises InputError where the Hub would read other metadata than was
-    written.
+    The first of `configs` is the default one.
     """
-    from huggingface_hub import DatasetCard
-
     made = {step: facts.get(step) for step in STEPS}
     recipe = {key: value for key, value in facts.items() if key not in STEPS}
     if made["sts"] and "sts" in made["sts"]["inputs"]:  # the manifest stands where the recipe's section was
         recipe["sts"] = made["sts"]["inputs"]["sts"]
-    commit = source_inputs(made).get("commit")
-    public = public_recipe(recipe, commit, used_models(made))
+    read = {"commit": None, "files": None, "packages": None} | source_inputs(made)
+    public = public_recipe(recipe, read["commit"], used_models(made))
     entry = registry()[recipe["source"]["name"]] if recipe["source"]["kind"] == "registry" else None
     licence = entry.licence if entry else source_licence(recipe["source"])
     trained_on = recipe["source"].get("training_datasets")
     benchmark = (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK
-    named = dict.fromkeys(public[section]["model"] for section in ("dense", "teacher") if section in public)
-    found_on_hub = (entry.dataset if entry else public["source"].get("dataset")) if commit else None
-    metadata = card_metadata(configs, public, licence, found_on_hub)
+    dataset = entry.dataset if entry else public["source"].get("dataset")
+    metadata = card_metadata(configs, public, licence, dataset if read["commit"] else None)
     environment = Environment(
         loader=FileSystemLoader(CARD.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {
-        "count": "{:,}".format,
-        "encoder": encoder_settings,
-        "figure": figure,
-        "interval": interval,
-        "megabytes": megabytes,
-        "percent": percent,
-        "quantiles": quantiles,
-    }
-    card = environment.get_template(CARD.name).render(
+    environment.filters |= FILTERS
+    return environment.get_template(CARD.name).render(
         metadata=metadata.to_yaml(),
         repo_id=REPO_ID,
         configs=configs,
-        names=[config.name for config in configs],
         recipe=public,
         recipe_yaml=yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110).strip(),
         title=source_title(public["source"]),
         entry=entry,
         licence=licence,
-        commit=commit,
-        source_files=source_inputs(made).get("files"),
-        source_packages=source_inputs(made).get("packages"),
-        package_models=[model for model in named if model.startswith("package:")],
-        private_models=[model for model in named if not model.startswith("package:") and "@" not in model],
+        read=read,
         in_batch_negatives=entry.in_batch_negatives if entry else public["task_type"] not in CLASS_TASKS,
         compared=compared_tasks(made["corpus"]),
         zero_shot=zero_shot(trained_on, benchmark) if trained_on else None,
         **made,
     )
-    if DatasetCard(card).data.to_dict() != metadata.to_dict():
-        raise InputError(f"{CARD}: the metadata on top does not read back as it was written")
-    return card
 
 
 def card_for(folder: Path, repo_id: str) -> str:
@@ -149,7 +125,7 @@ def card_metadata(
         multilinguality=["monolingual"],
         source_datasets=[source_dataset] if source_dataset else None,
         task_categories=TASK_CATEGORIES.get(task_type, ["sentence-similarity"]),
-        size_categories=[size_category(configs[0].rows)],
+        size_categories=[next((name for limit, name in SIZES.items() if configs[0].rows < limit), "n>100M")],
         tags=["sentence-transformers", "graded-embedder", *graded, task_type],
         configs=[{**files[0], "default": True}, *files[1:]],
     )
@@ -175,32 +151,14 @@ def license_fields(licence: str | None) -> dict[str, str]:
     return {"license": name} if name in LICENSES.split() else {"license": "other", "license_name": name}
 
 
-def size_category(rows: int) -> str:
-    """
-    >>> size_category(999), size_category(1000)
-    ('n<1K', '1K<n<10K')
-    """
-    return next((name for limit, name in SIZES.items() if rows < limit), "n>100M")
-
-
 def public_recipe(recipe: Mapping[str, Any], commit: str | None, models: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe as a stranger can use it: what was left at null left out, source and models pinned, no path of ours.
-
-    Where a local folder lay on this machine is nobody's business; what it was called is.
-    """
+    """The recipe as a stranger can use it: keys at null left out, source and models pinned, local paths by name."""
     cleaned = _without_paths(recipe)
     if commit and "revision" in recipe["source"]:
         cleaned["source"]["revision"] = commit
     for section, model in models.items():
         cleaned[section]["model"] = model
     return cleaned
-
-
-def used_models(made: Mapping[str, Any]) -> dict[str, str]:
-    """Section of the recipe -> ORG/NAME@COMMIT, of those models that came from the Hub."""
-    read = {"dense": made["candidates"], "teacher": made["scores"]}
-    models = {section: step["inputs"][section]["model"] for section, step in read.items() if step}
-    return {section: model for section, model in models.items() if "@" in model}
 
 
 def _without_paths(value: Any, key: str = "") -> Any:
@@ -221,12 +179,20 @@ def public_name(reference: str) -> str:
     >>> public_name("org/model@main"), public_name("/home/me/models/mine"), public_name("package:name")
     ('org/model@main', 'mine', 'package:name')
     """
-    return Path(reference).name if is_path(reference) else reference
+    is_path = reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
+    return Path(reference).name if is_path else reference
 
 
-def is_path(reference: str) -> bool:
-    """Whether a model or data set is a folder on this machine, and no Hub id or package."""
-    return reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
+def used_models(made: Mapping[str, Any]) -> dict[str, str]:
+    """Section of the recipe -> ORG/NAME@COMMIT, of those models that came from the Hub."""
+    read = {"dense": made["candidates"], "teacher": made["scores"]}
+    models = {section: step["inputs"][section]["model"] for section, step in read.items() if step}
+    return {section: model for section, model in models.items() if "@" in model}
+
+
+def source_inputs(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What decided the source's rows: its commit on the Hub, the files of a folder, or packages and their versions."""
+    return (made["corpus"] or made["sts"])["inputs"]["source"]
 
 
 def source_title(source: Mapping[str, Any]) -> str:
@@ -235,43 +201,8 @@ def source_title(source: Mapping[str, Any]) -> str:
 
 
 def source_licence(source: Mapping[str, Any]) -> str | None:
-    """What the recipe states; None where nobody said."""
+    """What the recipe states; None where it states nothing."""
     return "that of each documented package" if source["kind"] == "pydocs" else source.get("licence")
-
-
-def source_inputs(made: Mapping[str, Any]) -> dict[str, Any]:
-    """What decided the source's rows: its commit on the Hub, the files of a folder, or packages and their versions."""
-    return (made["corpus"] or made["sts"])["inputs"]["source"]
-
-
-def encoder_settings(section: Mapping[str, Any]) -> str:
-    """What a model of the recipe reads: length, dtype and prompts.
-
-    >>> encoder_settings({"max_seq_length": 128, "dtype": "float32", "query_prompt": "query: "})
-    "128 tokens, float32, query_prompt 'query: '"
-    """
-    length = f"{section['max_seq_length']} tokens" if section.get("max_seq_length") else "the model's own length"
-    names = [name for name in ("prompt", "query_prompt", "document_prompt") if section.get(name)]
-    prompts = ", ".join(f"{name} {section[name]!r}" for name in names) or "the prompts saved with it"
-    return f"{length}, {section['dtype']}, {prompts}"
-
-
-def quantiles(values: Mapping[str, int]) -> str:
-    """
-    >>> quantiles({"min": 0, "median": 12, "max": 1000})
-    'min 0, median 12, max 1,000'
-    """
-    return ", ".join(f"{name} {value:,}" for name, value in values.items())
-
-
-def interval(share: Mapping[str, float | None]) -> str:
-    """
-    >>> interval({"share": 0.25, "low": 0.1, "high": 0.4})
-    '25.0 % (10.0 % to 40.0 %)'
-    """
-    if share["share"] is None:
-        return "-"
-    return f"{percent(share['share'])} ({percent(share['low'])} to {percent(share['high'])})"
 
 
 def compared_tasks(corpus: Mapping[str, Any] | None) -> list[str]:
@@ -280,21 +211,14 @@ def compared_tasks(corpus: Mapping[str, Any] | None) -> list[str]:
     return sorted({*compared["tasks"], *compared["local"]})
 
 
-def megabytes(size: int) -> str:
-    """
-    >>> megabytes(1_234_567), megabytes(12)
-    ('1.2 MB', '< 0.1 MB')
-    """
-    return f"{size / 1e6:,.1f} MB" if size >= 5e4 else "< 0.1 MB"
-
-
-def percent(share: float | None) -> str:
-    """
-    >>> percent(0.1234), percent(None)
-    ('12.3 %', '-')
-    """
+def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+FILTERS = {
+    "count": "{:,}".format,
+    "percent": _percent,
+    "quoted": repr,
+    "figure": lambda value: "-" if value is None else f"{value:.4f}",
+    "megabytes": lambda size: f"{size / 1e6:,.1f} MB" if size >= 5e4 else "< 0.1 MB",
+}

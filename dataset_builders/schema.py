@@ -20,6 +20,8 @@ QUERIES = pa.schema([("query_id", pa.string()), ("text", pa.string()), ("split",
 QRELS = pa.schema(
     [("query_id", pa.string()), ("document_id", pa.string()), ("score", pa.int32()), ("split", pa.string())]
 )
+# Texts of a query and of a document labelled as relevant: no such document is a negative of the query.
+POSITIVES = pa.schema([("query", pa.string()), ("positive", pa.string())])
 STS = pa.schema([("sentence1", pa.string()), ("sentence2", pa.string()), ("label", pa.float32())])
 # Ranks count from 1; rank and score are null where that retriever did not return the document.
 CANDIDATES = pa.schema(

@@ -1,0 +1,106 @@
+"""STS pairs: a build's own queries paired and graded by its teacher, and how labels are spread over their range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from common.cli import InputError
+from common.recipes import Section
+from common.steps import write_parquet
+from dataset_builders.dense import dense_top_k
+from dataset_builders.embeddings import Vectors
+from dataset_builders.schema import STS
+from dataset_builders.scores import Calibration, PairScorer
+
+if TYPE_CHECKING:
+    from dataset_builders.build_record import Build
+
+BINS = 10  # equal-width bins of the label
+NEIGHBOURS = 64  # nearest queries that a query may be paired with
+POOL = 10  # pairs graded for each pair wanted
+
+
+class Sts(Section):
+    num_rows: int = Field(8000, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+def write_sts(build: Build, folder: Path) -> dict[str, Any]:
+    """Write sts.parquet into `folder`: pairs of the graded split's queries, spread over the range of labels.
+
+    Neighbours give the upper end of the range and random pairs the lower; the teacher grades both, and its
+    calibrated label decides which pairs are kept.
+    """
+    sts, split = build.recipe.sts, build.splits.split
+    in_split = build.queries_of(split)
+    rows = np.array([row for row, query_id in enumerate(build.queries) if query_id in in_split])
+    if len(rows) < 2:
+        raise InputError(f"sts: split {split!r} has {len(rows)} query; a pair needs two")
+    texts = list(build.queries.values())
+    pool = rows[pairs_to_grade(_Selected(build.query_vectors, rows), sts)]
+    teacher = build.recipe.teacher
+    scores = PairScorer(teacher, build.cache, build.engine, texts, texts, symmetric=True).scores(pool, folder)
+    labels = Calibration(build.calibration["a"], build.calibration["b"])(scores)
+    chosen = spread_over_bins(labels, sts.num_rows, np.random.default_rng(sts.seed))
+    left, right = ([texts[query] for query in side] for side in pool[chosen].T)
+    write_parquet(folder / "sts.parquet", pa.table([left, right, pa.array(labels[chosen])], schema=STS))
+    return {"rows": len(chosen), "pairs_graded": len(pool), "rows_by_label_bin": count_by_bin(labels[chosen])}
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Some rows of vectors on disk, read on demand."""
+
+    vectors: Vectors
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return self.vectors[self.rows[rows]]
+
+
+def pairs_to_grade(vectors: np.ndarray | _Selected, sts: Sts) -> np.ndarray:
+    """(n, 2) different pairs of positions: half of them neighbours, nearest first, half of them random."""
+    rng = np.random.default_rng(sts.seed)
+    count, wanted = len(vectors), POOL * sts.num_rows // 2
+    far = rng.integers(count, size=(wanted, 2))
+    # of more queries than pairs are wanted, a sample with one neighbour each: every query would be compared with all
+    anchors = np.arange(count) if count <= wanted else np.sort(rng.choice(count, wanted, replace=False))
+    depth = min(NEIGHBOURS + 1, count, 2 + wanted // len(anchors))
+    nearest, _ = dense_top_k(vectors[anchors], vectors, depth)
+    near = np.stack([np.repeat(anchors, depth), nearest.ravel()], axis=1)
+    pairs = np.sort(np.concatenate([near, far]), axis=1)
+    return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+
+
+def spread_over_bins(labels: np.ndarray, num_rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of `num_rows` labels in (0, 1), as evenly over ten equal bins as their numbers allow, in order.
+
+    >>> spread_over_bins(np.array([0.01, 0.02, 0.03, 0.55, 0.99]), 3, np.random.default_rng(0))[1:].tolist()
+    [3, 4]
+    """
+    order = rng.permutation(len(labels))
+    bins = _bins(labels[order])
+    # the first of every bin, then the second of every bin, ...: bins with few labels run out early
+    turn = np.empty(len(labels), np.int64)
+    for number in range(BINS):
+        members = np.flatnonzero(bins == number)
+        turn[members] = np.arange(len(members))
+    return np.sort(order[np.argsort(turn, kind="stable")[:num_rows]])
+
+
+def count_by_bin(labels: np.ndarray) -> list[int]:
+    """How many labels lie in each tenth of (0, 1)."""
+    return np.bincount(_bins(labels), minlength=BINS).tolist()
+
+
+def _bins(labels: np.ndarray) -> np.ndarray:
+    return np.minimum((labels * BINS).astype(np.int64), BINS - 1)
