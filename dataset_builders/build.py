@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli import ArgumentParser, InputError, output_folder, run
-from common.steps import MANIFEST, folder_step, read_manifest, write_parquet
+from common.steps import MANIFEST, folder_step, read_manifest
 from dataset_builders.audit import write_audit
 from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
 from dataset_builders.check_teacher import check_teacher
 from dataset_builders.corpus import write_corpus
 from dataset_builders.data_recipe import GradedRecipe, StsRecipe, load_recipes
-from dataset_builders.decontamination import clean_pairs, describe_decontamination, read_probes
+from dataset_builders.decontamination import describe_decontamination
 from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
-from dataset_builders.mine import Tally, count_by_bin, mine, read_graded, write_mined, write_sts
-from dataset_builders.schema import check_rows
+from dataset_builders.mine import Tally, mine, read_graded, write_mined
 from dataset_builders.scores import write_scores
-from dataset_builders.sources import describe_source, read_rows, read_sts, sources_table
+from dataset_builders.sources import describe_source, read_rows, sources_table
+from dataset_builders.sts import write_pairs, write_sts
 
 STEPS = ("corpus", "candidates", "scores", "mined", "hub")
 # audit/ and sts/ are made after mined/, and anew whenever that is
@@ -152,19 +152,10 @@ def plan_sts(recipe: StsRecipe, output: Path) -> list[PlannedStep]:
         "source": describe_source(recipe.source, recipe.data_root),
         "decontamination": describe_decontamination(recipe.decontamination, recipe.data_root),
     }
-
-    def write(folder: Path) -> dict[str, Any]:
-        table = read_sts(recipe.source, recipe.data_root)
-        counts = {"pairs_seen": len(table)}
-        if recipe.decontamination:
-            probes = read_probes(recipe.decontamination, recipe.data_root)
-            table, log, counts["contamination"] = clean_pairs(table, probes)
-            write_parquet(folder / "contamination.parquet", log)
-        check_rows(table, f"{recipe.source.kind} source: after decontamination")
-        write_parquet(folder / "sts.parquet", table)
-        return {**counts, "rows": len(table), "rows_by_label_bin": count_by_bin(table["label"].to_numpy())}
-
-    return [PlannedStep("sts", (), keys, write), plan_hub(recipe, output, ["sts"])]
+    return [
+        PlannedStep("sts", (), keys, lambda folder: write_pairs(recipe, folder)),
+        plan_hub(recipe, output, ["sts"]),
+    ]
 
 
 def plan_hub(recipe: GradedRecipe | StsRecipe, output: Path, steps: Sequence[str]) -> PlannedStep:

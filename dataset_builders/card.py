@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.cli import InputError
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 

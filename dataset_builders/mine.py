@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common.cli import InputError
 from common.recipes import Section
-from common.steps import ParquetStream, read_arrow, read_parquet, row_groups, write_parquet
+from common.steps import parquet_writer, read_arrow, read_parquet, row_groups, write_parquet
 from dataset_builders.columns import positions_of, take
 from dataset_builders.schema import CLASSES, GROUPS, POSITIVES, mined_schema
 from dataset_builders.scores import count_flat_and_one_hot
@@ -95,9 +95,9 @@ def select_negatives(
 def write_mined(build: Build, folder: Path) -> dict[str, Any]:
     """Write mined.parquet and positives.parquet into `folder`; returns the counts for the manifest."""
     graded, mining, tally = read_graded(build.corpus, build.scores), build.recipe.mining, Tally()
-    with ParquetStream(folder / "mined.parquet", mined_schema(mining.num_negatives)) as stream:
+    with parquet_writer(folder / "mined.parquet", mined_schema(mining.num_negatives)) as writer:
         for table in mine(graded, mining, tally):
-            stream.write(table)
+            writer.write(table)
     positives = known_positives(graded, build.corpus / "qrels.parquet", build.splits.split)
     if len(positives):
         write_parquet(folder / "positives.parquet", positives)

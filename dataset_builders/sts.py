@@ -1,4 +1,4 @@
-"""STS pairs: a build's own queries paired and graded by its teacher, and how labels are spread over their range."""
+"""sts/: sentence pairs with a score in (0, 1), published ones or a build's own queries graded by its teacher."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from pydantic import Field
 from common.cli import InputError
 from common.recipes import Section
 from common.steps import write_parquet
+from dataset_builders.decontamination import clean_pairs, read_probes
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Vectors
-from dataset_builders.schema import STS
+from dataset_builders.schema import STS, check_rows
 from dataset_builders.scores import Calibration, PairScorer
+from dataset_builders.sources import read_sts
 
 if TYPE_CHECKING:
     from dataset_builders.build_record import Build
+    from dataset_builders.data_recipe import StsRecipe
 
 BINS = 10  # equal-width bins of the label
 NEIGHBOURS = 64  # nearest queries that a query may be paired with
@@ -29,6 +32,19 @@ POOL = 10  # pairs graded for each pair wanted
 class Sts(Section):
     num_rows: int = Field(8000, ge=1)
     seed: int = Field(0, ge=0)
+
+
+def write_pairs(recipe: StsRecipe, folder: Path) -> dict[str, Any]:
+    """Write sts.parquet into `folder`: the source's pairs, decontaminated if the recipe says so."""
+    table = read_sts(recipe.source, recipe.data_root)
+    counts: dict[str, Any] = {"pairs_seen": len(table)}
+    if recipe.decontamination:
+        probes = read_probes(recipe.decontamination, recipe.data_root)
+        table, log, counts["contamination"] = clean_pairs(table, probes)
+        write_parquet(folder / "contamination.parquet", log)
+    check_rows(table, f"{recipe.source.kind} source: after decontamination")
+    write_parquet(folder / "sts.parquet", table)
+    return {**counts, "rows": len(table), "rows_by_label_bin": count_by_bin(table["label"].to_numpy())}
 
 
 def write_sts(build: Build, folder: Path) -> dict[str, Any]:

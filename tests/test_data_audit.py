@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from tiny_data import WORDS, tiny_build, write_encoder
 
-from common.steps import ParquetStream, read_parquet, write_arrow, write_json, write_parquet
+from common.steps import parquet_writer, read_parquet, write_arrow, write_json, write_parquet
 from dataset_builders import audit
 from dataset_builders.audit import MARGINS, gradient_shares, wilson, write_audit
 from dataset_builders.mine import Mining, write_mined
@@ -123,9 +123,9 @@ def graded(tmp_path_factory):
         write_scores_manifest(folder / name)
     table = pa.Table.from_pylist(rows, schema=SCORES)
     write_parquet(folder / "whole" / "scores.parquet", table)
-    with ParquetStream(folder / "split" / "scores.parquet", SCORES) as stream:
+    with parquet_writer(folder / "split" / "scores.parquet", SCORES) as writer:
         for start in range(0, QUERY_COUNT, 5):
-            stream.write(table.slice(start * CANDIDATES_EACH, 5 * CANDIDATES_EACH))
+            writer.write(table.slice(start * CANDIDATES_EACH, 5 * CANDIDATES_EACH))
     mine_into(folder / "mined", scores="whole")
     write_encoder(folder / "encoder")
     return folder, rows

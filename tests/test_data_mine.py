@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_data import tiny_build
 
 from common.cli import InputError
-from common.steps import ParquetStream, write_arrow, write_parquet
+from common.steps import parquet_writer, write_arrow, write_parquet
 from dataset_builders import mine as mine_module
 from dataset_builders.mine import Mining, select_negatives, write_mined
 from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, POSITIVES, QRELS, QUERIES, SCORES, mined_schema
@@ -100,10 +100,10 @@ def write_graded(folder, *, seed=0, row_groups=((0, 12),), spoil=lambda rows: No
         ("qrels", QRELS, judged),
     ):
         write_parquet(folder / "corpus" / f"{name}.parquet", table_of(values, schema))
-    with ParquetStream(folder / "scores" / "scores.parquet", SCORES) as stream:
+    with parquet_writer(folder / "scores" / "scores.parquet", SCORES) as writer:
         for first, last in row_groups:
             part = [{"query_id": name, **row} for name in list(rows)[first:last] for row in rows[name]]
-            stream.write(pa.Table.from_pylist(part, schema=SCORES))
+            writer.write(pa.Table.from_pylist(part, schema=SCORES))
     return texts, groups, classes, queries, rows
 
 
