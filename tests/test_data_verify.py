@@ -73,7 +73,7 @@ def sign(folder: Path) -> None:
 def test_a_sound_folder_gives_its_facts(hub):
     facts = verify_dataset(hub)
     rows = read_manifest(hub)["rows"]
-    assert len(rows) == 9 and {name: config["rows"] for name, config in facts["configs"].items()} == rows
+    assert len(rows) == 10 and {name: config["rows"] for name, config in facts["configs"].items()} == rows
     assert facts["rows"] == sum(rows.values()) and facts["configs"]["sts"]["features"]["label"]["dtype"] == "float32"
     on_disk = {path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()}
     assert set(facts["files"]) == on_disk - {MANIFEST} and len(on_disk) > 11
