@@ -8,6 +8,7 @@ computed; dataset_card.md shows them all.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from common.steps import read_manifest
 from dataset_builders.audit_plots import draw
 from dataset_builders.columns import positions_of
 from dataset_builders.mine import REASONS, Mining, mine_block, read_graded, rule_out
@@ -71,6 +73,7 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
         "found_by": found_by_figures(_total(sums["found_by"], "bm25", "dense")),
         "negative_quality": quality_figures(strategies, _total(sums["quality"], "strategy")),
         "ndcg_at_10": ndcg_figures(queries, _total(sums["ndcg"], "ranking")),
+        "cut_texts": cut_texts(read_manifest(build.candidates), read_manifest(build.scores)),
     }
     plots = draw(figures, mining.margin, build.calibration.get("reliability"))
     for name, plot in plots.items():
@@ -346,6 +349,22 @@ def ndcg_figures(queries: int, sums: pl.DataFrame) -> dict[str, Any]:
     """nDCG@10 by ranking: what fusion adds to the retrievers, and the teacher to both. Null for a list that is cut."""
     totals = {name: None if cut else _ratio(ndcg, queries) for name, ndcg, cut in sums.iter_rows()}
     return {"queries": queries, **{name: totals[name] for name in RANKINGS}}
+
+
+def cut_texts(candidates: Mapping[str, Any], scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """From the manifests: how many texts were longer than a model reads, so that it never saw their end."""
+    counted = {
+        "queries_cut": ("queries", candidates["queries"]),
+        "documents_cut": ("documents", candidates["documents"]),
+        "pairs_cut": ("pairs", scores["graded"]),
+        "pairs_without_document": ("pairs, no word of the document left", scores["graded"]),
+    }
+    return [
+        {"model": model, "texts": texts, "cut": manifest[key], "of": total}
+        for model, manifest in (("dense", candidates), ("teacher", scores))
+        for key, (texts, total) in counted.items()
+        if key in manifest
+    ]
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -17,6 +17,8 @@ from dataset_builders.schema import DOCUMENTS, GROUPS, QRELS, QUERIES, SCORES
 
 QUERY_COUNT, CANDIDATES_EACH = 24, 14
 MINING = Mining(num_negatives=3)
+COUNTS = {"queries": 24, "documents": 40, "queries_cut": 1, "documents_cut": 30}
+PAIRS = {"graded": 336, "pairs_cut": 9, "pairs_without_document": 2}
 RELIABILITY = [{"label": 0.1, "observed": 0.2, "positives": 1, "others": 4}]
 
 
@@ -133,13 +135,15 @@ def graded(tmp_path_factory):
 
 def write_scores_manifest(folder):
     folder.mkdir()
-    write_json(folder / "manifest.json", {"calibration": {"a": 1.0, "b": 0.0, "reliability": RELIABILITY}})
+    write_json(folder / "manifest.json", {"calibration": {"a": 1.0, "b": 0.0, "reliability": RELIABILITY}, **PAIRS})
 
 
 def build_of(folder, *, scores, mined="mined", mining=MINING):
     """The record of a build whose scores/ and mined/ are folders of these names."""
     made = folder / "builds" / f"{scores}-{mined}"
     made.mkdir(parents=True, exist_ok=True)
+    (made / "candidates").mkdir(exist_ok=True)
+    write_json(made / "candidates" / "manifest.json", COUNTS)
     for step, name in {"corpus": "corpus", "scores": scores, "mined": mined}.items():
         if not (made / step).is_symlink():
             (made / step).symlink_to(folder / name)
@@ -179,6 +183,11 @@ def test_mined_rows_are_recounted_from_the_files(graded, facts):
     assert found["distinct_negatives"] == len(set(used)) and found["negatives"] == len(used)
     assert found["most_uses"] == max(map(used.count, used))
     assert found["violations"] == dict.fromkeys(found["violations"], 0)
+
+
+def test_cut_texts_are_those_of_the_manifests(facts):
+    found = [(row["model"], row["cut"], row["of"]) for row in facts["cut_texts"]]
+    assert found == [("dense", 1, 24), ("dense", 30, 40), ("teacher", 9, 336), ("teacher", 2, 336)]
 
 
 def test_labels_and_retrievers_are_recounted(graded, facts):

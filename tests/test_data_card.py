@@ -59,7 +59,12 @@ def facts():
             "leaking_queries_dropped": 1010,
             "queries_without_positive_dropped": 1011,
         },
-        "candidates": {"inputs": {"dense": {"model": "f1f1f1"}}, "candidates": 1012, "queries": 1013},
+        "candidates": {
+            "inputs": {"dense": {"model": "f1f1f1"}},
+            "candidates": 1012,
+            "queries": 1013,
+            "warnings": ["60 % of the documents are cut"],
+        },
         "scores": {
             "inputs": {"teacher": {"model": "e2e2e2"}},
             "graded": 1014,
@@ -130,6 +135,7 @@ def facts():
                 ],
             },
             "ndcg_at_10": {"queries": 1034, "bm25": None, "dense": 0.7, "rrf": 0.8, "graded": 0.9},
+            "cut_texts": [{"model": "dense", "texts": "documents", "cut": 1035, "of": 1036}],
             "plots": ["labels.png", "false_negatives.png", "reliability.png"],
         },
         "sts": None,
@@ -154,7 +160,7 @@ def test_the_hub_reads_the_metadata(facts):
 
 def test_every_count_is_told(facts):
     text = render_card(CONFIGS, facts)
-    missing = [number for number in range(1001, 1035) if f"{number:,}" not in text]
+    missing = [number for number in range(1001, 1037) if f"{number:,}" not in text]
     # dropped rows are told one by one and as a sum
     assert missing == [] and f"{1020 + 1021:,}" in text
     for words in ("k1 = 1.5, b = 0.75", "bm25s 0.3.16", "k = 60", "f1f1f1", "e2e2e2", "17.25", "-6.5)", "0.9485"):
@@ -163,6 +169,7 @@ def test_every_count_is_told(facts):
         assert words in text
     assert "| - | 0.7000 | 0.8000 | 0.9000 |" in text
     assert "**Warning of the grading step:** 30 % of the queries are one-hot" in text
+    assert "**Warning of the search:** 60 % of the documents are cut" in text
     for name in facts["audit"]["plots"]:
         assert f"(assets/{name})" in text
 
