@@ -145,11 +145,11 @@ def read_texts(args: Namespace, queries: int) -> Texts:
         return Texts(documents, asked, [{row: 1} for row in rows])
     rows = read_rows(LocalSource(kind="local", path=str(args.set), split=args.split), None)
     positions: dict[str, int] = {}  # text -> position: the first of equal documents stands for all
-    ids, texts = (rows.documents[name].to_pylist() for name in ("document_id", "text"))
+    ids, texts = (rows.documents[name].to_list() for name in ("document_id", "text"))
     position_of = {name: positions.setdefault(text, len(positions)) for name, text in zip(ids, texts, strict=True)}
-    query_texts = dict(zip(*(rows.queries[name].to_pylist() for name in ("query_id", "text")), strict=True))
+    query_texts = dict(zip(*(rows.queries[name].to_list() for name in ("query_id", "text")), strict=True))
     judged: dict[str, dict[int, int]] = {}
-    for row in rows.qrels.to_pylist():
+    for row in rows.qrels.to_dicts():
         if row["split"] == args.split and row["score"] > 0:
             judged.setdefault(query_texts[row["query_id"]], {})[position_of[row["document_id"]]] = row["score"]
     kept = list(judged)[:queries]

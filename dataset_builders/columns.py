@@ -36,20 +36,6 @@ class TextColumn:
         return TextColumn, (self.path, self.column)
 
 
-@dataclass(frozen=True)
-class TextRows:
-    """The texts of some rows of an Arrow column, in the order of `rows`; nothing is copied before it is asked for."""
-
-    column: pa.ChunkedArray
-    rows: np.ndarray  # (n,) row numbers
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> list[str]:
-        return take(self.column, self.rows[rows]).to_pylist()
-
-
 def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.Array:
     """The values of `rows`, in their order. `ChunkedArray.take` would copy the whole column into memory first."""
     starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])

@@ -8,99 +8,39 @@ Rules, each with a count in the manifest:
 - a query to be trained on whose text also stands in another split is dropped: it would leak;
 - a recipe with `decontamination` loses from the split to be trained on what evaluation tasks ask about.
 
-All of it is decided on arrays of numbers; texts are read where they lie and written batch by batch. The order of the
-input's rows makes no difference.
+The order of the input's rows makes no difference. Frames hold references to texts, which stay where they are mapped
+into memory until they are written batch by batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from common.cli import InputError
-from common.steps import ParquetStream, write_arrow, write_parquet
-from dataset_builders.columns import TextRows, take
+from common.steps import parquet_writer, write_arrow, write_parquet
 from dataset_builders.decontamination import (
-    CONTAMINATION,
     Decontamination,
     Probes,
+    contamination_log,
     count_by_task,
     count_searched,
     find_matches,
     read_probes,
 )
-from dataset_builders.near_duplicates import band_keys, first_equal, near_duplicate_groups, text_keys
+from dataset_builders.near_duplicates import band_keys, near_duplicate_groups, text_keys
+from dataset_builders.readers import Rows, stable_hash
 from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES
-from dataset_builders.sources import Rows, Splits, stable_hash
+from dataset_builders.sources import Splits
 
 SPLIT_SHARES = {"train": 80, "validation": 10, "test": 10}  # of 100 hash buckets
 BATCH_ROWS = 65_536
 BATCH_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Side:
-    """Documents or queries by rising id: what follows knows each by its number in that order."""
-
-    table: pa.Table
-    rows: np.ndarray  # (n,) number -> row of the table
-    keys: np.ndarray  # (n, 2) number -> text key
-
-    @classmethod
-    def of(cls, table: pa.Table) -> Side:
-        rows = pc.array_sort_indices(table[0]).to_numpy().astype(np.int64)
-        return cls(table, rows, text_keys(TextRows(table["text"], rows)))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def ids(self, numbers: np.ndarray) -> pa.Array:
-        return take(self.table[0], self.rows[numbers])
-
-    def text(self, numbers: np.ndarray) -> pa.Array:
-        return take(self.table["text"], self.rows[numbers])
-
-    def texts(self, numbers: np.ndarray) -> TextRows:
-        return TextRows(self.table["text"], self.rows[numbers])
-
-    def numbers(self, ids: pa.ChunkedArray) -> np.ndarray:
-        """(m,) the number of each id."""
-        return pc.index_in(ids, self.ids(np.arange(len(self)))).to_numpy().astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Judgements:
-    """Qrels as arrays (n,) of numbers; a split is its place in `names`, which are sorted."""
-
-    query: np.ndarray
-    document: np.ndarray
-    split: np.ndarray
-    score: np.ndarray
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.score)
-
-    def only(self, rows: np.ndarray) -> Judgements:
-        """Those at `rows`: a mask, or row numbers."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in ("query", "document", "split", "score")})
-
-    def of_split(self, name: str) -> np.ndarray:
-        """(n,) bool"""
-        return self.split == (self.names.index(name) if name in self.names else -1)
-
-    def distinct(self) -> Judgements:
-        """One for each query, document and split, the highest; ordered by them."""
-        ordered = self.only(np.lexsort((-self.score, self.split, self.document, self.query)))
-        keys = np.stack([ordered.query, ordered.document, ordered.split])
-        return ordered.only(np.append(True, (keys[:, 1:] != keys[:, :-1]).any(axis=0))[: len(self)])
 
 
 def write_corpus(
@@ -112,58 +52,51 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Write documents, groups, classes, queries and qrels into `folder`; returns the counts for the manifest."""
     probes = read_probes(decontamination, data_root) if decontamination else None
-    documents, queries = Side.of(rows.documents), Side.of(rows.queries)
-    merged = first_equal(documents.keys)
-    kept = np.unique(merged)
-    bands = band_keys(documents.texts(kept), "documents: MinHash")
-    group = np.arange(len(documents))
-    group[kept] = kept[near_duplicate_groups(documents.texts(kept), bands)]
-    judged = _judgements(rows, documents, queries, merged, group)
-    _check_splits(judged, splits)
+    queries = rows.queries.with_columns(text_keys(rows.queries["text"]))
+    documents = rows.documents.with_columns(text_keys(rows.documents["text"])).sort("document_id")
+    documents = documents.with_columns(merged_id=pl.col("document_id").first().over("key"))
+    kept = documents.filter(pl.col("document_id") == pl.col("merged_id")).drop("merged_id")
+    bands = band_keys(kept["text"], "documents: MinHash")
+    kept = kept.with_columns(group=kept["document_id"].gather(near_duplicate_groups(kept["text"], bands)))
+    qrels = _qrels_of_kept(rows.qrels, documents, kept)
+    _check_splits(qrels, splits)
     counts = {
         "exact_duplicate_documents_merged": len(documents) - len(kept),
-        "queries_without_positive_dropped": len(queries) - len(np.unique(judged.query[judged.score > 0])),
+        "queries_without_positive_dropped": len(queries) - qrels.filter(pl.col("score") > 0)["query_id"].n_unique(),
     }
     qrels, counts["duplicate_queries_merged"], counts["leaking_queries_dropped"] = _clean_queries(
-        judged, queries.keys, splits.split
+        qrels, queries, splits.split
     )
     if probes:
         qrels, dropped, log, counts["contamination"] = _decontaminate(
-            qrels, splits.split, documents, queries, kept, bands, probes
+            qrels, splits.split, queries, kept, bands, probes
         )
-        kept = np.setdiff1d(kept, dropped)
+        kept = kept.filter(~pl.col("document_id").is_in(dropped.implode()))
         write_parquet(folder / "contamination.parquet", log)
-    if not qrels.of_split(splits.split).any():
+    if splits.split not in qrels["split"]:
         raise InputError(f"split {splits.split!r}: no query is left with a positive document; nothing to train on")
-    asked = np.unique(np.stack([qrels.query, qrels.split]), axis=1)
-    names = partial(take, pa.chunked_array([pa.array(qrels.names, pa.string())]))
-    grouped, smallest = _groups(kept, group)
-    _write_documents(folder / "documents.arrow", documents, kept)
-    _write_rows(folder / "groups.parquet", GROUPS, (documents.ids, grouped), (documents.ids, smallest))
-    _write_rows(
-        folder / "queries.parquet", QUERIES, (queries.ids, asked[0]), (queries.text, asked[0]), (names, asked[1])
+    groups = kept.filter(pl.len().over("group") > 1).with_columns(
+        pl.col("document_id").first().over("group").alias("group")
     )
-    _write_rows(
-        folder / "qrels.parquet",
-        QRELS,
-        (queries.ids, qrels.query),
-        (documents.ids, qrels.document),
-        (pa.array, qrels.score.astype(np.int32)),
-        (names, qrels.split),
-    )
-    if "class" in rows.documents.column_names:
-        classes, of_document, its_class = _classes(documents, merged, kept)
-        counts["classes"] = len(classes)
-        columns = (documents.ids, of_document), (partial(take, pa.chunked_array([classes])), its_class)
-        _write_rows(folder / "classes.parquet", CLASSES, *columns)
+    asked = qrels.select("query_id", "split").unique().join(queries, on="query_id").sort("query_id", "split")
+    write_arrow(folder / "documents.arrow", _document_batches(kept), DOCUMENTS)
+    _write_rows(folder / "groups.parquet", groups, GROUPS)
+    _write_rows(folder / "queries.parquet", asked, QUERIES)
+    _write_rows(folder / "qrels.parquet", qrels, QRELS)
+    if "class" in documents.columns:
+        counts["classes"] = documents["class"].n_unique()
+        # texts that were merged keep the classes of all
+        classes = documents.select(document_id="merged_id", **{"class": "class"}).unique()
+        classes = classes.join(kept, on="document_id", how="semi").sort("document_id", "class")
+        _write_rows(folder / "classes.parquet", classes, CLASSES)
     return {
         "pairs_seen": rows.seen,
         "pairs_used": len(rows.qrels),
         "documents": len(kept),
-        "queries": {qrels.names[split]: int(np.count_nonzero(asked[1] == split)) for split in np.unique(asked[1])},
+        "queries": dict(asked.group_by("split").len().sort("split").iter_rows()),
         "qrels": len(qrels),
-        "near_duplicate_documents": len(grouped),
-        "near_duplicate_groups": len(np.unique(smallest)),
+        "near_duplicate_documents": len(groups),
+        "near_duplicate_groups": groups["group"].n_unique(),
         **counts,
     }
 
@@ -178,133 +111,95 @@ def split_of(name: str) -> str:
     raise AssertionError("the shares sum to 100")
 
 
-def _judgements(rows: Rows, documents: Side, queries: Side, merged: np.ndarray, group: np.ndarray) -> Judgements:
-    """Qrels of the documents that stay; where the source has no split, the one of the document's group."""
-    document = merged[documents.numbers(rows.qrels["document_id"])]
-    split = rows.qrels["split"]
-    groups, of_group = np.unique(group[document], return_inverse=True)
-    own = split.is_null().to_numpy()
-    by_group = [split_of(name) for name in documents.ids(groups).to_pylist()] if own.any() else []
-    names = sorted({*pc.unique(split.drop_null()).to_pylist(), *by_group})
-    numbers = pc.index_in(split, pa.array(names, pa.string())).fill_null(-1).to_numpy().astype(np.int64)
-    if by_group:
-        numbers = np.where(own, np.array([names.index(name) for name in by_group])[of_group], numbers)
-    score = rows.qrels["score"].to_numpy()
-    query = queries.numbers(rows.qrels["query_id"])
-    return Judgements(query, document, numbers, score, tuple(names)).distinct()
+def _qrels_of_kept(qrels: pl.DataFrame, documents: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
+    """QRELS of the documents that are kept; where the source has no split, the one of the document's group."""
+    qrels = qrels.join(documents.select("document_id", "merged_id"), on="document_id")
+    qrels = qrels.with_columns(document_id="merged_id")
+    if qrels["split"].null_count():
+        groups = kept.select("document_id", own_split=pl.col("group").map_elements(split_of, pl.String))
+        qrels = qrels.join(groups, on="document_id").with_columns(pl.coalesce("split", "own_split"))
+    return _distinct(qrels)
 
 
-def _check_splits(judged: Judgements, splits: Splits) -> None:
-    positives = {name: np.count_nonzero(judged.score[judged.of_split(name)] > 0) for name in judged.names}
+def _distinct(qrels: pl.DataFrame) -> pl.DataFrame:
+    """One judgement for each query, document and split, the highest; ordered by them."""
+    keys = ["query_id", "document_id", "split"]
+    return qrels.group_by(keys).agg(pl.col("score").max()).sort(keys).select(QRELS.names)
+
+
+def _check_splits(qrels: pl.DataFrame, splits: Splits) -> None:
+    found = sorted(qrels.filter(pl.col("score") > 0)["split"].unique())
     for split in splits.searched:
-        if not positives.get(split):
-            found = ", ".join(name for name, count in positives.items() if count) or "none"
-            raise InputError(f"split {split!r}: no query with a positive document; splits that have some: {found}")
+        if split not in found:
+            some = ", ".join(found) or "none"
+            raise InputError(f"split {split!r}: no query with a positive document; splits that have some: {some}")
 
 
-def _clean_queries(judged: Judgements, keys: np.ndarray, train: str) -> tuple[Judgements, int, int]:
+def _clean_queries(qrels: pl.DataFrame, queries: pl.DataFrame, train: str) -> tuple[pl.DataFrame, int, int]:
     """Judgements of queries with a positive, merged and free of leaks; numbers of queries merged and dropped."""
-    judged = _with_positive(judged)
-    text = first_equal(keys)[judged.query]
-    is_train = judged.of_split(train)
-    leaking = is_train & np.isin(text, text[~is_train])
-    clean, text = judged.only(~leaking), text[~leaking]
-    # ordered by query, so the first judgement of a split and text is the smallest query's
-    _, first, number = np.unique(clean.split * len(keys) + text, return_index=True, return_inverse=True)
-    before = len(np.unique(clean.split * len(keys) + clean.query))
-    merged = replace(clean, query=clean.query[first][number]).distinct()
-    return merged, before - len(first), len(np.unique(judged.query[leaking]))
+    is_train = pl.col("split") == train
+    qrels = _with_positive(qrels).join(queries.select("query_id", "key"), on="query_id")
+    leaks = is_train & (~is_train).any().over("key")
+    leaking, clean = qrels.filter(leaks), qrels.filter(~leaks)
+    merged = _distinct(clean.with_columns(pl.col("query_id").min().over("split", "key")))
+    number_merged = _number_of_queries(clean) - _number_of_queries(merged)
+    return merged, number_merged, _number_of_queries(leaking)
 
 
-def _with_positive(judged: Judgements) -> Judgements:
+def _with_positive(qrels: pl.DataFrame) -> pl.DataFrame:
     """Judgements of the queries that have a positive in their split."""
-    code = judged.query * len(judged.names) + judged.split
-    return judged.only(np.isin(code, code[judged.score > 0]))
+    return qrels.filter((pl.col("score") > 0).any().over("query_id", "split"))
+
+
+def _number_of_queries(qrels: pl.DataFrame) -> int:
+    """Queries, each counted in each of its splits."""
+    return qrels.select("query_id", "split").n_unique()
 
 
 def _decontaminate(
-    qrels: Judgements,
-    train: str,
-    documents: Side,
-    queries: Side,
-    kept: np.ndarray,
-    bands: np.ndarray,
-    probes: Probes,
-) -> tuple[Judgements, np.ndarray, pa.Table, dict[str, Any]]:
-    """Qrels without the queries and documents to be trained on that match a probe; the documents to drop; log; counts.
+    qrels: pl.DataFrame, train: str, queries: pl.DataFrame, kept: pl.DataFrame, bands: np.ndarray, probes: Probes
+) -> tuple[pl.DataFrame, pl.Series, pa.Table, dict[str, Any]]:
+    """Qrels whose training split asks nothing that a probe asks; ids of documents to drop; log; counts.
 
-    A document that another split judges stays for it, with its judgements there.
+    A document that another split judges stays, without its judgements in the training split.
     """
-    is_train = qrels.of_split(train)
-    asked = np.unique(qrels.query[is_train])
-    texts = queries.texts(asked)
-    found, query_log = find_matches(
-        "query", queries.ids(asked), texts, queries.keys[asked], band_keys(texts, "queries: MinHash"), probes
+    is_train = pl.col("split") == train
+    asked = queries.join(qrels.filter(is_train), on="query_id", how="semi").sort("query_id")
+    bad_queries = find_matches(asked.rename({"query_id": "id"}), band_keys(asked["text"], "queries: MinHash"), probes)
+    bad_documents = find_matches(kept.rename({"document_id": "id"}), bands, probes)
+    judged_elsewhere = qrels.filter(~is_train)["document_id"].implode()
+    bad_documents = bad_documents.with_columns(dropped=~pl.col("id").is_in(judged_elsewhere))
+    dropped = bad_documents.filter("dropped")["id"].unique()
+    bad = is_train & (
+        pl.col("query_id").is_in(bad_queries["id"].implode())
+        | pl.col("document_id").is_in(bad_documents["id"].implode())
     )
-    bad_queries = np.unique(asked[found])
-    found, document_log = find_matches(
-        "document", documents.ids(kept), documents.texts(kept), documents.keys[kept], bands, probes
-    )
-    bad_documents = np.unique(kept[found])
-    dropped = np.setdiff1d(bad_documents, qrels.document[~is_train])
-    log = pa.concat_tables(
-        [
-            query_log.append_column("dropped", pa.array([True] * len(query_log), pa.bool_())),
-            document_log.append_column("dropped", pa.array(np.isin(kept[found], dropped), pa.bool_())),
-        ]
-    ).cast(CONTAMINATION)
-    bad = np.isin(qrels.query, bad_queries) | np.isin(qrels.document, bad_documents)
-    cleaned = _with_positive(qrels.only(~(is_train & bad)))
-    left = np.unique(cleaned.query[cleaned.of_split(train)])
+    cleaned = _with_positive(qrels.filter(~bad))
+    log = contamination_log(query=bad_queries.with_columns(dropped=pl.lit(True)), document=bad_documents)
+    number_of_bad = bad_queries["id"].n_unique()
     counts = {
-        "queries_dropped": len(bad_queries),
+        "queries_dropped": number_of_bad,
         "documents_dropped": len(dropped),
-        "documents_kept_for_other_splits": len(bad_documents) - len(dropped),
-        "queries_left_without_positive_dropped": len(asked) - len(bad_queries) - len(left),
+        "documents_kept_for_other_splits": bad_documents["id"].n_unique() - len(dropped),
+        "queries_left_without_positive_dropped": len(asked)
+        - number_of_bad
+        - _number_of_queries(cleaned.filter(is_train)),
         "matches": count_by_task(log),
-        "documents_that_tasks_search": count_searched(documents.keys[kept], probes),
+        "documents_that_tasks_search": count_searched(kept["key"], probes),
     }
     return cleaned, dropped, log, counts
 
 
-def _groups(kept: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Documents that have a near duplicate among those kept, and the smallest of each one's group."""
-    _, first, number, size = np.unique(group[kept], return_index=True, return_inverse=True, return_counts=True)
-    shared = size[number] > 1
-    return kept[shared], kept[first][number][shared]
+def _document_batches(kept: pl.DataFrame) -> Iterator[pa.RecordBatch]:
+    """Of BATCH_ROWS at most, and of about BATCH_BYTES where no document is larger than that itself."""
+    by_size = pl.col("text").str.len_bytes().cast(pl.Int64).cum_sum() // BATCH_BYTES
+    batch = pl.struct(by_size.alias("size"), (pl.int_range(pl.len()) // BATCH_ROWS).alias("rows")).rle_id()
+    for length in kept.select(batch=batch).group_by("batch").len().sort("batch")["len"]:
+        part, kept = kept.head(length), kept.slice(length)
+        yield from part.select(DOCUMENTS.names).to_arrow().cast(DOCUMENTS).combine_chunks().to_batches()
 
 
-def _classes(documents: Side, merged: np.ndarray, kept: np.ndarray) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Names of the classes; then documents, and a class of each: texts that were merged keep all of theirs."""
-    column = documents.table["class"]
-    names = pc.unique(column)
-    names = names.take(pc.array_sort_indices(names))
-    numbers = pc.index_in(column, names).to_numpy()[documents.rows]
-    pairs = np.unique(np.stack([merged, numbers]), axis=1)
-    pairs = pairs[:, np.isin(pairs[0], kept)]
-    return names, pairs[0], pairs[1]
-
-
-def _write_documents(path: Path, documents: Side, kept: np.ndarray) -> None:
-    """In batches of BATCH_ROWS at most, and of BATCH_BYTES where a document is not larger than that itself."""
-    size = pc.binary_length(documents.table["text"]).to_numpy()[documents.rows[kept]].astype(np.int64)
-    total = np.cumsum(size)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        start = 0
-        while start < len(kept):
-            fitting = np.searchsorted(total, total[start] - size[start] + BATCH_BYTES, side="right")
-            stop = min(max(int(fitting), start + 1), start + BATCH_ROWS, len(kept))
-            numbers = kept[start:stop]
-            yield pa.record_batch([documents.ids(numbers), documents.text(numbers)], schema=DOCUMENTS)
-            start = stop
-
-    write_arrow(path, batches(), DOCUMENTS)
-
-
-def _write_rows(path: Path, schema: pa.Schema, *columns: tuple[Callable[[np.ndarray], pa.Array], np.ndarray]) -> None:
-    """A Parquet file whose columns are `values(numbers)`, made and written BATCH_ROWS rows at a time."""
-    with ParquetStream(path, schema) as stream:
-        for start in range(0, max(len(columns[0][1]), 1), BATCH_ROWS):
-            block = [values(numbers[start : start + BATCH_ROWS]) for values, numbers in columns]
-            stream.write(pa.table(block, schema=schema))
+def _write_rows(path: Path, table: pl.DataFrame, schema: pa.Schema) -> None:
+    with parquet_writer(path, schema) as writer:
+        for part in table.select(schema.names).iter_slices(BATCH_ROWS):
+            writer.write(part.to_arrow().cast(schema))

@@ -18,7 +18,7 @@ from dataset_builders.dense import Dense
 from dataset_builders.engines import Ray
 from dataset_builders.mine import Mining
 from dataset_builders.scores import Teacher
-from dataset_builders.sources import Source, StsSource, check_task_type, registry
+from dataset_builders.sources import Source, check_task_type, registry
 from dataset_builders.sts import Sts
 
 
@@ -67,7 +67,7 @@ class GradedRecipe(Graders):
 
 
 class StsRecipe(Section):
-    source: StsSource
+    source: Source
     task_type: Literal["sts"]
     instruction: str
     data_root: str | None = None

@@ -1,47 +1,36 @@
-"""Training texts that evaluation tasks ask about: found, dropped and logged; and the paperwork that follows.
+"""Training texts that evaluation tasks ask about: found, dropped and logged; and what a model then has to declare.
 
-What counts. A task's probes are the texts that it asks about: the queries of retrieval and reranking, both sides of
-STS and pair classification, the texts of classification, clustering and summarization, of its evaluation splits
-alone. A training query or document that equals a probe (case and white space aside), or is nearly one (see
-near_duplicates.py), shows the model a test item, whatever the label beside it. So it is dropped with its qrels, from
-the split to be trained on; other splits stay as they are. The documents that an evaluation task searches are no
-probes: training and test questions share a corpus by design (SciFact's 809 training claims are answered by the 5,183
-abstracts of its test), and without the test question beside it such a document tells nothing. They are counted.
+A task's probes are the texts that it asks about, of its evaluation splits alone: the queries of retrieval and
+reranking, both sides of STS and pair classification, the texts of classification, clustering and summarization. A
+training query or document that equals a probe (case and white space aside), or is nearly one (see
+near_duplicates.py), shows the model a test item, whatever its label. So it is dropped with its qrels from the split
+to be trained on; other splits stay as they are. The documents that a task searches are no probes: training and test
+questions share a corpus by design (SciFact's 809 training claims are answered by the 5,183 abstracts of its test), and
+without the test question such a document tells nothing. They are counted.
 
-A copy that is cut to less than `similarity` of the probe's 5-grams, a paraphrase and a translation are not found.
+Not found: a copy that is cut to less than `similarity` of the probe's 5-grams, a paraphrase, a translation.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from common.cli import InputError
 from common.recipes import Section
-from common.steps import file_sha256, read_parquet
-from dataset_builders.columns import TextRows
-from dataset_builders.layouts import as_text
-from dataset_builders.near_duplicates import (
-    NEAR_DUPLICATE,
-    TextsByRow,
-    band_keys,
-    first_equal,
-    near_matches,
-    same_text,
-    text_keys,
-)
-from dataset_builders.schema import to_schema
+from common.steps import file_sha256
+from dataset_builders.near_duplicates import NEAR_DUPLICATE, band_keys, near_matches, text_keys
+from dataset_builders.readers import read_asked
 from dataset_builders.sources import find_folder
+from dataset_builders.tables import FolderTables
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -91,12 +80,11 @@ class Decontamination(Section):
 class Probes:
     """What evaluation tasks ask about. `similarity`: from which a training text is nearly a probe."""
 
-    texts: TextRows  # (n,) distinct
-    keys: np.ndarray  # (n, 2) text keys
+    texts: pl.DataFrame  # probe (its number), text, key: distinct
     bands: np.ndarray  # (n, BANDS)
-    uses: np.ndarray  # (m, 2) row of a probe, row of a task in `tasks`
+    uses: pl.DataFrame  # probe, task (its number in `tasks`)
     tasks: tuple[str, ...]
-    corpora: dict[str, np.ndarray]  # task -> (k, 2) distinct text keys of the documents that it searches
+    searched: dict[str, pl.Series]  # task -> text keys of the documents that it searches
     similarity: float
 
 
@@ -113,7 +101,7 @@ def describe_decontamination(section: Decontamination | None, data_root: str | N
         for task in mteb_tasks(section)
     }
     local = {
-        name: {path.name: file_sha256(path) for path in _local_files(folder, data_root)}
+        name: {path.name: file_sha256(path) for path in _local_tables(folder, data_root).files}
         for name, folder in section.local.items()
     }
     return {"similarity": section.similarity, "tasks": tasks, "local": local}
@@ -137,31 +125,26 @@ def mteb_tasks(section: Decontamination) -> list[AbsTask]:
 
 def read_probes(section: Decontamination, data_root: str | None) -> Probes:
     """The probes of a section's tasks, loaded by mteb or read from local sets. Raises InputError."""
-    tasks = mteb_tasks(section)
-    readers = {name: partial(read_local, folder, data_root) for name, folder in section.local.items()}
-    readers |= {task.metadata.name: partial(read_task, task) for task in tasks}
-    texts: list[str] = []
-    owner: list[int] = []
-    corpora = {}
+    readers: dict[str, Callable[[], tuple[pl.Series, pl.Series]]] = {
+        name: partial(read_local, folder, data_root) for name, folder in section.local.items()
+    }
+    readers |= {task.metadata.name: partial(read_task, task) for task in mteb_tasks(section)}
+    asked, searched = [], {}
     for number, (name, read) in enumerate(tqdm(readers.items(), desc="evaluation tasks", unit=" tasks")):
-        asked, searched = read()
-        asked = [text for text in asked if text.strip()]
-        if not asked:
+        texts, searched[name] = read()
+        texts = texts.filter(texts.str.strip_chars() != "")
+        if not len(texts):
             raise InputError(f"decontamination: task {name!r} asks about no text; leave it out")
-        texts += asked
-        owner += [number] * len(asked)
-        if len(searched):
-            corpora[name] = searched
-    column = pa.chunked_array([pa.array(texts, pa.string())])
-    keys = text_keys(TextRows(column, np.arange(len(texts))))
-    first, probe = np.unique(first_equal(keys), return_inverse=True)
-    distinct = TextRows(column, first)
-    uses = np.unique(np.stack([probe, owner], axis=1), axis=0)
-    bands = band_keys(distinct, "evaluation tasks: MinHash")
-    return Probes(distinct, keys[first], bands, uses, tuple(readers), corpora, section.similarity)
+        asked.append(pl.DataFrame({"text": texts, "key": text_keys(texts), "task": number}))
+    asked = pl.concat(asked)
+    distinct = asked.unique("key", keep="first", maintain_order=True).drop("task").with_row_index("probe")
+    distinct = distinct.with_columns(pl.col("probe").cast(pl.Int64))
+    uses = asked.join(distinct, on="key").select("probe", "task").unique()
+    bands = band_keys(distinct["text"], "evaluation tasks: MinHash")
+    return Probes(distinct, bands, uses, tuple(readers), searched, section.similarity)
 
 
-def read_task(task: AbsTask) -> tuple[list[str], np.ndarray]:
+def read_task(task: AbsTask) -> tuple[pl.Series, pl.Series]:
     """What a task of mteb asks about in its evaluation splits, and the text keys of the documents that it searches."""
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
@@ -171,13 +154,13 @@ def read_task(task: AbsTask) -> tuple[list[str], np.ndarray]:
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"decontamination: task {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     asked: list[str] = []
-    searched: list[np.ndarray] = []
+    searched = [pl.Series(dtype=pl.Binary)]
     if isinstance(task, AbsTaskRetrieval):
         task.convert_v1_dataset_format_to_v2(num_proc=None)
         for data in _evaluation_data(task):
             asked += _strings(data["queries"]["text"] if "text" in data["queries"].column_names else [])
-            corpus = data["corpus"]
-            searched += _searched_keys({name: corpus[name] for name in corpus.column_names})
+            if "text" in data["corpus"].column_names:
+                searched.append(_searched_keys(data["corpus"].to_polars()))
     else:
         attributes = [getattr(task, attribute) for attribute in _COLUMN_NAMES if hasattr(task, attribute)]
         columns = [column for attribute in attributes for column in _strings(attribute)]
@@ -188,68 +171,38 @@ def read_task(task: AbsTask) -> tuple[list[str], np.ndarray]:
             )
         asked += [text for data in _evaluation_data(task) for column in columns for text in _strings(data[column])]
     task.unload_data()
-    return asked, _stacked(searched)
+    return pl.Series(asked, dtype=pl.String), pl.concat(searched).unique()
 
 
-def read_local(folder: str, data_root: str | None) -> tuple[list[str], np.ndarray]:
-    """The same of a local set. Raises InputError."""
-    files = _local_files(folder, data_root)
-    if len(files) == 1:
-        table = read_parquet(files[0])
-        columns = [name for name in ("text", "text1", "text2", "sentence1", "sentence2") if name in table.column_names]
-        columns = [_texts(table, name, files[0]) for name in columns]
-        return [text for column in columns for text in column.to_pylist()], _stacked([])
-    corpus, queries, qrels = (read_parquet(path) for path in files)
-    queries_of, splits = (_texts(qrels, name, files[2]) for name in ("query_id", "split"))
-    ids, texts = (_texts(queries, name, files[1]) for name in ("_id", "text"))
-    judged = pc.filter(queries_of, pc.equal(splits, TEST))
-    asked = pc.filter(texts, pc.is_in(ids, pc.unique(judged))).to_pylist()
-    searched = {"text": _texts(corpus, "text", files[0])}
-    if "title" in corpus.column_names:  # which a document may lack
-        searched["title"] = as_text(corpus["title"], "title", str(files[0]))
-    rows = np.arange(len(corpus))
-    return asked, _stacked(_searched_keys({name: TextRows(column, rows) for name, column in searched.items()}))
+def read_local(folder: str, data_root: str | None) -> tuple[pl.Series, pl.Series]:
+    """The same of a local set's test split. Raises InputError."""
+    asked, corpus = read_asked(_local_tables(folder, data_root), TEST)
+    return asked, pl.Series(dtype=pl.Binary) if corpus is None else _searched_keys(corpus)
 
 
-def _texts(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
-    """A column of `path` that holds a text in every row. Raises InputError."""
-    if name not in table.column_names:
-        raise InputError(f"{path}: no column {name!r}; it has {', '.join(table.column_names)}")
-    column = pa.table({name: as_text(table[name], name, str(path))})
-    return to_schema(column, pa.schema([(name, pa.string())]), str(path))[name]
+def find_matches(texts: pl.DataFrame, bands: np.ndarray, probes: Probes) -> pl.DataFrame:
+    """Those of `texts` (id, text, key) that are probes or nearly so: id, text, task, matched_text, kind, similarity.
 
-
-def find_matches(
-    side: str, ids: pa.Array, texts: TextRows, keys: np.ndarray, bands: np.ndarray, probes: Probes
-) -> tuple[np.ndarray, pa.Table]:
-    """Rows of `texts` that are probes or nearly so, and the log of them (CONTAMINATION without `dropped`).
-
-    A row that several tasks ask about occurs once for each, with the most similar of the task's probes.
+    A text that several tasks ask about occurs once for each, with the most similar of the task's probes.
     """
-    equal = same_text(keys, probes.keys)
-    rows, matched, scores = near_matches(texts, bands, probes.texts, probes.bands, probes.similarity)
-    exact, near = np.flatnonzero(equal >= 0), equal[rows] != matched
-    rows = np.concatenate([exact, rows[near]])
-    matched = np.concatenate([equal[exact], matched[near]])
-    scores = np.concatenate([np.ones(len(exact)), scores[near]])
-    is_near = np.arange(len(rows)) >= len(exact)
-    # one line for each task of the probe
-    first, last = (np.searchsorted(probes.uses[:, 0], matched, side) for side in ("left", "right"))
-    line = np.repeat(np.arange(len(rows)), last - first)
-    use = np.arange(len(line)) - np.repeat(np.cumsum(last - first) - (last - first), last - first) + first[line]
-    rows, matched, scores, is_near, task = rows[line], matched[line], scores[line], is_near[line], probes.uses[use, 1]
-    order = np.lexsort((matched, -scores, is_near, task, rows))
-    best = order[np.append(True, (np.diff(rows[order]) != 0) | (np.diff(task[order]) != 0))[: len(order)]]
-    log = {
-        "side": pa.array([side] * len(best), pa.string()),
-        "id": ids.take(pa.array(rows[best])),
-        "text": pa.array(texts[rows[best]], pa.string()),
-        "task": pa.array([probes.tasks[number] for number in task[best]], pa.string()),
-        "matched_text": pa.array(probes.texts[matched[best]], pa.string()),
-        "kind": pa.array(np.where(is_near[best], "near", "exact").tolist(), pa.string()),
-        "similarity": pa.array(scores[best], pa.float32()),
-    }
-    return rows[best], pa.table(log)
+    texts = texts.with_columns(row=pl.int_range(pl.len()))
+    exact = texts.join(probes.texts, on="key").select("row", "probe", similarity=1.0, kind=pl.lit("exact"))
+    near = near_matches(texts["text"], bands, probes.texts["text"], probes.bands, probes.similarity)
+    near = (
+        near.rename({"other": "probe"}).with_columns(kind=pl.lit("near")).join(exact, on=["row", "probe"], how="anti")
+    )
+    found = pl.concat([exact, near]).join(probes.uses, on="probe")
+    found = found.sort("row", "task", "kind", "similarity", "probe", descending=[False, False, False, True, False])
+    found = found.unique(["row", "task"], keep="first", maintain_order=True)
+    found = found.join(texts.select("row", "id", "text"), on="row", maintain_order="left")
+    found = found.join(probes.texts.select("probe", matched_text="text"), on="probe", maintain_order="left")
+    return found.with_columns(task=pl.Series(probes.tasks, dtype=pl.String).gather(found["task"]))
+
+
+def contamination_log(**matches: pl.DataFrame) -> pa.Table:
+    """CONTAMINATION of the matches (with `dropped`) of each side."""
+    sides = [found.with_columns(side=pl.lit(side)).select(CONTAMINATION.names) for side, found in matches.items()]
+    return pl.concat(sides).to_arrow().cast(CONTAMINATION)
 
 
 def clean_pairs(pairs: pa.Table, probes: Probes) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
@@ -257,29 +210,36 @@ def clean_pairs(pairs: pa.Table, probes: Probes) -> tuple[pa.Table, pa.Table, di
 
     In the log a sentence's id is the number of its row, and both sides are queries.
     """
-    logs, matching = [], np.zeros(len(pairs), bool)
-    ids = pa.array(range(len(pairs))).cast(pa.string())
+    matches = []
     for name in ("sentence1", "sentence2"):
-        texts = TextRows(pairs[name], np.arange(len(pairs)))
-        rows, log = find_matches("query", ids, texts, text_keys(texts), band_keys(texts, f"{name}: MinHash"), probes)
-        matching[rows] = True
-        logs.append(log.append_column("dropped", pa.array([True] * len(log), pa.bool_())))
-    log = pa.concat_tables(logs).cast(CONTAMINATION)
-    matches = {task: sides["queries"] for task, sides in count_by_task(log).items()}
-    return pairs.filter(pa.array(~matching)), log, {"pairs_dropped": int(matching.sum()), "sentences": matches}
+        texts = pl.Series("text", pl.from_arrow(pairs[name]))
+        ids = pl.int_range(len(texts), eager=True).cast(pl.String)
+        found = pl.DataFrame({"id": ids, "text": texts, "key": text_keys(texts)})
+        matches.append(find_matches(found, band_keys(texts, f"{name}: MinHash"), probes))
+    matches = pl.concat(matches).with_columns(dropped=pl.lit(True))
+    log = contamination_log(query=matches)
+    kept = pl.DataFrame({"row": pl.int_range(len(pairs), eager=True)}).filter(
+        ~pl.col("row").is_in(matches["id"].cast(pl.Int64).implode())
+    )
+    sentences = {task: sides["queries"] for task, sides in count_by_task(log).items()}
+    counts = {"pairs_dropped": len(pairs) - len(kept), "sentences": sentences}
+    return pairs.take(kept["row"].to_arrow()), log, counts
 
 
 def count_by_task(log: pa.Table) -> dict[str, dict[str, int]]:
     """task -> number of queries and of documents that match one of its probes."""
-    found = Counter(zip(log["task"].to_pylist(), log["side"].to_pylist(), strict=True))
-    tasks = sorted({task for task, _ in found})
-    return {task: {"queries": found[task, "query"], "documents": found[task, "document"]} for task in tasks}
+    counts = (
+        pl.from_arrow(log.select(["task", "side"]))
+        .group_by("task")
+        .agg(queries=(pl.col("side") == "query").sum(), documents=(pl.col("side") == "document").sum())
+    )
+    return {row.pop("task"): row for row in counts.sort("task").to_dicts()}
 
 
-def count_searched(keys: np.ndarray, probes: Probes) -> dict[str, int]:
+def count_searched(keys: pl.Series, probes: Probes) -> dict[str, int]:
     """task -> number of texts (of these keys) that equal a document that the task searches; no zeros."""
-    found = {task: int((same_text(keys, known) >= 0).sum()) for task, known in probes.corpora.items()}
-    return {task: count for task, count in sorted(found.items()) if count}
+    counts = {task: keys.is_in(known.implode()).sum() for task, known in probes.searched.items()}
+    return {task: count for task, count in sorted(counts.items()) if count}
 
 
 def zero_shot(training_datasets: Sequence[str], benchmark: str, base_model: str | None = None) -> dict[str, Any]:
@@ -324,39 +284,13 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-@dataclass(frozen=True)
-class _Titled:
-    """Documents as they are read: title, space, text."""
-
-    titles: TextsByRow
-    texts: TextsByRow
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, rows: slice) -> list[str]:
-        pairs = zip(self.titles[rows], self.texts[rows], strict=True)
-        return [f"{title or ''} {text}".strip() for title, text in pairs]
+def _searched_keys(corpus: pl.DataFrame) -> pl.Series:
+    """Text keys of a corpus' documents, both with and without their titles."""
+    texts = [corpus["text"].fill_null("")]
+    if "title" in corpus.columns:
+        texts.append(corpus.select(pl.concat_str("title", "text", separator=" ", ignore_nulls=True)).to_series())
+    return pl.concat([text_keys(part) for part in texts]).unique()
 
 
-def _searched_keys(corpus: Mapping[str, TextsByRow]) -> list[np.ndarray]:
-    """Text keys of a corpus, with and without the titles, if it has texts and titles."""
-    keys = [text_keys(corpus["text"])] if "text" in corpus else []
-    return keys + ([text_keys(_Titled(corpus["title"], corpus["text"]))] if keys and "title" in corpus else [])
-
-
-def _stacked(keys: Sequence[np.ndarray]) -> np.ndarray:
-    """(n, 2) distinct text keys of all of `keys`."""
-    stacked = np.concatenate([np.zeros((0, 2), np.uint64), *keys])
-    return stacked[np.unique(first_equal(stacked))]
-
-
-def _local_files(folder: str, data_root: str | None) -> list[Path]:
-    """A local set's files: corpus, queries and qrels, or its test split alone. Raises InputError."""
-    place = find_folder(folder, data_root)
-    names = ("corpus", "queries", "qrels") if (place / "queries.parquet").is_file() else (TEST,)
-    paths = [place / f"{name}.parquet" for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; decontamination reads the {TEST} split of a local set")
-    return paths
+def _local_tables(folder: str, data_root: str | None) -> FolderTables:
+    return FolderTables(find_folder(folder, data_root), (TEST,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -58,10 +60,7 @@ def to_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
     """`table` with exactly the columns of `schema`, cast. Raises InputError for values of another type, or null."""
     columns = []
     for field in schema:
-        try:
-            column = table[field.name].cast(field.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise InputError(f"{where}: column {field.name!r} cannot be read as {field.type}: {error}") from None
+        column = cast_column(table[field.name], field.name, field.type, where)
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
             raise InputError(f"{where}: row {row} has no {field.name!r}; fill it in or leave the row out")
@@ -69,7 +68,17 @@ def to_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def check_rows(table: pa.Table, where: str) -> None:
+def cast_column(column: pa.ChunkedArray, name: str, kind: pa.DataType, where: str) -> pa.ChunkedArray:
+    """`column` as `kind`. Raises InputError for values of another type, and text that is not UTF-8."""
+    try:
+        column = column.cast(kind)
+        column.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{where}: column {name!r} cannot be read as {kind}: {error}") from None
+    return column
+
+
+def check_rows(table: Sized, where: str) -> None:
     if not len(table):
         raise InputError(f"{where}: no rows")
 

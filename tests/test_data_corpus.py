@@ -1,7 +1,7 @@
 import itertools
 
 import numpy as np
-import pyarrow as pa
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,16 +11,17 @@ from common.cli import InputError
 from common.steps import files_of, read_arrow, read_parquet
 from dataset_builders import corpus
 from dataset_builders.corpus import split_of, write_corpus
-from dataset_builders.schema import QRELS
-from dataset_builders.sources import Rows, Splits
+from dataset_builders.readers import Rows
+from dataset_builders.sources import Splits
 
 
 def make_rows(documents: dict, queries: dict, qrels: list[tuple], classes: list[str] | None = None) -> Rows:
     columns = {"document_id": list(documents), "text": list(documents.values())}
+    schema = {"query_id": pl.String, "document_id": pl.String, "score": pl.Int32, "split": pl.String}
     return Rows(
-        documents=pa.table(columns | ({"class": classes} if classes else {})),
-        queries=pa.table({"query_id": list(queries), "text": list(queries.values())}),
-        qrels=pa.table([list(column) for column in zip(*qrels, strict=True)], schema=QRELS),
+        documents=pl.DataFrame(columns | ({"class": classes} if classes else {})),
+        queries=pl.DataFrame({"query_id": list(queries), "text": list(queries.values())}),
+        qrels=pl.DataFrame(qrels, schema, orient="row"),
         seen=len(qrels),
     )
 
@@ -98,10 +99,10 @@ def test_the_order_of_rows_and_the_size_of_batches_make_no_difference(tmp_path, 
     for shuffled in range(4):
         rows = make_rows(documents, queries, qrels, classes)
         if shuffled:
-            shuffle = lambda table: table.take(rng.permutation(len(table)))  # noqa: E731
-            rows = Rows(shuffle(rows.documents), shuffle(rows.queries), shuffle(rows.qrels), rows.seen)
-            chunked = [rows.documents.slice(0, 7), rows.documents.slice(7, 0), rows.documents.slice(7)]
-            rows = Rows(pa.concat_tables(chunked), rows.queries, rows.qrels, rows.seen)
+            frames = (rows.documents, rows.queries, rows.qrels)
+            documents_, *others = (table[rng.permutation(len(table))] for table in frames)
+            chunked = [documents_.slice(0, 7), documents_.slice(7, 0), documents_.slice(7)]
+            rows = Rows(pl.concat(chunked, rechunk=False), *others, rows.seen)
         folder = tmp_path / str(shuffled)
         folder.mkdir()
         counts = write_corpus(rows, Splits(), folder)

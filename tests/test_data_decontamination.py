@@ -1,4 +1,5 @@
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,9 +20,10 @@ from dataset_builders.decontamination import (
     read_task,
     zero_shot,
 )
-from dataset_builders.near_duplicates import same_text, text_keys
+from dataset_builders.near_duplicates import text_keys
+from dataset_builders.readers import Rows
 from dataset_builders.schema import QRELS
-from dataset_builders.sources import Rows, Splits
+from dataset_builders.sources import Splits
 
 RNG = np.random.default_rng(0)
 # As long as ArguAna's test queries, which are whole arguments.
@@ -75,9 +77,8 @@ def planted() -> tuple[Rows, dict[str, str]]:
     qrels += [("clean", "shared", 1, "train"), ("evaluation", "shared", 1, "test"), ("eval-copy", "answer", 1, "test")]
     queries |= {"evaluation": "Is it held out?", "eval-copy": ARGUMENTS[6]}
     sides = {"document_id": documents, "query_id": queries}
-    tables = [pa.table({name: list(side), "text": list(side.values())}) for name, side in sides.items()]
-    columns = [list(column) for column in zip(*qrels, strict=True)]
-    return Rows(*tables, pa.table(columns, schema=QRELS), len(qrels)), copies
+    tables = [pl.DataFrame({name: list(side), "text": list(side.values())}) for name, side in sides.items()]
+    return Rows(*tables, pl.DataFrame(qrels, QRELS.names, orient="row"), len(qrels)), copies
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_test_queries_inside_training_data_are_dropped_and_logged(tmp_path, eval
 def test_a_lower_similarity_finds_shorter_pieces(tmp_path, evaluated):
     rows, _ = planted()
     cut = ARGUMENTS[5][: int(len(ARGUMENTS[5]) * 0.75)]
-    texts = pa.table({"query_id": rows.queries["query_id"], "text": [cut] * len(rows.queries)})
+    texts = rows.queries.with_columns(text=pl.lit(cut))
     one = rows.qrels.slice(0, 1)
     rows = Rows(rows.documents, texts, one, 1)
     counts = write_corpus(rows, Splits(), tmp_path, evaluated)
@@ -151,9 +152,10 @@ def test_a_lower_similarity_finds_shorter_pieces(tmp_path, evaluated):
 def test_a_text_of_two_tasks_is_logged_for_both(tmp_path):
     """The best match of each task, and the same probe in two tasks."""
     rows, _ = planted()
-    write_table(tmp_path / "test.parquet", text=[ARGUMENTS[0], ARGUMENTS[0] + " Yes."])
+    labels = {"label_text": ["x", "y"]}
+    write_table(tmp_path / "test.parquet", text=[ARGUMENTS[0], ARGUMENTS[0] + " Yes."], **labels)
     (tmp_path / "other").mkdir()
-    write_table(tmp_path / "other" / "test.parquet", text=[ARGUMENTS[0], ARGUMENTS[1]])
+    write_table(tmp_path / "other" / "test.parquet", text=[ARGUMENTS[0], ARGUMENTS[1]], **labels)
     section = Decontamination(local={"first": str(tmp_path), "second": str(tmp_path / "other")})
     counts = write_corpus(rows, Splits(), tmp_path, section)
     log = read_parquet(tmp_path / "contamination.parquet").to_pylist()
@@ -189,9 +191,8 @@ def test_mteb_stores_texts_by_task_type(name, asked, searched):
 
     found, documents = read_task(getattr(mteb.mocks, name)())
     assert asked in found and all(isinstance(text, str) for text in found)
-    keys = text_keys([searched] if searched else [])
-    assert len(documents) >= len(keys) and (same_text(keys, documents) >= 0).all()
-    assert bool(len(documents)) == bool(searched)
+    keys = text_keys(pl.Series([searched] if searched else [], dtype=pl.String))
+    assert keys.is_in(documents.implode()).all() and bool(len(documents)) == bool(searched)
 
 
 def test_every_task_of_the_benchmark_names_its_texts():
@@ -211,22 +212,22 @@ def test_local_sets_are_read_by_their_layout(tmp_path):
     assert len(searched) == 61  # every text, of which one stands there twice
     write_table(tmp_path / "set" / "corpus.parquet", _id=["a", "b"], title=["One", "Two"], text=["text", "word"])
     searched = read_local(str(tmp_path / "set"), None)[1]
-    expected = text_keys(["text", "word", "one text", "two word"])
-    assert len(searched) == 4 and (same_text(expected, searched) >= 0).all()
-    write_table(tmp_path / "test.parquet", text1=["a b", "c"], text2=["d", "e"], label=[0, 1])
+    expected = text_keys(pl.Series(["text", "word", "one text", "two word"]))
+    assert len(searched) == 4 and expected.is_in(searched.implode()).all()
+    write_table(tmp_path / "test.parquet", text1=["a b", "c"], text2=["d", "e"], label_text=["0", "1"])
     asked, searched = read_local(str(tmp_path), None)
-    assert asked == ["a b", "c", "d", "e"] and len(searched) == 0
+    assert asked.to_list() == ["a b", "c", "d", "e"] and len(searched) == 0
 
 
 def test_the_fingerprint_holds_files_and_revisions(tmp_path):
     assert describe_decontamination(None, None) is None
-    write_table(tmp_path / "test.parquet", text=["one text"])
+    write_table(tmp_path / "test.parquet", text=["one text"], label_text=["x"])
     section = Decontamination(benchmark="MTEB(eng, v2)", local={"set": str(tmp_path)})
     described = describe_decontamination(section, None)
     assert len(described["tasks"]) == 41
     assert described["tasks"]["ArguAna"]["revision"] == "c22ab2a51041ffd869aaddef7af8d8215647e41a"
     assert str(tmp_path) not in str(described)  # the same files elsewhere are the same
-    write_table(tmp_path / "test.parquet", text=["another text"])
+    write_table(tmp_path / "test.parquet", text=["another text"], label_text=["x"])
     assert describe_decontamination(section, None)["local"] != described["local"]
 
 
@@ -284,8 +285,6 @@ def test_a_section_that_would_find_nothing_is_refused(section):
 
 def test_graded_pairs_lose_those_that_an_evaluation_task_asks_about(tmp_path, capsys):
     """Both sentences count: STSBenchmark's training split repeats sentences of other sets' test splits."""
-    from tiny_data import write_table
-
     from dataset_builders.build import main
 
     long = "Three dogs run over the fresh snow near the shore of a frozen lake while two people watch them from afar."

@@ -3,6 +3,7 @@ import re
 import tracemalloc
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -11,14 +12,12 @@ from tiny_data import SHARED_DATA, WORDS
 
 from common.steps import read_parquet
 from dataset_builders import near_duplicates
-from dataset_builders.columns import TextRows, take
+from dataset_builders.columns import take
 from dataset_builders.near_duplicates import (
     band_keys,
-    first_equal,
     jaccard,
     near_duplicate_groups,
     near_matches,
-    same_text,
     shingles,
     text_keys,
 )
@@ -29,8 +28,8 @@ SENTENCE = (
 words = st.lists(st.sampled_from(WORDS[:6]), max_size=6).map(" ".join)
 
 
-def rows_of(texts: list[str]) -> TextRows:
-    return TextRows(pa.chunked_array([pa.array(texts, pa.string())]), np.arange(len(texts)))
+def series(texts: list[str]) -> pl.Series:
+    return pl.Series("text", texts, dtype=pl.String)
 
 
 def grams(text: str) -> set[str]:
@@ -53,7 +52,7 @@ def groups_by_brute_force(texts: list[str]) -> set[frozenset[int]]:
 
 
 def groups_found(texts: list[str]) -> set[frozenset[int]]:
-    group = near_duplicate_groups(rows_of(texts), band_keys(rows_of(texts)))
+    group = near_duplicate_groups(series(texts), band_keys(series(texts)))
     members = [frozenset(np.flatnonzero(group == root).tolist()) for root in set(group.tolist())]
     assert all(min(found) in set(group.tolist()) for found in members)  # a group is named by its smallest row
     return set(members)
@@ -99,12 +98,11 @@ def test_matches_between_two_sets_are_those_of_brute_force():
         for row, other in itertools.product(range(len(texts)), range(len(others)))
         if similarity(texts[row], others[other]) >= 0.8
     }
-    sides = [rows_of(texts), rows_of(others)]
-    rows, found, scores = near_matches(sides[0], band_keys(sides[0]), sides[1], band_keys(sides[1]), similarity=0.8)
+    one, other = series(texts), series(others)
+    found = near_matches(one, band_keys(one), other, band_keys(other), similarity=0.8)
     assert len(expected) >= 3
-    assert dict(zip(zip(rows.tolist(), found.tolist(), strict=True), scores, strict=True)) == pytest.approx(expected)
-    nothing = near_matches(sides[0], band_keys(sides[0]), rows_of([]), band_keys(rows_of([])))
-    assert [len(part) for part in nothing] == [0, 0, 0]
+    assert {(row, match): score for row, match, score in found.iter_rows()} == pytest.approx(expected)
+    assert near_matches(one, band_keys(one), series([]), band_keys(series([]))).is_empty()
 
 
 def test_thousands_of_alike_texts_cost_no_square(monkeypatch):
@@ -123,7 +121,7 @@ def test_thousands_of_alike_texts_cost_no_square(monkeypatch):
         return jaccard(one, other)
 
     monkeypatch.setattr(near_duplicates, "jaccard", counted)
-    group = near_duplicate_groups(rows_of(texts), band_keys(rows_of(texts)))
+    group = near_duplicate_groups(series(texts), band_keys(series(texts)))
     assert set(group[3000:].tolist()) == {3000}  # the same 5-grams are always one group
     assert compared < 25 * 17 * len(texts) / 4
 
@@ -131,10 +129,10 @@ def test_thousands_of_alike_texts_cost_no_square(monkeypatch):
 def test_a_text_of_a_megabyte_needs_few(monkeypatch):
     text = " ".join(np.random.default_rng(0).choice(WORDS, 250_000))
     assert len(text) > 1_000_000
-    whole = band_keys(rows_of([text]))
+    whole = band_keys(series([text]))
     monkeypatch.setattr(near_duplicates, "_HASHES", 1 << 10)
     tracemalloc.start()
-    np.testing.assert_array_equal(band_keys(rows_of([text])), whole)  # however many hashes at a time
+    np.testing.assert_array_equal(band_keys(series([text])), whole)  # however many hashes at a time
     assert tracemalloc.get_traced_memory()[1] < 100 * len(text)
     tracemalloc.stop()
 
@@ -152,12 +150,9 @@ def test_texts_without_words_are_told_apart():
 
 @given(st.lists(st.sampled_from(["a b", "A  b", "ab", " c", "C", ""]), max_size=12))
 def test_equal_texts_are_known_by_their_keys(texts):
-    keys = text_keys(rows_of(texts))
+    keys = text_keys(series(texts)).to_list()
     normal = [" ".join(text.split()).casefold() for text in texts]
-    assert first_equal(keys).tolist() == [normal.index(text) for text in normal]
-    known = text_keys(rows_of(["c", "unknown"]))
-    assert same_text(keys, known).tolist() == [0 if text == "c" else -1 for text in normal]
-    assert same_text(keys, known[:0]).tolist() == [-1] * len(texts)
+    assert [keys.index(key) for key in keys] == [normal.index(text) for text in normal]
 
 
 @settings(max_examples=50)

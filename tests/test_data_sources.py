@@ -2,13 +2,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import LocalHub
-from tiny_data import SHARED_DATA, write_encoder, write_table
+from tiny_data import SHARED_DATA, write_encoder, write_recipe, write_set, write_table
 
 from common.cli import InputError
 from common.recipes import Section, parse_recipe, read_yaml
@@ -16,16 +16,13 @@ from common.steps import read_manifest
 from dataset_builders import pydocs, sources
 from dataset_builders.build import main
 from dataset_builders.data_recipe import load_recipes
-from dataset_builders.layouts import Draw, draw_of_class
+from dataset_builders.readers import Draw, Rows, draw_of_class
 from dataset_builders.sources import (
     TASK_LAYOUTS,
     HubSource,
-    HubStsSource,
     LocalSource,
-    LocalStsSource,
     PydocsSource,
     RegistrySource,
-    Rows,
     Splits,
     check_task_type,
     describe_source,
@@ -51,17 +48,13 @@ def test_every_recipe_that_ships_is_read(path):
     assert recipes and ".." not in path.read_text() and "data_root:" not in path.read_text()
 
 
-def test_there_is_a_recipe_for_every_task_type():
+def test_recipes_cover_every_task_type_and_every_set_of_the_registry():
     values = [read_yaml(path) for path in DATA_RECIPES]
     assert len(values) >= 9 and {value["task_type"] for value in values if "source" in value} == set(TASK_LAYOUTS)
-
-
-def test_one_recipe_builds_every_set_of_the_paper_that_can_be_trained_on():
     (path,) = (path for path in DATA_RECIPES if path.name == "lg-anna.yaml")
     recipes = load_recipes(str(path), [], Path("data"))
     assert {folder.name for folder in recipes} == {name for name, entry in registry().items() if entry.split}
-    for folder, recipe in recipes.items():
-        assert recipe.task_type == registry()[folder.name].task_type
+    assert all(recipe.task_type == registry()[folder.name].task_type for folder, recipe in recipes.items())
 
 
 @pytest.fixture
@@ -71,77 +64,83 @@ def docstrings(monkeypatch):
 
 
 def test_a_larger_subset_contains_a_smaller_one(docstrings):
-    small, large, other = (
-        set(
-            read_rows(PydocsSource(kind="pydocs", num_pairs=number, seed=seed), None)
-            .documents["document_id"]
-            .to_pylist()
-        )
-        for number, seed in ((20, 0), (50, 0), (20, 1))
-    )
+    def drawn(**keys):
+        return set(read_rows(PydocsSource(kind="pydocs", **keys), None).documents["document_id"])
+
+    small, large, other = drawn(num_pairs=20), drawn(num_pairs=50), drawn(num_pairs=20, seed=1)
     assert len(small) == 20 and small < large and small != other
-    assert read_rows(PydocsSource(kind="pydocs"), None).seen == 200
+    rows = read_rows(PydocsSource(kind="pydocs"), None)
+    assert rows.seen == 200 and rows.qrels["split"].null_count() == 200
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
 def test_whole_queries_are_drawn_up_to_the_number_of_pairs(positives, number, more, seed):
-    positives, ids = np.array(positives), [f"q{row}" for row in range(len(positives))]
-    small = Draw(number, seed).keeps(ids, positives)
-    large = Draw(number + more, seed).keeps(ids, positives)
-    assert small.any() and not (small & ~large).any()
-    assert positives[small].sum() <= number or small.sum() == 1
-    assert Draw(None).keeps(ids, positives).all()
+    scores = [[1] * count + [0] for count in positives]
+    qrels = pl.DataFrame({"query_id": [f"q{row}" for row in range(len(positives))], "score": scores}).explode("score")
+    small, large = (Draw(count, seed).keeps(qrels) for count in (number, number + more))
+    assert Draw(None).keeps(qrels).equals(qrels)
+    assert len(small) and set(small["query_id"]) <= set(large["query_id"])
+    for query_id, found in small.group_by("query_id"):
+        assert len(found) == positives[int(query_id[0][1:])] + 1
+    assert small["score"].sum() <= number or small["query_id"].n_unique() == 1
 
 
 def judged(rows: Rows) -> list[tuple[str, str, int, str | None]]:
     """The qrels, with texts for ids."""
-    queries = dict(zip(*rows.queries.to_pydict().values(), strict=True))
-    documents = dict(zip(*(rows.documents[name].to_pylist() for name in ("document_id", "text")), strict=True))
+    queries = dict(rows.queries.iter_rows())
+    documents = dict(rows.documents.select("document_id", "text").iter_rows())
     assert len(queries) == len(rows.queries) and len(documents) == len(rows.documents)
-    found = [
-        (queries[row["query_id"]], documents[row["document_id"]], row["score"], row["split"])
-        for row in rows.qrels.to_pylist()
-    ]
-    return sorted(found, key=str)
+    return sorted(((queries[q], documents[d], score, split) for q, d, score, split in rows.qrels.iter_rows()), key=str)
 
 
-def texts(table: pa.Table) -> list[str]:
-    return sorted(table["text"].to_pylist())
+def texts(table: pl.DataFrame) -> list[str]:
+    return sorted(table["text"])
 
 
-def write_rows(path: Path, **columns) -> Path:
+def write_rows(path: Path, **columns) -> str:
     path.parent.mkdir(exist_ok=True)
     write_table(path, **columns)
-    return path.parent
+    return str(path.parent)
+
+
+def hub(folder: str, **keys) -> HubSource:
+    return HubSource(kind="hub", dataset=folder, **keys)
+
+
+def local(folder: str, **keys) -> LocalSource:
+    return LocalSource(kind="local", path=folder, **keys)
 
 
 def test_pairs_come_from_load_dataset_with_their_columns_renamed(tmp_path):
     columns = {"question": ["who", "what", "who", "who"], "answer": ["he", "it", "she", "he"]}
     folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns, other=[1, 2, 3, 4])
-    source = HubSource(kind="hub", dataset=str(folder), columns={"query": "question", "positive": "answer"})
+    source = hub(folder, columns={"query": "question", "positive": "answer"})
     rows = read_rows(source, None)
     assert judged(rows) == [("what", "it", 1, "train"), ("who", "he", 1, "train"), ("who", "she", 1, "train")]
     assert rows.seen == 4 and texts(rows.queries) == ["what", "who"]
+    assert judged(read_rows(local(folder, columns=source.columns), None)) == judged(rows)
     with pytest.raises(InputError, match="no column 'query'"):
-        read_rows(HubSource(kind="hub", dataset=str(folder)), None)
+        read_rows(hub(folder), None)
     with pytest.raises(InputError, match="dev"):
         read_rows(source.model_copy(update={"split": "dev"}), None)
 
 
-def test_pairs_hold_lists_and_judged_negatives_when_they_are_asked_for(tmp_path):
+@pytest.mark.parametrize("written", [list, json.dumps])
+def test_pairs_hold_lists_and_judged_negatives(tmp_path, written):
+    """In a folder the user's own; on the Hub those that are asked for. Lists may be written as JSON."""
     columns = {"query": ["q1", "q2"], "positive": [["a", "b"], ["c"]], "negative": [["d"], []]}
-    folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns)
-    source = HubSource(kind="hub", dataset=str(folder), columns={"negative": "negative"})
+    columns |= {name: [written(texts) for texts in columns[name]] for name in ("positive", "negative")}
+    folder = write_rows(tmp_path / written.__name__ / "train.parquet", **columns)
     expected = [("q1", "a", 1, "train"), ("q1", "b", 1, "train"), ("q1", "d", 0, "train"), ("q2", "c", 1, "train")]
-    assert judged(read_rows(source, None)) == expected
-    without = read_rows(source.model_copy(update={"columns": {}}), None)
+    assert judged(read_rows(local(folder), None)) == expected
+    assert judged(read_rows(hub(folder, columns={"negative": "negative"}), None)) == expected
+    without = read_rows(hub(folder), None)
     assert judged(without) == [row for row in expected if row[2]] and "d" not in texts(without.documents)
 
 
-def test_a_published_row_without_text_is_left_out_and_told(tmp_path, capsys):
+def test_a_published_row_without_text_is_left_out_and_counted(tmp_path, capsys):
     columns = {"query": ["q1", " ", "q3", "q4"], "positive": ["a", "b", None, "d"]}
-    folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns)
-    rows = read_rows(HubSource(kind="hub", dataset=str(folder)), None)
+    rows = read_rows(hub(write_rows(tmp_path / "pairs" / "train.parquet", **columns)), None)
     assert judged(rows) == [("q1", "a", 1, "train"), ("q4", "d", 1, "train")] and rows.seen == 4
     assert capsys.readouterr().err.count("1 rows without") == 2
 
@@ -149,33 +148,29 @@ def test_a_published_row_without_text_is_left_out_and_told(tmp_path, capsys):
 @pytest.mark.parametrize("judged_ids", [["d0", "d9", "d1"], ["0", "1", "2"]])
 def test_published_judgements_of_texts_that_are_not_there(tmp_path, capsys, judged_ids):
     """Some are the publisher's loss, and left out; where no id is known, the columns are not what they seem."""
-    folder = tmp_path / "set"  # as the other case's: datasets' own cache would serve that one's rows
-    folder.mkdir()
     parts = [("default", "train", "qrels"), ("corpus", "corpus", "corpus"), ("queries", "queries", "queries")]
     configs = [
         {"config_name": name, "data_files": [{"split": split, "path": f"{path}.parquet"}]}
         for name, split, path in parts
     ]
-    write_table(folder / "corpus.parquet", _id=["d0", "d1"], title=["", ""], text=["a", "b"])
-    write_table(folder / "queries.parquet", _id=["q0", "q1"], text=["x", "y"])
-    write_table(
-        folder / "qrels.parquet", **{"query-id": ["q0", "q0", "q1"], "corpus-id": judged_ids, "score": [1] * 3}
-    )
-    (folder / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
-    source = HubSource(kind="hub", dataset=str(folder), layout="corpus")
+    folder = write_rows(tmp_path / "set" / "corpus.parquet", _id=["d0", "d1"], title=["", ""], text=["a", "b"])
+    write_rows(tmp_path / "set" / "queries.parquet", _id=["q0", "q1"], text=["x", "y"])
+    qrels = {"query-id": ["q0", "q0", "q1"], "corpus-id": judged_ids, "score": [1] * 3}
+    write_rows(tmp_path / "set" / "qrels.parquet", **qrels)
+    (tmp_path / "set" / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
     if "d0" in judged_ids:
-        rows = read_rows(source, None)
+        rows = read_rows(hub(folder, layout="corpus"), None)
         assert judged(rows) == [("x", "a", 1, "train"), ("y", "b", 1, "train")] and rows.seen == 3
         assert "1 rows whose document_id is not in corpus left out" in capsys.readouterr().err
     else:
         with pytest.raises(InputError, match=r"document_id '0' \(and 2 more\) is not in"):
-            read_rows(source, None)
+            read_rows(hub(folder, layout="corpus"), None)
 
 
-def test_a_query_that_is_drawn_keeps_all_its_positives(tmp_path):
+@pytest.mark.parametrize("source", [hub, local])
+def test_a_query_that_is_drawn_keeps_all_its_positives(tmp_path, source):
     columns = {"query": [f"q{row // 3}" for row in range(60)], "positive": [f"d{row}" for row in range(60)]}
-    folder = write_rows(tmp_path / "pairs" / "train.parquet", **columns)
-    rows = read_rows(HubSource(kind="hub", dataset=str(folder), num_pairs=10), None)
+    rows = read_rows(source(write_rows(tmp_path / "pairs" / "train.parquet", **columns), num_pairs=10), None)
     assert len(rows.queries) == 3 and len(rows.qrels) == len(rows.documents) == 9
 
 
@@ -184,24 +179,24 @@ LABELLED = {"text": ["a", "b", "c", "x", "y", "alone", "A "], "label_text": [*"1
 
 def test_a_text_is_a_query_whose_positive_is_another_of_its_class(tmp_path):
     folder = write_rows(tmp_path / "set" / "train.parquet", **LABELLED, label=[0] * 7)
-    write_table(folder / "test.parquet", text=["new", " B", "stranger"], label_text=["2", "3", "9"], label=[1, 0, 8])
-    source = LocalSource(kind="local", path=str(folder), eval_splits=["test"])
+    write_rows(tmp_path / "set" / "test.parquet", text=["new", " B", "stranger"], label_text=["2", "3", "9"])
+    source = local(folder, eval_splits=["test"])
     rows = read_rows(source, None)
-    assert rows.seen == 10 and rows.documents.column_names == ["document_id", "text", "class"]
+    assert rows.seen == 10 and rows.documents.columns == ["document_id", "text", "class"]
     # "A " says the same as "a", and "b" is asked in the test
     assert texts(rows.documents) == sorted(["a", "c", "x", "y", "alone"])
     assert texts(rows.queries) == sorted(["a", "b", " B", "c", "x", "y", "alone", "new", "stranger"])
     classes = dict(zip(LABELLED["text"], LABELLED["label_text"], strict=True)) | {"new": "2", " B": "3"}
     found = judged(rows)
     # "alone" has no other of its class, "stranger" no class
-    assert [query for query, *_ in found] == sorted(["a", "b", "c", "x", "y", "new", " B"])
+    assert [query for query, *_ in found] == sorted(["a", "b", " B", "c", "x", "y", "new"])
     for query, document, score, split in found:
         assert classes[query] == classes[document] and query != document and score == 1
         assert (split == "test") == (query in ("new", " B"))
     assert judged(read_rows(source, None)) == found
     drawn = {tuple(judged(read_rows(source.model_copy(update={"seed": seed}), None))) for seed in range(32)}
     assert len(drawn) > 3
-    write_table(folder / "test.parquet", text=LABELLED["text"], label_text=["1"] * 7)
+    write_rows(tmp_path / "set" / "test.parquet", text=LABELLED["text"], label_text=["1"] * 7)
     with pytest.raises(InputError, match=r"train\.parquet: every text also stands in test: no rows"):
         read_rows(source, None)
 
@@ -211,61 +206,59 @@ def test_texts_in_lists_and_texts_of_several_classes(tmp_path):
         tmp_path / "lists" / "train.parquet", sentences=[["a", "b"], ["c"]], labels=[["1", "1"], ["2"]]
     )
     columns = {"text": "sentences", "label": "labels"}
-    rows = read_rows(HubSource(kind="hub", dataset=str(folder), layout="texts", columns=columns), None)
+    rows = read_rows(hub(folder, layout="texts", columns=columns), None)
     assert judged(rows) == [("a", "b", 1, "train"), ("b", "a", 1, "train")]
     folder = write_rows(tmp_path / "classes" / "train.parquet", title=["a", "b", "c"], label=["x y", "y", "x"])
-    columns = {"text": ["title"]}
-    source = HubSource(kind="hub", dataset=str(folder), layout="texts", columns=columns, label_separator=" ")
-    rows = read_rows(source, None)
-    found = zip(rows.documents["text"].to_pylist(), rows.documents["class"].to_pylist(), strict=True)
+    rows = read_rows(hub(folder, layout="texts", columns={"text": ["title"]}, label_separator=" "), None)
+    found = rows.documents.select("text", "class").rows()
     assert sorted(found) == [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x")]
-    folder = write_rows(tmp_path / "odd" / "train.parquet", text=[["a", "b"], ["c"]], label=[["1"], ["2", "3"]])
-    with pytest.raises(InputError, match="not as many labels as texts"):
-        read_rows(HubSource(kind="hub", dataset=str(folder), layout="texts"), None)
 
 
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=40), st.lists(st.integers(0, 6), max_size=10), st.integers(0, 9)
 )
 def test_positives_are_drawn_from_the_class_and_never_the_text_itself(classes, others, seed):
-    documents = np.random.default_rng(seed).permutation(1000)[: len(classes)].astype(np.uint64)
-    new = np.arange(2000, 2000 + len(others), dtype=np.uint64)
-    queries, labels = np.concatenate([documents, new]), [*classes, *others]
-    names = [pa.chunked_array([[str(label) for label in some]], pa.string()) for some in (labels, classes)]
-    drawn = draw_of_class(queries, names[0], documents, names[1], seed)
-    for query, label, row in zip(queries, labels, drawn, strict=True):
-        possible = [other for other, found in enumerate(classes) if found == label and documents[other] != query]
-        assert row in possible if possible else row == -1
+    ids = np.random.default_rng(seed).permutation(1000)[: len(classes)].tolist()
+    queries, labels = [*ids, *range(2000, 2000 + len(others))], [*classes, *others]
+    hashes = {"query_id": pl.UInt64, "document_id": pl.UInt64}
+    asked = pl.DataFrame({"query_id": queries, "label": labels}, schema_overrides=hashes)
+    documents = pl.DataFrame({"document_id": ids, "label": classes}, schema_overrides=hashes)
+    drawn = dict(draw_of_class(asked, documents, seed).select("query_id", "document_id").iter_rows())
+    for query, label in zip(queries, labels, strict=True):
+        possible = {document for document, found in zip(ids, classes, strict=True) if found == label} - {query}
+        assert drawn[query] in possible if possible else query not in drawn
 
 
 def test_texts_with_several_parts_are_joined(tmp_path):
     columns = {"title": ["Big", None, "Old"], "abstract": ["dogs", "cats", ""], "category": ["p", "p", "p"]}
     folder = write_rows(tmp_path / "set" / "train.parquet", **columns)
     columns = {"text": ["title", "abstract"], "label": "category"}
-    rows = read_rows(HubSource(kind="hub", dataset=str(folder), layout="texts", columns=columns), None)
-    assert texts(rows.documents) == ["Big dogs", "Old", "cats"]
+    assert texts(read_rows(hub(folder, layout="texts", columns=columns), None).documents) == [
+        "Big dogs",
+        "Old",
+        "cats",
+    ]
 
 
 def test_labels_of_pairs_say_what_was_judged_relevant(tmp_path):
     columns = {"text1": ["p"] * 4, "text2": ["yes", "no", "maybe", " P"]}  # the last is what it is compared with
     labels = ["entailment", "contradiction", "neutral", "entailment"]
-    folder = write_rows(tmp_path / "set" / "train.parquet", **columns, label_text=labels)
-    rows = read_rows(LocalSource(kind="local", path=str(folder)), None)
+    rows = read_rows(local(write_rows(tmp_path / "set" / "train.parquet", **columns, label_text=labels)), None)
     assert judged(rows) == [("p", "no", 0, "train"), ("p", "yes", 1, "train")] and rows.seen == 4
     folder = write_rows(tmp_path / "hub" / "train.parquet", **columns, label=[0, 2, -1, 0])
-    source = HubSource(kind="hub", dataset=str(folder), layout="text_pairs", label_scores={"0": 1, "2": 0})
+    source = hub(folder, layout="text_pairs", label_scores={"0": 1, "2": 0})
     assert judged(read_rows(source, None)) == judged(rows)
     with pytest.raises(InputError, match=r"no label is one of entailment, .*; found: 0, 2, -1"):
-        read_rows(HubSource(kind="hub", dataset=str(folder), layout="text_pairs"), None)
+        read_rows(hub(folder, layout="text_pairs"), None)
+
+
+STS = {"layout": "graded_pairs", "score_range": (1, 5)}
 
 
 def test_sts_pairs_are_a_stable_subset(tmp_path):
     columns = {"sentence1": [f"a{row}" for row in range(40)], "sentence2": [f"b{row}" for row in range(40)]}
-    folder = write_rows(tmp_path / "set" / "train.parquet", **columns, score=[row / 10 for row in range(40)])
-    small, large = (
-        read_sts(HubStsSource(kind="hub", dataset=str(folder), score_range=(0, 5), num_pairs=number), None).to_pylist()
-        for number in (5, 20)
-    )
+    folder = write_rows(tmp_path / "set" / "train.parquet", **columns, score=[1 + row / 10 for row in range(40)])
+    small, large = (read_sts(hub(folder, **STS, num_pairs=number), None).to_pylist() for number in (5, 20))
     assert len(small) == 5 and len(large) == 20 and all(row in large for row in small)
 
 
@@ -283,11 +276,13 @@ def test_local_folders_are_found_under_data_root_then_the_variable_then_here(tmp
 
 
 def test_sts_scores_are_moved_into_the_open_interval(tmp_path):
-    source = LocalStsSource(kind="local", path=str(tmp_path), score_range=(1, 5))
-    write_table(tmp_path / "train.parquet", sentence1=list("abc"), sentence2=list("def"), score=[1.0, 2.0, 5.0])
+    sentences = {"sentence1": list("abc"), "sentence2": list("def")}
+    source = local(
+        write_rows(tmp_path / "set" / "train.parquet", **sentences, score=[1.0, 2.0, 5.0]), score_range=(1, 5)
+    )
     np.testing.assert_allclose(read_sts(source, None)["label"].to_numpy(), [1e-4, 0.25, 1 - 1e-4], atol=1e-6)
     for scores in ([0.5, 2.0, 5.0], [float("nan"), 2.0, 5.0]):
-        write_table(tmp_path / "train.parquet", sentence1=list("abc"), sentence2=list("def"), score=scores)
+        write_rows(tmp_path / "set" / "train.parquet", **sentences, score=scores)
         with pytest.raises(InputError, match="row 0 is outside score_range"):
             read_sts(source, None)
 
@@ -310,21 +305,17 @@ def test_a_pydocs_build_knows_what_its_pairs_depend_on(docstrings, monkeypatch):
 
 
 def test_a_source_from_the_hub_builds_end_to_end(tmp_path):
-    from tiny_data import write_recipe, write_set
-
     tiny = write_set(tmp_path / "set")
-    corpus = {row["_id"]: row["text"] for row in pq.read_table(tiny / "corpus.parquet").to_pylist()}
-    queries = {row["_id"]: row["text"] for row in pq.read_table(tiny / "queries.parquet").to_pylist()}
-    qrels = pq.read_table(tiny / "qrels.parquet").to_pylist()
-    (tmp_path / "pairs").mkdir()
+    corpus, queries = (
+        dict(pl.read_parquet(tiny / f"{name}.parquet").select("_id", "text").iter_rows())
+        for name in ("corpus", "queries")
+    )
     for split in ("train", "test"):
-        rows = [row for row in qrels if row["split"] == split]
-        write_table(
-            tmp_path / "pairs" / f"{split}.parquet",
-            query=[queries[row["query_id"]] for row in rows],
-            positive=[corpus[row["corpus_id"]] for row in rows],
-        )
-    source = {"kind": "hub", "dataset": str(tmp_path / "pairs"), "eval_splits": ["test"], "num_pairs": 30}
+        qrels = pl.read_parquet(tiny / "qrels.parquet").filter(split=split)
+        pairs = {"query": [queries[name] for name in qrels["query_id"]]}
+        pairs["positive"] = [corpus[name] for name in qrels["corpus_id"]]
+        folder = write_rows(tmp_path / "pairs" / f"{split}.parquet", **pairs)
+    source = {"kind": "hub", "dataset": folder, "eval_splits": ["test"], "num_pairs": 30}
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny, write_encoder(tmp_path / "encoder"), source=source)
     main(["--config", str(recipe), "--output_dir", str(tmp_path / "data")])
     manifest = read_manifest(tmp_path / "data" / "corpus")
@@ -332,51 +323,34 @@ def test_a_source_from_the_hub_builds_end_to_end(tmp_path):
 
 
 def test_a_task_type_reads_the_layouts_that_hold_it(tmp_path):
-    folder = write_rows(tmp_path / "set" / "train.parquet", **LABELLED)
-    source = LocalSource(kind="local", path=str(folder))
-    check_task_type("clustering", source, None)
+    texts = local(write_rows(tmp_path / "set" / "train.parquet", **LABELLED))
+    pairs = local(write_rows(tmp_path / "sts" / "train.parquet", sentence1=["a"], sentence2=["b"], score=[1.0]))
+    scored = pairs.model_copy(update={"score_range": (0, 5)})
+    check_task_type("clustering", texts, None)
     check_task_type("retrieval", PydocsSource(kind="pydocs"), None)
     check_task_type("sts", RegistrySource(kind="registry", name="STS12"), None)
+    check_task_type("sts", scored, None)
     for task_type, wrong, message in [
-        ("retrieval", source, "holds 'texts', which is for classification, clustering"),
+        ("retrieval", texts, "holds 'texts', which is for classification, clustering"),
         ("sts", PydocsSource(kind="pydocs"), "holds 'pairs', which is for retrieval"),
         ("clustering", RegistrySource(kind="registry", name="Banking77Classification"), "is for task_type 'classif"),
+        ("sts", pairs, "score_range"),
+        ("sts", scored.model_copy(update={"eval_splits": ("test",)}), "eval_splits"),
+        ("clustering", texts.model_copy(update={"score_range": (0, 5)}), "score_range"),
     ]:
         with pytest.raises(InputError, match=message):
             check_task_type(task_type, wrong, None)
 
 
 def test_the_fingerprint_of_a_set_is_its_files_and_keys(tmp_path):
-    folder = write_rows(tmp_path / "set" / "train.parquet", **LABELLED)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "train.parquet").write_bytes((folder / "train.parquet").read_bytes())
-    source = LocalSource(kind="local", path=str(folder))
+    folder, other = (write_rows(tmp_path / name / "train.parquet", **LABELLED) for name in ("set", "other"))
+    source = local(folder)
     described = describe_source(source, None)
-    same = {"path": str(tmp_path / "other"), "training_datasets": ("X",)}
+    same = {"path": other, "training_datasets": ("X",)}
     assert describe_source(source.model_copy(update=same), None) == described
     assert describe_source(source.model_copy(update={"seed": 1}), None) != described
-    write_table(folder / "train.parquet", text=["a", "b"], label_text=["1", "1"])
+    write_rows(tmp_path / "set" / "train.parquet", text=["a", "b"], label_text=["1", "1"])
     assert describe_source(source, None) != described
-
-
-# Input at its limits; what is refused is in test_bad_input.py
-
-
-def a_corpus(folder: Path, **changes) -> Path:
-    columns = {
-        "corpus": {"_id": ["d1", "d2"], "text": ["one", "two"]},
-        "queries": {"_id": ["q1", "q2"], "text": ["first", "second"]},
-        "qrels": {"query_id": ["q1", "q2"], "corpus_id": ["d1", "d2"], "score": [1, 1], "split": ["train"] * 2},
-    }
-    for name, table in columns.items():
-        write_rows(folder / f"{name}.parquet", **(table | changes.get(name, {})))
-    return folder
-
-
-def test_documents_of_a_megabyte_are_documents(tmp_path):
-    large = "long " * 210_000
-    folder = a_corpus(tmp_path / "set", corpus={"text": [large, "two"]})
-    assert read_rows(LocalSource(kind="local", path=str(folder)), None).documents["text"][0].as_py() == large
 
 
 # The registry
@@ -521,7 +495,7 @@ kinds = {{"hub": HubSource, "registry": RegistrySource}}
 values = json.loads({values!r})
 source = kinds[values["kind"]](**values)
 rows = read_rows(source, None)
-tables = {{name: getattr(rows, name).to_pylist() for name in ("documents", "queries", "qrels")}}
+tables = {{name: getattr(rows, name).to_dicts() for name in ("documents", "queries", "qrels")}}
 print(json.dumps({{"commit": describe_source(source, None)["commit"], **tables}}))
 """
 

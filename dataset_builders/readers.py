@@ -1,0 +1,275 @@
+"""Reads the documents, queries and qrels in a set's tables, whatever their layout.
+
+Texts without ids get them from a hash, so that the same text has the same id in every build. A judgement of a text
+that is not there is an error in a folder, and left out of a set from the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+import pyarrow as pa
+from tqdm import tqdm
+
+from common.cli import InputError
+from dataset_builders.near_duplicates import in_blocks, text_keys
+from dataset_builders.schema import QRELS, check_rows
+from dataset_builders.tables import COLUMNS, TEXT, Tables, to_frame
+
+# What an evaluation asks about.
+ASKED = {
+    "pairs": ("query",),
+    "texts": ("text",),
+    "text_pairs": ("text1", "text2"),
+    "graded_pairs": ("sentence1", "sentence2"),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw data. Ids are unique among the documents and among the queries."""
+
+    documents: pl.DataFrame  # document_id, text; and `class` for classification and clustering
+    queries: pl.DataFrame  # query_id, text
+    qrels: pl.DataFrame  # query_id, document_id, score (0: judged and not relevant), split (null: the source has none)
+    seen: int  # pairs or judgements that the source holds
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Whole queries, in the order of a seeded hash, that hold up to `num_pairs` positives (null: all queries).
+
+    A larger number holds a smaller one's queries.
+    """
+
+    num_pairs: int | None = None
+    seed: int = 0
+
+    def keeps(self, qrels: pl.DataFrame, query: str = "query_id") -> pl.DataFrame:
+        """The judgements (`query`, score) of the queries that are drawn."""
+        if self.num_pairs is None:
+            return qrels
+        queries = qrels.group_by(query, maintain_order=True).agg(positives=(pl.col("score") > 0).sum())
+        queries = queries.with_columns(order=_hashes(queries[query], self.seed)).sort("order", maintain_order=True)
+        drawn = (pl.col("positives").cum_sum() <= self.num_pairs) | (pl.int_range(pl.len()) == 0)
+        return qrels.join(queries.filter(drawn), on=query, how="semi", maintain_order="left")
+
+
+def read_layout(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
+    """What a set holds for `splits`; of the first one, which is trained on, what `draw` keeps."""
+    readers = {"corpus": _read_corpus, "pairs": _read_pairs, "texts": _read_texts, "text_pairs": _read_pairs}
+    return readers[tables.layout](tables, splits, draw)
+
+
+def read_graded_pairs(tables: Tables, split: str, draw: Draw) -> pl.DataFrame:
+    """sentence1, sentence2, score (float64), in the order of the source."""
+    table = tables.whole_rows(tables.read(split), [*COLUMNS["graded_pairs"]], tables.where(split))
+    pairs = pl.DataFrame({"query_id": pl.int_range(len(table), eager=True), "score": 1})
+    return table[draw.keeps(pairs)["query_id"]]
+
+
+def read_asked(tables: Tables, split: str) -> tuple[pl.Series, pl.DataFrame | None]:
+    """The texts that a split asks about; and the documents (text, perhaps title) that are searched, where some are."""
+    if tables.layout != "corpus":
+        table = tables.read(split)
+        return pl.concat([_exploded(table, name)[name].rename("text") for name in ASKED[tables.layout]]), None
+    qrels = to_frame(tables.load_part("qrels", (split,)), _columns_of("query_id", "split"), tables.where("qrels"))
+    queries = _read_part(tables, "queries", (split,), "query_id")
+    table, where = tables.load_part("corpus", (split,)), tables.where("corpus")
+    names = [name for name in ("title", "text") if name == "text" or name in table.column_names]
+    corpus = tables.whole_rows(to_frame(table, _columns_of(*names), where), ["text"], where)
+    return queries.join(qrels.filter(split=split), on="query_id", how="semi")["text"], corpus
+
+
+def stable_hash(*parts: object) -> int:
+    """64 bits that depend on nothing but `parts`: the same in every process, on every machine."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
+    documents, queries = (
+        _read_part(tables, "corpus", splits, "document_id"),
+        _read_part(tables, "queries", splits, "query_id"),
+    )
+    where = tables.where("qrels")
+    table = tables.load_part("qrels", splits)
+    theirs = ("query_id", "corpus_id", "score", "split")
+    columns = {field.name: (name, field.type) for field, name in zip(QRELS, theirs, strict=True)}
+    qrels = tables.whole_rows(to_frame(table, columns, where), QRELS.names, where).select(QRELS.names)
+    seen = len(table)
+    for texts, part in ((queries, "queries"), (documents, "corpus")):
+        column = texts.columns[0]
+        known = qrels.join(texts, on=column, how="semi", maintain_order="left")
+        unknown = qrels.join(texts, on=column, how="anti", maintain_order="left")[column]
+        if len(unknown) and not (tables.published and len(known)):  # if all are unknown, these are other ids
+            raise InputError(
+                f"{where}: {column} {unknown[0]!r} (and {len(unknown) - 1} more) is not in {tables.where(part)}; "
+                "add its text there or leave the row out"
+            )
+        if len(unknown):
+            tqdm.write(f"{where}: {len(unknown):,} rows whose {column} is not in {part} left out", file=sys.stderr)
+        qrels = known
+    is_train = pl.col("split") == splits[0]
+    qrels = pl.concat([draw.keeps(qrels.filter(is_train)), qrels.filter(~is_train)])
+    if tables.published or draw.num_pairs:  # the judgements of other splits were not read
+        queries = queries.join(qrels, on="query_id", how="semi", maintain_order="left")
+    return Rows(documents, queries, qrels, seen)
+
+
+def _read_part(tables: Tables, part: str, splits: Sequence[str], id_name: str) -> pl.DataFrame:
+    """`id_name`, text (title and text). The ids are unique."""
+    table, where = tables.load_part(part, splits), tables.where(part)
+    sides = ("title", "text") if part == "corpus" and "title" in table.column_names else ("text",)
+    found = to_frame(table, {"id": ("_id", TEXT), "text": (sides, TEXT)}, where)
+    found = tables.whole_rows(found, ["id", "text"], where)
+    twice = found.filter(pl.col("id").is_duplicated())["id"]
+    if len(twice):
+        raise InputError(f"{where}: id {twice[0]!r} occurs twice; ids must be unique")
+    return found.select(pl.col("id").alias(id_name), "text")
+
+
+def _read_pairs(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
+    """Documents are the texts that some query was judged with; of equal judgements the best score counts."""
+    parts, seen = [], 0
+    for split in splits:
+        judged = tables.read(split)
+        seen += len(judged)
+        judged = (
+            _labelled_pairs(tables, split, judged) if tables.layout == "text_pairs" else _pairs(tables, split, judged)
+        )
+        judged = judged.sort("score", descending=True).unique(["query_id", "document_id"], keep="first")
+        parts.append((draw.keeps(judged) if split == splits[0] else judged).with_columns(split=pl.lit(split)))
+    found = pl.concat(parts)
+    found = found.with_columns(_ids("q", found["query_id"]), _ids("d", found["document_id"]))
+    documents = found.select("document_id", text="document").unique("document_id")
+    queries = found.select("query_id", text="query").unique("query_id")
+    return Rows(documents, queries, found.select(QRELS.names), seen)
+
+
+def _pairs(tables: Tables, split: str, table: pl.DataFrame) -> pl.DataFrame:
+    """query, document, score, and the hashes of the texts as query_id and document_id."""
+    where = tables.where(split)
+    table = tables.whole_rows(table, ["query"], where)
+    table = table.with_columns(query_id=_text_hashes(table["query"]))
+    judged = []
+    for side, score in (("positive", 1), ("negative", 0)):
+        if side in table.columns:
+            found = tables.whole_rows(_exploded(table, side), [side], where)
+            judged.append(
+                found.select(
+                    "query",
+                    "query_id",
+                    document=side,
+                    document_id=_text_hashes(found[side]),
+                    score=pl.lit(score, pl.Int32),
+                )
+            )
+    return pl.concat(judged)
+
+
+def _labelled_pairs(tables: Tables, split: str, table: pl.DataFrame) -> pl.DataFrame:
+    """The same of pairs whose label says whether they are positives."""
+    where = tables.where(split)
+    score = table["label"].replace_strict(tables.label_scores, default=None, return_dtype=pl.Int32)
+    if score.null_count() == len(score):
+        found = ", ".join(map(str, table["label"].unique(maintain_order=True)[:9]))
+        raise InputError(f"{where}: no label is one of {', '.join(tables.label_scores)}; found: {found}")
+    table = table.with_columns(score=score).filter(score.is_not_null())
+    table = tables.whole_rows(table, ["text1", "text2"], where)
+    table = table.filter(text_keys(table["text1"]) != text_keys(table["text2"]))
+    hashes = {"query_id": _text_hashes(table["text1"]), "document_id": _text_hashes(table["text2"])}
+    return table.select("score", query="text1", document="text2", **hashes)
+
+
+def _read_texts(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
+    """Every text is a query, each of the first split a document too; a query's positive is drawn from its class.
+
+    What also stands in another split is no document: as a positive or a negative it would be trained on.
+    """
+    parts, seen = [], 0
+    for split in splits:
+        table = _labelled_texts(tables, split)
+        seen += len(table)
+        table = tables.whole_rows(table, ["text", "label"], tables.where(split))
+        # case and white space make no other text: a query whose positive says the same would teach nothing
+        rows = zip(in_blocks(table["label"]), in_blocks(table["text"]), strict=True)
+        hashes = [stable_hash(label, *text.casefold().split()) for label, text in rows]
+        table = table.with_columns(query_id=pl.Series(hashes, dtype=pl.UInt64), split=pl.lit(split))
+        table = table.unique("query_id", keep="first", maintain_order=True).with_columns(score=1)
+        parts.append(draw.keeps(table) if split == splits[0] else table)
+    texts = pl.concat(parts)
+    texts = texts.with_columns(text_keys(texts["text"]))
+    is_train = pl.col("split") == splits[0]
+    inside = texts.filter(is_train).join(texts.filter(~is_train), on="key", how="anti", maintain_order="left")
+    check_rows(inside, f"{tables.where(splits[0])}: every text also stands in {', '.join(splits[1:])}")
+    qrels = draw_of_class(texts, inside.select("label", document_id="query_id"), draw.seed)
+    qrels = qrels.with_columns(
+        _ids("q", qrels["query_id"]), _ids("d", qrels["document_id"]), score=pl.lit(1, pl.Int32)
+    )
+    documents = inside.select(
+        _ids("d", inside["query_id"]).alias("document_id"), "text", pl.col("label").alias("class")
+    )
+    queries = texts.unique("query_id", keep="first", maintain_order=True)
+    queries = queries.select(_ids("q", queries["query_id"]), "text")
+    return Rows(documents, queries, qrels.select(QRELS.names), seen)
+
+
+def _labelled_texts(tables: Tables, split: str) -> pl.DataFrame:
+    """row, text, label; a text of several classes has a row for each."""
+    table = tables.read(split)
+    if tables.label_separator:
+        table = table.with_columns(pl.col("label").str.split(tables.label_separator))
+    if table.schema["text"] != pl.List:
+        return _exploded(table, "label")
+    lengths = table.select(pl.col("text", "label").list.len())
+    if table.schema["label"] != pl.List or not (lengths["text"] == lengths["label"]).all():
+        raise InputError(f"{tables.where(split)}: a row has not as many labels as texts; mend it or leave it out")
+    return table.filter(lengths["text"] > 0).explode("text", "label")
+
+
+def draw_of_class(texts: pl.DataFrame, documents: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """`texts` (query_id, label) with the document_id of a document of their label, never their own; others left out.
+
+    Ids are unique hashes, a text's own the same on both sides; `documents` has document_id, label.
+    """
+    place = pl.int_range(pl.len(), dtype=pl.UInt64).over("label")
+    documents = documents.sort("document_id").with_columns(place=place, size=pl.len().cast(pl.UInt64).over("label"))
+    own = documents.select(query_id="document_id", own="place")
+    texts = texts.with_columns(drawn=_hashes(texts["query_id"], seed))
+    texts = texts.join(documents.select("label", "size").unique(), on="label", maintain_order="left")
+    texts = texts.join(own, on="query_id", how="left", maintain_order="left")
+    texts = texts.with_columns(others=pl.col("size") - pl.col("own").is_not_null().cast(pl.UInt64)).filter(
+        pl.col("others") > 0
+    )
+    texts = texts.with_columns(place=pl.col("drawn") % pl.col("others"))
+    texts = texts.with_columns(pl.col("place") + (pl.col("place") >= pl.col("own")).fill_null(False).cast(pl.UInt64))
+    return texts.join(documents.drop("size"), on=["label", "place"], maintain_order="left")
+
+
+def _columns_of(*names: str) -> dict[str, tuple[str, pa.DataType]]:
+    return {name: (name, TEXT) for name in names}
+
+
+def _exploded(table: pl.DataFrame, name: str) -> pl.DataFrame:
+    """A row for each text of a column of lists; the table itself where it holds texts."""
+    if table.schema[name] != pl.List:
+        return table
+    return table.filter(pl.col(name).list.len() > 0).explode(name)
+
+
+def _ids(prefix: str, hashes: pl.Series) -> pl.Series:
+    return pl.Series(hashes.name, (f"{prefix}{value:016x}" for value in in_blocks(hashes)), pl.String)
+
+
+def _text_hashes(texts: pl.Series) -> pl.Series:
+    progress = tqdm(in_blocks(texts), "ids of texts", len(texts), unit=" texts", delay=2)
+    return pl.Series((stable_hash(text) for text in progress), dtype=pl.UInt64)
+
+
+def _hashes(values: pl.Series, seed: int) -> pl.Series:
+    return pl.Series((stable_hash(seed, value) for value in in_blocks(values)), dtype=pl.UInt64)
