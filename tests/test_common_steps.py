@@ -1,23 +1,90 @@
-"""The commit of the code that made a folder: of our own repository alone."""
+"""Finished folders: made once, resumed after a crash, and marked with the commit of the code that made them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import common.steps
-from common.steps import code_commit, folder_step, read_manifest
+from common.cli import InputError
+from common.steps import code_commit, fingerprint, folder_step, read_manifest, read_parquet, write_parquet
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """This code as it lies in somebody's folder."""
-    file = tmp_path / "code" / "common" / "steps.py"
-    file.parent.mkdir(parents=True)
-    file.write_text("1\n")
-    monkeypatch.setattr(common.steps, "__file__", str(file))
-    return tmp_path
+def make(folder: Path, inputs: dict, rows: int = 1) -> bool:
+    """Whether the step had to be made."""
+    with folder_step(folder, inputs) as step:
+        if step.done:
+            return False
+        write_parquet(step.path / "rows.parquet", pa.table({"id": list(range(rows))}))
+        step.finish(rows=rows)
+    return True
+
+
+def test_a_step_is_made_once_and_again_when_inputs_or_files_change(tmp_path):
+    folder = tmp_path / "a" / "step"
+    assert make(folder, {"x": 1}) and not make(folder, {"x": 1})
+    assert read_manifest(folder)["rows"] == 1
+    assert make(folder, {"x": 2}), "other inputs"
+    with (folder / "rows.parquet").open("r+b") as file:
+        file.truncate(20)
+    assert make(folder, {"x": 2}), "a truncated file"
+    (folder.parent / "step.outdated").mkdir()  # a kill right after the new folder got its name
+    assert not make(folder, {"x": 2})
+    assert [path.name for path in folder.parent.iterdir()] == ["step"]
+    (folder / "manifest.json").unlink()
+    assert make(folder, {"x": 2}), "no manifest: not known to be whole"
+    assert (folder.parent / "step.unknown" / "rows.parquet").is_file(), "nor known to be ours to delete"
+
+
+def crash(folder: Path, inputs: dict, error: type[BaseException]) -> None:
+    with pytest.raises(error), folder_step(folder, inputs) as step:
+        (step.path / "shard").write_text(str(inputs))
+        raise error
+
+
+def test_bad_input_leaves_nothing_and_a_crash_leaves_its_shards(tmp_path, monkeypatch):
+    crash(tmp_path / "new" / "step", {}, InputError)
+    assert list(tmp_path.iterdir()) == []
+    crash(tmp_path / "step", {"x": 1}, ZeroDivisionError)
+    with folder_step(tmp_path / "step", {"x": 1}) as step:
+        assert (step.path / "shard").exists(), "resumed"
+        step.finish()
+    crash(tmp_path / "step", {"x": 2}, ZeroDivisionError)
+    with folder_step(tmp_path / "step", {"x": 3}) as step:
+        assert not (step.path / "shard").exists(), "shards of other inputs are no use"
+        step.finish()
+    # killed while the shards of other inputs were deleted: what is left of them is not resumed
+    crash(tmp_path / "step", {"x": 4}, ZeroDivisionError)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.steps.shutil, "rmtree", lambda folder: sys.exit())
+        with pytest.raises(SystemExit), folder_step(tmp_path / "step", {"x": 5}):
+            pass
+    with folder_step(tmp_path / "step", {"x": 4}) as step:
+        assert not (step.path / "shard").exists()
+        step.finish()
+
+
+def test_unreadable_parquet_is_bad_input(tmp_path):
+    write_parquet(tmp_path / "good.parquet", pa.table({"id": [1]}))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really PAR1")
+    for name, columns, message in [
+        ("good", ["text"], "no column 'text'; it has id"),
+        ("bad", None, "not a readable Parquet file"),
+        ("none", None, "no such file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read_parquet(tmp_path / f"{name}.parquet", columns)
+
+
+@given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.none())))
+def test_fingerprints_do_not_depend_on_order(values):
+    assert fingerprint(values) == fingerprint(dict(reversed(values.items())))
+    assert fingerprint(values) != fingerprint({**values, "another": json.dumps(values)})
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -28,61 +95,25 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def commit(folder: Path) -> str:
-    git(folder, "init")
-    git(folder, "add", ".")
-    git(folder, "commit", "-m", "x")
-    git(folder, "tag", "-m", "v1", "v1")  # describes the commit, too
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "x"], ["tag", "-m", "v1", "v1"]):
+        git(folder, *arguments)
     return git(folder, "rev-parse", "HEAD")
 
 
-def test_a_commit_and_what_differs_from_it(copied):
-    head = commit(copied / "code")
+def test_manifests_hold_the_commit_of_this_code_at_the_start_of_the_step(tmp_path, monkeypatch):
+    file = tmp_path / "code" / "common" / "steps.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("1\n")
+    monkeypatch.setattr(common.steps, "__file__", str(file))
+    assert code_commit() is None
+    commit(tmp_path)  # of whoever copied the code into a repository
+    assert code_commit() is None
+    head = commit(tmp_path / "code")
     assert len(head) == 40 and code_commit() == head
-    (copied / "code" / "common" / "steps.py").write_text("2\n")
-    assert code_commit() == f"{head}-dirty"
-
-
-def test_no_commit_outside_a_repository_of_ours(copied, monkeypatch):
-    assert code_commit() is None
-    commit(copied)  # that of whoever copied the code into a repository
-    assert code_commit() is None
+    with folder_step(tmp_path / "made", {"a": 1}) as step:
+        file.write_text("2\n")
+        step.finish()
+    assert read_manifest(tmp_path / "made")["commit"] == head and code_commit() == f"{head}-dirty"
+    assert not make(tmp_path / "made", {"a": 1})  # another commit is no other input
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # without git
     assert code_commit() is None
-
-
-def test_manifests_tell_the_commit_that_steps_began_with(copied, tmp_path):
-    head = commit(copied / "code")
-    with folder_step(tmp_path / "made", {"a": 1}) as step:
-        (copied / "code" / "common" / "steps.py").write_text("2\n")
-        step.finish(rows=3)
-    manifest = read_manifest(tmp_path / "made")
-    assert (manifest["commit"], manifest["rows"]) == (head, 3)
-    with folder_step(tmp_path / "made", {"a": 1}) as step:
-        assert step.done  # another commit is no other input
-
-
-def test_what_a_kill_leaves_beside_a_finished_step_goes(tmp_path):
-    """The folder that the finished one took the place of, and one that was being discarded."""
-    for value in (1, 2):
-        with folder_step(tmp_path / "made", {"a": value}) as step:
-            step.finish()
-    (tmp_path / "made.outdated").mkdir()
-    with folder_step(tmp_path / "made", {"a": 2}) as step:
-        assert step.done
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-
-
-def test_a_step_killed_while_it_was_discarded_is_not_gone_on_with(tmp_path, monkeypatch):
-    def killed(folder):
-        raise KeyboardInterrupt
-
-    with pytest.raises(RuntimeError), folder_step(tmp_path / "made", {"a": 1}) as step:
-        (step.path / "half").write_text("of recipe 1")
-        raise RuntimeError
-    monkeypatch.setattr(common.steps.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt), folder_step(tmp_path / "made", {"a": 2}):
-        pass
-    monkeypatch.undo()
-    with folder_step(tmp_path / "made", {"a": 1}) as step:
-        assert not (step.path / "half").exists()
-        step.finish()

@@ -1,22 +1,17 @@
-"""Commands, recipes, folders and model references: what every room stands on."""
+"""Commands, recipes and model references: what every room stands on."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import Field
 from safetensors import SafetensorError
 
 from common.cli import ArgumentParser, InputError, run
 from common.models import resolve_model
 from common.recipes import Section, parse_recipe, read_yaml
-from common.steps import fingerprint, folder_step, read_manifest, read_parquet, write_parquet
 
 
 class Local(Section):
@@ -142,70 +137,6 @@ def test_what_is_no_recipe_is_refused(content, tmp_path):
         read_yaml(tmp_path / "r.yaml")
     with pytest.raises(InputError, match="no such recipe"):
         read_yaml(tmp_path / "other.yaml")
-
-
-# --- folders
-
-
-def make(folder: Path, inputs: dict, rows: int = 1) -> bool:
-    """Whether the step had to be made."""
-    with folder_step(folder, inputs) as step:
-        if step.done:
-            return False
-        write_parquet(step.path / "rows.parquet", pa.table({"id": list(range(rows))}))
-        step.finish(rows=rows)
-    return True
-
-
-def test_a_step_is_made_once_and_again_when_inputs_or_files_change(tmp_path):
-    folder = tmp_path / "a" / "step"
-    assert make(folder, {"x": 1})
-    assert not make(folder, {"x": 1})
-    assert read_manifest(folder)["rows"] == 1
-    assert make(folder, {"x": 2}), "other inputs"
-    with (folder / "rows.parquet").open("r+b") as file:
-        file.truncate(20)
-    assert make(folder, {"x": 2}), "a truncated file"
-    assert [path.name for path in folder.parent.iterdir()] == ["step"]
-    (folder / "manifest.json").unlink()
-    assert make(folder, {"x": 2}), "no manifest: not known to be whole"
-    assert (folder.parent / "step.unknown" / "rows.parquet").is_file(), "nor known to be ours to delete"
-
-
-def test_bad_input_leaves_nothing_and_a_crash_leaves_its_shards(tmp_path):
-    with pytest.raises(InputError), folder_step(tmp_path / "new" / "step", {}) as step:
-        (step.path / "shard").write_text("x")
-        raise InputError("bad")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ZeroDivisionError), folder_step(tmp_path / "step", {"x": 1}) as step:
-        (step.path / "shard").write_text("x")
-        raise ZeroDivisionError
-    with folder_step(tmp_path / "step", {"x": 1}) as step:
-        assert (step.path / "shard").read_text() == "x", "resumed"
-        step.finish()
-    with pytest.raises(ZeroDivisionError), folder_step(tmp_path / "step", {"x": 2}) as step:
-        (step.path / "shard").write_text("x")
-        raise ZeroDivisionError
-    with folder_step(tmp_path / "step", {"x": 3}) as step:
-        assert not (step.path / "shard").exists(), "shards of other inputs are no use"
-        step.finish()
-
-
-def test_parquet_is_read_with_a_clear_word(tmp_path):
-    write_parquet(tmp_path / "good.parquet", pa.table({"id": [1]}))
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really PAR1")
-    with pytest.raises(InputError, match="no column 'text'; it has id"):
-        read_parquet(tmp_path / "good.parquet", ["text"])
-    with pytest.raises(InputError, match="not a readable Parquet file"):
-        read_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(InputError, match="no such file"):
-        read_parquet(tmp_path / "none.parquet")
-
-
-@given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.none())))
-def test_fingerprints_do_not_depend_on_order(values):
-    assert fingerprint(values) == fingerprint(dict(reversed(values.items())))
-    assert fingerprint(values) != fingerprint({**values, "another": json.dumps(values)})
 
 
 # --- model references
