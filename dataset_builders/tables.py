@@ -240,7 +240,7 @@ def _names(theirs: str | Sequence[str]) -> Sequence[str]:
 
 def _decoded(column: pl.Series) -> pl.Series:
     """A column of JSON lists of texts as lists; any other as it is."""
-    if column.dtype == pl.String and len(column) and column.str.contains(_JSON_LIST).all():
+    if column.dtype == pl.String and column.count() and column.str.contains(_JSON_LIST).all():
         return column.str.json_decode(pl.List(pl.String))
     return column
 

@@ -347,7 +347,7 @@ BUILD = {
     "footer of 2 GB": (write(CORPUS, b"PAR1\xff\xff\xff\x7fPAR1"), [], "not a readable Parquet file"),
     "pages of nonsense": (cut(CORPUS, lambda data: data[:99] + b"\xff" * 200 + data[299:]), [], "not a readable"),
     "no rows": (columns(CORPUS, _id=[], title=[], text=[]), [], "corpus.parquet"),
-    "no columns": (lambda folder: pq.write_table(pa.table({}), folder / CORPUS), [], "no column '_id'"),
+    "no columns": (lambda folder: pq.write_table(pa.table({}), folder / CORPUS), [], "corpus.parquet: no rows"),
     "no text": (columns(CORPUS, text=None), [], "corpus.parquet: no column 'text'"),
     "no ids": (columns(QUERIES, _id=None), [], "queries.parquet: no column '_id'"),
     "no scores": (columns(QRELS, score=None), [], "qrels.parquet: no column 'score'"),
