@@ -84,7 +84,12 @@ class HubSet(SetKeys):
     dataset: str = Field(min_length=1)
     config: str | None = None
     revision: str | None = None
-    layout: Layout = "pairs"
+    layout: Layout = "pairs"  # where no score_range makes them graded_pairs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _graded(cls, values: Any) -> Any:
+        return {"layout": "graded_pairs", **values} if values.get("score_range") else values
 
     @model_validator(mode="after")
     def _known_columns(self) -> HubSet:
@@ -194,6 +199,8 @@ def check_task_type(task_type: str, source: Source, data_root: str | None) -> No
         raise InputError("key 'source.eval_splits': task_type 'sts' reads one split; leave it out")
     if source.kind == "registry" and source.entry.task_type != task_type:
         raise InputError(f"source.name {source.name!r} is for task_type {source.entry.task_type!r}, not {task_type!r}")
+    if source.kind != "pydocs" and (task_type == "sts") != (_set_keys(source).score_range is not None):
+        raise InputError("key 'source.score_range' goes with task_type 'sts', which needs it, and with no other")
     if source.kind == "local":
         layout = open_tables(source, data_root).layout
     else:
@@ -201,8 +208,6 @@ def check_task_type(task_type: str, source: Source, data_root: str | None) -> No
     if layout not in TASK_LAYOUTS[task_type]:
         fitting = ", ".join(name for name, layouts in TASK_LAYOUTS.items() if layout in layouts)
         raise InputError(f"task_type {task_type!r}: the source holds {layout!r}, which is for {fitting}")
-    if source.kind != "pydocs" and (task_type == "sts") != (_set_keys(source).score_range is not None):
-        raise InputError("key 'source.score_range' goes with task_type 'sts', which needs it, and with no other")
 
 
 def read_rows(source: Source, data_root: str | None) -> Rows:

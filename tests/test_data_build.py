@@ -339,7 +339,7 @@ BAD_SETS = {
     "no rows": (lambda folder: write_table(folder / "corpus.parquet", _id=[], text=[]), "no rows"),
     "wrong columns": (change("corpus.parquet", text=None), "no column 'text'"),
     "no split column": (change("qrels.parquet", split=None), "no column 'split'"),
-    "empty text": (change("corpus.parquet", text=lambda texts: ["  ", *texts[1:]]), "text of d00 is empty"),
+    "empty text": (change("corpus.parquet", text=lambda texts: ["  ", *texts[1:]]), "row 0 has no 'text'"),
     "null text": (change("queries.parquet", text=lambda texts: [None, *texts[1:]]), "row 0 has no 'text'"),
     "id twice": (change("corpus.parquet", _id=lambda ids: [ids[1], *ids[1:]]), "'d01' occurs twice"),
     "unknown document": (
@@ -359,7 +359,7 @@ BAD_SETS = {
 }
 BAD_FLAGS = {
     "unknown key": (["--num_negative", "3"], "did you mean"),
-    "key of another kind": (["--num_pairs", "9"], "'source.num_pairs' does not go with"),
+    "key of another kind": (["--dataset", "x/y"], "'source.dataset' does not go with"),
     "margin above one": (["--margin", "1.5"], "mining.margin"),
     "word for a number": (["--num_negatives", "many"], "mining.num_negatives"),
     "unknown strategy": (["--strategy", "best"], "mining.strategy"),
@@ -419,7 +419,7 @@ def test_bad_flags_are_refused_in_one_line(case, recipe, tmp_path, capsys):
         ("task_type: sts\ninstruction: x\nsource: {kind: local, path: p}\n", "score_range"),
         (
             "task_type: sts\ninstruction: x\nsource: {kind: local, path: p, score_range: [5, 0]}\n",
-            "key 'source' is {'kind': 'local', 'path': 'p', 'score_range': [5, 0]}: score_range is written",
+            "score_range' is [5, 0]: score_range is written",
         ),
         ("sources: []\ndense: {model: m}\nteacher: {kind: bi_encoder, model: m}\n", "'sources' is []: the list"),
     ],

@@ -252,7 +252,7 @@ def test_labels_of_pairs_say_what_was_judged_relevant(tmp_path):
         read_rows(hub(folder, layout="text_pairs"), None)
 
 
-STS = {"layout": "graded_pairs", "score_range": (1, 5)}
+STS = {"score_range": (1, 5)}
 
 
 def test_sts_pairs_are_a_stable_subset(tmp_path):
