@@ -1,7 +1,8 @@
 """GGUF files, the format of llama.cpp, as models: each is dequantised once into a folder that every loader reads.
 
-The folder lies in the cache (`$HF_HOME/graded-embedder`) under a name that changes with the file, with the versions
-that read it and with this module. It is written under a temporary name and renamed when whole.
+The folder lies in the cache (`$HF_HOME/graded-embedder`) under a name that changes with the file, with the version of
+transformers that reads it and with the rules of this module. It is written under a temporary name and renamed when
+whole.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from common.cli import InputError
 from common.steps import file_sha256, fingerprint, write_json
 
 if TYPE_CHECKING:
+    import torch
     from gguf import GGUFReader
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+RULES = 1  # raise it when this module makes another folder of the same file
 FACTS = "gguf.json"  # what the folder was made from
 # How llama.cpp splits a text before byte-level BPE, by the name in `tokenizer.ggml.pre`, where transformers (5.23)
 # knows no rule and falls back to GPT-2's: `llm_tokenizer_bpe` in llama.cpp's src/llama-vocab.cpp.
 _DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Those that add BOS where the file does not say, and take a whole word that is a token before they merge.
+_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "tekken")
 _AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling")
 
 
@@ -65,7 +70,7 @@ def dequantise(path: Path) -> Path:
 
     decides = {
         "file": gguf_sha256(path),
-        "rules": file_sha256(Path(__file__)),
+        "rules": RULES,
         "transformers": importlib.metadata.version("transformers"),
     }
     folder = Path(HF_HOME, "graded-embedder", f"{path.stem}-{fingerprint(decides)}")
@@ -102,7 +107,10 @@ def _write_model(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: transformers cannot read this GGUF: {error}; name the original model") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise InputError(f"{path}: no weights for {min(loading['missing_keys'] | loading['mismatched_keys'])}")
-    _restore_split(path, tokenizer, _text(reader, "tokenizer.ggml.model"), _text(reader, "tokenizer.ggml.pre"))
+    _restore_tokenizer(path, tokenizer, reader)
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            _restore_llama3_rope(path, model.config, torch.from_numpy(tensor.data.copy()))
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -123,9 +131,13 @@ def _read(path: Path) -> GGUFReader:
         raise InputError(f"{path}: cut off or damaged ({error}); fetch the file again") from None
     if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
         raise InputError(f"{path}: one part of several; join them with llama-gguf-split --merge")
-    scaled = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    if scaled:  # Llama 3.1 and later, Phi 3: other positions, hence other vectors, without a word
-        raise InputError(f"{path}: transformers does not read RoPE scaling ({scaled[0]}); name the original model")
+    # transformers (5.23) drops these but for gpt-oss: other positions, hence other vectors, without a word
+    scaling = [key for key in reader.fields if ".rope.scaling." in key]
+    scaling += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_factors")]
+    if scaling and _text(reader, "general.architecture") != "gpt-oss":
+        raise InputError(
+            f"{path}: transformers does not read its RoPE scaling ({scaling[0]}); name the original model"
+        )
     return reader
 
 
@@ -145,18 +157,46 @@ def _facts(path: Path, reader: GGUFReader) -> dict[str, Any]:
     }
 
 
-def _restore_split(path: Path, tokenizer: PreTrainedTokenizerBase, model: str | None, rule: str | None) -> None:
-    """Split texts before BPE as the model was trained. Raises InputError for a rule that is not known here.
+def _restore_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> None:
+    """Cut texts as the model was trained. Raises InputError for a rule that is not known here.
 
     transformers takes GPT-2's rule for each that it does not know: numbers would be cut into other tokens.
     """
     from tokenizers import pre_tokenizers
 
-    backend = tokenizer.backend_tokenizer
-    if model != "gpt2" or not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        return  # no byte-level BPE, or a rule that transformers has set
+    if _text(reader, "tokenizer.ggml.model") != "gpt2":
+        return  # no byte-level BPE
+    backend, rule = tokenizer.backend_tokenizer, _text(reader, "tokenizer.ggml.pre")
+    if rule in _LLAMA_3:
+        backend.model.ignore_merges = True
+        if "tokenizer.ggml.add_bos_token" not in reader.fields:
+            tokenizer.add_bos_token = True
+    if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        return  # transformers knows the rule
     if rule in _DIGITS_FIRST:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     elif rule not in _AS_GPT2:
         raise InputError(f"{path}: how its tokenizer splits texts ({rule!r}) is not known; name the original model")
+
+
+def _restore_llama3_rope(path: Path, config: PreTrainedConfig, divisors: torch.Tensor) -> None:
+    """Scale RoPE as Llama 3.1 and later do: the file holds what each frequency is divided by, transformers drops it.
+
+    Raises InputError when the divisors are not those of Llama 3.1 to 3.3, which differ in their factor alone.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    base, size = config.rope_parameters["rope_theta"], config.head_dim
+    config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": base,
+        "factor": float(divisors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    if not torch.allclose(divisors, base ** (-torch.arange(0, size, 2) / size) / scaled, rtol=1e-4):
+        raise InputError(f"{path}: its RoPE scaling (rope_freqs.weight) is not Llama 3's; name the original model")

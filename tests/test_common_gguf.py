@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, GGUFWriter, dequantize
+from gguf import GGUFReader, GGUFWriter, RopeScalingType, dequantize
 from local_hub import LocalHub
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from common import gguf
 from common.cli import InputError
@@ -144,8 +144,8 @@ def test_two_at_once_dequantise_once(cached, monkeypatch):
 # --- bad input
 
 
-def write_gguf(path: Path, architecture: str = "llama", tensors: tuple[str, ...] = (), **fields) -> Path:
-    """A file of one layer, a vocabulary of bytes and random weights; `tensors` are added to it."""
+def write_gguf(path: Path, architecture: str = "llama", **fields) -> Path:
+    """A file of one layer, a vocabulary of bytes and random weights."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     writer = GGUFWriter(path, architecture)
@@ -158,11 +158,14 @@ def write_gguf(path: Path, architecture: str = "llama", tensors: tuple[str, ...]
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(fields.get("pre", "smollm"))
-    words = ["<|endoftext|>", *bytes_to_unicode().values(), "ab"]
+    words = ["<|endoftext|>", *bytes_to_unicode().values(), "ab", "xyz"]  # no merge makes xyz
     writer.add_token_list(words)
     writer.add_token_types([3] + [1] * (len(words) - 1))
     writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
+    if "rope_scaling" in fields:
+        writer.add_rope_scaling_type(fields["rope_scaling"])
     if "split" in fields:
         writer.add_uint16("split.count", fields["split"])
     random = np.random.default_rng(0)
@@ -172,8 +175,9 @@ def write_gguf(path: Path, architecture: str = "llama", tensors: tuple[str, ...]
     for name, shape in shapes.items():
         if name != fields.get("without"):
             writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=np.float32))
-    for name in tensors:
-        writer.add_tensor(name, np.ones(8, dtype=np.float32))
+    if "rope_divisors" in fields:
+        writer.add_rope_freq_base(500_000.0)
+        writer.add_tensor("rope_freqs.weight", np.array(fields["rope_divisors"], dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -189,11 +193,31 @@ def test_a_file_of_float32_stays_float32(tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(model.name_or_path)("ab1").tokens() == ["ab", "1"]
 
 
+def test_llama_3_keeps_bos_and_rope_scaling(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    # heads of 16, base 500,000: wavelengths 2 pi base**(i / 8) of 6.3, 32, 167, 862, 4443, 22911, 118142, 609203
+    # positions; below 8192 / 4 nothing changes, above 8192 all is divided by the factor, between them it is smoothed
+    smooth = (8192 / (2 * np.pi * 500_000 ** (4 / 8)) - 1) / 3
+    divisors = [1, 1, 1, 1, 1 / ((1 - smooth) / 32 + smooth), 32, 32, 32]
+    folder = gguf.dequantise(write_gguf(tmp_path / "x.gguf", pre="llama-bpe", rope_divisors=divisors))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("ab123xyz")["input_ids"] == [0, 257, 17, 18, 19, 258]  # llama-cpp-python 0.3.36 of the same file
+    assert AutoConfig.from_pretrained(folder).rope_parameters == {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
 UNUSABLE = {
     "architecture 'mamba9'|mamba9 is not supported": {"architecture": "mamba9"},
     "how its tokenizer splits texts .'klingon'. is not known": {"pre": "klingon"},
     "one part of several": {"split": 3},
-    r"does not read RoPE scaling \(rope_freqs.weight\)": {"tensors": ("rope_freqs.weight",)},
+    r"does not read its RoPE scaling \(llama.rope.scaling.type\)": {"rope_scaling": RopeScalingType.YARN},
+    r"RoPE scaling \(rope_freqs.weight\) is not Llama 3's": {"rope_divisors": [2.0] * 8},
     "no weights for model.layers.0.mlp.up_proj.weight": {"without": "blk.0.ffn_up"},
 }
 
