@@ -13,49 +13,11 @@ import numpy as np
 import yaml
 
 from common.steps import write_json
+from common.tables import markdown_table
+from eval.intervals import LEVEL, bootstrap_interval, format_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-LEVEL, RESAMPLES = 0.95, 10_000
-METHOD = (
-    "Percentile bootstrap of the mean over seeds and queries. Both are drawn anew, independently of each other, "
-    "because all seeds answer the same queries (the pigeonhole bootstrap of crossed samples: Owen, Annals of Applied "
-    "Statistics 1(2), 2007), and one fewer of each than there are, which makes the variance that of a sample "
-    "(Rao and Wu, JASA 83, 1988). Differences are paired: same seed, same query. In simulations they held the "
-    "truth about 95 % of the time where queries decide, more where noise of single answers does; where seeds alone "
-    "decide, about 50 % with 2 seeds, 75 % with 3, 86 % with 5, 92 % with 10."
-)
-INTERVAL = {"level": LEVEL, "resamples": RESAMPLES, "method": METHOD}
-
-
-def bootstrap_interval(scores: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float] | None:
-    """`METHOD` on scores (seeds, queries): the LEVEL interval of their mean.
-
-    With one seed it is about the choice of queries alone, with one query about that of seeds; None with one of each.
-    METHOD says when it is too narrow or too wide: noise of neither seed nor query is counted up to three times.
-
-    >>> bootstrap_interval(np.array([[0.1, 0.2], [0.3, 0.4]]))
-    (0.1, 0.4)
-    """
-    if scores.size < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    means: list[np.ndarray] = []
-    block = max(1, min(resamples, 2**22 // scores.shape[1]))  # resamples at a time: some 32 MiB
-    for first in range(0, resamples, block):
-        size = min(block, resamples - first)
-        seeds, queries = (_weights(generator, length, size) for length in scores.shape)
-        means.append(((seeds @ scores) * queries).sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return round(float(low), 6), round(float(high), 6)
-
-
-def _weights(generator: np.random.Generator, length: int, size: int) -> np.ndarray:
-    """(size, length): how often each of `length` is drawn in length - 1 draws, as shares."""
-    if length == 1:
-        return np.ones((size, 1))
-    return generator.multinomial(length - 1, np.full(length, 1 / length), size) / (length - 1)
 
 
 def summary(scores: np.ndarray) -> dict[str, Any]:
@@ -118,15 +80,17 @@ def format_table(result: Mapping[str, Any]) -> str:
     ]
     titles += ["steps", "tokens", "seconds", "peak memory"]
     titles[1:1] = [f"{result['metric']} on {chosen_on}"] if chosen_on else []
-    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    rows = []
     for row in result["rows"]:
         cells = [f"**{row['name']}**" if row["name"] == result["chosen"] else row["name"]]
         if row["seeds"]:
             difference, deviation = row["difference"], row["standard_deviation"]
             cells += [f"{row['chosen_on_mean']:.4f}"] if chosen_on else []
             cells += [
-                f"{row['mean']:.4f} {_range(row, '.4f')}",
-                f"{difference['mean']:+.4f} {_range(difference, '+.4f')}" if difference else "",
+                f"{row['mean']:.4f} {format_interval(row['low'], row['high'], '.4f')}",
+                f"{difference['mean']:+.4f} {format_interval(difference['low'], difference['high'], '+.4f')}"
+                if difference
+                else "",
                 "" if deviation is None else f"{deviation:.4f}",
                 str(len(row["seeds"])),
                 f"{row['steps']:,.0f}",
@@ -136,12 +100,8 @@ def format_table(result: Mapping[str, Any]) -> str:
             ]
         else:
             cells += ["failed", *[""] * (len(titles) - 2)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _range(summary: Mapping[str, Any], form: str) -> str:
-    return "" if summary["low"] is None else f"[{summary['low']:{form}}, {summary['high']:{form}}]"
+        rows.append(cells)
+    return markdown_table(titles, rows)
 
 
 def format_page(result: Mapping[str, Any]) -> str:
@@ -171,14 +131,10 @@ def is_compared(result: Mapping[str, Any]) -> bool:
 
 def plot_differences(result: Mapping[str, Any]) -> Figure:
     """Every row's difference to the baseline: mean, interval, and a dot for each seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from eval.report import BLUE, GREY, ORANGE
+    from eval.report import BLUE, GREY, ORANGE, new_figure
 
     rows = [row for row in result["rows"] if row["difference"]]
-    figure = Figure(figsize=(7, 0.4 * len(rows) + 1.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((7, 0.4 * len(rows) + 1.5))
     axis = figure.subplots()
     axis.axvline(0, color=GREY, linestyle="--", linewidth=1, label=result["baseline"])
     for place, row in enumerate(rows):

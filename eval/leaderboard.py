@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.cli import InputError
+from common.tables import markdown_table
 from dataset_builders.card import BENCHMARK
 from eval.local_tasks import register_local_tasks
 
@@ -28,11 +29,14 @@ BESIDE_RESULTS = ("model_meta.json",)  # which mteb writes into the same folder
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """`scores` (models, tasks): main scores, at most 1 (correlations from -1 on); NaN: the task was not run whole."""
+    """`scores` (models, tasks): main scores, at most 1 (correlations from -1 on); NaN: the task was not run whole, or,
+    where `is_nan` is true, it was and mteb's main score is NaN.
+    """
 
     models: list[str]
     tasks: list[AbsTask]
     scores: np.ndarray
+    is_nan: np.ndarray
 
     @property
     def types(self) -> list[str]:
@@ -77,6 +81,7 @@ def read_leaderboard(output: Path) -> Leaderboard | None:
     if not paths:
         return None
     found: dict[tuple[str, str], dict[str, float]] = {}
+    nan: dict[tuple[str, str], set[str]] = {}
     tasks, in_benchmark = {}, benchmark_tasks()
     for path in paths:
         result = read_result(path)
@@ -84,9 +89,12 @@ def read_leaderboard(output: Path) -> Leaderboard | None:
         name, revision = path.parts[-3].replace("__", "/"), path.parts[-2]
         score = float(result.validate_and_filter_scores(task).get_score())
         found.setdefault((name, revision), {})[result.task_name] = score
+        own = [subset["main_score"] for split in task.eval_splits for subset in result.scores.get(split, [])]
+        nan.setdefault((name, revision), set()).update([result.task_name] if np.isnan(own).any() else [])
     ordered = sorted(tasks.values(), key=lambda task: (task.metadata.type, task.metadata.name))
     scores = [[of_model.get(task.metadata.name, np.nan) for task in ordered] for of_model in found.values()]
-    return Leaderboard(_labels(found), ordered, np.array(scores))
+    is_nan = [[task.metadata.name in of_model for task in ordered] for of_model in nan.values()]
+    return Leaderboard(_labels(found), ordered, np.array(scores), np.array(is_nan))
 
 
 def _labels(models: Iterable[tuple[str, str]]) -> list[str]:
@@ -122,42 +130,40 @@ def format_means(board: Leaderboard) -> str:
     ranks, kinds = borda_ranks(board.scores), board.type_means()
     several = len(board.models) > 1
     titles = [
-        *(["Borda rank"] if several else []),
         "model",
+        *(["Borda rank"] if several else []),
         "tasks",
         "mean over tasks",
         "mean over types",
         *board.types,
     ]
-    lines = [_row(titles), _row(["---" if title == "model" else "---:" for title in titles])]
+    rows = []
     for place in sorted(range(len(ranks)), key=lambda place: (ranks[place], board.models[place])):
-        run = np.count_nonzero(~np.isnan(board.scores[place]))
+        run, failed = np.count_nonzero(~np.isnan(board.scores[place])), np.count_nonzero(board.is_nan[place])
+        tasks = f"{run + failed}/{len(board.tasks)}" + (f", {failed} NaN" if failed else "")
         means = [board.scores[place].mean(), kinds[place].mean(), *kinds[place]]
-        cells = [*([str(ranks[place])] if several else []), board.models[place], f"{run}/{len(board.tasks)}"]
-        lines.append(_row([*cells, *map(_percent, means)]))
+        rank = [str(ranks[place])] if several else []
+        rows.append([board.models[place], *rank, tasks, *map(_percent, means)])
     in_benchmark = benchmark_tasks()
     counted = sum(task.metadata.name in in_benchmark for task in board.tasks)
-    lines += ["", f"{counted} of the {len(in_benchmark)} tasks of {BENCHMARK}; scores in %."]
+    below = f"{counted} of the {len(in_benchmark)} tasks of {BENCHMARK}; scores in %."
     if several:
-        lines[-1] += f" Borda: on each task a model gets {len(ranks)} minus its rank among the models of this table."
-    return "\n".join(lines)
+        below += f" Borda: on each task a model gets {len(ranks)} minus its rank among the models of this table."
+    if board.is_nan.any():
+        below += " NaN: the task was run, mteb's main score is not a number; the model's vectors may be broken."
+    return f"{markdown_table(titles, rows)}\n\n{below}"
 
 
 def format_tasks(board: Leaderboard) -> str:
     """A row for each task, a column for each model, in %; the best is bold where there are several."""
-    lines = [_row(["task", "type", "metric", *board.models]), _row(["---"] * 3 + ["---:"] * len(board.models))]
-    for task, scores in zip(board.tasks, board.scores.T, strict=True):
-        cells = [
-            f"**{_percent(score)}**" if len(scores) > 1 and score == np.nanmax(scores) else _percent(score)
-            for score in scores
-        ]
-        lines.append(_row([task.metadata.name, task.metadata.type, task.metadata.main_score, *cells]))
-    return "\n".join(lines)
+    rows = []
+    for task, scores, is_nan in zip(board.tasks, board.scores.T, board.is_nan.T, strict=True):
+        best = np.nanmax(scores, initial=-np.inf) if len(scores) > 1 else np.nan
+        cells = [f"**{_percent(score)}**" if score == best else _percent(score) for score in scores]
+        cells = ["NaN" if failed else cell for failed, cell in zip(is_nan, cells, strict=True)]
+        rows.append([task.metadata.name, task.metadata.type, task.metadata.main_score, *cells])
+    return markdown_table(["task", "type", "metric", *board.models], rows, left=3)
 
 
 def _percent(score: float) -> str:
     return "" if np.isnan(score) else f"{100 * score:.2f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -202,7 +202,7 @@ def plot_systems(metrics: Mapping[str, Any]) -> Figure:
     """A bar for each system, in the order of the table; the line is the baseline's height."""
     measure, baseline = metrics["compared"], metrics["baseline"]
     rows = [row for row in metrics["systems"] if row[measure] is not None]
-    figure = _figure((7, 0.4 * len(rows) + 1.4))
+    figure = new_figure((7, 0.4 * len(rows) + 1.4))
     axis = figure.subplots()
     for kind, label, colour in KINDS:
         chosen = [row for row in rows if row["kind"] == kind]
@@ -231,7 +231,7 @@ def plot_training(logs: Mapping[str, Log]) -> Figure:
 
     Stages have losses of their own, on scales of their own; nDCG@10 is on one scale.
     """
-    figure = _figure((3.6 * len(logs) + 0.6, 4.8))
+    figure = new_figure((3.6 * len(logs) + 0.6, 4.8))
     axes = figure.subplots(2, len(logs), squeeze=False, sharex="col")
     for column, (stage, log) in enumerate(logs.items()):
         axes[0][column].set_title(stage)
@@ -258,7 +258,7 @@ def plot_training(logs: Mapping[str, Log]) -> Figure:
 def plot_leaderboard(board: Leaderboard) -> Figure:
     """Means by task type, a mark for each model; none where a task of that type was not run."""
     means, types = 100 * board.type_means(), board.types
-    figure = _figure((7, 0.5 * len(types) + 1.4 + 0.2 * len(board.models)))
+    figure = new_figure((7, 0.5 * len(types) + 1.4 + 0.2 * len(board.models)))
     axis = figure.subplots()
     places = range(len(types))
     marks = zip(itertools.cycle((BLUE, ORANGE, GREEN, PINK)), itertools.cycle("os^"), strict=False)  # 12 in all
@@ -274,7 +274,7 @@ def plot_leaderboard(board: Leaderboard) -> Figure:
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -47,14 +47,14 @@ def test_table_by_hand(output):
     assert board.models == ["org/a@01234567", "org/a@01234567-2-shot", "org/b"]
     # points of the three on ArguAna 0 2 1, SCIDOCS 1 0 2, STS12 1.5 1.5 -, STSBenchmark 1 2 0
     assert format_means(board).splitlines()[:5] == [
-        "| Borda rank | model | tasks | mean over tasks | mean over types | Retrieval | STS |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| 1 | org/a@01234567-2-shot | 4/4 | 56.25 | 56.25 | 35.00 | 77.50 |",
-        "| 2 | org/a@01234567 | 4/4 | 55.00 | 55.00 | 35.00 | 75.00 |",
-        "| 3 | org/b | 3/4 |  |  | 42.50 |  |",
+        "| model | Borda rank | tasks | mean over tasks | mean over types | Retrieval | STS |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| org/a@01234567-2-shot | 1 | 4/4 | 56.25 | 56.25 | 35.00 | 77.50 |",
+        "| org/a@01234567 | 2 | 4/4 | 55.00 | 55.00 | 35.00 | 75.00 |",
+        "| org/b | 3 | 3/4 | | | 42.50 | |",
     ]
     assert "4 of the 41 tasks of MTEB(eng, v2)" in format_means(board)
-    assert "| STS12 | STS | cosine_spearman | **70.00** | **70.00** |  |" in format_tasks(board)
+    assert "| STS12 | STS | cosine_spearman | **70.00** | **70.00** | |" in format_tasks(board)
     axis = plot_leaderboard(board).axes[0]
     shown = {line.get_label(): line.get_xdata() for line in axis.lines}
     np.testing.assert_allclose(shown["org/b"], [42.5, np.nan])
@@ -67,10 +67,22 @@ def test_languages_that_the_benchmark_does_not_ask_for_do_not_count(tmp_path):
     assert score == 0.8
 
 
+def test_a_score_that_is_nan_stands_as_such(output):
+    """A model whose vectors are broken: run, and neither a number nor "not run"."""
+    folder = output / "results" / "org__c" / "main"
+    for task in ("SCIDOCS", "STS12"):
+        write_result(folder, task, "test", METRICS[task], {"default": np.nan})
+    write_result(folder, "ArguAna", "test", "ndcg_at_10", {"default": 0.6})
+    board = read_leaderboard(output)
+    assert "| org/c | 4 | 3/4, 2 NaN | | | | |" in format_means(board)
+    assert "NaN: the task was run" in format_means(board)
+    assert "| STS12 | STS | cosine_spearman | **70.00** | **70.00** | | NaN |" in format_tasks(board)
+
+
 def test_a_page_of_mteb_alone(output, tmp_path):
     report.main([str(output), "--output_dir", str(tmp_path / "page")])
     page = (tmp_path / "page" / "report.md").read_text()
-    assert "| 1 | org/a@01234567-2-shot |" in page and "![MTEB by task type](mteb.png)" in page
+    assert "| org/a@01234567-2-shot | 1 |" in page and "![MTEB by task type](mteb.png)" in page
     assert (tmp_path / "page" / "mteb.png").read_bytes().startswith(b"\x89PNG")
     assert "Not run" not in page
 

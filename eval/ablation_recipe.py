@@ -1,0 +1,246 @@
+"""An ablation's recipe: its variants as recipes of train_st.py, and rows mined anew for them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from common.cli import ArgumentParser, InputError
+from common.models import resolve_model
+from common.recipes import Section, parse_recipe, read_yaml
+from common.steps import files_of, fingerprint, folder_step
+from modeling.recipe import Recipe, parse_keys
+from modeling.recipe import parse_recipe as parse_training_recipe
+
+OF_THE_ABLATION = ("seed", "data_seed", "output_dir", "resume_from_checkpoint", "disable_tqdm")  # not a variant's
+
+
+class Ablation(Section):
+    """An ablation's recipe."""
+
+    base: str  # a recipe of train_st.py
+    data: str  # folder that dataset_builders.build wrote: its documents are searched
+    output_dir: str
+    baseline: str | None = None  # row that the others are compared with; null: the first
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    split: str = "validation"  # whose queries the choice is made on
+    report_split: str | None = None  # whose queries the table is about; null: the same
+    shared: dict[str, Any] = Field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+
+    @property
+    def splits(self) -> list[str]:
+        """Both splits, the one that the table is about last."""
+        return list(dict.fromkeys([self.split, self.report_split or self.split]))
+
+    @property
+    def compared_with(self) -> str:
+        """The name of the row that the others are compared with."""
+        return self.baseline if self.baseline is not None else next(iter(combinations(self.variants, self.grid)))
+
+
+@dataclass(frozen=True)
+class MinedRows:
+    """Training rows mined anew from the candidates that `source`, a published folder, holds."""
+
+    source: str
+    mining: dict[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: the base with overrides, read and checked."""
+
+    name: str
+    overrides: dict[str, Any]
+    recipe: Recipe
+    mined: list[MinedRows]
+    key: str  # changes when the settings, the training data or the weights to start from do
+
+
+def read_ablation(argv: Sequence[str], description: str) -> tuple[str, Ablation]:
+    parser = ArgumentParser(prog="python -m eval.ablate", description=description)
+    parser.add_argument("--config", required=True, metavar="RECIPE")
+    parser.add_argument("--seeds", nargs="+", metavar="SEED", help="0 1 2: instead of the recipe's")
+    args, flags = parser.parse_known_args(argv)
+    if args.seeds:  # a list as other commands take one, with commas, or as YAML has it
+        flags += ["--seeds", f"[{','.join(args.seeds).strip('[]')}]"]
+    ablation = parse_recipe(Ablation, read_yaml(args.config), args.config, flags)
+    if len(set(ablation.seeds)) < len(ablation.seeds):
+        raise InputError(f"{args.config}: seeds {list(ablation.seeds)}: a seed is there twice")
+    return args.config, ablation
+
+
+def combinations(variants: Mapping[str, dict[str, Any]], grid: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Name -> overrides of every variant with every combination of the grid's values.
+
+    >>> list(combinations({"kl": {"loss": "kl"}}, {"alpha": [0, 1]}))
+    ['kl, alpha=0', 'kl, alpha=1']
+    """
+    rows = {}
+    for name, overrides in (variants or {"": {}}).items():
+        for values in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, values, strict=True))
+            title = ", ".join([*([name] if name else []), *(f"{key}={value}" for key, value in chosen.items())])
+            rows[title] = {**overrides, **chosen}
+    return rows
+
+
+def folder_name(name: str) -> str:
+    return re.sub(r"[^\w.,=+-]+", "_", name)
+
+
+def read_variants(ablation: Ablation, config: str) -> list[Variant]:
+    """Every row's recipe, checked before anything is trained. Raises InputError on the first that is wrong."""
+    combined = combinations(ablation.variants, ablation.grid)
+    if list(combined) in ([""], []):
+        raise InputError(f"{config}: nothing to compare; name `variants:` or a `grid:`")
+    folders = {folder_name(name) for name in combined}
+    if len(folders) < len(combined) or not all(re.search(r"\w", name[:1]) and len(name) <= 100 for name in folders):
+        raise InputError(f"{config}: variants are also folders: names differ in letters and digits, 100 at most")
+    if ablation.baseline is not None and ablation.baseline not in combined:
+        raise InputError(f"{config}: no variant {ablation.baseline!r} for a baseline; there are {'; '.join(combined)}")
+    base = read_yaml(ablation.base)
+    parse_training_recipe(base, ablation.base, overrides={"output_dir": ablation.output_dir})
+    shared = override(base, ablation.shared, f"{config}: shared")
+    variants = []
+    for name, overrides in combined.items():
+        where = f"{config}: variant {name!r}"
+        values = override(shared, overrides, where)
+        recipe = parse_training_recipe(values, where, overrides={"output_dir": ablation.output_dir})
+        key = input_key(recipe, where)
+        mining = read_mining({**ablation.shared, **overrides}, where)
+        mined = []
+        if mining:
+            mined = use_mined_rows(values, recipe, mining, Path(ablation.output_dir) / "mined", where)
+            recipe = parse_training_recipe(values, where, overrides={"output_dir": ablation.output_dir})
+        variants.append(Variant(name, overrides, recipe, mined, fingerprint([key, mining])))
+    return variants
+
+
+def override(values: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A recipe of train_st.py with `overrides`: a KEY holds for all stages, as a flag does; STAGE.KEY is stronger."""
+    values = copy.deepcopy(dict(values))
+    stages = {stage["name"]: stage for stage in values["stages"]}
+    for key, value in sorted(overrides.items(), key=lambda item: "." in item[0]):
+        owner, _, name = key.rpartition(".")
+        if name in OF_THE_ABLATION and owner != "student":
+            raise InputError(f"{where}: {key} is not a variant's to set; seeds: and output_dir say it for all of them")
+        if key == "stages":
+            selected = value.split(",") if isinstance(value, str) else value
+            if not isinstance(selected, list) or not selected or not all(name in stages for name in selected):
+                raise InputError(f"{where}: stages {value!r}: name some of {', '.join(stages)}")
+            values["stages"] = [stages[name] for name in selected]
+        elif owner == "student":
+            values["student"] = {**(values.get("student") or {}), name: value}
+            values.pop("model_name_or_path", None)
+        elif owner in stages:
+            stages[owner][name] = value
+        elif not owner:
+            values[key] = value
+            if key == "model_name_or_path":
+                values.pop("student", None)
+            for stage in stages.values():
+                for mapping in (stage, *(stage.get("datasets") or [])):
+                    mapping.pop(key, None)
+        elif owner != "mining":  # of the data: see use_mined_rows
+            raise InputError(f"{where}: {key}: no stage {owner!r}; there are {', '.join(stages)}")
+    return values
+
+
+def input_key(recipe: Recipe, where: str) -> str:
+    """Changes when a run of `recipe` could come out differently. Raises InputError when it reads what is not there."""
+    settings = [{key: value for key, value in stage.values.items() if key != "output_dir"} for stage in recipe.stages]
+    data = {
+        own.dataset_name: data_content(own.dataset_name, own.dataset_revision)
+        for stage in recipe.stages
+        for own in stage.datasets.values()
+    }
+    student = recipe.values.get("student")
+    if student:
+        from modeling.student import StudentConfig
+
+        (config,) = parse_keys([StudentConfig], student, f"{where}: student")
+        if not Path(config.corpus).is_dir():
+            raise InputError(f"{where}: student.corpus {config.corpus}: no such folder; build the data first")
+        start = [student, model_content(config.teacher), corpus_content(config.corpus)]
+    else:
+        start = [model_content(recipe.values["model_name_or_path"]), recipe.values.get("model_revision")]
+    return fingerprint([settings, recipe.values.get("merge"), data, start])
+
+
+@functools.cache  # variants read the same, which may be gigabytes
+def data_content(name: str, revision: str | None) -> str:
+    from modeling.training_data import data_key
+
+    return data_key(name, revision, "training data")
+
+
+@functools.cache
+def model_content(reference: str) -> str:
+    return resolve_model(reference).fingerprint()
+
+
+@functools.cache
+def corpus_content(folder: str) -> str:
+    return fingerprint(files_of(Path(folder)))
+
+
+# --- rows mined anew ------------------------------------------------------------------------------------------------
+
+
+def read_mining(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys `mining.KEY`, checked and without their prefix."""
+    from dataset_builders.mine import Mining
+
+    given = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith("mining.")}
+    parse_recipe(Mining, given, f"{where}: mining")
+    return given
+
+
+def use_mined_rows(
+    values: Mapping[str, Any], recipe: Recipe, mining: dict[str, Any], output: Path, where: str
+) -> list[MinedRows]:
+    """Let every data set of mined rows in `values` be one in a folder below `output`, and say how these are made."""
+    made = []
+    for holder, stage in zip(values["stages"], recipe.stages, strict=True):
+        mappings = {entry["name"]: entry for entry in holder.get("datasets") or []} or {stage.name: holder}
+        for name, own in stage.datasets.items():
+            if own.dataset_config != "train":
+                continue
+            if not Path(own.dataset_name).is_dir():
+                raise InputError(f"{where}: mining.*: {own.dataset_name!r} is no folder here; download the data first")
+            folder = output / fingerprint([data_content(own.dataset_name, None), mining])
+            made.append(MinedRows(own.dataset_name, mining, folder))
+            mappings[name]["dataset_name"] = str(folder)
+    if not made:
+        raise InputError(f"{where}: mining.*: no stage trains on mined rows (dataset_config: train)")
+    return made
+
+
+def write_mined_rows(rows: MinedRows) -> None:
+    from dataset_builders.builders import GradedDataset
+
+    with folder_step(rows.folder, {"source": data_content(rows.source, None), "mining": rows.mining}) as step:
+        if step.done:
+            return
+        print(f"mining {rows.source} anew: {rows.mining}", flush=True)
+        cache = step.path / "cache"
+        builder = GradedDataset(config_name="train", data_dir=rows.source, cache_dir=str(cache), **rows.mining)
+        builder.download_and_prepare(str(step.path / "train"), file_format="parquet")
+        shutil.rmtree(cache)
+        configs = [{"config_name": "train", "data_files": "train/*.parquet"}]
+        (step.path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
+        step.finish(rows=builder.info.splits["train"].num_examples)
