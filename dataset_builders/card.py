@@ -89,7 +89,7 @@ def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
         read=read,
         in_batch_negatives=entry.in_batch_negatives if entry else public["task_type"] not in CLASS_TASKS,
         compared=compared_tasks(made["corpus"]),
-        zero_shot=zero_shot(trained_on, benchmark) if trained_on else None,
+        zero_shot=zero_shot(trained_on, benchmark) if trained_on is not None else None,
         **made,
     )
 

@@ -255,13 +255,26 @@ def zero_shot(training_datasets: Sequence[str], benchmark: str, base_model: str 
     from mteb.models import ModelMeta
 
     names = [task.metadata.name for task in mteb_tasks(Decontamination(benchmark=benchmark))]
-    meta = ModelMeta.create_empty({"training_datasets": set(training_datasets), "adapted_from": base_model})
+    trained_on = {part for name in training_datasets for part in (name, *_parts(name))}
+    meta = ModelMeta.create_empty({"training_datasets": trained_on, "adapted_from": base_model})
     return {
-        "training_datasets": sorted(set(training_datasets)),
+        "training_datasets": sorted(trained_on),
         "benchmark": benchmark,
         "zero_shot_percentage": meta.zero_shot_percentage(names),
         "trained_on": sorted(meta.get_training_datasets().intersection(names)),
     }
+
+
+def _parts(name: str) -> list[str]:
+    """The tasks that a task of mteb is made of (CQADupstackRetrieval: twelve forums); empty for any other name."""
+    import mteb
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+    try:
+        task = mteb.get_task(name)
+    except KeyError:
+        return []
+    return [part.metadata.name for part in task.tasks] if isinstance(task, AbsTaskAggregate) else []
 
 
 def _evaluation_data(task: AbsTask) -> Iterator[Any]:

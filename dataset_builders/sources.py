@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import platform
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,12 +46,17 @@ class Splits(Section):
     """`split` is graded and mined; the queries of `eval_splits` get candidates only."""
 
     licence: str | None = None  # of the source's texts, as the card states it; a set of the registry brings its own
-    # the mteb tasks whose data this is: what a model trained on it declares as its `training_datasets`
-    training_datasets: tuple[str, ...] = ()
+    # the mteb tasks whose data this is, which a model trained on it declares; none: it is no task's; null: not known
+    training_datasets: tuple[str, ...] | None = None
     split: str = "train"
     eval_splits: tuple[str, ...] = ()
     num_pairs: int | None = Field(None, ge=1)  # a stable subset of `split`: a larger number contains a smaller one's
     seed: int = Field(0, ge=0)  # of that subset, and of the positives that are drawn from a class
+
+    @field_validator("training_datasets", mode="before")
+    @classmethod
+    def _none_of_mteb(cls, names: Any) -> Any:
+        return () if names == "none" else names
 
     @property
     def searched(self) -> tuple[str, ...]:
@@ -179,6 +185,8 @@ Source = Annotated[PydocsSource | LocalSource | HubSource | RegistrySource, Fiel
 
 def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
     """What decides a source's rows, for the fingerprint of the step that reads them. Raises InputError."""
+    if source.kind != "registry" and source.training_datasets:
+        _check_training_datasets(source.training_datasets)
     keys = source.model_dump(mode="json", exclude={"licence", "training_datasets", "path"})
     if source.kind == "pydocs":
         packages = {name: importlib.metadata.version(name) for name in pydocs.dependencies(pydocs.PROJECT)}
@@ -191,6 +199,18 @@ def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
     if Path(found.dataset).is_dir():
         return {**keys, "files": files_of(Path(found.dataset))}
     return {**keys, "commit": hub_commit(found.dataset, found.revision, repo_type="dataset")}
+
+
+def _check_training_datasets(names: Sequence[str]) -> None:
+    """Raises InputError for a name that is neither a task of mteb nor a set of the registry."""
+    import mteb
+
+    for name in sorted({*names}.difference(*(entry.training_datasets for entry in registry().values()))):
+        try:
+            mteb.get_task(name)
+        except KeyError as error:  # whose message names what comes close
+            reason = str(error.args[0]).removeprefix("KeyError: ")
+            raise InputError(f"source.training_datasets: {reason}; write none for data of no task") from None
 
 
 def check_task_type(task_type: str, source: Source, data_root: str | None) -> None:

@@ -60,7 +60,11 @@ class TableKeys(Section):
 
 
 class Tables:
-    """A set that can be read; its two kinds differ in how they load a table."""
+    """A set that can be read. Its two kinds have:
+
+    where(name): a split or a part, as messages name it; load(split): its table; load_part(part, splits): _id, text
+    and, where there is one, title; of the qrels query_id, corpus_id, score, split.
+    """
 
     published: bool  # rows that cannot be used are left out, not refused
 
@@ -69,26 +73,13 @@ class Tables:
         self.label_separator, self.label_scores = keys.label_separator, keys.label_scores
         self.columns = columns  # our name -> theirs, where that is another
 
-    def where(self, name: str) -> str:
-        """A split or a part, in messages."""
-        raise NotImplementedError
-
-    def load(self, split: str) -> pa.Table:
-        raise NotImplementedError
-
-    def load_part(self, part: str, splits: Sequence[str]) -> pa.Table:
-        """_id, text and, where there is one, title; of the qrels query_id, corpus_id, score, split."""
-        raise NotImplementedError
-
-    def column_names(self, split: str) -> Sequence[str]:
-        """Those of the layout that are read."""
-        return [name for name in COLUMNS[self.layout] if name != "negative" or name in self.columns]
-
     def read(self, split: str) -> pl.DataFrame:
         """The layout's columns: texts or lists of texts, a score as float64; and `row`."""
-        types = COLUMNS[self.layout]
-        columns = {name: (self.columns.get(name, name), types[name]) for name in self.column_names(split)}
-        return to_frame(self.load(split), columns, self.where(split))
+        table, columns = self.load(split), {}
+        for name, type_ in COLUMNS[self.layout].items():
+            is_read = name != "negative" or name in self.columns or (not self.published and name in table.column_names)
+            columns |= {name: (self.columns.get(name, name), type_)} if is_read else {}
+        return to_frame(table, columns, self.where(split))
 
     def whole_rows(self, table: pl.DataFrame, names: Sequence[str], where: str) -> pl.DataFrame:
         """The rows in which none of `names` is null or blank. Raises InputError for others, unless `published`."""
@@ -140,11 +131,6 @@ class FolderTables(Tables):
 
     def load_part(self, part: str, splits: Sequence[str]) -> pa.Table:
         return read_parquet(Path(self.where(part)))
-
-    def column_names(self, split: str) -> Sequence[str]:
-        names = super().column_names(split)
-        has_negatives = self.layout == "pairs" and "negative" in _read_schema(Path(self.where(split))).names
-        return [*dict.fromkeys([*names, *(["negative"] if has_negatives else [])])]
 
 
 class HubTables(Tables):

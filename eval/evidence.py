@@ -161,6 +161,6 @@ def provenance(hub: Path) -> dict[str, Any] | None:
         "mined": "mined" in made,
         "compared": compared_tasks(made.get("corpus")),
         "contamination": first.get("contamination"),
-        "training_datasets": source.get("training_datasets") or [],
+        "training_datasets": source.get("training_datasets"),  # None: not stated
         "benchmark": (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK,
     }

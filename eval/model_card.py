@@ -469,8 +469,8 @@ def disclosure(data: Mapping[str, Mapping[str, Any] | None], base_model: str | N
 
     The share counts what mteb knows of the base model's training, too.
     """
-    known = [entry["training_datasets"] if entry else [] for entry in data.values()]
-    if not known or not all(known):
+    known = [entry["training_datasets"] if entry else None for entry in data.values()]
+    if not known or None in known:
         return None
     benchmark = next(entry["benchmark"] for entry in data.values())
     return zero_shot([name for names in known for name in names], benchmark, base_model)

@@ -3,7 +3,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 from tiny_data import write_set, write_table
 
 from common.cli import InputError
@@ -173,15 +172,11 @@ def test_a_text_of_two_tasks_is_logged_for_both(tmp_path):
     ("name", "asked", "searched"),
     [
         ("MockRetrievalTask", "This is a test sentence", "Title of d1 This is a positive sentence"),
-        ("MockMultilingualRetrievalTask", "This is a test sentence", "This is a positive sentence"),
         ("MockRetrievalDialogTask", "What is the capital of France?", "This is a positive sentence"),
         ("MockRerankingTask", "This is a test sentence", "This is a positive sentence"),
         ("MockSTSTask", "This is a test sentence", None),
-        ("MockMultilingualSTSTask", "This is a test sentence", None),
         ("MockPairClassificationTask", "This is a test sentence", None),
-        ("MockClassificationTask", "This is a test sentence", None),
         ("MockMultilingualClassificationTask", "This is a test sentence", None),
-        ("MockMultilabelClassification", "This is a test sentence", None),
         ("LegacyMockClusteringFastTask", "This is a test sentence", None),
         ("MockSummarizationTask", "This is a test sentence", None),
     ],
@@ -231,24 +226,18 @@ def test_the_fingerprint_holds_files_and_revisions(tmp_path):
     assert describe_decontamination(section, None)["local"] != described["local"]
 
 
-@pytest.mark.parametrize("name", ["intfloat/e5-mistral-7b-instruct", "BAAI/bge-en-icl", "nvidia/NV-Embed-v2"])
-def test_zero_shot_is_what_mteb_says_of_published_models(name):
+def test_zero_shot_is_what_mteb_says_of_a_published_model():
     import mteb
 
-    meta = mteb.get_model_meta(name, fetch_from_hf=False)
-    tasks = mteb.get_benchmark("MTEB(eng, v2)").tasks
+    meta = mteb.get_model_meta("intfloat/e5-mistral-7b-instruct", fetch_from_hf=False)
     found = zero_shot(sorted(meta.training_datasets), "MTEB(eng, v2)")
-    assert found["zero_shot_percentage"] == meta.zero_shot_percentage(tasks)
-    seen = len(found["trained_on"])
-    assert seen > 0 and found["zero_shot_percentage"] == int(100 - 100 * seen / 41)
-    if "mistral" in name:
-        assert found["zero_shot_percentage"] == 95
-        assert found["trained_on"] == ["FEVERHardNegatives", "HotpotQAHardNegatives"]
-
-
-def test_zero_shot_of_nothing():
-    found = zero_shot([], "MTEB(eng, v2)")
-    assert (found["zero_shot_percentage"], found["trained_on"]) == (100, [])
+    percentage = meta.zero_shot_percentage(mteb.get_benchmark("MTEB(eng, v2)").tasks)
+    assert found["zero_shot_percentage"] == percentage == int(100 - 100 * 2 / 41)
+    assert found["trained_on"] == ["FEVERHardNegatives", "HotpotQAHardNegatives"]
+    parts = zero_shot(["CQADupstackRetrieval"], "MTEB(eng, v2)")["trained_on"]
+    assert parts == ["CQADupstackGamingRetrieval", "CQADupstackUnixRetrieval"]
+    nothing = zero_shot([], "MTEB(eng, v2)")
+    assert (nothing["zero_shot_percentage"], nothing["trained_on"]) == (100, [])
 
 
 @pytest.mark.parametrize(
@@ -256,10 +245,7 @@ def test_zero_shot_of_nothing():
     [
         ({"benchmark": "MTEB(eng,v2)"}, r"Did you mean: MTEB\(eng, v2\)"),
         ({"tasks": ["ArguAn"]}, "Did you mean: 'ArguAna'"),
-        ({"local": {"x": "no/such/folder"}}, "no such folder"),
-        ({"local": {"x": "{tmp}"}}, "test.parquet: no such file"),
         ({"local": {"x": "{tmp}/set"}}, "asks about no text"),
-        ({"tasks": ["Tatoeba"]}, "type BitextMining|cannot be loaded"),
         ({"tasks": ["STSBenchmark"]}, "'STSBenchmark' cannot be loaded"),
     ],
 )
@@ -275,12 +261,6 @@ def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, section, message):
         describe_decontamination(section, None)
         read_probes(section, None)
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("section", [{}, {"tasks": ["ArguAna"], "similarity": 0.5}])
-def test_a_section_that_would_find_nothing_is_refused(section):
-    with pytest.raises(ValidationError, match=r"name a benchmark|greater than or equal to 0\.7"):
-        Decontamination.model_validate(section)
 
 
 def test_graded_pairs_lose_those_that_an_evaluation_task_asks_about(tmp_path, capsys):

@@ -458,7 +458,7 @@ def test_zero_shot_share_needs_every_source_to_state_its_own():
     assert on_e5["training_datasets"] == told["training_datasets"] and "FEVERHardNegatives" in on_e5["trained_on"]
     assert on_e5["zero_shot_percentage"] < told["zero_shot_percentage"]
     assert model_card.disclosure({**known, "c": None}) is None
-    assert model_card.disclosure({**known, "c": {**entry, "training_datasets": []}}) is None
+    assert model_card.disclosure({**known, "c": {**entry, "training_datasets": None}}) is None
     assert model_card.disclosure({}) is None
 
 
