@@ -210,20 +210,16 @@ def clean_pairs(pairs: pa.Table, probes: Probes) -> tuple[pa.Table, pa.Table, di
 
     In the log a sentence's id is the number of its row, and both sides are queries.
     """
-    matches = []
+    ids, matches = pl.int_range(len(pairs), eager=True).cast(pl.String), []
     for name in ("sentence1", "sentence2"):
         texts = pl.Series("text", pl.from_arrow(pairs[name]))
-        ids = pl.int_range(len(texts), eager=True).cast(pl.String)
         found = pl.DataFrame({"id": ids, "text": texts, "key": text_keys(texts)})
         matches.append(find_matches(found, band_keys(texts, f"{name}: MinHash"), probes))
     matches = pl.concat(matches).with_columns(dropped=pl.lit(True))
     log = contamination_log(query=matches)
-    kept = pl.DataFrame({"row": pl.int_range(len(pairs), eager=True)}).filter(
-        ~pl.col("row").is_in(matches["id"].cast(pl.Int64).implode())
-    )
+    matching = ids.is_in(matches["id"].implode())
     sentences = {task: sides["queries"] for task, sides in count_by_task(log).items()}
-    counts = {"pairs_dropped": len(pairs) - len(kept), "sentences": sentences}
-    return pairs.take(kept["row"].to_arrow()), log, counts
+    return pairs.filter((~matching).to_arrow()), log, {"pairs_dropped": matching.sum(), "sentences": sentences}
 
 
 def count_by_task(log: pa.Table) -> dict[str, dict[str, int]]:
