@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import InputError
@@ -21,13 +23,14 @@ def use_plain_text(model: SentenceTransformer, name_or_path: str, revision: str 
     read as plain text it would be another model, and no vector of its own could be cached or reproduced elsewhere.
     """
     from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.util import is_sentence_transformer_model
+    from sentence_transformers.util import load_file_path
 
+    path = load_file_path(name_or_path, "sentence_bert_config.json", revision=revision)
+    chosen = json.loads(Path(path).read_text(encoding="utf-8")).get("modality_config") if path else None
     for module in model.modules():
         if not isinstance(module, Transformer):
             continue
-        # without modules.json, nobody but the library chose messages
-        if "message" in module.modalities and is_sentence_transformer_model(name_or_path, revision=revision):
+        if "message" in (chosen or {}):  # what the folder does not say, the library inferred from the template
             raise InputError(
                 f"model {name_or_path!r} reads its texts as chat messages (modality_config in its "
                 "sentence_bert_config.json); only embedders of plain text can be used, name another"

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,19 @@ def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]
         raise
     if not step.done:
         raise RuntimeError(f"step {step.folder} ended without finish()")
+
+
+def link_files(source: Path, target: Path, without: Sequence[str] = ()) -> None:
+    """A copy of a folder, by hard links where the file system has them: a 7B model is 14 GB."""
+
+    def link(file: str, copy: str) -> None:
+        Path(copy).unlink(missing_ok=True)
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copyfile(file, copy)
+
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns(*without), dirs_exist_ok=True)
 
 
 def peak_memory_bytes() -> int:

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from common.cli import InputError
 from modeling.batches import LABEL
 from modeling.losses import MISSING, POSITIVES, text_keys
-from modeling.prompts import few_shot_prompt, instruction_prompt
+from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, instruction_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +41,7 @@ class Demonstrations:
             as leave the texts of a batch whole.
         zero_shot_probability: of a batch without shots.
         seed: of all this.
+        template: of the instruction's prompt, see modeling.prompts.
 
     Raises:
         InputError: no columns query and positive, or a number out of its range.
@@ -52,6 +53,7 @@ class Demonstrations:
     shots_budget: int | None = None
     zero_shot_probability: float = 0.0
     seed: int = 0
+    template: str = QUERY_TEMPLATE
 
     def __post_init__(self) -> None:
         missing = {"query", "positive"} - set(self.rows.column_names)
@@ -102,7 +104,7 @@ class Demonstrations:
         Raises:
             InputError: there are not so many rows that fit.
         """
-        [bare] = count_tokens([instruction_prompt(self.instruction)])
+        [bare] = count_tokens([instruction_prompt(self.instruction, self.template)])
         drawn: list[tuple[str, str]] = []
         for position in random.Random(self.seed).sample(range(len(self.rows)), min(_TRIES_TO_FREEZE, len(self.rows))):
             row = self.rows[position]
@@ -110,7 +112,7 @@ class Demonstrations:
             if shot[0] == shot[1] or not {text for pair in drawn for text in pair}.isdisjoint(shot):
                 continue
             room = bare + (max_tokens - bare) * (len(drawn) + 1) / shots
-            [length] = count_tokens([few_shot_prompt(self.instruction, [*drawn, shot])])
+            [length] = count_tokens([few_shot_prompt(self.instruction, [*drawn, shot], self.template)])
             if length <= room:
                 drawn.append(shot)
             if len(drawn) == shots:
@@ -128,6 +130,7 @@ def fitting_prompt(
     count_tokens: Callable[[Sequence[str]], Sequence[int]],
     max_seq_length: int,
     shots_budget: int | None = None,
+    template: str = QUERY_TEMPLATE,
 ) -> str:
     """The few-shot prompt with as many of `shots`, from the first on, as cost no text a token.
 
@@ -141,6 +144,7 @@ def fitting_prompt(
             the one string that the tokenizer gets: counted apart, tokens at the boundary would come out otherwise.
         max_seq_length: in tokens.
         shots_budget: the most tokens of a prompt with shots.
+        template: of the instruction's prompt.
 
     >>> words = lambda strings: [len(string.split()) for string in strings]
     >>> shots = [("two", "2"), ("three", "3")]
@@ -148,11 +152,11 @@ def fitting_prompt(
     'Instruct: Count\\nQuery: two\\nResponse: 2\\n\\nInstruct: Count\\nQuery: '
     """
     for count in range(len(shots), 0, -1):
-        prompt = few_shot_prompt(instruction, shots[:count])
+        prompt = few_shot_prompt(instruction, shots[:count], template)
         length, *whole = count_tokens([prompt, *(prompt + text for text in texts)])
         if max(whole) <= max_seq_length and (shots_budget is None or length <= shots_budget):
             return prompt
-    return instruction_prompt(instruction)
+    return instruction_prompt(instruction, template)
 
 
 @dataclass
@@ -218,6 +222,7 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
             self._count_tokens,
             self.model.max_seq_length,
             demonstrations.shots_budget,
+            demonstrations.template,
         )
         return dict.fromkeys(prompted, prompt)
 

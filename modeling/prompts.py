@@ -1,7 +1,8 @@
 """The text before a text: instructions, demonstrations, and a prompt for every task of MTEB(eng, v2).
 
 Queries (and both sides of symmetric tasks) carry `Instruct: {task}` and `Query: ` on two lines, as E5-mistral
-introduced it (arXiv 2401.00368); documents stay bare.
+introduced it (arXiv 2401.00368); documents stay bare. A published embedder keeps the wording it was trained with: its
+template, such as Qwen3-Embedding's without the space after `Query:`, is read from its prompts.
 """
 
 from __future__ import annotations
@@ -17,26 +18,43 @@ import yaml
 _ASYMMETRIC = ("Retrieval", "Reranking")
 
 
-def instruction_prompt(task: str) -> str:
+QUERY_TEMPLATE = "Instruct: {task}\nQuery: "
+# `Instruct: ...` and `Query:` on two lines, in the spacing and spelling of whoever published the model
+_INSTRUCTED = re.compile(r"(?P<before>\s*Instruct:\s*)(?P<task>\S.*?)(?P<after>\s*\nQuery:\s*)", re.DOTALL)
+
+
+def instruction_prompt(task: str, template: str = QUERY_TEMPLATE) -> str:
     r"""The prompt of a query, given the task in one sentence.
 
     >>> instruction_prompt("Given a question, retrieve its answer")
     'Instruct: Given a question, retrieve its answer\nQuery: '
     """
-    return f"Instruct: {task}\nQuery: "
+    return template.replace("{task}", task)
 
 
-def few_shot_prompt(task: str, demonstrations: Sequence[tuple[str, str]]) -> str:
+def few_shot_prompt(task: str, demonstrations: Sequence[tuple[str, str]], template: str = QUERY_TEMPLATE) -> str:
     r"""The prompt of a query after `demonstrations`, (query, response) pairs in the order in which they are shown.
 
     Demonstrations first and the instruction last is the order of arXiv 2506.07438; the wording of a block is ours.
-    With no demonstrations this is `instruction_prompt(task)`.
+    With no demonstrations this is `instruction_prompt(task, template)`.
 
     >>> few_shot_prompt("Find the capital", [("France", "Paris")])
     'Instruct: Find the capital\nQuery: France\nResponse: Paris\n\nInstruct: Find the capital\nQuery: '
     """
-    prompt = instruction_prompt(task)
+    prompt = instruction_prompt(task, template)
     return "".join(f"{prompt}{query}\nResponse: {response}\n\n" for query, response in demonstrations) + prompt
+
+
+def template_of(prompt: str) -> str | None:
+    r"""The template behind an instruction prompt; None when it is of another form.
+
+    >>> template_of("Instruct: Given a web search query, retrieve relevant passages\nQuery:")
+    'Instruct: {task}\nQuery:'
+    >>> template_of("query: ") is None
+    True
+    """
+    match = _INSTRUCTED.fullmatch(prompt)
+    return match and f"{match['before']}{{task}}{match['after']}"
 
 
 def task_instructions() -> dict[str, dict[str, str]]:
@@ -54,7 +72,12 @@ def few_shot_prompts(prompts: Mapping[str, str]) -> dict[int, str]:
     return {int(match[1]): prompts[name] for name, match in named.items() if match}
 
 
-def baked_prompts(instruction: str | None, demonstrations: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
+def baked_prompts(
+    instruction: str | None,
+    demonstrations: Sequence[tuple[str, str]] = (),
+    template: str = QUERY_TEMPLATE,
+    document_prompt: str = "",
+) -> dict[str, str]:
     """What a saved model carries as `prompts`: its own `query` and `document`, and one for each evaluation task.
 
     `instruction` is what the model was trained with; None leaves queries as bare as documents. The names are those
@@ -64,15 +87,19 @@ def baked_prompts(instruction: str | None, demonstrations: Sequence[tuple[str, s
     With `demonstrations`, there is one more, `query-K-shot`: `model.encode(texts, prompt_name="query-2-shot")`. mteb
     does not know that name and leaves it alone; `with_demonstrations` makes of it what mteb looks up.
     """
-    prompts = {"query": "" if instruction is None else instruction_prompt(instruction), "document": ""}
+    query_prompt = "" if instruction is None else instruction_prompt(instruction, template)
+    prompts = {"query": query_prompt, "document": document_prompt}
     if demonstrations:
-        prompts[f"query-{len(demonstrations)}-shot"] = few_shot_prompt(instruction, demonstrations)
+        prompts[f"query-{len(demonstrations)}-shot"] = few_shot_prompt(instruction, demonstrations, template)
     for task_type, instructions in task_instructions().items():
         for task, text in instructions.items():
             if task_type in _ASYMMETRIC:
-                prompts |= {f"{task}-query": instruction_prompt(text), f"{task}-document": ""}
+                prompts |= {
+                    f"{task}-query": instruction_prompt(text, template),
+                    f"{task}-document": document_prompt,
+                }
             else:
-                prompts[task] = instruction_prompt(text)
+                prompts[task] = instruction_prompt(text, template)
     return prompts
 
 

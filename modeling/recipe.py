@@ -1,9 +1,9 @@
 """Training recipes: shared keys, an ordered list of stages, and what the command line overrides.
 
 A recipe is a YAML file of shared keys and a list `stages:` of mappings with a `name`, each of which may override any
-shared key; a flag overrides both. Keys are the fields of `StageArguments`, of trl's ModelConfig (lora_r, ...) and of
-sentence-transformers' training arguments (learning_rate, optim, lr_scheduler_type, ...): optimizer and schedule begin
-anew in every stage.
+shared key; a flag overrides both, and --STAGE.KEY one stage. Keys are the fields of `StageArguments`, of trl's
+ModelConfig (lora_r, ...) and of sentence-transformers' training arguments (learning_rate, optim, ...): optimizer and
+schedule begin anew in every stage.
 
 A stage trains on one data set or, with a list `datasets:` of mappings with a `name`, on several: each may override
 the keys of `DatasetArguments`, and a batch comes from one of them.
@@ -16,13 +16,10 @@ steps. `max_steps`, by contrast, holds for each stage.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,61 +27,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from common.cli import ArgumentParser, InputError
-from common.recipes import load_yaml, read_yaml
-from common.steps import written_whole
+from common.recipes import read_yaml
+from common.steps import write_json, written_whole
+from modeling.keys import DEFAULTS, check_names, check_numbers, library_keys, parse_keys, read_flags
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig
 
-# Defaults that are ours and not the libraries'.
-DEFAULTS = {
-    "lora_task_type": "FEATURE_EXTRACTION",  # trl's CAUSAL_LM adapter would not load on a model without LM head
-    "save_total_limit": 1,  # resuming needs the last checkpoint alone, and a 7B one is 14 GB
-    "logging_steps": 10,
-}
 # Folders that a run has besides its stages'.
-RESERVED = ("model", "adapter", "student", "logs", "data", "results", "report")
+RESERVED = ("model", "adapter", "student", "merge", "logs", "data", "results", "report")
 LONGEST_NAME = 100
-# Keys of the libraries' arguments that have no place in a recipe, and why.
-ELSEWHERE = {
-    "prompts": "are made of `instruction` and `prompted_columns`; use these",
-    "batch_sampler": "has no effect: batches are made by modeling/batches.py; leave it out",
-    "router_mapping": "has no effect on a model of one tower; leave it out",
-    "neftune_noise_alpha": "needs embeddings where a SentenceTransformer has none; leave it out",
-    "use_liger_kernel": "has no effect on a SentenceTransformer; leave it out",
-    "label_smoothing_factor": "has no effect: soft labels take its place; leave it out",
-    "auto_find_batch_size": "has no effect on the batches made here; lower mini_batch_size, which changes no result",
-    "save_only_model": "leaves nothing for a killed stage to go on from; leave it out",
-    "push_to_hub": "is not for training: leave it out, and run push_to_hub.py afterwards",
-}
-ELSEWHERE["multi_dataset_batch_sampler"] = ELSEWHERE["train_sampling_strategy"] = ELSEWHERE["batch_sampler"]
-_HUB = ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
-ELSEWHERE |= dict.fromkeys(_HUB, ELSEWHERE["push_to_hub"])
-# What the numbers under these keys must be. All numbers, these or others, are finite, and whole ones below MOST.
-MOST = 2**32
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "above 0": (
-        lambda value: value > 0,
-        "temperature target_temperature weight num_train_epochs adam_epsilon logging_steps eval_steps save_steps "
-        "lora_alpha",
-    ),
-    "0 or more": (
-        lambda value: value >= 0,
-        "false_negative_margin learning_rate learning_rate_mapping weight_decay max_grad_norm seed data_seed "
-        "warmup_steps num_negatives shots prompt_shots min_text_tokens eval_delay dataloader_num_workers weights",
-    ),
-    "1 or more": (
-        lambda value: value >= 1,
-        "max_seq_length train_max_seq_length eval_queries eval_documents mini_batch_size shots_budget lora_r "
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
-        "eval_accumulation_steps ddp_timeout ddp_bucket_cap_mb",
-    ),
-    "in [0, 1]": (lambda value: 0 <= value <= 1, "alpha zero_shot_probability warmup_ratio"),
-    "in [0, 1)": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
-    "1 or more, or -1 where epochs say how long": (lambda value: value >= 1 or value == -1, "max_steps"),
-}
+STAGES = "stages.json"
 
 
 @dataclass
@@ -105,7 +60,13 @@ class DatasetArguments:
     false_negative_margin: float | None = field(default=None, metadata={"help": "see modeling.losses; null = none"})
     mini_batch_size: int | None = field(default=None, metadata={"help": "texts at a time, by GradCache; null = all"})
     num_negatives: int | None = field(default=None, metadata={"help": "the first of each row's; null = all"})
-    instruction: str | None = field(default=None, metadata={"help": "one sentence; null = queries without prompt"})
+    instruction: str | None = field(default=None, metadata={"help": "one sentence; null = the start's query prompt"})
+    query_template: str | None = field(
+        default=None, metadata={"help": "holds {task}; null = the start's, else 'Instruct: {task}\\nQuery: '"}
+    )
+    document_prompt: str | None = field(
+        default=None, metadata={"help": "before columns without instruction; null = the start's, else none"}
+    )
     prompted_columns: list[str] = field(default_factory=lambda: ["query"], metadata={"help": "get the instruction"})
     shots: int = field(default=0, metadata={"help": "the most demonstrations that a batch's prompt shows"})
     shots_budget: int | None = field(default=None, metadata={"help": "the most tokens of such a prompt; null = any"})
@@ -116,10 +77,16 @@ class DatasetArguments:
 class StageArguments(DatasetArguments):
     """What a stage trains on (or what the entries of its `datasets:` have in common), and what it makes."""
 
-    max_seq_length: int = field(default=512, metadata={"help": "tokens the model reads, prompt and EOS included"})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens the model reads, prompt and EOS included; null = the start's, else 512"},
+    )
     train_max_seq_length: int | None = field(default=None, metadata={"help": "in training; null = max_seq_length"})
     min_text_tokens: int = field(default=16, metadata={"help": "least room that a prompt must leave"})
-    pooling: Literal["eos", "mean", "mean_without_prompt", "weighted_mean"] = "eos"
+    pooling: Literal["eos", "mean", "cls", "mean_without_prompt", "weighted_mean"] | None = field(
+        default=None, metadata={"help": "null = that of a finished embedder, eos of a bare decoder"}
+    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "keep the first so many; null = all"})
     prompt_shots: int = field(default=0, metadata={"help": "demonstrations in a prompt that the saved model carries"})
     share_prefix: bool = field(default=False, metadata={"help": "compute a prompt that a batch shares once"})
     eval_queries: int = field(default=200, metadata={"help": "sample of the validation queries, at each evaluation"})
@@ -174,7 +141,7 @@ def read_recipe(argv: Sequence[str], description: str) -> Recipe:
     parser.add_argument("--config", required=True, type=Path, metavar="RECIPE")
     parser.add_argument("--stages", metavar="NAME,NAME", help="stages to run, in this order; all by default")
     arguments, flags = parser.parse_known_args(argv)
-    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, _read_flags(flags))
+    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, read_flags(flags))
 
 
 def parse_recipe(
@@ -188,31 +155,45 @@ def parse_recipe(
     stages = _named(values.pop("stages", None), "stage", "stages", where, taken=RESERVED)
     if selected is not None:
         stages = _select(stages, selected)
-    for name, keys in stages.items():
-        for key in ("model_name_or_path", "model_revision"):
-            if key in keys:
-                raise InputError(f"{where}: stage {name!r}: {key}: stages go on from one another; name it above them")
     student = {**_mapping(values.pop("student", None), where), **_mapping(overrides.pop("student", None), "--student")}
+    by_stage = {
+        key: overrides.pop(key) for key in list(overrides) if isinstance(overrides[key], dict) and key in stages
+    }
     values |= overrides
-    stages = {name: {k: v for k, v in keys.items() if k not in overrides} for name, keys in stages.items()}
-
-    shared = {key: value for key, value in values.items() if key not in ("merge", "total_steps")}
-    budgets = _budgets(values, stages, where)
-    parsed = [
-        _read_stage(name, {**shared, **keys, **budgets.get(name, {})}, overrides, f"{where}: stage {name!r}")
+    stages = {
+        name: {**{key: value for key, value in keys.items() if key not in overrides}, **by_stage.get(name, {})}
         for name, keys in stages.items()
-    ]
-    output_dirs = {str(stage.values.get("output_dir") or "") for stage in parsed}
+    }
+    shared = {key: value for key, value in values.items() if key not in ("merge", "total_steps")}
+    _check_keys(shared, stages, where)
+    output_dirs = {str(keys.get("output_dir", shared.get("output_dir")) or "") for keys in stages.values()}
     if len(output_dirs) > 1 or not (output_dir := output_dirs.pop()) or "\0" in output_dir:
         raise InputError(f"{where}: name one output_dir for all stages, in the recipe or by --output_dir")
     if bool(student) == bool(values.get("model_name_or_path")):
         number = "one of the two alone" if student else "model_name_or_path, or student:"
         raise InputError(f"{where}: name the model to start from: {number}")
+    budgets = _budgets(values, stages, where)
+    parsed = [
+        _read_stage(name, {**shared, **keys, **budgets.get(name, {})}, overrides, f"{where}: stage {name!r}")
+        for name, keys in stages.items()
+    ]
     merge = _read_merge(values["merge"], stages, f"{where}: merge") if values.get("merge") else None
     if student:
         values["student"] = student
     values["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
     return Recipe(values, Path(output_dir), parsed, merge)
+
+
+def _check_keys(shared: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Raises InputError on a key that nothing reads, before the libraries that define most keys are imported."""
+    own = {field.name for field in dataclasses.fields(StageArguments)}
+    known = {*own, *library_keys(), "datasets"}
+    check_names(shared, known, where)
+    for name, keys in stages.items():
+        check_names(keys, known, f"{where}: stage {name!r}")
+        for key in ("model_name_or_path", "model_revision", "num_hidden_layers"):
+            if key in keys:
+                raise InputError(f"{where}: stage {name!r}: {key}: stages go on from one another; name it above them")
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -223,66 +204,35 @@ def write_recipe(recipe: Recipe) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def parse_keys(types: Sequence[type], values: Mapping[str, Any], where: str) -> list[Any]:
-    """`values` as instances of the dataclasses `types`. Raises InputError on an unknown or ill-typed key."""
-    from trl import TrlParser
+def write_stages(recipe: Recipe, start: Mapping[str, Any]) -> None:
+    """Write stages.json: every stage with all its keys as they hold, defaults and the start's own values filled in.
 
-    class Parser(TrlParser):
-        def error(self, message: str) -> None:
-            raise InputError(f"{where}: {message}")
+    {"start": facts of the model that the first stage starts from,
+     "stages": [{"name": ..., "datasets": {name: {key: value}}, "keys": {key: value}}]}
+    """
+    stages = []
+    for stage in recipe.stages:
+        model = {key: value for key, value in vars(stage.model).items() if key != "model_name_or_path"}
+        training = json.loads(stage.training.to_json_string())
+        for key in ("output_dir", "logging_dir", "run_name"):
+            training.pop(key, None)
+        datasets = {name: dataclasses.asdict(own) for name, own in stage.datasets.items()}
+        keys = {**training, **model, **dataclasses.asdict(stage.own)}
+        stages.append({"name": stage.name, "datasets": datasets, "keys": keys})
+    write_json(recipe.output_dir / STAGES, {"start": start, "stages": json.loads(json.dumps(stages, default=str))})
 
-    fields = [field.name for kind in types for field in dataclasses.fields(kind)]
-    for key, value in values.items():
-        if value and key in ELSEWHERE:
-            raise InputError(f"{where}: {key} {ELSEWHERE[key]}")
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "python train_st.py --help says where keys are listed"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")
-    parser = Parser(list(types), allow_abbrev=False)
-    parser.set_defaults_with_config(**{key: value for key, value in DEFAULTS.items() if key in fields})
-    parser.set_defaults_with_config(**{key: [] for key, value in values.items() if value == []})  # no flag says that
-    # as flags, so that a recipe's values are checked and converted as those of the command line are
-    flags = [part for key, value in values.items() if value is not None for part in _as_flags(key, value)]
+
+def read_stages(run_folder: Path) -> dict[str, Any]:
+    """What `write_stages` wrote. Raises InputError where `run_folder` is no training run."""
+    path = run_folder / STAGES
     try:
-        parsed = list(parser.parse_args_and_config(args=flags))
-    except (ValueError, TypeError, OSError, ImportError) as error:  # a wrong value, or what it names is not there
-        raise InputError(f"{where}: {error}") from None
-    for arguments in parsed:
-        _check_numbers(arguments, where)
-    return parsed
-
-
-def _check_numbers(arguments: Any, where: str) -> None:
-    """Raises InputError on a number in a dataclass that is not finite, or outside of RANGES."""
-    for key, found in vars(arguments).items():
-        for value in _numbers(found):
-            wrong = [words for words, (holds, keys) in RANGES.items() if key in keys.split() and not holds(value)]
-            if not math.isfinite(value):
-                wrong = ["a finite number"]
-            elif isinstance(value, int) and abs(value) >= MOST:
-                wrong = [f"below {MOST:,}"]
-            if wrong:
-                raise InputError(f"{where}: {key} is {value}; it must be {wrong[0]}")
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """The numbers in a value, and in a list or a mapping."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _numbers(inner)
-
-
-def _as_flags(key: str, value: Any) -> list[str]:
-    if value == []:
-        return []
-    if value is False and key.endswith("_strategy"):
-        value = "no"  # which YAML reads as false
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{run_folder}: not a training run ({STAGES} is missing); make one with train_st.py"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}; run train_st.py again") from None
 
 
 def _named(entries: Any, kind: str, key: str, where: str, taken: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -316,35 +266,6 @@ def _select(stages: dict[str, dict[str, Any]], names: str) -> dict[str, dict[str
     return {name: stages[name] for name in selected}
 
 
-def _read_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """--key value, --key=value and --key value value (a list) as a mapping; --student.key goes into `student`."""
-    groups: list[list[str]] = []
-    for flag in flags:
-        if flag.startswith("--"):
-            groups.append(flag.split("=", 1))
-        elif not groups:
-            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
-        else:
-            groups[-1].append(flag)
-    values: dict[str, Any] = {}
-    student: dict[str, Any] = {}
-    for flag, *texts in groups:
-        if not texts:
-            raise InputError(f"{flag} needs a value")
-        parsed = [_read_value(text) for text in texts]
-        name = flag.removeprefix("--")
-        target = student if name.startswith("student.") else values
-        target[name.removeprefix("student.")] = parsed[0] if len(parsed) == 1 else parsed
-    return {**values, "student": {**_mapping(values.get("student"), "--student"), **student}} if student else values
-
-
-def _read_value(text: str) -> Any:
-    try:
-        return load_yaml(text)
-    except ValueError:  # a sentence with a colon in it, say
-        return text
-
-
 def _budgets(values: Mapping[str, Any], stages: Mapping[str, Any], where: str) -> dict[str, dict[str, int]]:
     """Each stage's max_steps out of `total_steps`; the first ones take what cannot be divided."""
     total = values.get("total_steps")
@@ -362,7 +283,7 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig
 
-    from modeling.encoder import quantization
+    from modeling.adapters import quantization
 
     types = (StageArguments, ModelConfig, SentenceTransformerTrainingArguments)
     own, model, training = parse_keys(types, {k: v for k, v in values.items() if k != "datasets"}, where)
@@ -372,10 +293,6 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
         raise InputError(f"{where}: {error}") from None
     if model.lora_task_type != DEFAULTS["lora_task_type"]:
         raise InputError(f"{where}: lora_task_type: an embedder has no head; it is {DEFAULTS['lora_task_type']}")
-    if own.train_max_seq_length is None:
-        own.train_max_seq_length = own.max_seq_length
-    if own.train_max_seq_length > own.max_seq_length:
-        raise InputError(f"{where}: train_max_seq_length is above max_seq_length ({own.max_seq_length}); lower it")
     _check_training(training, where)
     datasets: dict[str, DatasetArguments] = {name: own}
     if values.get("datasets") is not None:
@@ -397,10 +314,8 @@ def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any],
 
 
 def _check_training(training: SentenceTransformerTrainingArguments, where: str) -> None:
-    """Refuse now what would fail when training starts: what can be tried is tried, on one weight."""
+    """Refuse now what would fail when a stage starts, hours from now."""
     import torch
-    from torch.utils.checkpoint import checkpoint
-    from torch.utils.data import DataLoader
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_available_reporting_integrations
 
@@ -417,60 +332,19 @@ def _check_training(training: SentenceTransformerTrainingArguments, where: str) 
             raise InputError(
                 f"{where}: report_to: {name!r} is not installed; there is {', '.join(installed) or 'none'}"
             )
-    weight = torch.nn.Parameter(torch.zeros(1))
     try:
         if not training.optim_target_modules:  # which would need the model
             kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
-            more = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
-            get_scheduler(training.lr_scheduler_type, kind([weight], **settings), 0, 2, **more)
-            unread = unread_optim_args(training)
-            if unread:
-                raise ValueError(f"optim_args: {training.optim.value} does not read {unread[0]!r}; drop it")
-        DataLoader(
-            [0],
-            num_workers=training.dataloader_num_workers,
-            persistent_workers=training.dataloader_persistent_workers,
-        )
-        if training.gradient_checkpointing:
-            checkpoint(
-                torch.nn.Identity(),
-                weight,
-                **{"use_reentrant": False, **(training.gradient_checkpointing_kwargs or {})},
-            )
-        if training.torch_compile:
-            torch.compile(
-                torch.nn.Identity(), backend=training.torch_compile_backend, mode=training.torch_compile_mode
+            schedule = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
+            get_scheduler(
+                training.lr_scheduler_type, kind([torch.nn.Parameter(torch.zeros(1))], **settings), 0, 2, **schedule
             )
         for pattern, rate in training.learning_rate_mapping.items():
             re.compile(pattern)
             training.learning_rate_mapping[pattern] = float(rate)  # YAML reads 1e-5 as a text
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
         raise InputError(f"{where}: training cannot start so: {error}") from None
-    _check_numbers(training, where)
-
-
-def unread_optim_args(training: SentenceTransformerTrainingArguments) -> list[str]:
-    """Keys of `optim_args` that transformers passes over in silence, as it does all of AdamW's.
-
-    It has no list of those that it reads. But where it reads one, a value that none can have makes a difference: other
-    settings, or an error.
-    """
-    from transformers import Trainer
-
-    def settings(pairs: Mapping[str, str]) -> Any:
-        tried = copy.copy(training)
-        tried.optim_args = ",".join(f"{key}={value}" for key, value in pairs.items())
-        return Trainer.get_optimizer_cls_and_kwargs(tried)
-
-    def is_read(key: str) -> bool:
-        others = {other: value for other, value in given.items() if other != key}
-        try:
-            return settings({**others, key: "?"}) != settings(others)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return True
-
-    given = dict(pair.split("=") for pair in (training.optim_args or "").replace(" ", "").split(",") if pair)
-    return [key for key in given if not is_read(key)]
+    check_numbers(training, where)
 
 
 def _check_dataset(own: DatasetArguments, where: str) -> None:

@@ -37,7 +37,7 @@ def wrapper(tiny_encoder):
 
 
 def test_examples():
-    assert doctest.testmod(prompts).attempted == 4
+    assert doctest.testmod(prompts).attempted == 6
     assert doctest.testmod(prompts).failed == 0
 
 

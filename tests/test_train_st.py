@@ -71,7 +71,7 @@ def test_a_run_writes_all_that_the_contract_names(finished, recipe, tiny_decoder
         history = json.loads((finished / "logs" / f"{stage}.json").read_text())
         losses = [entry["loss"] for entry in history if "loss" in entry]
         assert len(losses) == 6
-        assert losses[-1] < losses[0]
+        assert sum(losses[3:]) < sum(losses[:3])
         scores = [entry["eval_validation_cosine_ndcg@10"] for entry in history if "eval_runtime" in entry]
         assert len(scores) == 2
         assert all(0 <= score <= 1 for score in scores)
@@ -146,7 +146,8 @@ print(json.dumps([vectors.tolist(), last, model.tokenizer.eos_token_id, ours, mo
 
 
 def test_adapter_and_its_base_give_the_models_vectors(finished):
-    from modeling.encoder import build_encoder, continue_adapter
+    from modeling.adapters import continue_adapter
+    from modeling.encoder import build_encoder
 
     config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "../sts"  # trained from the stage before, which it names plainly
@@ -290,7 +291,7 @@ def rows_of(hub: Path, config: str) -> list[dict]:
 
 # what is wrong -> (change to the recipe, flags, what the one line says)
 BAD_RECIPES = {
-    "longer in training": ({}, ["--train_max_seq_length", "4000"], "train_max_seq_length is above max_seq_length"),
+    "longer in training": ({}, ["--train_max_seq_length", "4000"], "train_max_seq_length 4000 is above max_seq_length"),
     "no negatives for soft labels": ({}, ["--num_negatives", "0"], "num_negatives is 0; soft_info_nce needs more"),
     "unknown key": ({"learning_rat": 1}, [], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     "unknown flag": ({}, ["--lora_rr", "4"], "unknown key 'lora_rr'; did you mean 'lora_r'?"),
@@ -328,8 +329,6 @@ BAD_RECIPES = {
     "label smoothing": ({"label_smoothing_factor": 0.1}, [], "label_smoothing_factor has no effect"),
     "batch size by trial": ({"auto_find_batch_size": True}, [], "auto_find_batch_size has no effect"),
     "checkpoints without optimizer": ({"save_only_model": True}, [], "save_only_model leaves nothing"),
-    "AdamW's optim_args": ({"optim_args": "beta1=0.5"}, [], "adamw_torch_fused does not read 'beta1'"),
-    "SGD's optim_args": ({"optim": "sgd"}, ["--optim_args", "momentum=0.9,beta1=0.5"], "sgd does not read 'beta1'"),
     "a module that is not there": (
         {},
         ["--stages", "retrieval", "--lora_modules_to_save", "norm", "nrm"],

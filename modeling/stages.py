@@ -1,0 +1,293 @@
+"""What a stage is made of: rows, model, losses, evaluators and the trainer that brings them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import InputError
+from modeling.processes import processes
+from modeling.prompts import instruction_prompt
+from modeling.recipe import DatasetArguments, Stage
+from modeling.start import Published, Start, column_prompts, saved_prompts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+    from modeling.demonstrations import Demonstrations
+    from modeling.trainer import EmbedderTrainer
+    from modeling.training_data import SearchSample
+
+
+@dataclass(frozen=True)
+class StageData:
+    train: dict[str, Dataset]  # by data set
+    validation: dict[str, SearchSample]  # by the name that scores are logged under; empty when the stage has none
+    keys: dict[str, str]  # change when the data do
+    positives: dict[str, dict[str, list[str]]]  # by data set, all positives of queries that have several
+
+
+def load_data(stage: Stage) -> StageData:
+    """A stage's rows and, if it evaluates while it trains, its validation samples; all checked before training."""
+    from modeling.training_data import data_key, known_positives, load_config, training_rows
+
+    train, keys, positives = {}, {}, {}
+    for name, own in stage.datasets.items():
+        where = location(stage, name)
+        keys[name] = data_key(own.dataset_name, own.dataset_revision, where)
+        prompted = own.prompted_columns if own.instruction else []
+        rows = load_config(own.dataset_name, own.dataset_config, own.dataset_revision, keys[name], where)
+        config = f"{where}: config {own.dataset_config!r}"
+        train[name] = training_rows(rows, own.loss, prompted, config, own.num_negatives)
+        positives[name] = known_positives(train[name], own.dataset_name, own.dataset_revision, keys[name], where)
+    evaluated = stage.training.eval_strategy.value != "no"
+    return StageData(train, load_validation(stage, keys) if evaluated else {}, keys, positives)
+
+
+def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSample]:
+    """A sample of searches of each data set that publishes any, once where several entries read one data set."""
+    from datasets import get_dataset_config_names
+
+    from modeling.training_data import load_config, search_sample
+
+    own = stage.own
+    size = {"max_queries": own.eval_queries, "max_documents": own.eval_documents, "seed": stage.training.seed}
+    samples = {}
+    for name in {key: name for name, key in keys.items()}.values():
+        dataset, where = stage.datasets[name], location(stage, name)
+        source = (dataset.dataset_name, dataset.dataset_revision)
+        if len(stage.datasets) > 1 and "qrels" not in get_dataset_config_names(source[0], revision=source[1]):
+            continue  # graded pairs have nothing to search
+        configs = ("queries", "documents", "qrels")
+        tables = [load_config(source[0], config, source[1], keys[name], where) for config in configs]
+        title = "validation" if len(stage.datasets) == 1 else f"validation_{name}"
+        samples[title] = search_sample(*tables, **size, where=where)
+    if not samples:
+        raise InputError(f"stage {stage.name!r}: no data set to evaluate on has qrels; set eval_strategy: 'no'")
+    return samples
+
+
+def location(stage: Stage, dataset: str) -> str:
+    """How messages call a data set of a stage."""
+    return f"stage {stage.name!r}" if dataset == stage.name else f"stage {stage.name!r}: data set {dataset!r}"
+
+
+def text_columns(rows: Dataset) -> list[str]:
+    from modeling.batches import LABEL
+
+    return [name for name in rows.column_names if name != LABEL]
+
+
+def stage_prompts(
+    stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, published: Published | None
+) -> dict[str, str]:
+    """The prompts of the stage's saved model; with `prompt_shots`, one shows rows of the first data set that trains
+    with shots and the stage's own instruction. Raises InputError when there are no rows that fit.
+    """
+    own = stage.own
+    if not own.prompt_shots:
+        return saved_prompts(stage, published)
+    name = next(name for name, data in stage.datasets.items() if data.shots and data.instruction == own.instruction)
+    budget = stage.datasets[name].shots_budget or own.max_seq_length // 2
+    try:
+        shots = demonstrations(stage, train)[name].freeze(
+            own.prompt_shots,
+            lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]],
+            min(budget, own.max_seq_length - own.min_text_tokens),
+        )
+    except InputError as error:
+        raise InputError(f"{location(stage, name)}: {error}") from None
+    return saved_prompts(stage, published, shots)
+
+
+def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demonstrations]:
+    """Where batches get their shots from, by data set; those without shots are left out."""
+    from modeling.demonstrations import Demonstrations
+
+    return {
+        name: Demonstrations(
+            train[name],
+            own.instruction,
+            own.shots,
+            own.shots_budget,
+            own.zero_shot_probability,
+            stage.training.seed,
+            own.query_template,
+        )
+        for name, own in stage.datasets.items()
+        if own.shots
+    }
+
+
+def load_encoder(
+    stage: Stage,
+    base: Start,
+    published: Published | None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    peft_config: PeftConfig | None = None,
+) -> SentenceTransformer:
+    from modeling.encoder import build_encoder
+
+    own = stage.own
+    return build_encoder(
+        base.name_or_path,
+        revision=base.revision,
+        max_seq_length=own.max_seq_length,
+        prompts=saved_prompts(stage, published),
+        pooling=own.pooling,
+        dtype=stage.model.dtype,
+        attn_implementation=stage.model.attn_implementation,
+        quantization_config=quantization_config,
+        peft_config=peft_config,
+        min_text_tokens=own.min_text_tokens,
+        num_hidden_layers=own.num_hidden_layers,
+    )
+
+
+def build_model(stage: Stage, start: Start, published: Published | None) -> tuple[SentenceTransformer, Start]:
+    """The encoder to train (all weights, a new adapter, or that of the stage before), and what it was loaded from."""
+    from transformers import set_seed
+
+    from modeling.adapters import continue_adapter, quantization
+
+    adapter = start.adapter if start.adapter and start.adapter.settings == stage.lora_settings else None
+    base = adapter.base if adapter else start
+    set_seed(stage.training.seed)  # a new adapter starts at random
+    peft_config = None if adapter else stage.peft_config
+    encoder = load_encoder(stage, base, published, quantization(stage.model), peft_config)
+    if adapter:
+        continue_adapter(encoder, adapter.folder)
+    return encoder, base
+
+
+def build_loss(own: DatasetArguments, encoder: SentenceTransformer) -> nn.Module:
+    from modeling.losses import CachedCoSENTLoss, GradedLoss
+
+    everywhere = {"mini_batch_size": own.mini_batch_size, "gather_across_devices": processes().num_processes > 1}
+    if own.loss == "cosent":
+        return CachedCoSENTLoss(encoder, scale=1 / own.temperature, **everywhere)
+    return GradedLoss(
+        encoder,
+        own.loss,
+        temperature=own.temperature,
+        target_temperature=own.target_temperature,
+        alpha=own.alpha,
+        in_batch_negatives=own.in_batch_negatives,
+        false_negative_margin=own.false_negative_margin,
+        **everywhere,
+    )
+
+
+def build_evaluator(
+    name: str, sample: SearchSample, encoder: SentenceTransformer, batch_size: int
+) -> InformationRetrievalEvaluator:
+    """nDCG@10 (and MRR@10, recall@10, MAP) of the model as it stands, by sentence-transformers."""
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from sentence_transformers.util import cos_sim
+
+    return InformationRetrievalEvaluator(
+        sample.queries,
+        sample.documents,
+        sample.relevant,
+        accuracy_at_k=[10],
+        precision_recall_at_k=[10],
+        batch_size=batch_size,
+        name=name,
+        write_csv=False,
+        score_functions={"cosine": cos_sim},
+        query_prompt=encoder.prompts.get("query"),
+        corpus_prompt=encoder.prompts.get("document"),
+    )
+
+
+def build_trainer(
+    stage: Stage, encoder: SentenceTransformer, data: StageData, checkpoints: Path, published: Published | None
+) -> EmbedderTrainer:
+    import torch
+
+    from modeling.trainer import EmbedderTrainer
+
+    arguments = stage.training
+    arguments.output_dir = str(checkpoints)
+    arguments.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it only warns, at every epoch
+    arguments.prompts = {
+        name: column_prompts(own, text_columns(data.train[name]), published) for name, own in stage.datasets.items()
+    }
+    batch_size = arguments.per_device_eval_batch_size
+    evaluators = [build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
+    try:
+        return EmbedderTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=data.train,
+            loss={name: build_loss(own, encoder) for name, own in stage.datasets.items()},
+            evaluator=evaluators or None,
+            weights={name: own.weight for name, own in stage.datasets.items()},
+            demonstrations=demonstrations(stage, data.train),
+            positives=data.positives,
+        )
+    except (ValueError, ImportError) as error:  # settings that contradict each other, packages that are not there
+        raise InputError(f"stage {stage.name!r}: training cannot start so: {error}") from None
+
+
+def check_lengths(
+    stages: Sequence[Stage],
+    data: Mapping[str, StageData],
+    tokenizer: PreTrainedTokenizerBase,
+    published: Published | None,
+) -> None:
+    """Refuse prompts that are too long for any stage now, not after the stages before it."""
+    from modeling.tokens import check_prompts
+
+    for stage in stages:
+        own = stage.own
+        prompts = stage_prompts(stage, data[stage.name].train, tokenizer, published)
+        check_prompts(tokenizer, prompts, own.max_seq_length, own.min_text_tokens)
+        trained = {
+            name: instruction_prompt(arguments.instruction, arguments.query_template)
+            for name, arguments in stage.datasets.items()
+            if arguments.instruction
+        }
+        check_prompts(tokenizer, trained, own.train_max_seq_length, own.min_text_tokens)
+
+
+def check_layers(stages: Sequence[Stage], start: Start) -> None:
+    """Refuse now what no stage could be built of, on a model without weights."""
+    import torch
+    from huggingface_hub.errors import HTTPError
+    from transformers import AutoConfig, AutoModel
+
+    where = f"model {start.reference!r}"
+    for stage in stages:
+        try:
+            config = AutoConfig.from_pretrained(start.name_or_path, revision=start.revision)
+            with torch.device("meta"):
+                model = AutoModel.from_config(config, attn_implementation=stage.model.attn_implementation)
+            modules = [name for name, _ in model.named_modules()]
+            parameters = [name for name, _ in model.named_parameters()]
+            if stage.peft_config:
+                model.add_adapter(stage.peft_config)
+        except (HTTPError, OSError, ValueError, TypeError, ImportError) as error:
+            raise InputError(f"stage {stage.name!r}: {where} cannot be built: {error}") from None
+        if not stage.peft_config:
+            continue
+        # peft passes over names that it does not find; of modules to save, any ending is one
+        kinds = {
+            "modules_to_save": ("", modules),
+            "target_modules": (".", modules),
+            "target_parameters": (".", parameters),
+        }
+        for key, (before, names) in kinds.items():
+            wanted = getattr(stage.peft_config, key) or ()
+            if isinstance(wanted, str):  # a pattern, which peft itself looks for
+                continue
+            for name in sorted(wanted):
+                if not any(f".{there}".endswith(before + name) for there in names):
+                    raise InputError(f"stage {stage.name!r}: lora_{key}: {where} has no {name!r}")
