@@ -101,7 +101,7 @@ def build_model(folder: Path, args: Namespace) -> SentenceTransformer:
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast
 
-    from modeling.encoder import guarantee_eos
+    from modeling.tokens import guarantee_eos
 
     words = word_tokenizer(zipf_texts(2000, (50, 100), seed=0))
     tokenizer = PreTrainedTokenizerFast(
@@ -162,7 +162,7 @@ def train(model: SentenceTransformer, prompt_tokens: int, args: Namespace, rate:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.util import batch_to_device
 
-    from modeling.encoder import add_adapter
+    from modeling.adapters import add_adapter
     from modeling.losses import SoftInfoNCELoss
 
     if not hasattr(model[0].model, "peft_config"):

@@ -22,8 +22,9 @@ from eval.evidence import dataset_names, stage_values
 from eval.leaderboard import benchmark_tasks
 from eval.report import format_ledger
 from eval.retrieval import NEAR, format_table
+from modeling.keys import DEFAULTS
 from modeling.prompts import few_shot_prompt, few_shot_prompts
-from modeling.recipe import DEFAULTS, StageArguments
+from modeling.recipe import StageArguments
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -107,7 +108,7 @@ def render_card(
     """
     recipe = evidence["recipe"]
     metadata = card_metadata(repo_id, evidence, license, datasets)
-    pooling = last_value(recipe, "pooling", StageArguments.pooling)
+    pooling = last_value(recipe, "pooling", None) or "eos"
     values = {
         "repo_id": repo_id,
         "license": license,
@@ -164,7 +165,7 @@ def render_adapter_card(
         "repo_id": repo_id,
         "model_repo_id": model_repo_id,
         "license": license,
-        "pooling_lines": POOLED[last_value(recipe, "pooling", StageArguments.pooling)],
+        "pooling_lines": POOLED[(last_value(recipe, "pooling", None) or "eos")],
         "lora": {name.removeprefix("lora_"): _setting(recipe, recipe["stages"][-1], name) for name in _LORA},
     }
     return _render("adapter", metadata, {**facts, **values})

@@ -383,7 +383,7 @@ def test_dropout_is_replayed_in_the_cached_path(encoder):
     """Both forward passes of GradCache must draw the same masks, also after the documents were sorted."""
     from peft import LoraConfig
 
-    from modeling.encoder import add_adapter
+    from modeling.adapters import add_adapter
 
     add_adapter(encoder, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False))
     encoder.train()

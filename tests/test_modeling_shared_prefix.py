@@ -33,9 +33,11 @@ from transformers import (
 )
 
 from modeling import shared_prefix
-from modeling.encoder import add_adapter, build_encoder, guarantee_eos, merge_adapter
+from modeling.adapters import add_adapter, merge_adapter
+from modeling.encoder import build_encoder
 from modeling.losses import SoftInfoNCELoss
 from modeling.shared_prefix import ARCHITECTURES, Packing, Prefix, causal_mask, pack, share_prefix
+from modeling.tokens import guarantee_eos
 
 PROMPT = "Instruct: Given a question, retrieve its answer\nQuery: "
 QUERIES = ["how do I parse a date", "read a file", "café", "sort", "what is the answer to a question of many words"]

@@ -18,9 +18,10 @@ from tiny_training import INSTRUCTION, distance, own_cache, train, two_stages, w
 
 import train_st
 from common.cli import InputError, run
+from modeling.keys import parse_keys
 from modeling.processes import ZERO3 as ZERO3_SETTINGS
 from modeling.prompts import baked_prompts
-from modeling.recipe import StageArguments, parse_keys
+from modeling.recipe import StageArguments
 
 REPOSITORY = Path(__file__).parents[1]
 MISTRAL_RECIPE = REPOSITORY / "recipes" / "mistral-7b" / "train.yaml"
@@ -291,7 +292,11 @@ def rows_of(hub: Path, config: str) -> list[dict]:
 
 # what is wrong -> (change to the recipe, flags, what the one line says)
 BAD_RECIPES = {
-    "longer in training": ({}, ["--train_max_seq_length", "4000"], "train_max_seq_length 4000 is above max_seq_length"),
+    "longer in training": (
+        {},
+        ["--train_max_seq_length", "4000"],
+        "train_max_seq_length 4000 is above max_seq_length",
+    ),
     "no negatives for soft labels": ({}, ["--num_negatives", "0"], "num_negatives is 0; soft_info_nce needs more"),
     "unknown key": ({"learning_rat": 1}, [], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     "unknown flag": ({}, ["--lora_rr", "4"], "unknown key 'lora_rr'; did you mean 'lora_r'?"),
