@@ -8,7 +8,7 @@ computed; dataset_card.md shows them all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ LABEL_BINS = 20  # equal-width bins of the label
 CUTOFF = 10  # of nDCG
 TEMPERATURE = 0.05  # of the cosines: sentence-transformers' scale of 20
 VECTORS = 16_384  # read at a time
+PAIRS = 1_000_000  # of a known positive and a candidate, held in memory together
 RETRIEVERS = {"bm25_only": (True, False), "dense_only": (False, True), "both": (True, True), "neither": (False, False)}
 RANKINGS = {
     "bm25": pl.col("bm25_rank"),
@@ -61,15 +62,15 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
         sums["found_by"].append(count_found_by(block))
         sums["ndcg"].append(sum_ndcg(block, qrels.filter(in_block).collect()))
         for number, strategy in enumerate(strategies):
-            sums["quality"].append(sum_gradient_shares(build, mine_block(block, strategy), number))
+            sums["quality"].append(sum_gradient_shares(build, block, mine_block(block, strategy)[1], number))
         if not len(graded.classes):
-            pretended = hide_positives(block, graded.groups)
-            sums["hidden"] += [leave_one_out(pretended, margin) for margin in margins]
+            for pretended in hide_positives(block, graded.groups):
+                sums["hidden"] += [leave_one_out(pretended, margin) for margin in margins]
     queries = int(_total(sums["queries"])["queries"][0])
     figures = {
         "mined_rows": mined_rows(mined, queries, _total(sums["rules"])),
         "labels": label_figures(_total(sums["labels"], "bin")),
-        "false_negatives": false_negatives(_total(sums["hidden"], "margin") if sums["hidden"] else None),
+        "false_negatives": false_negatives(_total(sums["hidden"], "margin"), len(graded.classes) > 0),
         "found_by": found_by_figures(_total(sums["found_by"], "bm25", "dense")),
         "negative_quality": quality_figures(strategies, _total(sums["quality"], "strategy")),
         "ndcg_at_10": ndcg_figures(queries, _total(sums["ndcg"], "ranking")),
@@ -82,7 +83,9 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
     return {**figures, "plots": list(plots)}
 
 
-def _total(tables: list[pl.DataFrame], *by: str) -> pl.DataFrame:
+def _total(tables: list[pl.DataFrame], *by: str) -> pl.DataFrame | None:
+    if not tables:
+        return None
     table = pl.concat(tables)
     return table.group_by(by).sum().sort(by) if by else table.sum()
 
@@ -176,49 +179,50 @@ def found_by_figures(counts: pl.DataFrame) -> dict[str, Any]:
 # ---- false negatives ---------------------------------------------------------------------------------------------
 
 
-def hide_positives(block: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
+def hide_positives(block: pl.DataFrame, groups: pl.DataFrame) -> Iterator[pl.DataFrame]:
     """Each query with several labelled positives once for every one of them, as if it alone were labelled.
 
     `known` numbers these; the other positives are `hidden` among the candidates where a retriever found them, as a
-    relevant document that nobody labelled would be.
+    relevant document that nobody labelled would be. Some queries at a time: a block may hold many positives of each.
     """
     is_positive, retrieved = pl.col("is_positive"), pl.col("rrf_rank").is_not_null()
     several = block.filter((is_positive.sum() > 1).over("query_id") & (is_positive & retrieved).any().over("query_id"))
-    known = several.filter("is_positive").select("query_id", known_id="document_id", known_label="label")
-    pretended = known.with_row_index("known").join(several, on="query_id", maintain_order="left_right")
+    pairs = is_positive.sum().over("query_id").cum_sum()
+    several = several.with_columns(part=(pairs // PAIRS).first().over("query_id"))
     is_known = pl.col("document_id") == pl.col("known_id")
-    pretended = pretended.filter(is_known | ~is_positive | retrieved)
-    pretended = pretended.with_columns(hidden=is_positive & ~is_known, is_positive=is_known)
-    return rule_out(pretended, groups, groups.clear(), by="known")
+    for part in several.partition_by("part", maintain_order=True):
+        known = part.filter("is_positive").select("query_id", known_id="document_id", known_label="label")
+        pretended = known.with_row_index("known").join(part, on="query_id", maintain_order="left_right")
+        pretended = pretended.filter(is_known | ~is_positive | retrieved)
+        pretended = pretended.with_columns(hidden=is_positive & ~is_known, is_positive=is_known)
+        yield rule_out(pretended, groups, groups.clear(), by="known")
 
 
 def leave_one_out(pretended: pl.DataFrame, mining: Mining) -> pl.DataFrame:
     """How many hidden positives the margin admits as negatives, and how many are among the negatives then chosen."""
     admitted = pl.col("hidden") & (pl.col("label") < pl.lit(mining.margin, pl.Float32) * pl.col("known_label"))
-    mined = mine_block(pretended, mining, by="known").drop_nulls("document_ids")
-    negatives = mined.select("known", document_id=pl.col("document_ids").list.slice(1)).explode("document_id")
-    false = negatives.join(pretended.filter("hidden"), on=["known", "document_id"], how="semi")
-    counts = pretended.select(
-        pl.col("query_id").n_unique().alias("queries"), pl.col("hidden").sum(), admitted.sum().alias("admitted")
-    )
-    return counts.with_columns(
+    _, rows = mine_block(pretended, mining, by="known")
+    return pretended.select(
         margin=pl.lit(mining.margin),
-        rows=pl.lit(len(mined)),
-        negatives=pl.lit(len(negatives)),
-        false=pl.lit(len(false)),
-        queries_with_rows=pl.lit(mined["query_id"].n_unique()),
+        queries=pl.col("query_id").n_unique(),
+        hidden=pl.col("hidden").sum(),
+        admitted=admitted.sum(),
+        rows=pl.lit(len(rows)),
+        negatives=pl.lit(rows[:, 1:].size),
+        false=pl.col("hidden").gather(rows[:, 1:].ravel()).sum(),
+        queries_with_rows=pl.col("query_id").gather(rows[:, 0]).n_unique(),
     )
 
 
-def false_negatives(counts: pl.DataFrame | None) -> dict[str, Any]:
+def false_negatives(counts: pl.DataFrame | None, has_classes: bool) -> dict[str, Any]:
     """How many negatives would be false, from queries with several labelled positives: all but one are hidden.
 
     Hidden positives are what false negatives look like where annotators stopped after the first; whether those of
     other queries look the same, no file can tell.
     """
-    if counts is None:
+    if has_classes:
         return {"reason": "documents of one class are never each other's negatives", "by_margin": []}
-    queries, hidden = counts.select("queries", "hidden").row(0)
+    queries, hidden = (0, 0) if counts is None else counts.select("queries", "hidden").row(0)
     if not hidden:
         return {"reason": "no query has two labelled positives of which one was retrieved", "by_margin": []}
     by_margin = [
@@ -275,17 +279,16 @@ def gradient_shares(cosines: np.ndarray, labels: np.ndarray, temperature: float)
     return weights.sum(axis=1), (weights * (1 - labels[:, 1:].astype(np.float64))).sum(axis=1)
 
 
-def sum_gradient_shares(build: Build, rows: pl.DataFrame, strategy: int) -> pl.DataFrame:
-    """`gradient_shares` of mined rows, by the dense model's cosines."""
-    query_ids = pa.chunked_array([list(build.queries)], pa.string())
-    sums = np.zeros(3)
-    rows = rows.drop_nulls("labels")
-    for part in rows.iter_slices(VECTORS):
-        labels = part["labels"].explode().to_numpy().reshape(len(part), -1)
-        queries = _unit_vectors(build.query_vectors, part["query_id"], query_ids)
-        documents = _unit_vectors(build.document_vectors, part["document_ids"].explode(), build.document_ids)
-        cosines = np.einsum("rd,rnd->rn", queries, documents.reshape(*labels.shape, -1))
-        hardness, useful = gradient_shares(cosines, labels, TEMPERATURE)
+def sum_gradient_shares(build: Build, block: pl.DataFrame, rows: np.ndarray, strategy: int) -> pl.DataFrame:
+    """`gradient_shares` of rows mined from the block, by the dense model's cosines."""
+    query_ids, labels = pa.chunked_array([list(build.queries)], pa.string()), block["label"].to_numpy()
+    sums, step = np.zeros(3), VECTORS // rows.shape[1] + 1
+    for part in (rows[start : start + step] for start in range(0, len(rows), step)):
+        asked, found = block["query_id"].gather(part[:, 0]), block["document_id"].gather(part.ravel())
+        queries = _unit_vectors(build.query_vectors, asked, query_ids)
+        documents = _unit_vectors(build.document_vectors, found, build.document_ids)
+        cosines = np.einsum("rd,rnd->rn", queries, documents.reshape(*part.shape, -1))
+        hardness, useful = gradient_shares(cosines, labels[part], TEMPERATURE)
         sums += len(part), hardness.sum(), useful.sum()
     return pl.DataFrame([[strategy, *sums]], schema=["strategy", "rows", "hardness", "useful"], orient="row")
 

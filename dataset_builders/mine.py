@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from dataset_builders.build_record import Build
 
 READ = ("query_id", "document_id", "label", "is_positive")
-PAIRS = 1_000_000  # of a positive and a candidate of its query: held in memory together
 ROWS = 1024  # mined rows in a row group: their texts are held together
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 # Why a candidate cannot be a negative of its query; the first that holds is counted.
@@ -123,11 +123,8 @@ class Graded:
                     block = pl.from_arrow(table)
                     _check(block, last, path)
                     last = block["query_id"].last() or last
-                    # pairs of a positive and a candidate of its query; `part` numbers stretches of about PAIRS of them
-                    pairs = pl.col("is_positive").sum().over("query_id").cum_sum()
-                    parts = block.with_columns(part=(pairs // PAIRS).first().over("query_id"))
-                    for part in parts.partition_by("part", maintain_order=True, include_key=False):
-                        yield rule_out(part, self.groups, self.classes)
+                    if len(block):  # retrievers may have found nothing for all queries of a row group
+                        yield rule_out(block, self.groups, self.classes)
                     progress.update(len(block))
 
 
@@ -181,48 +178,34 @@ def rule_out(
     return candidates.with_columns(ruled_out=reason)
 
 
-def mine_block(block: pl.DataFrame, mining: Mining, by: str = "query_id") -> pl.DataFrame:
-    """One row for each labelled positive of the block, in its order.
+def mine_block(block: pl.DataFrame, mining: Mining, by: str = "query_id") -> tuple[np.ndarray, np.ndarray]:
+    """How many candidates qualify for each labelled positive, in order, and the rows of those with enough of them.
 
-    Columns: `by`, query_id, positive_id, positive_label; qualifying, how many candidates qualify; document_ids and
-    labels of the row, the positive first, then negatives by falling label: null where too few qualify.
+    A row holds 1 + num_negatives places in the block: the positive, then its negatives, highest label first. Rows of
+    the block with equal `by` are candidates of the same query. A random draw is decided by the seed and the row's ids,
+    so other rows do not change it.
     """
-    count = mining.num_negatives
-    positive = [by, "query_id"] if by != "query_id" else [by]
-    positives = block.filter("is_positive").select(*positive, positive_id="document_id", positive_label="label")
-    positives = positives.with_row_index("row")
-    candidates = block.filter(pl.col("ruled_out").is_null()).select(by, "document_id", "label")
-    # float32, as labels are stored: a product in double precision would decide some ties otherwise
-    limit = pl.lit(mining.margin, pl.Float32) * pl.col("positive_label")
-    allowed = positives.join(candidates, on=by, maintain_order="left_right").filter(pl.col("label") < limit)
-    qualifying = allowed.group_by("row").len("qualifying")
-    if mining.strategy == "random":
-        allowed = _drawn(allowed, mining)
-    best = allowed.sort("label", descending=True, maintain_order=True).group_by("row").head(count)
-    negatives = best.group_by("row").agg("document_id", "label").filter(pl.col("label").list.len() == count)
-    rows = positives.join(qualifying, on="row", how="left").join(negatives, on="row", how="left").sort("row")
-    return rows.select(
-        *positive,
-        "positive_id",
-        "positive_label",
-        pl.col("qualifying").fill_null(0),
-        document_ids=pl.concat_list("positive_id", "document_id"),
-        labels=pl.concat_list("positive_label", "label"),
-    )
-
-
-def _drawn(allowed: pl.DataFrame, mining: Mining) -> pl.DataFrame:
-    """`num_negatives` of each row's candidates, drawn evenly. The seed and the row's ids alone decide which."""
-    places, start = [np.empty(0, np.int64)], 0
-    rows = allowed.group_by("row", maintain_order=True).agg(pl.col("query_id", "positive_id").first(), pl.len())
-    for _, query_id, positive_id, count in rows.iter_rows():
-        chosen = np.arange(count)
-        if count > mining.num_negatives:
-            rng = np.random.default_rng(stable_hash(mining.seed, query_id, positive_id))
-            chosen = np.sort(rng.choice(count, mining.num_negatives, replace=False))
-        places.append(start + chosen)
-        start += count
-    return allowed[np.concatenate(places)]
+    count, labels, is_positive = mining.num_negatives, block["label"].to_numpy(), block["is_positive"].to_numpy()
+    is_ruled_out = block["ruled_out"].is_not_null().to_numpy()
+    settings = mining.model_dump(exclude={"seed"})
+    qualifying, rows = [np.empty(0, np.int64)], [np.empty((0, 1 + count), np.int64)]
+    for start, stop in pairwise(np.append(0, block[by].rle().struct.field("len").cum_sum()).tolist()):
+        positives = start + np.flatnonzero(is_positive[start:stop])
+        candidates = start + np.flatnonzero(~is_ruled_out[start:stop])
+        candidates = candidates[np.argsort(-labels[candidates], kind="stable")]
+        # candidates that fail the margin, label >= margin * positive's label, come first
+        failing = np.searchsorted(-labels[candidates], -np.float32(mining.margin) * labels[positives], side="right")
+        qualifying.append(len(candidates) - failing)
+        enough = qualifying[-1] >= count
+        negatives = candidates[np.minimum(failing[enough, None] + np.arange(count), len(candidates) - 1)]
+        if mining.strategy == "random":
+            for row, place in enumerate(positives[enough].tolist()):
+                ids = block["query_id"][place], block["document_id"][place]
+                rng = np.random.default_rng(stable_hash(mining.seed, *ids))
+                known = labels[start:stop], labels[place], is_ruled_out[start:stop]
+                negatives[row] = start + select_negatives(*known, **settings, rng=rng)
+        rows.append(np.column_stack([positives[enough], negatives]))
+    return np.concatenate(qualifying), np.concatenate(rows)
 
 
 def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
@@ -231,10 +214,10 @@ def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
     Raises InputError when no row is left, and for candidates that are not as `Graded` says.
     """
     for block in graded.blocks():
-        rows = mine_block(block, mining)
-        tally.add(block, rows)
-        for part in rows.drop_nulls("document_ids").iter_slices(ROWS):
-            yield _with_texts(part, graded, mined_schema(mining.num_negatives))
+        qualifying, rows = mine_block(block, mining)
+        tally.add(block, qualifying, rows)
+        for start in range(0, len(rows), ROWS):
+            yield _with_texts(block, rows[start : start + ROWS], graded)
     if not tally.counts["rows"]:
         raise InputError(
             f"{graded.scores[0].parent}: none of {len(tally.qualifying)} rows has {mining.num_negatives} negatives "
@@ -242,16 +225,24 @@ def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
         )
 
 
-def _with_texts(rows: pl.DataFrame, graded: Graded, schema: pa.Schema) -> pa.Table:
-    table = rows.select(
-        "query_id", "positive_id", label="labels", negative_ids=pl.col("document_ids").list.slice(1)
-    ).to_arrow()
-    table = table.append_column("query", texts_of(graded.queries, rows["query_id"]))
-    documents = [name for name in schema.names if name == "positive" or name.startswith("negative_")]
-    documents.remove("negative_ids")
-    for place, name in enumerate(documents):
-        table = table.append_column(name, texts_of(graded.documents, rows["document_ids"].list.get(place)))
-    return table.select(schema.names).cast(schema)
+def _with_texts(block: pl.DataFrame, rows: np.ndarray, graded: Graded) -> pa.Table:
+    """`mined_schema` rows from their (rows, 1 + num_negatives) places in the block."""
+    query_ids = block["query_id"].gather(rows[:, 0])
+    documents = [block["document_id"].gather(places) for places in rows.T]  # positives, first negatives, ...
+    table = [
+        query_ids.to_arrow(),
+        documents[0].to_arrow(),
+        _lists(block["document_id"], rows[:, 1:]),
+        texts_of(graded.queries, query_ids),
+        *(texts_of(graded.documents, ids) for ids in documents),
+        _lists(block["label"], rows),
+    ]
+    schema = mined_schema(rows.shape[1] - 1)
+    return pa.table(table, names=schema.names).cast(schema)
+
+
+def _lists(column: pl.Series, places: np.ndarray) -> pa.Array:
+    return column.gather(places.ravel()).reshape(places.shape).arr.to_list().to_arrow()
 
 
 def texts_of(table: pa.Table, ids: pl.Series) -> pa.Array:
@@ -276,21 +267,18 @@ class Tally:
         self.qualifying: list[int] = []  # of each row, kept or dropped
         self.rows_per_query: list[int] = []
 
-    def add(self, block: pl.DataFrame, rows: pl.DataFrame) -> None:
-        by_query = rows.group_by("query_id").agg(pl.col("document_ids").count())["document_ids"].to_list()
-        self.qualifying += rows["qualifying"].to_list()
-        # queries without a labelled positive have no row either
-        self.rows_per_query += by_query + [0] * (block["query_id"].n_unique() - len(by_query))
+    def add(self, block: pl.DataFrame, qualifying: np.ndarray, rows: np.ndarray) -> None:
+        self.qualifying += qualifying.tolist()
+        with_rows = block["query_id"].gather(rows[:, 0]).value_counts()["count"].to_list()
+        self.rows_per_query += with_rows + [0] * (block["query_id"].n_unique() - len(with_rows))
         # a candidate stands in as many rows as its query has positives other than itself
         stands_in = pl.col("is_positive").sum().over("query_id") - pl.col("is_positive").cast(pl.UInt32)
-        ruled_out = block.select("ruled_out", rows=stands_in).group_by("ruled_out").sum()
-        self.counts.update(dict(ruled_out.iter_rows()))
-        kept = rows["labels"].drop_nulls()
-        if len(kept):
-            labels = kept.explode().to_numpy().reshape(len(kept), -1)
-            self.counts.update(rows=len(kept), negatives=labels[:, 1:].size)
+        self.counts.update(dict(block.select("ruled_out", rows=stands_in).group_by("ruled_out").sum().iter_rows()))
+        if len(rows):
+            labels = block["label"].to_numpy()[rows]
+            self.counts.update(rows=len(rows), negatives=labels[:, 1:].size)
             self.label_sums += labels[:, 0].sum(dtype=np.float64), labels[:, 1:].sum(dtype=np.float64)
-            self.counts.update(count_flat_and_one_hot(labels.ravel(), np.arange(len(kept)) * labels.shape[1]))
+            self.counts.update(count_flat_and_one_hot(labels.ravel(), np.arange(len(rows)) * labels.shape[1]))
 
     def facts(self) -> dict[str, Any]:
         """For the manifest. `candidates` counts those of every row, each under the first name that holds."""

@@ -155,8 +155,7 @@ def mined(folder, mining, name="mined"):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("mining", [Mining(num_negatives=3), Mining(num_negatives=11, margin=0.5)], ids=str)
-def test_mined_rows_are_those_of_plain_python(tmp_path, seed, mining, monkeypatch):
-    monkeypatch.setattr(mine_module, "PAIRS", 50)  # of a positive and a candidate, held in memory: one or two queries
+def test_mined_rows_are_those_of_plain_python(tmp_path, seed, mining):
     data = write_graded(tmp_path, seed=seed, row_groups=((0, 5), (5, 5), (5, 6), (6, 12)))
     rows, reasons, dropped = mined_by_hand(data, mining)
     table, facts = mined(tmp_path, mining)
