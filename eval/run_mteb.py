@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +26,10 @@ import numpy as np
 
 from common.cli import ArgumentParser, InputError, run
 from common.models import fetch_settings, resolve_model
+from common.plain_text import use_plain_text
+from common.tables import markdown_table
 from dataset_builders.embeddings import load_model
-from eval.local_tasks import LOCAL_TASKS, local_tasks
+from eval.local_tasks import LOCAL_TASKS, local_tasks, register_local_tasks
 from eval.systems import encoder_section
 from modeling.prompts import few_shot_prompts, with_demonstrations
 
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     tasks = load_tasks(args.benchmark, args.tasks, args.data_root)
+    if args.data_root:
+        local = [task.metadata.name for task in tasks if task.metadata.dataset["path"].startswith("local/")]
+        print(f"from {args.data_root}, so not for mteb's leaderboard: {', '.join(local) or 'none'}", file=sys.stderr)
     model = load_for_mteb(args.model)
     if args.shots:
         show_demonstrations(model, args.shots)
@@ -87,15 +93,20 @@ def load_tasks(benchmark: str | None, names: Sequence[str] | None, data_root: Pa
         if data_root is None:
             raise InputError("--tasks local: name the folder of the data sets with --data_root")
         return local_tasks(data_root)
+    register_local_tasks()
     try:
-        tasks = list(mteb.get_benchmark(benchmark).tasks) if benchmark else None
-        names = [task.metadata.name for task in tasks] if tasks else names
-        if data_root is None:
-            return tasks or [mteb.get_task(name) for name in names]
-        local = {name: task for name in names if name in LOCAL_TASKS for task in local_tasks(data_root, [name])}
-        return [local[name] if name in local else mteb.get_task(name) for name in names]
+        tasks = list(mteb.get_benchmark(benchmark).tasks) if benchmark else [mteb.get_task(name) for name in names]
     except KeyError as error:
         raise InputError(f"mteb: {error.args[0]}") from None
+    there = [task.metadata.name for task in tasks if task.metadata.name in LOCAL_TASKS]
+    if data_root is None:
+        if missing := [name for name in there if LOCAL_TASKS[name].description]:
+            raise InputError(f"task {missing[0]} is read from local files; name their folder with --data_root")
+        return tasks
+    if benchmark:
+        there = [name for name in there if (data_root / LOCAL_TASKS[name].folder).is_dir()]
+    local = {task.metadata.name: task for task in local_tasks(data_root, there)}
+    return [local.get(task.metadata.name, task) for task in tasks]
 
 
 def load_for_mteb(reference: str) -> MTEBModels:
@@ -120,9 +131,12 @@ def load_for_mteb(reference: str) -> MTEBModels:
                 file=sys.stderr,
             )
         try:
-            return mteb.get_model(model.name_or_path, commit)
+            wrapper = mteb.get_model(model.name_or_path, commit)
         except (HTTPError, OSError, ValueError, KeyError) as error:
             raise InputError(f"model {reference!r}: mteb cannot load it: {str(error).splitlines()[0]}") from None
+        if type(wrapper) is SentenceTransformerEncoderWrapper:  # others format texts as their authors meant
+            use_plain_text(wrapper.model, model.name_or_path, commit)
+        return wrapper
     wrapper = SentenceTransformerEncoderWrapper(load_model(SentenceTransformer, encoder_section(reference)))
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
         update={
@@ -183,28 +197,20 @@ def _drop_if_broken(path: Path) -> None:
 
 
 def format_table(tasks: Sequence[AbsTask], results: Sequence[TaskResult]) -> str:
-    """Mean main score (in %) by task type, over all tasks and over the types, as a Markdown table."""
+    """Mean main score (in %) by task type, over all tasks and over the types, of those that were run, as Markdown."""
     tasks_by_name = {task.metadata.name: task for task in tasks}
-    scores: dict[str, list[float]] = {}
-    for task in tasks:
-        scores.setdefault(task.metadata.type, [])
+    totals = Counter(task.metadata.type for task in tasks)
+    scores: dict[str, list[float]] = {kind: [] for kind in sorted(totals)}
     for result in results:
         task = tasks_by_name[result.task_name]
         # the file may also hold splits or languages that this benchmark does not ask for
         scores[task.metadata.type].append(result.validate_and_filter_scores(task).get_score())
-    rows = [
-        (kind, len(found), sum(task.metadata.type == kind for task in tasks), found)
-        for kind, found in sorted(scores.items())
-    ]
-    lines = ["| task type | tasks | mean score |", "|---|---:|---:|"]
-    lines += [f"| {kind} | {done}/{total} | {_percent(found)} |" for kind, done, total, found in rows]
-    every = [score for *_, found in rows for score in found]
-    means = [float(np.mean(found)) for *_, found in rows if found]
-    lines += [
-        f"| **mean over tasks** | {len(every)}/{len(tasks)} | {_percent(every)} |",
-        f"| **mean over types** | {len(means)}/{len(rows)} types | {_percent(means)} |",
-    ]
-    return "\n".join(lines)
+    every = [score for found in scores.values() for score in found]
+    means = [float(np.mean(found)) for found in scores.values() if found]
+    rows = [[kind, f"{len(found)}/{totals[kind]}", _percent(found)] for kind, found in scores.items()]
+    rows.append(["**mean over tasks**", f"{len(every)}/{len(tasks)}", _percent(every)])
+    rows.append(["**mean over types**", f"{len(means)}/{len(totals)} types", _percent(means)])
+    return markdown_table(["task type", "tasks", "mean score"], rows)
 
 
 def _percent(scores: Sequence[float]) -> str:

@@ -95,37 +95,40 @@ def untrained_systems(run_folder: Path, recipe: Mapping[str, Any], data: Path, o
     start = str(run_folder / "student") if "student" in keys else keys["model_name_or_path"]
     if is_finished(resolve_model(start).name_or_path):
         return [System("untrained", start)]
-    instruction = keys.get("instruction")
-    names = ("dtype", "max_seq_length", "min_text_tokens", "pooling", "num_hidden_layers")
-    settings = {"revision": keys.get("model_revision"), "prompts": baked_prompts(instruction)}
-    settings |= {name: keys[name] for name in names if name in keys}
-    folder = saved_encoder(start, output / "untrained", settings)
-    systems = [System("untrained", str(folder))]
-    if "student" in keys:
-        return systems
-    if instruction:
+    prompts = baked_prompts(keys.get("instruction"))
+    if keys.get("instruction") and "student" not in keys:
         for shots in SHOTS:
             with contextlib.suppress(InputError):  # no rows that fit
-                prompt = few_shot_prompt(instruction, demonstrations(folder, data, instruction, shots))
-                systems.append(System(f"untrained, {shots}-shot", str(folder), shots, prompt))
-    mean = saved_encoder(start, output / "untrained-mean", settings | {"pooling": "mean"})
-    return [*systems, System("untrained, mean pooling", str(mean))]
+                shown = demonstrations(start, keys.get("max_seq_length", 512), data, keys["instruction"], shots)
+                prompts[f"query-{shots}-shot"] = few_shot_prompt(keys["instruction"], shown)
+    names = ("dtype", "max_seq_length", "min_text_tokens", "pooling", "num_hidden_layers")
+    settings = {"revision": keys.get("model_revision"), "prompts": prompts}
+    settings |= {name: keys[name] for name in names if name in keys}
+    folder = str(saved_encoder(start, output / "untrained", settings))
+    systems = [System("untrained", folder)]
+    systems += [
+        System(f"untrained, {shots}-shot", folder, shots, prompt)
+        for shots, prompt in few_shot_prompts(prompts).items()
+    ]
+    if "student" not in keys:
+        mean = saved_encoder(start, output / "untrained-mean", settings | {"pooling": "mean"})
+        systems.append(System("untrained, mean pooling", str(mean)))
+    return systems
 
 
-def demonstrations(model: Path, data: Path, instruction: str, shots: int) -> list[tuple[str, str]]:
-    """Seeded mined rows as demonstrations, which leave half of the model's length to the query."""
+def demonstrations(start: str, length: int, data: Path, instruction: str, shots: int) -> list[tuple[str, str]]:
+    """Seeded mined rows of the build as demonstrations, in at most half of a `length` in tokens."""
     import polars as pl
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     from modeling.demonstrations import Demonstrations
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    model = resolve_model(start)
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=model.revision)
     rows = Dataset.from_polars(pl.read_parquet(data / "mined" / "mined.parquet", columns=["query", "positive"]))
     return Demonstrations(rows, instruction, shots).freeze(
-        shots,
-        lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]],
-        tokenizer.model_max_length // 2,
+        shots, lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]], length // 2
     )
 
 

@@ -103,6 +103,8 @@ def test_named_tasks_take_the_local_copy_where_there_is_one(root, tmp_path):
     assert stsb.metadata.dataset["path"] == "local/stsb" and arguana.metadata.dataset["path"].startswith("mteb/")
     tasks = {task.metadata.name: task for task in load_tasks("MTEB(eng, v2)", None, root)}
     assert len(tasks) == 41 and tasks["STS12"].metadata.dataset["path"] == "local/sts12"
+    with pytest.raises(InputError, match="task MedQuAD is read from local files; name their folder"):
+        load_tasks(None, ["MedQuAD"])
     with pytest.raises(InputError, match="name the folder of the data sets with --data_root"):
         load_tasks(None, ["local"])
     with pytest.raises(InputError, match=r"stsb/test.parquet: no such file, task STSBenchmark needs it"):

@@ -28,7 +28,7 @@ from eval.retrieval import (
     with_differences,
 )
 from eval.systems import run_systems
-from modeling.prompts import baked_prompts
+from modeling.prompts import baked_prompts, few_shot_prompts
 
 
 def evaluate(run, output, *flags):
@@ -219,6 +219,7 @@ def test_a_published_embedder_starts_as_it_is_and_a_decoder_with_demonstrations(
     assert one.model == two.model == zero.model and two.query_prompt.count("Response: ") == 2
     bare, averaged = (SentenceTransformer(system.model) for system in (zero, mean))
     assert bare.prompts["query"] == "Instruct: retrieve its answer\nQuery: "
+    assert few_shot_prompts(averaged.prompts) == {1: one.query_prompt, 2: two.query_prompt}  # for run_mteb --shots
     assert (bare[1].pooling_mode, averaged[1].pooling_mode) == ("lasttoken", "mean")
     assert untrained(run / "model", "published") == [System("untrained", str(run / "model"))]
 
