@@ -124,7 +124,7 @@ def run_stage(
     """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
     from modeling.adapters import continue_adapter, quantization
     from modeling.encoder import save_adapter, save_merged
-    from modeling.stages import build_model, build_trainer, load_encoder, stage_prompts
+    from modeling.stages import build_model, build_trainer, cut_texts, header, load_encoder, stage_prompts
     from modeling.trainer import drop_checkpoints, last_checkpoint
     from modeling.verify import write_reference
 
@@ -135,6 +135,9 @@ def run_stage(
     processes().wait_for_everyone()
     encoder, base = build_model(stage, start, published)
     trainer = build_trainer(stage, encoder, data, checkpoints, published)
+    cut = cut_texts(stage, data, encoder.tokenizer, published)
+    if processes().is_main_process:
+        print(header(stage, data, trainer, cut), flush=True)
     encoder.max_seq_length = stage.own.train_max_seq_length
     with sharing(stage, encoder) as counts, stopping(stage, checkpoints):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
@@ -157,7 +160,7 @@ def run_stage(
     write_reference(encoder, step.path)
     write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
     drop_checkpoints(checkpoints)
-    step.finish(**cost)
+    step.finish(**cost, cut_texts=cut)
     print(closing_line(stage.name, cost, trainer, step.folder), flush=True)
 
 

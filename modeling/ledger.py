@@ -70,7 +70,7 @@ def write_ledger(stages: Sequence[Stage], output_dir: Path) -> None:
     for stage in stages:
         if (output_dir / stage.name / MANIFEST).is_file():
             manifest = read_manifest(output_dir / stage.name)
-            known = {name: manifest.get(name) for name in ("share_prefix", "commit")}
+            known = {name: manifest.get(name) for name in ("share_prefix", "commit", "cut_texts")}
             row = {"stage": stage.name, **{name: manifest[name] for name in facts}, **known}
             # the manifest's are those of the process that finished it
             row["seconds"] = round(row["seconds"] + manifest.get("seconds_before_resume", 0.0), 2)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from modeling.demonstrations import Demonstrations
     from modeling.trainer import EmbedderTrainer
-    from modeling.training_data import SearchSample
+    from modeling.training_data import CutTexts, SearchSample
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,36 @@ def build_trainer(
         )
     except (ValueError, ImportError) as error:  # settings that contradict each other, packages that are not there
         raise InputError(f"stage {stage.name!r}: training cannot start so: {error}") from None
+
+
+def cut_texts(
+    stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase, published: Published | None
+) -> dict[str, dict[str, CutTexts]]:
+    """By data set and column, how many texts are longer than what is read of them in training."""
+    from modeling.training_data import count_cut
+
+    counts = {}
+    for name, own in stage.datasets.items():
+        prompts = column_prompts(own, text_columns(data.train[name]), published)
+        counts[name] = count_cut(data.train[name], tokenizer, stage.own.train_max_seq_length, prompts)
+    return counts
+
+
+def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping[str, Mapping[str, CutTexts]]) -> str:
+    """What a stage is about to train on, a line for each data set: rows, loss, steps, batch, texts that are cut."""
+    from modeling.training_data import cut_line
+
+    arguments = trainer.args
+    steps = arguments.max_steps if arguments.max_steps > 0 else None
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    length = f"{steps} steps" if steps else f"{arguments.num_train_epochs:g} epochs"
+    lines = []
+    for name, own in stage.datasets.items():
+        parts = [f"{len(data.train[name]):,} rows of {own.dataset_name} ({own.dataset_config})", own.loss]
+        parts += [f"{length} of {batch} rows", cut_line(cut[name], stage.own.train_max_seq_length)]
+        title = stage.name if name == stage.name else f"{stage.name}, {name}"
+        lines.append(f"training {title}: " + ", ".join(part for part in parts if part))
+    return "\n".join(lines)
 
 
 def check_lengths(
