@@ -8,9 +8,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import SHARED_DATA, WORDS
+from tiny_data import WORDS
 
-from common.steps import read_parquet
 from dataset_builders import near_duplicates
 from dataset_builders.columns import take
 from dataset_builders.near_duplicates import (
@@ -77,17 +76,6 @@ def test_near_duplicates_are_those_of_brute_force_jaccard():
     assert groups_found(texts) == expected
 
 
-def test_near_duplicates_in_real_abstracts_with_planted_ones():
-    path = SHARED_DATA / "scifact" / "corpus.parquet"
-    if not path.exists():
-        pytest.skip("the shared data set scifact is not there")
-    texts = read_parquet(path)["text"].to_pylist()[:120]
-    edited = [text[: int(len(text) * 0.9)] for text in texts[:20]] + [text + " The end." for text in texts[20:40]]
-    expected = groups_by_brute_force(texts + edited)
-    assert sum(len(group) == 2 for group in expected) >= 40
-    assert groups_found(texts + edited) == expected
-
-
 def test_matches_between_two_sets_are_those_of_brute_force():
     texts, others = (
         variants_of_a_sentence(),
@@ -106,13 +94,13 @@ def test_matches_between_two_sets_are_those_of_brute_force():
 
 
 def test_thousands_of_alike_texts_cost_no_square(monkeypatch):
-    """3,000 texts from one template and 1,500 copies: a square would be ten million comparisons."""
+    """1,000 texts from one template and 500 copies: a square would be a million comparisons."""
     rng = np.random.default_rng(0)
-    fill = [" ".join(rng.choice(WORDS, 2)) for _ in range(3000)]
+    fill = [" ".join(rng.choice(WORDS, 2)) for _ in range(1000)]
     texts = [
         f"What are the known side effects of the medicine called {name}, and how common are they?" for name in fill
     ]
-    texts += ["The same words, again and again: " + SENTENCE + "!" * row for row in range(1500)]
+    texts += ["The same words, again and again: " + SENTENCE + "!" * row for row in range(500)]
     compared = 0
 
     def counted(one, other):
@@ -122,7 +110,7 @@ def test_thousands_of_alike_texts_cost_no_square(monkeypatch):
 
     monkeypatch.setattr(near_duplicates, "jaccard", counted)
     group = near_duplicate_groups(series(texts), band_keys(series(texts)))
-    assert set(group[3000:].tolist()) == {3000}  # the same 5-grams are always one group
+    assert set(group[1000:].tolist()) == {1000}  # the same 5-grams are always one group
     assert compared < 25 * 17 * len(texts) / 4
 
 
@@ -141,11 +129,7 @@ def test_a_text_of_a_megabyte_needs_few(monkeypatch):
 def test_similarity_of_hashes_is_that_of_sets(one, other):
     if min(len(grams(one)), len(grams(other))) > 0:
         assert jaccard(shingles(one), shingles(other)) == similarity(one, other)
-
-
-def test_texts_without_words_are_told_apart():
-    assert jaccard(shingles("+ + + + +"), shingles("☂☂☂☂☂")) == 0
-    assert shingles("").size == 1
+    assert jaccard(shingles("+ + + + +"), shingles("☂☂☂☂☂")) == 0 and shingles("").size == 1
 
 
 @given(st.lists(st.sampled_from(["a b", "A  b", "ab", " c", "C", ""]), max_size=12))

@@ -18,7 +18,6 @@ BODY += "Every further argument is handed on to the parser as it is, without a l
     ("markup", "text"),
     [
         ("Return a :class:`~a.B`,\n  see ``x``.", "Return a a.B, see x."),
-        ("See :ref:`the guide <guide>` and `link`_.", "See the guide and link."),
         ("Title\n=====\n\n.. note::\n   Read  this.", "Title Read this."),
         (">>> f(1)\n2\nThen %(other)s {blank} text", "2 Then text"),
     ],

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -268,12 +267,20 @@ def test_sts_scores_are_moved_into_the_open_interval(tmp_path):
             read_sts(source, None)
 
 
+def pairs(path: Path) -> set[frozenset[str]]:
+    table = pl.read_parquet(path, columns=["sentence1", "sentence2"])
+    return {frozenset(" ".join(text.lower().split()) for text in row) for row in table.iter_rows()}
+
+
 @pytest.mark.skipif(not (SHARED_DATA / "stsb").is_dir(), reason="the STS benchmark is not on this machine")
 def test_the_sts_recipe_builds(tmp_path, capsys):
     recipe = next(path for path in DATA_RECIPES if path.name == "stsb.yaml")
     main(["--config", str(recipe), "--data_root", str(SHARED_DATA), "--output_dir", str(tmp_path / "data")])
-    assert pq.read_metadata(next((tmp_path / "data" / "hub" / "sts").iterdir())).num_rows == 5749
-    assert read_manifest(tmp_path / "data" / "hub")["rows"] == {"sts": 5749}
+    trained, tests = pairs(tmp_path / "data" / "hub" / "sts"), set()
+    for name in ("sts12", "sts14", "sts16"):
+        tests |= pairs(SHARED_DATA / name / "test.parquet")
+    assert len(tests) > 5000 and not trained & tests, "STS-B's training split repeats test pairs of other sets"
+    assert read_manifest(tmp_path / "data" / "hub")["rows"] == {"sts": 2376} and len(trained) > 2000
     assert "config_name: sts" in (tmp_path / "data" / "hub" / "README.md").read_text()
 
 
