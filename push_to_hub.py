@@ -1,45 +1,36 @@
-"""Publish a trained model or graded data on the Hugging Face Hub, checked first as a stranger would load it.
+"""Publish a trained model or graded data on the Hugging Face Hub, verified first as a stranger would load it.
 
     python push_to_hub.py model runs/demo/model org/name --dry_run
     python push_to_hub.py model runs/mistral-7b/model org/name --license apache-2.0 --adapter --tag v1
     python push_to_hub.py dataset runs/scifact/data org/name-data --private
 
-Everything is verified and every card rendered before the first request; then each repository gets one commit, with all
-of it, or none when it holds the same files already. In that commit goes, too, what an earlier version left under names
-that readers load (REPLACED); other files of the repository stay as they are. A command that failed or was killed is
-run again: files that were sent are not sent twice. Endpoint and token are huggingface_hub's (HF_ENDPOINT, HF_TOKEN).
+Everything is verified and every card rendered before the first request; then each repository gets one commit with all
+of it, or none when it holds the same files already. That commit deletes what an earlier version left under names that
+readers load (REPLACED); other files of the repository stay as they are. A command that failed or was killed is run
+again: files that were uploaded are not sent twice. Endpoint and token are huggingface_hub's (HF_ENDPOINT, HF_TOKEN).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.cli import ArgumentParser, InputError, run
-from common.models import limit_waiting
-from dataset_builders.card import card_for
-from dataset_builders.verify import verify_dataset
-from eval.evidence import read_evidence
-from eval.model_card import card_files, render_adapter_card, render_card
-from modeling.verify import other_files, published_files, verify_adapter, verify_model
+from common.steps import fingerprint
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.hf_api import GitRefInfo, RepoFile
+    from huggingface_hub import GitRefs, HfApi
 
 CARD = "README.md"
-# Files of a repository that go when a new version does not have them, by their names and depths. What is not named
-# here is somebody else's: LICENSE, .gitattributes, evaluation results, other formats of the weights.
+# Files of a repository that a new version without them deletes, by name and depth. What is not named here is somebody
+# else's: LICENSE, .gitattributes, evaluation results, other formats of the weights.
 REPLACED = {
     "model": (
         "*.safetensors",
@@ -55,8 +46,6 @@ REPLACED = {
     ),
     "dataset": ("*.parquet", "*/*.parquet", "assets/*.png"),
 }
-_WAITS = (1, 2, 4)  # seconds before a request that may be repeated is
-_PULL_REQUESTS = 20  # the newest ones are searched for the same files
 
 
 @dataclass(frozen=True)
@@ -68,10 +57,14 @@ class Release:
     title: str
     files: Mapping[str, Path | bytes]
 
+    @property
+    def repository(self) -> dict[str, str]:
+        return {"repo_id": self.repo_id, "repo_type": self.repo_type}
+
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    releases = prepare(args)
+    releases = prepare_model(args) if args.kind == "model" else [prepare_dataset(args)]
     if args.output_dir:
         write_cards(releases, Path(args.output_dir))
     if not args.dry_run:
@@ -142,22 +135,23 @@ def _check_repo_id(repo_id: str) -> None:
 # --- what is published ----------------------------------------------------------------------------------------------
 
 
-def prepare(args: Namespace) -> list[Release]:
-    """Verify everything and render the cards: what is to be published, in that order. Raises InputError."""
-    return prepare_model(args) if args.kind == "model" else [prepare_dataset(args)]
-
-
 def prepare_model(args: Namespace) -> list[Release]:
+    """The merged model and, if asked for, its adapter: verified, with their cards. Raises InputError."""
+    from eval.evidence import read_evidence
+    from release.model_card import render_adapter_card, render_card
+    from release.verify import model_files, verify_adapter, verify_model
+
     folder = Path(args.path)
     run_folder = Path(args.run) if args.run else folder.parent
-    files = published_files(folder)
+    files = model_files(folder)
     results, ablations = (Path(path) if path else None for path in (args.results, args.ablations))
     commits = evaluated_commits(args, [results or run_folder / "results", run_folder / "results"])
     evidence = read_evidence(run_folder, results, ablations, commits)
     facts = verify_model(folder)
     links = {"adapter_repo_id": args.adapter, "datasets": args.datasets}
     card = render_card(args.repo_id, facts, evidence, license=args.license, **links)
-    releases = [Release(args.repo_id, "model", "Merged model", {**files, **card_files(evidence), CARD: card.encode()})]
+    files = {**files, **evidence["pictures"], CARD: card.encode()}
+    releases = [Release(args.repo_id, "model", "Merged model", files)]
     if args.adapter:
         adapter = run_folder / "adapter"
         facts = {**facts, "adapter": verify_adapter(adapter, folder)}
@@ -165,10 +159,9 @@ def prepare_model(args: Namespace) -> list[Release]:
             base = facts["adapter"]["base"]
             print(f"{adapter}: {base} is not in the cache, so it was not compared with {folder}", file=sys.stderr)
         card = render_adapter_card(args.adapter, args.repo_id, facts, evidence, license=args.license)
-        files = {**published_files(adapter), CARD: card.encode()}
-        releases.append(Release(args.adapter, "model", "Adapter", files))
+        releases.append(Release(args.adapter, "model", "Adapter", {**model_files(adapter), CARD: card.encode()}))
     for release in releases:
-        _check_no_local_path(release, run_folder)
+        _check_no_local_path(release, run_folder, evidence)
     return releases
 
 
@@ -183,34 +176,33 @@ def evaluated_commits(args: Namespace, results: Sequence[Path]) -> list[str]:
         print(f"{args.repo_id}@{found[0]}: its scores are left out, as --dry_run asks no Hub for it", file=sys.stderr)
     if not found or args.dry_run:
         return []
-    from huggingface_hub.errors import HTTPError
+    from common.models import limit_waiting
+    from eval.evidence import other_files
 
     limit_waiting()
-    try:
+    with hub_errors(args.repo_id):
         return [commit for commit in found if not other_files(args.repo_id, commit, Path(args.path))]
-    except (HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{args.repo_id}: the Hub did not tell the files of the commits that were evaluated: {reason}; check the "
-            "network and HF_TOKEN, then run again"
-        ) from None
 
 
 def prepare_dataset(args: Namespace) -> Release:
+    from dataset_builders.card import card_for
+    from release.verify import verify_dataset
+
     folder = Path(args.path)
     if not (folder / CARD).is_file() and (folder / "hub").is_dir():
         folder /= "hub"
-    facts = verify_dataset(folder)
-    files = {name: folder / name for name in facts["files"]}
+    files = verify_dataset(folder)["files"]
     return Release(args.repo_id, "dataset", "Graded data", {**files, CARD: card_for(folder, args.repo_id).encode()})
 
 
-def _check_no_local_path(release: Release, folder: Path) -> None:
-    """A card quotes the recipe, and a recipe may name folders of this machine."""
-    card = release.files[CARD].decode()
-    for place in (folder.resolve(), Path.cwd(), Path.home()):
-        if len(place.parts) > 1 and f"{place}/" in card:
-            raise InputError(f"{folder}: the card of {release.repo_id} would tell {place}; write its paths relative")
+def _check_no_local_path(release: Release, run_folder: Path, evidence: Mapping) -> None:
+    """A card quotes recipes, and a recipe may name folders of this machine. Raises InputError."""
+    from release.verify import local_paths, named_paths
+
+    recipes = [evidence["recipe"], *(data["recipe"] for data in evidence["data"].values() if data)]
+    places = [run_folder, *(path for recipe in recipes for path in named_paths(recipe))]
+    if found := local_paths(release.files[CARD].decode(), places):
+        raise InputError(f"{run_folder}: the card of {release.repo_id} would publish the local folder {found[0]!r}")
 
 
 def write_cards(releases: Sequence[Release], folder: Path) -> None:
@@ -227,31 +219,29 @@ def write_cards(releases: Sequence[Release], folder: Path) -> None:
 def publish(releases: Sequence[Release], args: Namespace) -> None:
     """Look at every repository before anything is written to the first; then one commit each, and a line about it.
 
-    Raises:
-        InputError: what went wrong, what is there now and what to do.
+    Raises InputError: what went wrong and what to do.
     """
     from huggingface_hub import HfApi, get_token
+
+    from common.models import limit_waiting
 
     token = get_token()
     if token is None:
         raise InputError("no token; set HF_TOKEN or run `hf auth login` (or check without one: --dry_run)")
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise InputError("the token holds spaces, line breaks or letters that no token has; set HF_TOKEN again")
-
     limit_waiting()
     api = HfApi(token=token)
-    uploads = [Upload(api, release, args) for release in releases]
-    for upload in uploads:
-        _check_no_token(upload.release, token)
-        with upload.told():
-            upload.look()
-    for index, upload in enumerate(uploads):
-        try:
-            with upload.told():
-                print(upload.publish(), flush=True)
-        except InputError as error:
-            before = "".join(f"{done.release.repo_id} is published; " for done in uploads[:index])
-            raise InputError(f"{before}{error}") from error
+    found = []
+    for release in releases:
+        _check_no_token(release, token)
+        with hub_errors(release.repo_id):
+            found.append(find_repository(api, release, args))
+    published = ""
+    for release, refs in zip(releases, found, strict=True):
+        with hub_errors(release.repo_id, published):
+            print(push(api, release, refs, args), flush=True)
+        published += f"{release.repo_id} is published; "
 
 
 def _check_no_token(release: Release, token: str) -> None:
@@ -262,165 +252,80 @@ def _check_no_token(release: Release, token: str) -> None:
                 raise InputError(f"{release.repo_id}: {name} holds the token; remove it, and make a new token")
 
 
-class Upload:
-    """A release on its way into its repository."""
+def find_repository(api: HfApi, release: Release, args: Namespace) -> GitRefs | None:
+    """Branches, tags and pull requests; None without a repository. Raises InputError where flags do not fit them."""
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    def __init__(self, api: HfApi, release: Release, args: Namespace) -> None:
-        from huggingface_hub import CommitOperationAdd
-
-        self.api = api
-        self.release = release
-        self.private, self.create_pr, self.tag = args.private, args.create_pr, args.tag
-        self.branch = args.revision or "main"
-        self.repository = {"repo_id": release.repo_id, "repo_type": release.repo_type}
-        # made once, as each reads its file to hash it, and remembers whether it was sent
-        self.additions = {name: CommitOperationAdd(name, content) for name, content in release.files.items()}
-        self.state = "nothing was changed"
-
-    def look(self) -> None:
-        """Read what the repository holds and what a commit would have to change. Writes nothing.
-
-        Raises:
-            InputError: it cannot become what was asked for.
-        """
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        self.exists, self.head, self.has_branch, self.proposed = False, None, False, None
-        self.operations = list(self.additions.values())
-        name = self.release.repo_id
-        try:
-            info = _patiently(self.api.repo_info, **self.repository)
-        except RepositoryNotFoundError:
-            return
-        self.exists = True
-        if self.private and not info.private:
-            raise InputError(f"{name}: is public already; make it private in its settings, or drop --private")
-        refs = _patiently(self.api.list_repo_refs, **self.repository, include_pull_requests=True)
-        branches = {ref.name: ref.target_commit for ref in refs.branches}
-        branches |= {ref.ref: ref.target_commit for ref in refs.pull_requests}
-        self.has_branch = self.branch in branches
-        if not self.has_branch and self.branch in {ref.name for ref in refs.tags}:
-            raise InputError(f"{name}: {self.branch} is a tag; --revision takes a branch")
-        if not self.has_branch and self.create_pr:
-            raise InputError(f"{name}: no branch {self.branch} for a pull request; push it first, or drop --revision")
-        self.head = branches[self.branch if self.has_branch else "main"]
-        self.operations = self._changes(self.head)
-        if self.create_pr and self.operations:
-            self.proposed = self._same_proposal(refs.pull_requests)
-        tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(self.tag)
-        if tagged and (self.operations or tagged != self.head):
-            raise InputError(f"{name}: tag {self.tag} is on another commit, {tagged[:8]}; choose another name")
-
-    def _changes(self, revision: str) -> list[Any]:
-        """What a commit on `revision` has to do: add what is new or differs, delete what an earlier version left."""
-        from huggingface_hub import CommitOperationDelete
-        from huggingface_hub.hf_api import RepoFile
-
-        tree = _patiently(lambda: list(self.api.list_repo_tree(**self.repository, revision=revision, recursive=True)))
-        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        changed = [
-            addition
-            for name, addition in self.additions.items()
-            if name not in there or _oid(addition, there[name]) != _remote_oid(there[name])
-        ]
-        left = [name for name in there if name not in self.additions and _is_replaced(name, self.release.repo_type)]
-        return [*changed, *(CommitOperationDelete(name, is_folder=False) for name in left)]
-
-    def _same_proposal(self, pull_requests: Sequence[GitRefInfo]) -> str | None:
-        """The pull request (refs/pr/N) that would be made again: the same files on the same commit."""
-        numbers = sorted((int(ref.ref.rpartition("/")[2]) for ref in pull_requests), reverse=True)
-        for revision in (f"refs/pr/{number}" for number in numbers[:_PULL_REQUESTS]):
-            if not self._changes(revision):
-                commits = _patiently(self.api.list_repo_commits, **self.repository, revision=revision)
-                if len(commits) > 1 and commits[1].commit_id == self.head:
-                    return revision
+    name, branch = release.repo_id, args.revision or "main"
+    try:
+        info = api.repo_info(**release.repository)
+    except RepositoryNotFoundError:
         return None
+    if args.private and not info.private:
+        raise InputError(f"{name}: is public already; make it private in its settings, or drop --private")
+    refs = api.list_repo_refs(**release.repository, include_pull_requests=True)
+    tags, branches = {ref.name: ref.target_commit for ref in refs.tags}, _branches(refs)
+    if branch not in branches and branch in tags:
+        raise InputError(f"{name}: {branch} is a tag; --revision takes a branch")
+    if branch not in branches and args.create_pr:
+        raise InputError(f"{name}: no branch {branch} for a pull request; push it first, or drop --revision")
+    if args.tag in tags and tags[args.tag] != branches.get(branch):
+        raise InputError(f"{name}: tag {args.tag} is on another commit, {tags[args.tag][:8]}; choose another name")
+    return refs
 
-    def publish(self) -> str:
-        """Make the repository, the branch, the commit and the tag, as far as they are missing; a line about it."""
-        name = self.release.repo_id
-        if not self.exists:
-            made = "the repository is there, without the files"
-            self._make(self.api.create_repo, made, f"perhaps {made}", private=self.private or None)
-            self.look()
-        if not self.has_branch:
-            made = f"branch {self.branch} is there, without the files"
-            self._make(self.api.create_branch, made, f"perhaps {made}", branch=self.branch, revision=self.head)
-        if self.proposed:
-            return f"{name}: {self.proposed} proposes these files already; no other one was made"
-        unchanged = not self.operations
-        if self.operations:
-            self._commit()
-        page = f"{self.api.endpoint}/{'datasets/' if self.release.repo_type == 'dataset' else ''}{name}"
-        if self.proposed:
-            return f"{name}: {page}/discussions/{self.proposed.rpartition('/')[2]}"
-        if self.tag:
-            self._tag()
-        if unchanged:
-            return f"{name}: {self.branch} holds these files already (commit {self.head[:8]}); no commit was made"
-        return f"{name}: {page}/commit/{self.head}"
 
-    def _make(self, request: Callable[..., Any], made: str, perhaps: str, **arguments: Any) -> None:
-        """Make what may be there already. `state` says so, or `perhaps` where no answer tells what became of it."""
-        try:
-            _patiently(request, **self.repository, **arguments, exist_ok=True)
-        except Exception as error:
-            self.state = perhaps if _passes(error) else self.state
-            raise
-        self.state = made
+def _branches(refs: GitRefs) -> dict[str, str]:
+    """Branch, or refs/pr/N -> commit."""
+    return {ref.name: ref.target_commit for ref in refs.branches} | {
+        ref.ref: ref.target_commit for ref in refs.pull_requests or []
+    }
 
-    def _commit(self) -> None:
-        """One commit, and `head` or `proposed` as it left them. When its answer is lost, look whether it landed."""
-        for wait in (*_WAITS, None):
-            try:
-                made = self.api.create_commit(
-                    **self.repository,
-                    operations=self.operations,
-                    commit_message=self.release.title,
-                    revision=self.branch,
-                    create_pr=self.create_pr,
-                    parent_commit=self.head,
-                )
-            except Exception as error:
-                if not (_status(error) == 412 or (_passes(error) and not _tried_by_client(error))):
-                    raise
-                before, self.state = self.head, "whether the commit landed is not known"
-                self.look()
-                self.state = "nothing was committed"
-                if self.proposed or not self.operations:
-                    return
-                if self.head != before:
-                    raise InputError(
-                        f"{self.release.repo_id}: somebody committed to {self.branch} meanwhile ({self.head[:8]}); "
-                        "nothing was overwritten; look at it, then run the same command again"
-                    ) from error
-                if wait is None:
-                    raise
-                time.sleep(wait)
-            else:
-                self.head, self.proposed = made.oid, made.pr_revision
-                return
 
-    def _tag(self) -> None:
-        files = f"the files are there (commit {self.head[:8]})"
-        self.state = f"{files}, the tag is not"
-        perhaps = f"{files}, perhaps the tag, too"
-        self._make(self.api.create_tag, perhaps, perhaps, tag=self.tag, revision=self.head)
-        tags = _patiently(self.api.list_repo_refs, **self.repository).tags
-        tagged = {ref.name: ref.target_commit for ref in tags}.get(self.tag)
-        if tagged != self.head:  # somebody was quicker
-            raise InputError(f"{self.release.repo_id}: tag {self.tag} is on {tagged}; {files}; choose another name")
+def push(api: HfApi, release: Release, refs: GitRefs | None, args: Namespace) -> str:
+    """Make the repository, the branch, the commit and the tag, as far as they are missing; a line about it."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """What the Hub or the network answers as one line: what, where, how things stand, what to do."""
-        try:
-            yield
-        except Exception as error:
-            reason = _reason(error, self.api.endpoint)
-            if reason is None:
-                raise
-            raise InputError(f"{self.release.repo_id}: {reason}; {self.state}") from error
+    name, repository, branch = release.repo_id, release.repository, args.revision or "main"
+    if refs is None:
+        api.create_repo(**repository, private=args.private or None, exist_ok=True)
+        refs = api.list_repo_refs(**repository, include_pull_requests=True)
+    branches = _branches(refs)
+    head = branches.get(branch, branches["main"])
+    if branch not in branches:
+        api.create_branch(**repository, branch=branch, revision=head, exist_ok=True)
+    additions = [CommitOperationAdd(name, content) for name, content in release.files.items()]
+    left = [
+        name
+        for name in api.list_repo_files(**repository, revision=head)
+        if name not in release.files and _is_replaced(name, release.repo_type)
+    ]
+    content = fingerprint([[addition.path_in_repo, addition.upload_info.sha256.hex()] for addition in additions])
+    title = f"{release.title} {content[:8]}"
+    if args.create_pr:
+        for proposal in refs.pull_requests:  # a lost answer hides whether the pull request was opened
+            if api.list_repo_commits(**repository, revision=proposal.ref)[0].title == title:
+                return f"{name}: {proposal.ref} proposes these files already; no other one was made"
+    # drops files that have not changed, and makes no empty commit
+    made = api.create_commit(
+        **repository,
+        operations=[*additions, *(CommitOperationDelete(name, is_folder=False) for name in left)],
+        commit_message=title,
+        revision=branch,
+        create_pr=args.create_pr,
+        parent_commit=head,
+    )
+    if made.pr_url:
+        return f"{name}: {made.pr_url}"
+    if args.tag:
+        tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(args.tag)
+        if tagged is None:
+            api.create_tag(**repository, tag=args.tag, revision=made.oid)
+        elif tagged != made.oid:
+            raise InputError(f"{name}: the files are there, commit {made.oid}; tag {args.tag} is on {tagged[:8]}")
+    if made.oid == head:
+        return f"{name}: {branch} holds these files already (commit {head[:8]}); no commit was made"
+    page = f"{api.endpoint}/{'datasets/' if release.repo_type == 'dataset' else ''}{name}"
+    return f"{name}: {page}/commit/{made.oid}"
 
 
 def _is_replaced(name: str, repo_type: str) -> bool:
@@ -428,85 +333,30 @@ def _is_replaced(name: str, repo_type: str) -> bool:
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in REPLACED[repo_type])
 
 
-def _remote_oid(entry: RepoFile) -> str:
-    return entry.lfs.sha256 if entry.lfs else entry.blob_id
+@contextmanager
+def hub_errors(repo_id: str, before: str = "") -> Iterator[None]:
+    """What the Hub, its storage or the network answers, as one line; `before` says what is finished."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-
-def _oid(addition: CommitOperationAdd, entry: RepoFile) -> str | None:
-    """What identifies the content of a file where the repository keeps it as it keeps `entry`."""
-    if entry.lfs:
-        return addition.upload_info.sha256.hex()
-    if addition.upload_info.size != entry.size:
-        return None
-    with addition.as_file() as file:
-        return hashlib.sha1(b"blob %d\0" % entry.size + file.read()).hexdigest()
-
-
-def _patiently(request: Callable[..., Any], **arguments: Any) -> Any:
-    """`request(**arguments)`, again after what passes: for requests that may come twice."""
-    for wait in _WAITS:
-        try:
-            return request(**arguments)
-        except Exception as error:
-            if not _passes(error) or _tried_by_client(error):
-                raise
-        time.sleep(wait)
-    return request(**arguments)
-
-
-def _status(error: BaseException) -> int | None:
-    """The status of the answer, None where there was none."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _passes(error: Exception) -> bool:
-    """Whether it is the moment rather than the request: too many requests, a server's fault, a lost connection, or an
-    answer that is not the API's.
-    """
-    from huggingface_hub.errors import HTTPError
-
-    status = _status(error)
-    if status is not None:
-        return status == 429 or status >= 500
-    return isinstance(error, HTTPError | json.JSONDecodeError)
-
-
-def _tried_by_client(error: Exception) -> bool:
-    """huggingface_hub repeats these five times itself."""
-    request = error if _status(error) is None else error.response
-    url = "" if isinstance(error, json.JSONDecodeError) else str(request.request.url)
-    return any(step in url for step in ("/preupload/", "/info/lfs/", "/tree/", "/commits/"))
-
-
-def _reason(error: Exception, endpoint: str) -> str | None:
-    """What went wrong and what to do about it; None for what is neither the Hub's nor the network's doing."""
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    if isinstance(error, RuntimeError | ValueError) and isinstance(error.__cause__, HTTPError):
-        if _status(error.__cause__) == 400:  # the card's metadata; the Hub's reasons are in the message
-            return f"the Hub refuses it: {error}"
-        error = error.__cause__  # of one file of many
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it, or check without the Hub: --dry_run"
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__ == "hf_xet":  # of Xet storage
-        return f"the Hub's storage fails ({error}); check the network, then run the same command again"
-    if not isinstance(error, HTTPError | json.JSONDecodeError):
-        return None
-    status, said = _status(error), getattr(error, "server_message", None) or type(error).__name__
-    if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return f"not found, or the token may not see it ({said}); check the name and the token"
-    if status == 401:
-        return f"the Hub does not know the token ({said}); make one with write access at {endpoint}/settings/tokens"
-    if status == 403:
-        return f"the token may not write there ({said}); take one with write access"
-    if status == 412:
-        return "somebody committed meanwhile; run the same command again"
-    if status == 429:
-        return "too many requests; wait some minutes, then run the same command again"
-    if status is not None and status < 500:
-        return f"the Hub refuses it: {said} ({status})"
-    what = f"the Hub fails ({status})" if status else f"no answer from {endpoint} ({type(error).__name__})"
-    return f"{what}; check the network and HF_ENDPOINT, then run the same command again"
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{before}{error}") from error
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error.__cause__, HTTPError) else error
+        if not isinstance(cause, HTTPError | OSError | RuntimeError | ValueError):  # hf_xet's errors are of these, too
+            raise
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        known = {
+            401: "the Hub does not know the token; make one with write access",
+            403: "the token may not write there; take one with write access",
+            412: "somebody committed meanwhile, and nothing was overwritten; look at it, then run the command again",
+        }
+        if isinstance(error, OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set; unset it, or check without the Hub: --dry_run"
+        else:
+            reason = known.get(status) or f"{type(error).__name__}: {error}; run the same command again to finish"
+        raise InputError(f"{before}{repo_id}: {reason}") from error
 
 
 if __name__ == "__main__":

@@ -124,9 +124,9 @@ def run_stage(
     """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
     from modeling.adapters import continue_adapter, quantization
     from modeling.encoder import save_adapter, save_merged
+    from modeling.reference import write_reference
     from modeling.stages import build_model, build_trainer, cut_texts, header, load_encoder, stage_prompts
     from modeling.trainer import drop_checkpoints, last_checkpoint
-    from modeling.verify import write_reference
 
     checkpoints = step.path / "checkpoints"
     resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"

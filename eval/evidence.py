@@ -1,29 +1,47 @@
 """What a run left behind, as far as it can be proved: the evidence that its model's card is made of.
 
-    evidence = read_evidence(run_folder)                    # recipe, ledger, scores, data, ablation, pictures
+    evidence = read_evidence(run_folder)                    # recipe, stages, ledger, scores, data, ablation, pictures
 
-Nothing here looks at the model: what it is and does is found out by modeling.verify, as a stranger would.
+Nothing here loads the model: release.verify finds out what it is and does.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError
+from common.models import resolve_model
 from common.recipes import read_yaml
 from common.steps import MANIFEST, files_of, fingerprint, read_manifest
 from dataset_builders.build import FOLDERS
-from dataset_builders.card import BENCHMARK, compared_tasks, public_name, source_licence, source_title, used_models
+from dataset_builders.card import (
+    BENCHMARK,
+    compared_tasks,
+    public_name,
+    source_licence,
+    source_title,
+    used_models,
+)
+from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 from eval.leaderboard import BESIDE_RESULTS, read_result
 from eval.report import KEY, read_json, read_ledger, read_manifests, read_metrics
+from modeling import recipe as recipes
 
 if TYPE_CHECKING:
     from mteb.results import TaskResult
 
 _PICTURES = ("systems.png", "training.png")  # of eval.report, drawn from metrics.json
+# Files of a model folder that no release holds as they are.
+_UNPUBLISHED = {"README.md", MANIFEST}
+# What a card shows where no training data are at hand.
+_EXAMPLE = {
+    "query": "how do I parse a date",
+    "documents": ["Parse a date from a string.", "Sort a list in place."],
+}
 
 
 def read_evidence(
@@ -34,7 +52,7 @@ def read_evidence(
     Args:
         run_folder: what train_st.py wrote, with eval.report's pictures in report/ if there are any.
         results: folder with eval.retrieval's metrics.json or mteb's results/ (eval.run_mteb's --output_dir), or both;
-            run_folder/results is looked at, too.
+            run_folder/results is searched, too.
         ablations: eval.ablate's --output_dir.
         commits: on the Hub that are known to have the model's files; mteb's results of them are the model's.
 
@@ -43,10 +61,11 @@ def read_evidence(
     """
     path = run_folder / "recipe.yaml"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; the card tells the recipe, name its folder with --run")
+        raise InputError(f"{path}: no such file; the card holds the recipe, name its folder with --run")
     recipe = read_yaml(path)
     if not isinstance(recipe.get("stages"), list):
         raise InputError(f"{path}: no list of stages; name the folder that train_st.py wrote with --run")
+    stages = read_stages(run_folder, recipe)
     ledger = read_ledger(run_folder)
     folders = list(dict.fromkeys([results or run_folder / "results", run_folder / "results"]))
     with_metrics = next((folder for folder in folders if (folder / "metrics.json").is_file()), None)
@@ -57,27 +76,68 @@ def read_evidence(
             f"{results}: neither metrics.json nor mteb's results of {model} are there; "
             "evaluate it with eval.retrieval or eval.run_mteb, or name another folder"
         )
-    ablation = read_ablation(ablations) if ablations else None
     pictures = read_pictures(run_folder / "report", metrics)
     if ablations and (ablations / "ablation.png").is_file():
         pictures["ablation.png"] = ablations / "ablation.png"
+    names = dataset_names(stages)
     return {
         "recipe": recipe,
+        "stages": stages,
+        "quantisation": quantisation(recipe),
         "ledger": ledger,
         "versions": stage_versions(run_folder, recipe),
         "commit": ledger.get("commit"),
         "metrics": metrics,
         "mteb": read_mteb(folders, model, commits),
-        "ablation": ablation,
-        "data": {name: provenance(Path(name)) for name in dataset_names(recipe)},
+        "ablation": read_ablation(ablations) if ablations else None,
+        "data": {name: provenance(Path(name)) for name in names},
         "evaluated": provenance(with_metrics / metrics["data"] / "hub") if metrics else None,
         "pictures": pictures,
+        "example": next(filter(None, map(read_example, map(Path, names))), _EXAMPLE),
     }
+
+
+def read_stages(run_folder: Path, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each stage with all keys that hold for it, from stages.json; `datasets` are its data sets with all of theirs."""
+    if not (run_folder / recipes.STAGES).is_file():
+        return plain_stages(recipe)
+    found = recipes.read_stages(run_folder)["stages"]
+    stages = [{"name": stage["name"], **stage["keys"], "datasets": stage["datasets"]} for stage in found]
+    return [{**stage, "datasets": [{**stage, **own} for own in stage["datasets"].values()]} for stage in stages]
+
+
+def plain_stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same as far as a recipe says it: no defaults."""
+    shared = {key: value for key, value in recipe.items() if key != "stages"}
+    stages = [{**shared, **stage} for stage in recipe["stages"]]
+    return [{**stage, "datasets": [{**stage, **own} for own in stage.get("datasets") or [{}]]} for stage in stages]
+
+
+def quantisation(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Name, SHA-256, type and bits per weight of the GGUF file that training started from; None of other starts."""
+    try:
+        return None if recipe.get("student") else resolve_model(recipe.get("model_name_or_path")).quantisation()
+    except InputError:
+        return None
+
+
+def dataset_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = (own.get("dataset_name") for stage in stages for own in stage["datasets"])
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def stage_versions(run_folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The libraries that trained the last stage; empty where it has no manifest."""
+    folder = run_folder / recipe["stages"][-1]["name"]
+    return read_manifest(folder)["versions"] if (folder / MANIFEST).is_file() else {}
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
 
 
 def read_mteb(folders: Sequence[Path], model: Path, commits: Sequence[str] = ()) -> list[TaskResult]:
     """Results that eval.run_mteb wrote of exactly these weights: their revision is the hash of the model's folder, or
-    a commit that has its files. Others are not ours.
+    a commit that has its files.
     """
     found = [folder / "results" for folder in folders if (folder / "results").is_dir()]
     if not found or not model.is_dir():
@@ -90,6 +150,14 @@ def read_mteb(folders: Sequence[Path], model: Path, commits: Sequence[str] = ())
         for path in sorted(folder.glob(f"*/{revision}/*.json"))
     }
     return [read_result(path) for name, path in paths.items() if name not in BESIDE_RESULTS]
+
+
+def other_files(repo_id: str, commit: str, folder: Path) -> set[str]:
+    """Names of the files of the model in `folder` that a commit on the Hub lacks, or has with another content."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=folder)
+    return {*(mismatch["path"] for mismatch in found.mismatches), *found.extra_paths} - _UNPUBLISHED
 
 
 def read_ablation(folder: Path) -> dict[str, Any]:
@@ -116,28 +184,31 @@ def read_pictures(report: Path, metrics: Mapping[str, Any] | None) -> dict[str, 
     return found
 
 
-def stage_versions(run_folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The libraries that trained the last stage; empty where it has no manifest."""
-    folder = run_folder / recipe["stages"][-1]["name"]
-    return read_manifest(folder)["versions"] if (folder / MANIFEST).is_file() else {}
+# --- data -----------------------------------------------------------------------------------------------------------
 
 
-def dataset_names(recipe: Mapping[str, Any]) -> list[str]:
-    names = [name for stage in recipe["stages"] for name in stage_values(recipe, stage, "dataset_name")]
-    return [name for name in dict.fromkeys(names) if name]
+def hub_id(reference: str | None) -> str | None:
+    """ORG/NAME of what lies on the Hub, without revision and file; None for folders, files and packages.
+
+    >>> hub_id("org/name@main"), hub_id("org/name:model.gguf"), hub_id("package:name"), hub_id("/home/me/model")
+    ('org/name', 'org/name', None, None)
+    """
+    try:
+        found = resolve_model(reference)
+    except InputError:
+        return None
+    return None if found.gguf == "" or Path(found.source).exists() else found.source
 
 
-def stage_values(recipe: Mapping[str, Any], stage: Mapping[str, Any], key: str, default: Any = None) -> list[Any]:
-    """The distinct values that a key has in a stage: one, or those of its `datasets:`."""
-    shared = stage.get(key, recipe.get(key, default))
-    values = [entry.get(key, shared) for entry in stage.get("datasets") or [{}]]
-    return [value for position, value in enumerate(values) if value not in values[:position]]  # lists have no hash
+def base_model(recipe: Mapping[str, Any]) -> str | None:
+    """The model on the Hub that training started from, if it was one."""
+    return None if recipe.get("student") else hub_id(recipe.get("model_name_or_path"))
 
 
 def provenance(hub: Path) -> dict[str, Any] | None:
     """Where a data set of dataset_builders comes from and how it was made; None where its folder is not at hand.
 
-    A folder on the publisher's machine is told by its name alone, models and data of the Hub by their ids.
+    A folder on the publisher's machine is named by its last part, models and data of the Hub by their ids.
     """
     if not (hub / MANIFEST).is_file():
         return None
@@ -146,13 +217,14 @@ def provenance(hub: Path) -> dict[str, Any] | None:
     source = recipe["source"]
     entry = registry()[source["name"]] if source["kind"] == "registry" else None
     first = made.get("corpus") or made.get("sts") or {}
+    commit = first.get("inputs", {}).get("source", {}).get("commit")  # what was read from the Hub has one
     models = {section: public_name(recipe[section]["model"]) for section in ("dense", "teacher") if section in recipe}
     models |= used_models({step: made.get(step) for step in FOLDERS})  # with the commit that was read
     return {
         "title": public_name(source_title(source)),
         "kind": source["kind"],
-        "dataset": entry.dataset if entry else source.get("dataset"),
-        "commit": first.get("inputs", {}).get("source", {}).get("commit"),
+        "dataset": (entry.dataset if entry else source.get("dataset")) if commit else None,
+        "commit": commit,
         "licence": entry.licence if entry else source_licence(source),
         "split": source["split"],
         "rows": read_manifest(hub)["rows"],
@@ -164,3 +236,27 @@ def provenance(hub: Path) -> dict[str, Any] | None:
         "training_datasets": source.get("training_datasets"),  # None: not stated
         "benchmark": (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK,
     }
+
+
+def disclosure(data: Mapping[str, Mapping[str, Any] | None], base: str | None = None) -> dict[str, Any] | None:
+    """`training_datasets` and mteb's zero-shot share, for all data sets together; None where one does not state its
+    own. The share counts what mteb knows of the training of `base`, too.
+    """
+    stated = [entry["training_datasets"] if entry else None for entry in data.values()]
+    if not stated or None in stated:
+        return None
+    benchmark = next(entry["benchmark"] for entry in data.values())
+    return zero_shot([name for names in stated for name in names], benchmark, base)
+
+
+def read_example(hub: Path) -> dict[str, Any] | None:
+    """A query and two documents out of the training data, shortened; None where those have none at hand."""
+    import pyarrow.parquet as pq
+
+    for path in sorted((hub / "train").glob("*.parquet"))[:1]:
+        columns = [name for name in ("query", "positive", "negative_1") if name in pq.read_schema(path).names]
+        rows = next(pq.ParquetFile(path).iter_batches(batch_size=1, columns=columns), None)
+        if rows is not None and len(columns) > 1:
+            texts = [textwrap.shorten(rows[column][0].as_py(), 90, placeholder=" ...") for column in columns]
+            return {"query": texts[0], "documents": texts[1:]}
+    return None

@@ -4,28 +4,25 @@
         --output_dir ../mteb/mteb/models/model_implementations
     python -m eval.model_meta org/name --run runs/demo --dry_run    # before it is published; needs no network
 
-What the run's folder and the commit do not say is None, with a comment in the file and a line on stderr; nothing is
-guessed. Without --output_dir the file is printed. docs/leaderboard.md tells the rest of the way to the leaderboard.
+What the run's folder and the commit do not say is None, with a line on stderr; nothing is guessed. Without
+--output_dir the file is printed. docs/leaderboard.md has the rest of the way to the leaderboard.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from common.cli import ArgumentParser, InputError, output_folder, run
-from common.models import check_model_folder, hub_commit, resolve_model
+from common.models import hub_commit, resolve_model
 from common.steps import written_whole
-from dataset_builders.verify import in_clean_process
-from eval.evidence import dataset_names, read_evidence
-from eval.model_card import card_metadata, disclosure
+from eval.evidence import base_model, disclosure, other_files, read_evidence
 from eval.report import read_json
-from modeling.verify import REFERENCE, other_files, published_files
+from modeling.reference import REFERENCE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCardData
@@ -34,7 +31,7 @@ if TYPE_CHECKING:
 HUB = "https://huggingface.co"
 # What train_st.py saves: read by sentence-transformers, and by transformers alone with the lines of the card.
 FRAMEWORK = ["Sentence Transformers", "PyTorch", "safetensors", "Transformers"]
-# Why a field is None: what stands beside it in the file, and is told on stderr.
+# Why a field is None.
 UNKNOWN = {
     "revision": "not published yet: the commit",
     "release_date": "not published yet: the date of the commit",
@@ -53,19 +50,16 @@ from __future__ import annotations
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
-from mteb.types import OutputDType
-
 """
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    evidence = read_evidence(args.run)
-    folder = args.run / "model"
+    evidence, folder = read_evidence(args.run), args.run / "model"
     if args.dry_run:
-        published = {"adapted_from": card_metadata(args.name, evidence).base_model}
+        published = {"adapted_from": base_model(evidence["recipe"])}
     else:
-        published = read_commit(args.name, args.revision, folder, len(dataset_names(evidence["recipe"])))
+        published = read_commit(args.name, args.revision, folder, len(evidence["data"]))
     disclosed = disclosure(evidence["data"], published["adapted_from"])
     meta = make_meta(
         name=args.name,
@@ -75,15 +69,13 @@ def main(argv: Sequence[str]) -> None:
         **read_folder(folder),
         **published,
     )
-    source = to_source(meta)
-    check_source(source, meta)
     if args.output_dir:
-        path = write_source(source, args.name, args.output_dir)
-        print(f"{path}: how mteb knows {args.name}", file=sys.stderr)
+        print(f"{write_source(meta, args.output_dir)}: how mteb knows {args.name}", file=sys.stderr)
     else:
-        print(source, end="")
-    for field in unknown(meta):
-        print(f"{field} is None: {UNKNOWN[field]}", file=sys.stderr)
+        print(to_source(meta), end="")
+    for field, reason in UNKNOWN.items():
+        if getattr(meta, field) is None:
+            print(f"{field} is None: {reason}", file=sys.stderr)
     if disclosed:
         import mteb
 
@@ -96,7 +88,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("model", metavar="ORG/NAME@COMMIT", help="the published model; a branch or tag will do")
     parser.add_argument("--run", required=True, type=Path, help="folder with recipe.yaml, ledger.json and model/")
     parser.add_argument("--code", metavar="URL", help="where the code that trained it is public")
-    parser.add_argument("--dry_run", action="store_true", help="ask nobody; what only the commit says is None")
+    parser.add_argument("--dry_run", action="store_true", help="ask no Hub; what only the commit says is None")
     parser.add_argument("--output_dir", type=output_folder, help="write the file there, as ORG_models.py")
     args = parser.parse_args(argv)
     reference = resolve_model(args.model)
@@ -111,16 +103,11 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """What the files of a model that train_st.py saved say about it: push_to_hub.py proved that they do as they say.
-
-    Raises InputError for a folder that it would not publish.
-    """
+    """What the files of a model that train_st.py saved say about it. Raises InputError for other folders."""
     from huggingface_hub import get_local_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
     from mteb.types import OutputDType
 
-    published_files(folder)
-    check_model_folder(folder)
     try:
         settings = read_json(folder / "config_sentence_transformers.json")
         saved = read_json(folder / REFERENCE)
@@ -139,10 +126,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
             "similarity_fn_name": settings.get("similarity_fn_name") or "cosine",  # sentence-transformers' default
             "use_instructions": any(settings["prompts"].values()),
         }
-    except (NotASafetensorsRepoError, LookupError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{folder}: not as train_st.py saves a model ({error!r}); name the folder of its run"
-        ) from None
+    except (NotASafetensorsRepoError, SafetensorsParsingError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: not as train_st.py saves a model ({error}); name the folder of its run") from None
 
 
 def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -> dict[str, Any]:
@@ -161,7 +146,7 @@ def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -
         InputError: no such commit, one of other files, a private repository, no licence, no answer.
     """
     from huggingface_hub import HfApi, ModelCard, hf_hub_download
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError
 
     commit, api = hub_commit(name, revision), HfApi()
     try:
@@ -174,13 +159,11 @@ def read_commit(name: str, revision: str | None, folder: Path, data_sets: int) -
         date = api.list_repo_commits(name, revision=commit)[0].created_at
         card = ModelCard.load(hf_hub_download(name, "README.md", revision=commit)).data
         data = public_data(api, card, data_sets)
-    except OfflineModeIsEnabled:
-        raise InputError("HF_HUB_OFFLINE is set; unset it, or ask nobody: --dry_run") from None
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # also HF_HUB_OFFLINE
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{name}@{commit}: the Hub did not serve it: {reason}; check the name, the network and HF_TOKEN, then "
-            "run again"
+            "run again, or ask no Hub: --dry_run"
         ) from None
     return {
         "revision": commit,
@@ -234,17 +217,10 @@ def make_meta(**fields: Any) -> ModelMeta:
         ) from None
 
 
-def unknown(meta: ModelMeta) -> list[str]:
-    return [field for field in UNKNOWN if getattr(meta, field) is None]
-
-
 def to_source(meta: ModelMeta) -> str:
     """A module of mteb's model_implementations, whose one ModelMeta mteb finds by its type."""
-    head = _HEAD if meta.output_dtypes else _HEAD.replace("from mteb.types import OutputDType\n", "")
-    code = meta.to_python()
-    for field in unknown(meta):
-        code = code.replace(f"    {field}=None,", f"    {field}=None,  # {UNKNOWN[field]}")
-    return f"{head}{identifier(meta.name)} = {code}\n"
+    imports = "from mteb.types import OutputDType\n" if meta.output_dtypes else ""
+    return f"{_HEAD}{imports}\n{identifier(meta.name)} = {meta.to_python()}\n"
 
 
 def identifier(name: str) -> str:
@@ -255,28 +231,9 @@ def identifier(name: str) -> str:
     return re.sub(r"\W|^(?=\d)", "_", name.lower())
 
 
-def check_source(source: str, meta: ModelMeta) -> None:
-    """Raises InputError unless a process that has mteb but not this repository reads `meta` out of `source`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "models.py"
-        path.write_text(source, encoding="utf-8")
-        found = in_clean_process(read_source, path, library="mteb")
-    if found != {"found": [meta.to_python()]}:
-        raise InputError(f"{meta.name}: mteb reads another ModelMeta than was written, {found['found']}")
-
-
-def read_source(path: str) -> dict:
-    """The code of each ModelMeta of a file. Runs alone, so it imports all it needs."""
-    import runpy
-
-    from mteb.models import ModelMeta
-
-    return {"found": [value.to_python() for value in runpy.run_path(path).values() if isinstance(value, ModelMeta)]}
-
-
-def write_source(source: str, name: str, folder: Path) -> Path:
+def write_source(meta: ModelMeta, folder: Path) -> Path:
     """Write it as ORG_models.py, mteb's way to name them. Raises InputError where that file has other content."""
-    path = folder / f"{identifier(name.partition('/')[0])}_models.py"
+    path, source = folder / f"{identifier(meta.name.partition('/')[0])}_models.py", to_source(meta)
     if path.exists() and path.read_text(encoding="utf-8") != source:
         raise InputError(f"{path}: is there already; add what this prints without --output_dir by hand")
     folder.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], method: str,
     from sentence_transformers import SentenceTransformer
 
     from modeling.encoder import save_merged
-    from modeling.verify import write_reference
+    from modeling.reference import write_reference
 
     last = folders[-1]
     for folder in folders[:-1]:

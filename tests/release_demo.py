@@ -21,8 +21,8 @@ import numpy as np
 from local_hub import ROOT, LocalHub
 
 from common.cli import ArgumentParser, InputError, run
-from eval.model_card import final_row
-from modeling.verify import is_hub_id
+from eval.evidence import hub_id
+from release.model_card import final_row
 
 MODEL, ADAPTER, DATA = "demo/model", "demo/adapter", "demo/data"
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -31,7 +31,7 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS
 READER = """
 import sys
 
-ours = ["common", "dataset_builders", "modeling", "train_st", "eval", "push_to_hub"]
+ours = ["common", "dataset_builders", "modeling", "train_st", "eval", "release", "push_to_hub"]
 sys.modules.update(dict.fromkeys(ours))  # not to be had
 import hashlib
 import json
@@ -92,7 +92,7 @@ def measured(path: Path) -> float:
 def has_public_base(adapter: Path) -> bool:
     """Others can load the adapter: on a model of the Hub, not on what an earlier stage left in the run's folder."""
     config = adapter / "adapter_config.json"
-    return config.is_file() and is_hub_id(json.loads(config.read_text())["base_model_name_or_path"], adapter)
+    return config.is_file() and hub_id(json.loads(config.read_text())["base_model_name_or_path"]) is not None
 
 
 def publish(hub: LocalHub, source: Path, folder: Path) -> None:

@@ -842,16 +842,13 @@ PUSH = {
 }
 MODEL_META = {
     "name without an owner": (nothing, ["name"], "mteb knows models as ORG/NAME"),
-    "name that climbs": (nothing, ["../name"], "no such folder, and no Hub id"),
+    "name that climbs": (nothing, ["../name"], "and no Hub id"),
     "name of a folder": (nothing, ["model"], "model: a folder"),
     "code is no address": (nothing, ["org/name", "--code", "my code"], "--code 'my code': give an address"),
     "output_dir is empty": (nothing, ["org/name", "--output_dir", ""], "names no folder"),
     "unknown flag": (nothing, ["org/name", "--data", "x"], "unrecognized arguments: --data"),
     "no recipe": (delete("recipe.yaml"), ["org/name"], "recipe.yaml: no such file"),
     "no model": (delete("model"), ["org/name"], "model"),
-    "no weights": (delete("model/model.safetensors"), ["org/name"], "no .safetensors weights"),
-    "weights are cut": (write("model/model.safetensors", b"cut"), ["org/name"], "not readable as safetensors"),
-    "pickled weights": (write("model/pytorch_model.bin", "x"), ["org/name"], "pytorch_model.bin"),
     "saved by others": (nothing, ["org/name"], "reference_vectors.json: no such file"),
 }
 

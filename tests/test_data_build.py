@@ -17,7 +17,7 @@ from common.steps import files_of, read_arrow, read_manifest
 from dataset_builders.build import FOLDERS, main
 from dataset_builders.card import card_for
 from dataset_builders.schema import CANDIDATES, SCORES
-from dataset_builders.verify import verify_dataset
+from release.verify import verify_dataset
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_what_was_built_is_fit_to_publish_and_the_lines_in_its_card_run(built, t
         server.create("org/data", "dataset", files={**files, "README.md": card.encode()})
         answer = server.run(script, tmp_path)
     assert answer.returncode == 0, answer.stderr
-    rows = facts["configs"]["train"]["rows"]
+    rows = facts["configs"]["train"]
     assert answer.stdout.splitlines() == [str(rows), "20 61 20", "['negative_5', 'label']"]
 
 

