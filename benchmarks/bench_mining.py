@@ -39,13 +39,13 @@ from common.steps import write_arrow
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise
 from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, search_dense
-from dataset_builders.embeddings import SHARD, Vectors
+from dataset_builders.embeddings import SHARD, Vectors, vector_shard
 from dataset_builders.engines import LOCAL, compute_shards
-from dataset_builders.hits import merge_keys, positions_and_scores
 from dataset_builders.mine import select_negatives
 from dataset_builders.schema import LABEL_FLOOR
-from dataset_builders.scores import PairScorer, Teacher
 from dataset_builders.sources import LocalSource, read_rows
+from dataset_builders.teachers import PairScorer, Teacher
+from dataset_builders.top_k import Ranking, ranges
 
 DEPTH = 100  # documents retrieved for a query
 PART = 16_384  # documents in a part; a build's parts are larger, which favours it
@@ -156,14 +156,9 @@ def read_texts(args: Namespace, queries: int) -> Texts:
     return Texts(list(positions), kept, [judged[query] for query in kept])
 
 
-def ranges(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def best_of_parts(shards: Sequence[np.ndarray], parts: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and scores of each query's best documents, from the shards of `parts` parts for every block."""
-    blocks = [list(shards)[start : start + parts] for start in range(0, len(shards), parts)]
-    return positions_and_scores(np.concatenate([merge_keys(block, top_k) for block in blocks]))
+def whole(ranking: Ranking, queries: int) -> np.ndarray:
+    """FOUND (queries, k): each query's best documents."""
+    return np.concatenate([ranking[rows] for rows in ranges(queries, BLOCK)])
 
 
 class Bm25Search:
@@ -193,9 +188,9 @@ class Bm25Search:
             search_bm25(*search, LOCAL)
         shutil.rmtree(work / "bm25.shards")
         with cpu_seconds(seconds, "search"):
-            shards = search_bm25(*search, LOCAL)
+            ranking = search_bm25(*search, LOCAL)
         seconds["index"] -= seconds["search"]
-        return best_of_parts(shards, len(parts), DEPTH)[0][self.asked]
+        return whole(ranking, len(self.texts.queries))["document"][self.asked]
 
     def _rank_bm25(self, seconds: Seconds) -> np.ndarray:
         from rank_bm25 import BM25Okapi
@@ -256,8 +251,9 @@ class Given:
             on_disk(vectors, folder / side) for side, vectors in (("q", self.queries), ("d", self.documents))
         )
         parts, blocks = ranges(len(documents), PART), ranges(len(queries), BLOCK)
-        shards = search_dense(Dense(model="given", top_k=top_k), queries, blocks, documents, parts, folder, LOCAL)
-        return best_of_parts(shards, len(parts), top_k)
+        ranking = search_dense(Dense(model="given", top_k=top_k), queries, blocks, documents, parts, folder, LOCAL)
+        found = whole(ranking, len(queries))
+        return found["document"], found["score"]
 
 
 def on_disk(vectors: np.ndarray, folder: Path) -> Vectors:
@@ -270,7 +266,8 @@ class _Rows:
     vectors: np.ndarray
 
     def __call__(self, number: int) -> np.ndarray:
-        return self.vectors[number * SHARD : (number + 1) * SHARD]
+        vectors = self.vectors[number * SHARD : (number + 1) * SHARD]
+        return vector_shard(vectors, np.zeros(len(vectors)))
 
 
 class GivenModel:

@@ -1,7 +1,7 @@
 """BM25 by parts of the corpus: the scores of one index over all of it, with one part in memory at a time.
 
-The formulas and the search are bm25s's. What a part cannot know by itself (how many documents hold a term, how long
-the average document is) is counted first, over all parts. Only terms that occur in a query are indexed.
+Tokens, index and search are bm25s's. What a part cannot know by itself (how many documents hold a term, how long the
+average document is) is counted first, over all parts. Only terms that occur in a query are indexed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -18,11 +18,12 @@ from pydantic import Field
 from common.recipes import Section
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.hits import NONE, sort_keys
+from dataset_builders.top_k import Ranking, Search, best, ranges
 
 if TYPE_CHECKING:
     import bm25s
 
+QUERY_BLOCK = 64  # queries whose scores of a part are in memory at a time
 # How often a term (by its place in the vocabulary) occurs in a document (by its place in the part). Term -1 stands
 # for all terms: its count is the document's length.
 POSTING = np.dtype([("term", np.int32), ("document", np.int32), ("count", np.int32)])
@@ -59,38 +60,30 @@ def search_bm25(
     blocks: Sequence[range],
     folder: Path,
     engine: Engine,
-) -> Shards:
-    """Keys of the top-k documents of every part for every block of queries: shard block * len(parts) + part.
-
-    Documents that share no word with the query are not found: their places hold hits.NONE.
-    """
-    if section.backend == "rank_bm25":
-        work = _OkapiSearch(section, documents, parts, queries, blocks)
-    else:
-        vocabulary = sorted({word for query in tokenise(queries) for word in query})
-        postings = compute_shards(
-            _Postings(documents, parts, vocabulary),
-            [len(part) for part in parts],
-            folder / "postings.shards",
-            engine,
-            description="BM25 index",
-            unit="texts",
-        )
-        frequencies, length = np.zeros(len(vocabulary), np.int64), 0
-        for part in postings:
-            indexed = part["term"] >= 0
-            frequencies += np.bincount(part["term"][indexed], minlength=len(vocabulary))
-            length += int(part["count"][~indexed].sum(dtype=np.int64))
-        statistics = _Statistics(len(documents), length / max(len(documents), 1), frequencies)
-        work = _Search(section, vocabulary, statistics, postings, parts, queries, blocks)
-    return compute_shards(
-        work,
-        [len(block) * len(part) for block in blocks for part in parts],
-        folder / "bm25.shards",
+) -> Ranking:
+    """The queries' top-k documents among those that share a word with them."""
+    if section.backend == "rank_bm25":  # knows no parts
+        search = _OkapiSearch(section.top_k, blocks, [range(len(documents))], queries, section, documents)
+        return search.run(folder / "bm25.shards", engine, "BM25 search")
+    vocabulary = sorted({word for query in tokenise(queries) for word in query})
+    postings = compute_shards(
+        _Postings(documents, parts, vocabulary),
+        [len(part) for part in parts],
+        folder / "postings.shards",
         engine,
-        description="BM25 search",
-        unit="pairs",
+        description="BM25 index",
+        unit="texts",
     )
+    frequencies, length = np.zeros(len(vocabulary), np.int64), 0
+    for part in postings:
+        indexed = part["term"] >= 0
+        frequencies += np.bincount(part["term"][indexed], minlength=len(vocabulary))
+        length += int(part["count"][~indexed].sum(dtype=np.int64))
+    count = len(documents)
+    idf = np.log1p((count - frequencies + 0.5) / (frequencies + 0.5))  # Lucene's
+    plan = (section.top_k, blocks, parts, queries, section)
+    search = _Bm25sSearch(*plan, postings, vocabulary, idf, length / max(count, 1))
+    return search.run(folder / "bm25.shards", engine, "BM25 search")
 
 
 @dataclass(frozen=True)
@@ -119,95 +112,63 @@ class _Postings:
 
 
 @dataclass(frozen=True)
-class _Statistics:
-    """Of the whole corpus."""
+class _SparseSearch(Search):
+    queries: Sequence[str]
+    section: Bm25
 
-    documents: int
-    average_length: float  # in words
-    frequencies: np.ndarray  # documents that hold each term of the vocabulary
+    def scorer(self, part: int) -> Any:
+        """Words of a query -> scores of the part's documents."""
+        raise NotImplementedError
+
+    def search(self, queries: range, part: int) -> np.ndarray:
+        import torch
+
+        words, score, rows = tokenise([self.queries[row] for row in queries]), self.scorer(part), self.parts[part]
+        found = []
+        for block in ranges(len(words), QUERY_BLOCK):
+            scores = np.zeros((len(block), len(rows)), np.float32)
+            for place, query in enumerate(words[block.start : block.stop]):
+                if query:
+                    scores[place] = score(query)
+            found.append(best(torch.from_numpy(scores), self.top_k, rows.start, above=0))
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
-class _Search:
-    section: Bm25
-    vocabulary: list[str]
-    statistics: _Statistics
+class _Bm25sSearch(_SparseSearch):
     postings: Shards
-    parts: Sequence[range]
-    queries: Sequence[str]
-    blocks: Sequence[range]
-
-    def __call__(self, number: int) -> np.ndarray:
-        block, part = divmod(number, len(self.parts))
-        index = self._index(part)
-        words = tokenise([self.queries[row] for row in self.blocks[block]])
-        first, size = self.parts[part].start, len(self.parts[part])
-        found = np.full((len(words), min(self.section.top_k, size)), NONE, np.int64)
-        for row, query in enumerate(words):
-            if query:
-                scores = index.get_scores_from_ids([self._places[word] for word in query])
-                keys = top_keys(scores, self.section.top_k, first)
-                found[row, : len(keys)] = keys
-        return found
+    vocabulary: list[str]
+    idf: np.ndarray  # of each term of the vocabulary, in the whole corpus
+    average_length: float  # of its documents, in words
 
     @cached_property
     def _places(self) -> dict[str, int]:
         return {word: place for place, word in enumerate(self.vocabulary)}
 
-    def _index(self, part: int) -> bm25s.BM25:
-        """bm25s's index of a part, its scores made with the statistics of the whole corpus (Lucene's formula)."""
+    def scorer(self, part: int) -> Any:
         import bm25s
 
         index = bm25s.BM25(method="lucene", k1=self.section.k1, b=self.section.b)
         postings = self.postings[part]
         indexed = postings["term"] >= 0
         lengths, postings = postings["count"][~indexed], postings[indexed]
-        whole = self.statistics
-        rarity = np.log1p((whole.documents - whole.frequencies + 0.5) / (whole.frequencies + 0.5))
-        length = lengths[postings["document"]] / whole.average_length
+        length = lengths[postings["document"]] / self.average_length
         saturated = postings["count"] / (postings["count"] + index.k1 * (1 - index.b + index.b * length))
         index.scores = {
-            "data": (rarity[postings["term"]] * saturated).astype(np.float32),
+            "data": (self.idf[postings["term"]] * saturated).astype(np.float32),
             "indices": postings["document"].astype(np.int32),
             "indptr": np.searchsorted(postings["term"], np.arange(len(self.vocabulary) + 1)),  # sorted by term
             "num_docs": len(self.parts[part]),
         }
         index.nonoccurrence_array = None  # Lucene's scores are zero where a term does not occur
-        return index
+        return lambda query: index.get_scores_from_ids([self._places[word] for word in query])
 
 
 @dataclass(frozen=True)
-class _OkapiSearch:
-    """rank_bm25 knows no parts: it scores the whole corpus and answers for the part that it was asked for."""
-
-    section: Bm25
+class _OkapiSearch(_SparseSearch):
     documents: TextColumn
-    parts: Sequence[range]
-    queries: Sequence[str]
-    blocks: Sequence[range]
 
-    def __call__(self, number: int) -> np.ndarray:
-        block, part = divmod(number, len(self.parts))
-        rows = self.parts[part]
-        words = tokenise([self.queries[row] for row in self.blocks[block]])
-        found = np.full((len(words), min(self.section.top_k, len(rows))), NONE, np.int64)
-        for row, query in enumerate(words):
-            keys = top_keys(self._index.get_scores(query)[rows.start : rows.stop], self.section.top_k, rows.start)
-            found[row, : len(keys)] = keys
-        return found
-
-    @cached_property
-    def _index(self):
+    def scorer(self, part: int) -> Any:
         from rank_bm25 import BM25Okapi
 
-        return BM25Okapi(tokenise(self.documents[:]), k1=self.section.k1, b=self.section.b)
-
-
-def top_keys(scores: np.ndarray, top_k: int, first: int) -> np.ndarray:
-    """Keys of the `top_k` highest positive scores of documents numbered from `first`, best first; fewer if so."""
-    scores = np.asarray(scores, np.float32)
-    places = np.flatnonzero(scores > 0)
-    keys = sort_keys(scores[places], first + places)
-    if len(keys) > top_k:
-        keys = np.partition(keys, -top_k)[-top_k:]  # keys have no ties
-    return np.sort(keys)[::-1]
+        return BM25Okapi(tokenise(self.documents[:]), k1=self.section.k1, b=self.section.b).get_scores

@@ -1,9 +1,4 @@
-"""corpus/ -> candidates/: for each query the best documents by BM25 and by a dense encoder, fused by rank.
-
-Both searches go part by part through the corpus, for a block of queries at a time: memory grows with neither, and
-the parts' best documents merge into the whole's. Ties go to the smaller document id, so a build does not depend on
-the machine's luck.
-"""
+"""corpus/ -> candidates/: for each query the best documents by BM25 and by a dense encoder, fused by rank."""
 
 from __future__ import annotations
 
@@ -12,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from pydantic import Field
 
 from common.recipes import Section
-from common.steps import ParquetStream
+from common.steps import parquet_writer
 from dataset_builders.bm25 import search_bm25
 from dataset_builders.build_record import Build
 from dataset_builders.columns import TextColumn, take
 from dataset_builders.dense import search_dense
-from dataset_builders.engines import Shards
-from dataset_builders.fusion import reciprocal_rank_fusion
-from dataset_builders.hits import NONE, merge_keys, positions_and_scores
+from dataset_builders.embeddings import warn_of_cut_texts
+from dataset_builders.fusion import reciprocal_rank_fusion as reciprocal_rank_fusion  # imported from here outside
 from dataset_builders.near_duplicates import normalised
 from dataset_builders.schema import CANDIDATES
+from dataset_builders.top_k import ranges
 
 PART = 65_536  # documents searched at a time, at least: 100 MB of vectors of 384 dimensions
 MAX_PARTS = 64  # of a larger corpus; each keeps its own best documents for every query until they are merged
@@ -40,95 +36,73 @@ class Fusion(Section):
 
 def write_candidates(build: Build, folder: Path) -> dict[str, Any]:
     """Write candidates.parquet into `folder`; returns the counts for the manifest."""
-    bm25, dense, fusion = build.recipe.bm25, build.recipe.dense, build.recipe.fusion
-    documents, query_ids, texts = build.documents, list(build.queries), list(build.queries.values())
-    parts = _ranges(len(documents), PART * -(-len(documents) // (PART * MAX_PARTS)))
-    blocks = _ranges(len(texts), SEARCH_BLOCK)
-    sparse = search_bm25(bm25, documents, parts, texts, blocks, folder, build.engine)
-    found = search_dense(dense, build.query_vectors, blocks, build.document_vectors, parts, folder, build.engine)
-    counts = {"bm25_only": 0, "dense_only": 0, "both": 0}
-    own = _own_documents(texts, documents) if build.symmetric else np.full(len(texts), -1)
-    with ParquetStream(folder / "candidates.parquet", CANDIDATES) as stream:
-        for rows in _ranges(len(texts), QUERY_BLOCK):
-            hits = [
-                _merged(shards, rows, len(parts), section.top_k)
-                for shards, section in ((sparse, bm25), (found, dense))
-            ]
-            part = slice(rows.start, rows.stop)
-            table = _fuse(*hits, own[part], fusion, query_ids[part], build.document_ids)
-            stream.write(table)
-            _count(table, counts)
-    total = sum(counts.values())
-    share = {name: round(count / max(total, 1), 4) for name, count in counts.items()}
-    return {"queries": len(texts), "documents": len(documents), "candidates": total, "share": share}
+    documents, texts, query_ids = build.documents, list(build.queries.values()), pa.array(build.queries, pa.string())
+    parts = ranges(len(documents), PART * -(-len(documents) // (PART * MAX_PARTS)))
+    blocks = ranges(len(texts), SEARCH_BLOCK)
+    sparse = search_bm25(build.recipe.bm25, documents, parts, texts, blocks, folder, build.engine)
+    vectors = (build.query_vectors, blocks, build.document_vectors, parts)
+    dense = search_dense(build.recipe.dense, *vectors, folder, build.engine)
+    warnings = warn_of_cut_texts(build.document_vectors, build.recipe.dense)
+    own = own_documents(texts, documents) if build.symmetric else np.full(len(texts), -1)
+    total, found_by = 0, {"bm25_only": 0, "dense_only": 0, "both": 0}
+    with parquet_writer(folder / "candidates.parquet", CANDIDATES) as stream:
+        for rows in ranges(len(texts), QUERY_BLOCK):
+            fused = fuse(sparse[rows], dense[rows], own[rows.start : rows.stop], build.recipe.fusion)
+            ids = {
+                "query_id": query_ids.take(pa.array(fused["query"].to_numpy() + rows.start)),
+                "document_id": take(build.document_ids, fused["document"].to_numpy()),
+            }
+            columns = {name: fused[name].to_arrow() for name in CANDIDATES.names[2:]}
+            stream.write(pa.table({**ids, **columns}).cast(CANDIDATES))
+            by_bm25, by_dense = (fused[name].is_not_null() for name in ("bm25_rank", "dense_rank"))
+            total += len(fused)
+            found_by["bm25_only"] += int((by_bm25 & ~by_dense).sum())
+            found_by["dense_only"] += int((by_dense & ~by_bm25).sum())
+            found_by["both"] += int((by_bm25 & by_dense).sum())
+    share = {name: round(count / max(total, 1), 4) for name, count in found_by.items()}
+    return {
+        "queries": len(texts),
+        "documents": len(documents),
+        "candidates": total,
+        "share": share,
+        "queries_cut": build.query_vectors.count_cut,
+        "documents_cut": build.document_vectors.count_cut,
+        "warnings": warnings,
+    }
 
 
-def _ranges(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+def fuse(sparse: np.ndarray, dense: np.ndarray, own: np.ndarray, fusion: Fusion) -> pl.DataFrame:
+    """Each query's candidates by `reciprocal_rank_fusion`, in order: query (its row), document (its position), and
+    the columns of CANDIDATES after the ids; rank and score are null where that retriever did not return the document.
+
+    sparse, dense: FOUND (queries, k), best first. own: (queries,) a document that is no candidate; -1: none.
+    """
+    lists = []
+    for name, found in (("bm25", sparse), ("dense", dense)):
+        kept = (found["document"] >= 0) & (found["document"] != own[:, None])
+        columns = {
+            "query": np.nonzero(kept)[0],
+            "document": found["document"][kept],
+            f"{name}_rank": np.cumsum(kept, axis=1)[kept],
+            f"{name}_score": found["score"][kept],
+        }
+        lists.append(pl.DataFrame(columns))
+    bm25, dense_part = ((1 / (fusion.rrf_k + pl.col(f"{name}_rank"))).fill_null(0.0) for name in ("bm25", "dense"))
+    fused = (
+        lists[0]
+        .join(lists[1], on=["query", "document"], how="full", coalesce=True)
+        .with_columns(rrf_score=bm25 + dense_part)
+        .sort("query", "rrf_score", "document", descending=[False, True, False])
+        .with_columns(rrf_rank=pl.int_range(1, pl.len() + 1).over("query"))
+    )
+    return fused.filter(pl.col("rrf_rank") <= fusion.top_k)
 
 
-def _own_documents(queries: Sequence[str], documents: TextColumn) -> np.ndarray:
+def own_documents(queries: Sequence[str], documents: TextColumn) -> np.ndarray:
     """The position of the document that is the query's own text, or -1."""
     places = {normalised(text): -1 for text in queries}
-    for rows in _ranges(len(documents), PART):
+    for rows in ranges(len(documents), PART):
         for place, text in enumerate(documents[rows.start : rows.stop], start=rows.start):
             if (text := normalised(text)) in places:
                 places[text] = place
     return np.array([places[normalised(text)] for text in queries])
-
-
-def _merged(shards: Shards, rows: range, parts: int, top_k: int) -> np.ndarray:
-    """(queries, up to top_k) keys over the whole corpus, for some queries of one search block."""
-    block, start = divmod(rows.start, SEARCH_BLOCK)
-    return merge_keys([shards[block * parts + part][start : start + len(rows)] for part in range(parts)], top_k)
-
-
-def _fuse(
-    sparse: np.ndarray,
-    dense: np.ndarray,
-    own: np.ndarray,
-    fusion: Fusion,
-    query_ids: list[str],
-    document_ids: pa.ChunkedArray,
-) -> pa.Table:
-    """The candidates of some queries, best first, from their keys by each retriever."""
-    fused = [_fused_query(*query, fusion) for query in zip(sparse, dense, own.tolist(), strict=True)]
-    counts = [len(positions) for positions, _ in fused]
-    positions = np.concatenate([positions for positions, _ in fused])
-    columns = np.concatenate([columns for _, columns in fused])
-    table = {
-        "query_id": pa.array(query_ids).take(np.repeat(np.arange(len(query_ids)), counts)),
-        "document_id": take(document_ids, positions),
-        **{name: pa.array(columns[name], mask=np.isnan(columns[name])) for name in columns.dtype.names},
-    }
-    return pa.table(table).select(CANDIDATES.names).cast(CANDIDATES)
-
-
-def _count(table: pa.Table, counts: dict[str, int]) -> None:
-    by_bm25, by_dense = (table[f"{name}_rank"].is_valid().to_numpy() for name in ("bm25", "dense"))
-    counts["bm25_only"] += int((by_bm25 & ~by_dense).sum())
-    counts["dense_only"] += int((by_dense & ~by_bm25).sum())
-    counts["both"] += int((by_bm25 & by_dense).sum())
-
-
-_FUSED = np.dtype([(name, np.float64) for name in CANDIDATES.names[2:]])
-
-
-def _fused_query(sparse: np.ndarray, dense: np.ndarray, own: int, fusion: Fusion) -> tuple[np.ndarray, np.ndarray]:
-    """Document positions by falling RRF score, and their ranks and scores (NaN: not retrieved)."""
-    retrieved = []
-    for keys in (sparse, dense):
-        positions, scores = positions_and_scores(keys[keys != NONE])
-        retrieved.append((positions[positions != own], scores[positions != own]))
-    fused = reciprocal_rank_fusion([positions.tolist() for positions, _ in retrieved], fusion.rrf_k, fusion.top_k)
-    columns = np.full(len(fused), np.nan, _FUSED)
-    place = {position: index for index, (position, _) in enumerate(fused)}
-    for name, (positions, scores) in zip(("bm25", "dense"), retrieved, strict=True):
-        kept = [(place[position], rank) for rank, position in enumerate(positions.tolist()) if position in place]
-        if kept:
-            places, ranks = np.array(kept).T
-            columns[f"{name}_rank"][places] = ranks + 1
-            columns[f"{name}_score"][places] = scores[ranks]
-    columns["rrf_score"] = [score for _, score in fused]
-    columns["rrf_rank"] = np.arange(1, len(fused) + 1)
-    return np.array(list(place), np.int64), columns

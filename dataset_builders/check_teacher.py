@@ -18,9 +18,11 @@ import numpy as np
 
 from common.cli import InputError
 from dataset_builders.build_record import Build
+from dataset_builders.calibration import check_spread
 from dataset_builders.embeddings import load_model
 from dataset_builders.schema import check_finite
-from dataset_builders.scores import Teacher, check_spread, load_reranker, pairs_to_grade, take_texts
+from dataset_builders.scores import pairs_to_grade
+from dataset_builders.teachers import Teacher, load_reranker, take_texts
 
 # Of the reference scores' standard deviation: how far the build may be from the reference. bfloat16 stays below;
 # scores that are random differ by about 1 in the mean.

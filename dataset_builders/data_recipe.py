@@ -17,9 +17,9 @@ from dataset_builders.decontamination import Decontamination
 from dataset_builders.dense import Dense
 from dataset_builders.engines import Ray
 from dataset_builders.mine import Mining
-from dataset_builders.scores import Teacher
 from dataset_builders.sources import Source, check_task_type, registry
 from dataset_builders.sts import Sts
+from dataset_builders.teachers import Teacher
 
 
 def _with_unit(size: Any) -> str:

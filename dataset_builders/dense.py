@@ -13,11 +13,10 @@ from pydantic import Field
 from common.cli import InputError
 from dataset_builders.embeddings import EncoderSection, Vectors
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.hits import NONE, merge_keys, positions_and_scores, sort_keys
+from dataset_builders.top_k import NOTHING, Ranking, Search, best, merge, ranges
 
 QUERY_BLOCK = 256
 DOCUMENT_BLOCK = 8192  # with the above, 8 MiB of scores at a time
-GROUP = 8  # documents of which the best is looked at first
 
 
 class Dense(EncoderSection):
@@ -39,28 +38,15 @@ def search_dense(
     parts: Sequence[range],
     folder: Path,
     engine: Engine,
-) -> Shards:
-    """Keys of the top-k documents of every part for every block of queries: shard block * len(parts) + part."""
-    if len(documents) >= section.faiss_from:
-        indexes = compute_shards(
-            _FaissIndex(documents, parts),
-            [len(part) for part in parts],
-            folder / "faiss.shards",
-            engine,
-            description="FAISS index",
-            unit="texts",
-        )
-        work = _FaissSearch(section, queries, blocks, indexes, parts)
-    else:
-        work = _ExactSearch(section, queries, blocks, documents, parts)
-    return compute_shards(
-        work,
-        [len(block) * len(part) for block in blocks for part in parts],
-        folder / "dense.shards",
-        engine,
-        description="dense search",
-        unit="pairs",
-    )
+) -> Ranking:
+    """The queries' top-k documents; shards of unfinished work lie in `folder`."""
+    plan = (section.top_k, blocks, parts, queries)
+    if len(documents) < section.faiss_from:
+        return _ExactSearch(*plan, documents).run(folder / "dense.shards", engine, "dense search")
+    sizes = [len(part) for part in parts]
+    index = _FaissIndex(documents, parts)
+    indexes = compute_shards(index, sizes, folder / "faiss.shards", engine, description="FAISS index", unit="texts")
+    return _FaissSearch(*plan, indexes, section.faiss_probes).run(folder / "dense.shards", engine, "dense search")
 
 
 def dense_top_k(queries: np.ndarray, documents: np.ndarray | Vectors, top_k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,67 +54,34 @@ def dense_top_k(queries: np.ndarray, documents: np.ndarray | Vectors, top_k: int
 
     Exact, never the whole score matrix, and ties go to the smaller position.
     """
-    return positions_and_scores(_exact_keys(queries, documents, range(len(documents)), top_k))
+    found = _exact(queries, documents, range(len(documents)), top_k)
+    return found["document"].astype(np.int64), found["score"]
 
 
-def _exact_keys(queries: np.ndarray, documents: np.ndarray | Vectors, rows: range, top_k: int) -> np.ndarray:
+def _exact(queries: np.ndarray, documents: np.ndarray | Vectors, rows: range, top_k: int) -> np.ndarray:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    best = np.full((len(queries), min(top_k, len(rows))), NONE)
+    found = np.full((len(queries), min(top_k, len(rows))), NOTHING)
     # a block of documents is read once, and every block of queries compared with it
-    for first in range(rows.start, rows.stop, DOCUMENT_BLOCK):
-        last = min(first + DOCUMENT_BLOCK, rows.stop)
-        texts = torch.from_numpy(np.asarray(documents[first:last], np.float32)).to(device)
+    for part in ranges(len(rows), DOCUMENT_BLOCK):
+        first = rows.start + part.start
+        texts = torch.from_numpy(np.asarray(documents[first : first + len(part)], np.float32)).to(device)
         for start in range(0, len(queries), QUERY_BLOCK):
             here = slice(start, start + QUERY_BLOCK)
             block = torch.from_numpy(np.asarray(queries[here], np.float32)).to(device)
-            _, lowest = positions_and_scores(best[here, -1])
-            found = _contenders(block @ texts.T, first, lowest, top_k)
-            best[here] = merge_keys([best[here], found], best.shape[1])
-    return best
-
-
-def _contenders(scores: Any, first: int, lowest: np.ndarray, top_k: int) -> np.ndarray:
-    """Keys of a block's documents that can be among a query's `top_k` best: (queries, any number), NONE where fewer.
-
-    `scores`: (queries, documents) tensor, the documents numbered from `first`; `lowest`: (queries,) a score that the
-    best must reach, NaN if none is known. Few scores reach it: only groups whose highest does are looked into.
-    """
-    import torch
-
-    missing = -scores.shape[1] % GROUP
-    if missing:  # sorts below every document, and there are as many documents as places for them
-        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-    groups = scores.view(len(scores), GROUP, -1)  # document i in group i mod the number of groups
-    highest = groups.amax(dim=1).cpu().numpy()
-    width = highest.shape[1]
-    if width >= top_k:  # as many documents score at least as high as the k-th highest group
-        lowest = np.fmax(lowest, np.partition(highest, -top_k, axis=1)[:, -top_k])
-    queries, group = np.divmod(np.flatnonzero(~(highest < lowest[:, None])), width)  # nothing is below a NaN
-    members = groups[torch.from_numpy(queries), :, torch.from_numpy(group)].cpu().numpy()
-    near = np.flatnonzero(~(members < lowest[queries, None]))
-    row, member = np.divmod(near, GROUP)
-    keys = sort_keys(members.ravel()[near], first + member * width + group[row])
-    queries = queries[row]
-    counts = np.bincount(queries, minlength=len(scores))
-    found = np.full((len(scores), counts.max()), NONE)
-    found[queries, np.arange(len(keys)) - np.repeat(counts.cumsum() - counts, counts)] = keys
+            found[here] = merge([found[here], best(block @ texts.T, top_k, first)], found.shape[1])
     return found
 
 
 @dataclass(frozen=True)
-class _ExactSearch:
-    section: Dense
+class _ExactSearch(Search):
     queries: Vectors
-    blocks: Sequence[range]
     documents: Vectors
-    parts: Sequence[range]
 
-    def __call__(self, number: int) -> np.ndarray:
-        block, part = divmod(number, len(self.parts))
-        rows = self.blocks[block]
-        return _exact_keys(self.queries[rows.start : rows.stop], self.documents, self.parts[part], self.section.top_k)
+    def search(self, queries: range, part: int) -> np.ndarray:
+        vectors = self.queries[queries.start : queries.stop]
+        return _exact(vectors, self.documents, self.parts[part], self.top_k)
 
 
 @dataclass(frozen=True)
@@ -151,23 +104,19 @@ class _FaissIndex:
 
 
 @dataclass(frozen=True)
-class _FaissSearch:
-    section: Dense
+class _FaissSearch(Search):
     queries: Vectors
-    blocks: Sequence[range]
     indexes: Shards
-    parts: Sequence[range]
+    probes: int
 
-    def __call__(self, number: int) -> np.ndarray:
-        faiss = _faiss(self.parts[-1].stop)
-        block, part = divmod(number, len(self.parts))
-        rows = self.blocks[block]
-        index = faiss.deserialize_index(np.array(self.indexes[part]))
-        index.nprobe = self.section.faiss_probes
-        scores, places = index.search(self.queries[rows.start : rows.stop], self.section.top_k)
-        keys = sort_keys(scores, self.parts[part].start + places)
-        keys[places < 0] = NONE  # fewer than top_k in the lists that were visited
-        return merge_keys([keys], keys.shape[1])
+    def search(self, queries: range, part: int) -> np.ndarray:
+        index = _faiss(self.parts[-1].stop).deserialize_index(np.array(self.indexes[part]))
+        index.nprobe = self.probes
+        scores, places = index.search(self.queries[queries.start : queries.stop], self.top_k)
+        found = np.full(scores.shape, NOTHING)  # where the lists that were visited hold fewer than top_k
+        found["document"][places >= 0] = self.parts[part].start + places[places >= 0]
+        found["score"][places >= 0] = scores[places >= 0]
+        return merge([found], self.top_k)
 
 
 def _faiss(documents: int) -> Any:

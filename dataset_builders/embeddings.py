@@ -1,13 +1,15 @@
 """Texts -> vectors on disk: computed in shards that survive a kill, and kept under a key of all that decides them.
 
-The key (contract 4) holds the model's weights, tokenizer and revision, prompt, length, dtypes and the texts
-themselves, so a stale vector is never served and two steps that need the same vectors share them.
+The key holds the model's weights, tokenizer and revision, prompt, length, dtypes and the texts themselves, so a stale
+vector is never served and two steps that need the same vectors share them. Beside each vector stands whether its text
+was cut to the model's length.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,7 +21,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from common.cli import InputError
-from common.models import ModelReference, check_model_folder, fetch_settings, resolve_model
+from common.models import check_model_folder, fetch_settings, resolve_model
+from common.plain_text import use_plain_text
 from common.recipes import Section
 from common.steps import fingerprint
 from dataset_builders.columns import TextColumn
@@ -43,12 +46,19 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def describe(self) -> dict[str, Any]:
-        """What decides the section's results. The batches are left out: they move them by rounding only."""
+        """What decides the section's results. The batches are left out: they move them by rounding only.
+
+        Raises InputError for a model that is not there, or has fewer positions than max_seq_length.
+        """
         keys = self.model_dump(mode="json", exclude={"batch_tokens"})
         model = resolve_model(self.model)
         if model.is_local:
             check_model_folder(Path(model.name_or_path))
-        return {**keys, "model": model.fingerprint()}
+        description = {**keys, "model": model.fingerprint()}
+        positions = count_positions(model.name_or_path, model.revision) if self.max_seq_length else None
+        if positions and self.max_seq_length > positions:
+            raise InputError(f"max_seq_length {self.max_seq_length}: {self.model} goes to {positions}; lower it")
+        return description
 
 
 class EncoderSection(ModelSection):
@@ -65,27 +75,58 @@ class Vectors:
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
-        self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._shards.starts[-1])
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self), self._shards[0].shape[1]
+        return len(self), self._shards[0]["vector"].shape[1]
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
-        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        starts = self._shards.starts
+        numbers = np.searchsorted(starts, rows, side="right") - 1
         found = np.empty((len(rows), self.shape[1]), np.float32)
         for number in np.unique(numbers):
             here = numbers == number
-            found[here] = self._shards[number][rows[here] - self._starts[number]]
+            found[here] = self._shards[number]["vector"][rows[here] - starts[number]]
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or np.float32, copy=False)
+
+    @cached_property
+    def count_cut(self) -> int:
+        """How many of the texts were longer than the model reads."""
+        return sum(int(shard["is_cut"].sum()) for shard in self._shards)
+
+    def all_equal(self) -> bool:
+        """Whether no text can be told from another, up to float16."""
+        first = self._shards[0]["vector"][0].astype(np.float32)
+        return all(np.allclose(shard["vector"].astype(np.float32), first, atol=2e-3) for shard in self._shards)
+
+
+def vector_shard(vectors: np.ndarray, is_cut: np.ndarray) -> np.ndarray:
+    """What `Vectors` reads: (texts,) pairs of a vector and a flag, which is as wide as a number of the vector."""
+    fields = [("vector", vectors.dtype, vectors.shape[1:]), ("is_cut", f"i{vectors.dtype.itemsize}")]
+    shard = np.empty(len(vectors), fields)
+    shard["vector"], shard["is_cut"] = vectors, is_cut
+    return shard
+
+
+def warn_of_cut_texts(documents: Vectors, section: EncoderSection) -> list[str]:
+    """Print, and return, one line where most documents are cut, or none can be told from another after it."""
+    cut, count = documents.count_cut, len(documents)
+    are_equal = cut and documents.all_equal()
+    if 2 * cut <= count and not are_equal:
+        return []
+    equal = ", and then all documents are equal" if are_equal else ""
+    length = f"{section.max_seq_length} tokens" if section.max_seq_length else "the model's length"
+    warning = f"{cut:,} of {count:,} documents are cut to {length}{equal}; raise max_seq_length, or split them"
+    print(f"warning: {section.model}: {warning}", file=sys.stderr, flush=True)
+    return [warning]
 
 
 @dataclass(frozen=True)
@@ -105,7 +146,8 @@ class Embedder:
     def _vectors(self, texts: Texts, side: str, prompt: str | None) -> Vectors:
         """Unit length, unless the model itself compares by dot product."""
         keys = {name: self._description[name] for name in ("model", "max_seq_length", "dtype", "vector_dtype")}
-        inputs = {**keys, "side": side, "prompt": prompt, "texts": _digest(texts)}
+        # `reads`: plain text, and shards that say which texts were cut
+        inputs = {**keys, "side": side, "prompt": prompt, "texts": _digest(texts), "reads": "plain text"}
         work = _Encoding(self.section, keys["model"], side, prompt, texts)
         return Vectors(
             compute_shards(
@@ -146,7 +188,8 @@ class _Encoding:
         encode = model.encode_query if self.side == "query" else model.encode_document
         saved_prompt = "" if self.prompt is not None else model.prompts.get(self.side, "")
         lengths = count_tokens(model.tokenizer, [(self.prompt or saved_prompt) + text for text in texts])
-        lengths = np.minimum(lengths, model.max_seq_length or lengths.max(initial=1))
+        limit = model.max_seq_length or np.inf
+        is_cut, lengths = lengths > limit, np.minimum(lengths, limit).astype(np.int64)
         order = longest_first(lengths)
         found = [
             encode(
@@ -160,7 +203,7 @@ class _Encoding:
         ]
         vectors = np.concatenate(found).astype(self.section.vector_dtype)
         check_finite(vectors, f"embeddings of {self.section.model}")
-        return vectors[np.argsort(order)]
+        return vector_shard(vectors[np.argsort(order)], is_cut)
 
 
 @lru_cache(maxsize=1)  # queries and documents are embedded one after the other
@@ -190,22 +233,42 @@ def _digest(texts: Texts) -> str:
 
 
 def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any) -> Any:
-    """A sentence-transformers model of `kind`. Raises InputError when its files cannot be had or read."""
+    """A sentence-transformers model of `kind`; an encoder reads plain text (see common/plain_text.py).
+
+    Raises InputError when its files cannot be had or read.
+    """
     from huggingface_hub.errors import HTTPError
     from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
 
-    reference: ModelReference = resolve_model(section.model)
+    reference = resolve_model(section.model)
+    path = reference.name_or_path
     if reference.is_local:
-        check_model_folder(Path(reference.name_or_path))
+        check_model_folder(Path(path))
     try:
-        return kind(
-            reference.name_or_path,
-            revision=fetch_settings(reference),
-            model_kwargs={"dtype": section.dtype},
-            **keywords,
-        )
+        revision = fetch_settings(reference)
+        model = kind(path, revision=revision, model_kwargs={"dtype": section.dtype}, **keywords)
+        if kind is SentenceTransformer:
+            use_plain_text(model, path, revision)
+        return model
     except (HTTPError, OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: other shapes
         raise InputError(f"model {section.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def count_positions(name_or_path: str, revision: str | None) -> int | None:
+    """The longest text that a model has positions for; None where it names no limit, or has no transformer."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision).get_text_config()
+    except (OSError, ValueError, KeyError):  # static embeddings have no such file
+        return None
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    # RoBERTa's relatives count positions from behind the padding token's id
+    is_offset = any(name in config.model_type for name in ("roberta", "camembert", "mpnet", "xmod", "longformer"))
+    return positions - (config.pad_token_id + 1) if is_offset else positions
 
 
 def count_tokens(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:

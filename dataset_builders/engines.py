@@ -13,6 +13,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -40,6 +41,15 @@ class Shards(Sequence[np.ndarray]):
 
     def __getitem__(self, number: int) -> np.ndarray:
         return np.load(self._paths[number], mmap_mode="r")
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each shard's rows start in all of them together; and their number."""
+        return np.cumsum([0, *(len(shard) for shard in self)])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        numbers = np.flatnonzero((self.starts[:-1] < stop) & (self.starts[1:] > start))
+        return np.concatenate([self[n][max(start - self.starts[n], 0) : stop - self.starts[n]] for n in numbers])
 
 
 class Engine(ABC):

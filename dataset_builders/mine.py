@@ -27,9 +27,9 @@ from tqdm import tqdm
 from common.cli import InputError
 from common.recipes import Section
 from common.steps import parquet_writer, read_arrow, read_parquet, row_groups, write_parquet
+from dataset_builders.calibration import count_flat_and_one_hot
 from dataset_builders.columns import positions_of, take
 from dataset_builders.schema import CLASSES, GROUPS, POSITIVES, mined_schema
-from dataset_builders.scores import count_flat_and_one_hot
 from dataset_builders.sources import stable_hash
 
 if TYPE_CHECKING:

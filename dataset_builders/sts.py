@@ -13,12 +13,13 @@ from pydantic import Field
 from common.cli import InputError
 from common.recipes import Section
 from common.steps import write_parquet
+from dataset_builders.calibration import Calibration
 from dataset_builders.decontamination import clean_pairs, read_probes
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Vectors
 from dataset_builders.schema import STS, check_rows
-from dataset_builders.scores import Calibration, PairScorer
 from dataset_builders.sources import read_sts
+from dataset_builders.teachers import PairScorer
 
 if TYPE_CHECKING:
     from dataset_builders.build_record import Build

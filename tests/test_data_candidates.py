@@ -1,11 +1,12 @@
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import ir_measures
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -14,24 +15,18 @@ from tiny_data import SHARED_DATA
 
 from common.steps import write_arrow
 from dataset_builders import dense
-from dataset_builders.bm25 import Bm25, search_bm25, tokenise, top_keys
-from dataset_builders.candidates import _ranges, reciprocal_rank_fusion
+from dataset_builders.bm25 import Bm25, search_bm25, tokenise
+from dataset_builders.candidates import Fusion, fuse
 from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, dense_top_k, search_dense
-from dataset_builders.embeddings import Vectors
+from dataset_builders.embeddings import Vectors, vector_shard
 from dataset_builders.engines import LOCAL, compute_shards
-from dataset_builders.hits import NONE, merge_keys, positions_and_scores
+from dataset_builders.fusion import reciprocal_rank_fusion
+from dataset_builders.top_k import FOUND, NOTHING, best, merge, ranges
 
-rankings = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=3)
+# --- fusion ---------------------------------------------------------------------------------------------------------
 
-
-@given(rankings, st.integers(0, 100))
-def test_fusion_is_the_sum_over_ranks(lists, k):
-    expected = {
-        document: sum(1 / (k + ranking.index(document) + 1) for ranking in lists if document in ranking)
-        for document in set().union(*lists)
-    }
-    assert reciprocal_rank_fusion(lists, k) == sorted(expected.items(), key=lambda item: (-item[1], item[0]))
+documents = st.lists(st.integers(0, 9), unique=True, max_size=8)
 
 
 def test_fusion_by_hand():
@@ -40,27 +35,65 @@ def test_fusion_by_hand():
     assert reciprocal_rank_fusion([["b", "a"], ["a", "b"]], top_k=1) == [("a", 1 / 62 + 1 / 61)]
 
 
-@settings(max_examples=50)
-@given(
-    st.integers(1, 40).flatmap(
-        lambda documents: st.tuples(
-            hnp.arrays(np.float32, (7, 2), elements=st.sampled_from([-1.0, -0.5, -0.0, 0.0, 0.5, 1.0])),
-            hnp.arrays(np.float32, (documents, 2), elements=st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0])),
-        )
-    ),
-    st.integers(1, 50),
+@given(st.lists(st.tuples(documents, documents, st.integers(-1, 9)), min_size=1, max_size=4), st.integers(1, 12))
+def test_queries_fused_together_are_fused_as_each_alone(queries, top_k):
+    def found(side):
+        rows = np.full((len(queries), 8), NOTHING)
+        for row, query in enumerate(queries):
+            rows["document"][row, : len(query[side])] = query[side]
+            rows["score"][row, : len(query[side])] = [1 / (1 + rank) for rank in range(len(query[side]))]
+        return rows
+
+    own = np.array([query[2] for query in queries])
+    table = fuse(found(0), found(1), own, Fusion(rrf_k=5, top_k=top_k)).to_dicts()
+    for number, (*lists, own_document) in enumerate(queries):
+        rows = [row for row in table if row["query"] == number]
+        lists = [[document for document in one if document != own_document] for one in lists]
+        assert [(row["document"], row["rrf_score"]) for row in rows] == reciprocal_rank_fusion(lists, 5, top_k)
+        assert [row["rrf_rank"] for row in rows] == list(range(1, len(rows) + 1))
+        for name, one in zip(("bm25", "dense"), lists, strict=True):
+            ranks = {row["document"]: row[f"{name}_rank"] for row in rows}
+            assert ranks == {document: one.index(document) + 1 if document in one else None for document in ranks}
+            assert all((row[f"{name}_score"] is None) == (row[f"{name}_rank"] is None) for row in rows)
+
+
+# --- the best of a matrix, and of parts -----------------------------------------------------------------------------
+
+matrices = st.integers(1, 40).flatmap(
+    lambda width: hnp.arrays(np.float32, (5, width), elements=st.sampled_from([-1.0, -0.5, -0.0, 0.0, 0.5, 1.0]))
 )
-def test_blocked_top_k_is_a_full_sort_with_ties_by_position(vectors, top_k):
-    queries, documents = vectors
+
+
+@given(matrices, st.integers(1, 45), st.integers(1, 7), st.sampled_from([-np.inf, 0.0]))
+def test_the_best_of_parts_are_those_of_a_full_sort_with_ties_by_position(scores, top_k, size, above):
+    parts = [
+        best(torch.from_numpy(scores[:, part.start : part.stop]), top_k, part.start, above)
+        for part in ranges(scores.shape[1], size)
+    ]
+    found = merge(parts, top_k)
+    for row, expected in zip(found, scores, strict=True):
+        order = [place for place in np.argsort(-expected, kind="stable") if expected[place] > above][:top_k]
+        assert row["document"].tolist() == order + [-1] * (len(row) - len(order))
+        assert row["score"].tolist() == [*expected[order].tolist(), *[-math.inf] * (len(row) - len(order))]
+        assert not np.signbit(row["score"][row["score"] == 0]).any()
+
+
+@settings(max_examples=30)
+@given(matrices, st.integers(1, 50))
+def test_blocked_inner_products_are_a_full_sort(vectors, top_k):
+    texts = vectors.T[:, :2].copy() if vectors.shape[1] > 1 else vectors[:, :1].copy()
+    queries = texts[::2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "QUERY_BLOCK", 3)
         patch.setattr(dense, "DOCUMENT_BLOCK", 9)
-        patch.setattr(dense, "GROUP", 2)
-        positions, found = dense_top_k(queries, documents, top_k)
-    scores = queries @ documents.T  # sums of multiples of 1/4: exact, so ties are real ties
+        positions, found = dense_top_k(queries, texts, top_k)
+    scores = queries @ texts.T  # sums of multiples of 1/4: exact, so ties are real ties
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
+
+
+# --- BM25 -----------------------------------------------------------------------------------------------------------
 
 
 class LuceneOkapi(BM25Okapi):
@@ -71,37 +104,15 @@ class LuceneOkapi(BM25Okapi):
             self.idf[word] = np.log(1 + (self.corpus_size - count + 0.5) / (count + 0.5))
 
 
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0]), min_size=1, max_size=30), st.integers(1, 12))
-def test_top_keys_are_the_best_positive_scores_with_ties_by_position(scores, top_k):
-    positions, found = positions_and_scores(top_keys(np.array(scores), top_k, 100))
-    expected = [row for row in np.argsort(-np.array(scores), kind="stable") if scores[row] > 0][:top_k]
-    assert positions.tolist() == [100 + row for row in expected]
-    assert found.tolist() == [scores[row] for row in expected]
-
-
-def test_places_without_a_document_sort_last_and_decode_to_none():
-    part, empty = top_keys(np.array([1.0, 3.0]), 2, 7)[None], np.full((1, 2), NONE)
-    positions, scores = positions_and_scores(merge_keys([empty, part], 3))
-    assert positions.tolist() == [[8, 7, -1]] and scores[0, :2].tolist() == [3.0, 1.0]
-
-
 def retrieved(texts, queries, folder, *, part, block=50, **keys) -> list[list[tuple[int, float]]]:
     """(position, score) of each query's documents, best first, searched in parts of `part` documents."""
     batch = pa.record_batch({"text": texts})
     folder.mkdir()
     write_arrow(folder / "texts.arrow", [batch], batch.schema)
-    section, parts, blocks = Bm25(**keys), _ranges(len(texts), part), _ranges(len(queries), block)
-    shards = search_bm25(section, TextColumn(folder / "texts.arrow"), parts, queries, blocks, folder, LOCAL)
-    assert len(shards) == len(parts) * len(blocks)
-    return [
-        list(zip(*map(np.ndarray.tolist, positions_and_scores(row[row != NONE])), strict=True))
-        for row in merged(shards, len(parts), section.top_k)
-    ]
-
-
-def merged(shards, parts: int, top_k: int) -> np.ndarray:
-    shards = list(shards)
-    return np.concatenate([merge_keys(shards[at : at + parts], top_k) for at in range(0, len(shards), parts)])
+    section, parts, blocks = Bm25(**keys), ranges(len(texts), part), ranges(len(queries), block)
+    ranking = search_bm25(section, TextColumn(folder / "texts.arrow"), parts, queries, blocks, folder, LOCAL)
+    found = np.concatenate([ranking[rows] for rows in blocks])
+    return [row[row["document"] >= 0].tolist() for row in found]
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +121,18 @@ def zipf():
     vocabulary = [f"{one}{two}" for one in ("kelp", "moss", "fern", "reed", "vine") for two in "bcdfghjklmnpqrstvwxz"]
     weights = 1 / np.arange(1, len(vocabulary) + 1)
     draw = lambda length: " ".join(rng.choice(vocabulary, length, p=weights / weights.sum()))  # noqa: E731
-    return [draw(rng.integers(5, 60)) for _ in range(400)], [draw(4) for _ in range(50)]
+    return [draw(rng.integers(5, 60)) for _ in range(200)], [draw(4) for _ in range(50)]
 
 
-@pytest.mark.parametrize("part", [400, 150, 1])
+@pytest.mark.parametrize("part", [200, 70, 3])
 def test_bm25_by_parts_ranks_as_one_index_of_rank_bm25_with_lucenes_idf(part, zipf, tmp_path):
     texts, queries = zipf
     reference = LuceneOkapi(tokenise(texts))
     found = retrieved(texts, queries, tmp_path / "x", part=part, block=20, top_k=10)
     assert len(found) == 50
-    for query, hits in zip(queries, found, strict=True):
+    for query, row in zip(queries, found, strict=True):
         expected = reference.get_scores(tokenise([query])[0]) / 2.5  # Okapi's factor k1 + 1
-        positions, scores = zip(*hits, strict=True)
+        positions, scores = zip(*row, strict=True)
         np.testing.assert_allclose(scores, expected[list(positions)], rtol=1e-4)
         # equal up to ties: the reference's scores of our ten are its own ten best scores
         np.testing.assert_allclose(scores, np.sort(expected)[::-1][:10], rtol=1e-4)
@@ -133,26 +144,20 @@ def test_bm25_is_what_bm25s_itself_finds(zipf, tmp_path):
     texts, queries = zipf
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
     index.index(tokenise(texts), show_progress=False)
-    for query, hits in zip(queries, retrieved(texts, queries, tmp_path / "x", part=64, k1=0.9, b=0.4), strict=True):
-        positions, scores = zip(*hits, strict=True)
+    for query, row in zip(queries, retrieved(texts, queries, tmp_path / "x", part=64, k1=0.9, b=0.4), strict=True):
+        positions, scores = zip(*row, strict=True)
         expected = index.get_scores(tokenise([query])[0])
         np.testing.assert_allclose(scores, expected[list(positions)], rtol=1e-5)
-        assert len(hits) == min(100, np.count_nonzero(expected))
+        assert len(row) == min(100, np.count_nonzero(expected))
 
 
-def test_rank_bm25_is_its_own_ranking_whatever_the_parts(zipf, tmp_path):
+def test_rank_bm25_is_its_own_ranking(zipf, tmp_path):
     texts, queries = zipf
-    found = retrieved(texts, queries, tmp_path / "x", part=150, top_k=10, backend="rank_bm25")
     reference = BM25Okapi(tokenise(texts))
-    overlap = []
-    for query, hits, other in zip(
-        queries, found, retrieved(texts, queries, tmp_path / "y", part=150, top_k=10), strict=True
-    ):
+    found = retrieved(texts, queries, tmp_path / "x", part=70, block=20, top_k=10, backend="rank_bm25")
+    for query, row in zip(queries, found, strict=True):
         scores = reference.get_scores(tokenise([query])[0])
-        best = np.sort(scores[scores > 0])[::-1][:10]
-        np.testing.assert_allclose([score for _, score in hits], best, rtol=1e-6)
-        overlap.append(len({position for position, _ in hits} & {position for position, _ in other}))
-    assert np.mean(overlap) < 10  # its own idf ranks differently, which is why parity is tested with Lucene's
+        np.testing.assert_allclose([score for _, score in row], np.sort(scores[scores > 0])[::-1][:10], rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["bm25s", "rank_bm25"])
@@ -160,37 +165,6 @@ def test_rank_bm25_is_its_own_ranking_whatever_the_parts(zipf, tmp_path):
 def test_a_query_without_known_words_finds_nothing(query, backend, tmp_path):
     found = retrieved(["kelp moss", "fern", "ivy oak"], [query, "fern"], tmp_path / "x", part=2, backend=backend)
     assert found[0] == [] and [position for position, _ in found[1]] == [1]
-
-
-def vectors_on_disk(values: np.ndarray, folder: Path) -> Vectors:
-    """As an Embedder would keep them."""
-    return Vectors(compute_shards(Rows(values), [len(values)], folder, LOCAL, description="", unit=""))
-
-
-@dataclass(frozen=True)
-class Rows:
-    values: np.ndarray
-
-    def __call__(self, number):
-        return self.values
-
-
-@pytest.mark.parametrize("faiss", [False, True])
-def test_dense_search_by_parts_finds_the_whole_corpus_best(faiss, tmp_path):
-    if faiss:
-        pytest.importorskip("faiss", reason="FAISS is not installed")
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(20, 16))
-    texts = (centres[rng.integers(20, size=3000)] + 0.3 * rng.normal(size=(3000, 16))).astype(np.float32)
-    asked = (texts[:60] + 0.1 * rng.normal(size=(60, 16))).astype(np.float32)
-    section = Dense(model="x", top_k=10, faiss_from=1 if faiss else 10_000, faiss_probes=8)
-    parts, blocks = _ranges(3000, 1100), _ranges(60, 25)
-    queries, documents = vectors_on_disk(asked, tmp_path / "q"), vectors_on_disk(texts, tmp_path / "d")
-    shards = search_dense(section, queries, blocks, documents, parts, tmp_path, LOCAL)
-    found, _ = positions_and_scores(merged(shards, 3, 10))
-    expected = np.argsort(-(asked @ texts.T), axis=1, kind="stable")[:, :10]
-    shared = np.mean([len({*one} & {*other}) / 10 for one, other in zip(found, expected, strict=True)])
-    assert shared == 1 if not faiss else 0.9 < shared <= 1
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "scifact").is_dir(), reason="the SciFact files are not on this machine")
@@ -204,10 +178,46 @@ def test_bm25_reaches_the_published_ndcg_on_scifact(tmp_path):
     found = retrieved(texts, [queries[query_id] for query_id in judged], tmp_path / "x", part=2000, top_k=10)
     run = [
         ir_measures.ScoredDoc(query_id, corpus[position]["_id"], score)
-        for query_id, hits in zip(judged, found, strict=True)
-        for position, score in hits
+        for query_id, row in zip(judged, found, strict=True)
+        for position, score in row
     ]
     labels = [ir_measures.Qrel(row["query_id"], row["corpus_id"], row["score"]) for row in qrels]
     ndcg = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], labels, run)[ir_measures.nDCG @ 10]
     assert len(judged) == 300
     assert ndcg == pytest.approx(0.687, abs=0.005)  # bm25s's own figure for SciFact: 0.6874
+
+
+# --- dense ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    values: np.ndarray
+
+    def __call__(self, number):
+        return self.values
+
+
+def vectors_on_disk(values: np.ndarray, folder) -> Vectors:
+    """As an Embedder would keep them."""
+    shard = vector_shard(values, np.zeros(len(values)))
+    return Vectors(compute_shards(Rows(shard), [len(values)], folder, LOCAL, description="", unit=""))
+
+
+@pytest.mark.parametrize("faiss", [False, True])
+def test_dense_search_by_parts_finds_the_whole_corpus_best(faiss, tmp_path):
+    if faiss:
+        pytest.importorskip("faiss", reason="FAISS is not installed")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(20, 16))
+    texts = (centres[rng.integers(20, size=3000)] + 0.3 * rng.normal(size=(3000, 16))).astype(np.float32)
+    asked = (texts[:60] + 0.1 * rng.normal(size=(60, 16))).astype(np.float32)
+    section = Dense(model="x", top_k=10, faiss_from=1 if faiss else 10_000, faiss_probes=8)
+    parts, blocks = ranges(3000, 1100), ranges(60, 25)
+    queries, corpus = vectors_on_disk(asked, tmp_path / "q"), vectors_on_disk(texts, tmp_path / "d")
+    ranking = search_dense(section, queries, blocks, corpus, parts, tmp_path, LOCAL)
+    found = np.concatenate([ranking[rows] for rows in blocks])
+    assert found.dtype == FOUND and found.shape == (60, 10)
+    expected = np.argsort(-(asked @ texts.T), axis=1, kind="stable")[:, :10]
+    shared = np.mean([len({*one} & {*other}) / 10 for one, other in zip(found["document"], expected, strict=True)])
+    assert shared == 1 if not faiss else 0.9 < shared <= 1

@@ -12,7 +12,13 @@ from common.cli import InputError
 from common.steps import write_arrow
 from dataset_builders import embeddings
 from dataset_builders.columns import TextColumn
-from dataset_builders.embeddings import Embedder, EncoderSection, token_batches
+from dataset_builders.embeddings import (
+    Embedder,
+    EncoderSection,
+    count_positions,
+    token_batches,
+    warn_of_cut_texts,
+)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 200))
@@ -110,3 +116,53 @@ def test_a_vector_of_nan_is_refused_and_leaves_nothing(tmp_path, texts):
     with pytest.raises(InputError, match="NaN"):
         Embedder(EncoderSection(model=str(folder)), tmp_path / "cache").documents(texts)
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [("BertConfig", 64), ("RobertaConfig", 62), ("MPNetConfig", 62), ("T5Config", None)],
+)
+def test_more_tokens_than_a_model_has_positions_are_refused_before_it_is_loaded(config, longest, tmp_path):
+    import transformers
+
+    sizes = {"pad_token_id": 1, "max_position_embeddings": 64} if config != "T5Config" else {}
+    getattr(transformers, config)(**sizes).save_pretrained(tmp_path)
+    assert count_positions(str(tmp_path), None) == longest
+    if longest:
+        EncoderSection(model=str(tmp_path), max_seq_length=longest).describe()
+        with pytest.raises(InputError, match=f"max_seq_length {longest + 1}: .* goes to {longest}; lower it"):
+            EncoderSection(model=str(tmp_path), max_seq_length=longest + 1).describe()
+
+
+def test_cut_texts_are_counted_and_told_where_they_are_most(tmp_path, tiny_encoder, capsys):
+    from transformers import AutoTokenizer
+
+    head = "how do i parse a date " * 3
+    texts = ["sort list", "write file", *(f"{head}{word}" for word in ("sort", "list", "file"))]
+    lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(tiny_encoder)(texts)["input_ids"]]
+    section = EncoderSection(model=str(tiny_encoder), max_seq_length=12, document_prompt="")
+    vectors = Embedder(section, tmp_path).documents(texts)
+    assert vectors.count_cut == sum(length > 12 for length in lengths) == 3 and not vectors.all_equal()
+    [warning] = warn_of_cut_texts(vectors, section)
+    assert warning.startswith("3 of 5 documents are cut to 12 tokens;")
+    assert capsys.readouterr().err.count("warning: ") == 1
+    [warning] = warn_of_cut_texts(Embedder(section, tmp_path).documents(texts[2:]), section)
+    assert "and then all documents are equal" in warning
+    whole = section.model_copy(update={"max_seq_length": max(lengths)})
+    assert warn_of_cut_texts(Embedder(whole, tmp_path).documents(texts), whole) == []
+
+
+def test_encoders_read_plain_text_whatever_chat_template_they_carry(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from test_common_plain_text import LAYOUTS, write_base
+
+    base = write_base(tmp_path / "base", LAYOUTS["SmolLM2"])
+    section = EncoderSection(model=str(base), query_prompt="find: ", vector_dtype="float32")
+    found = np.array(Embedder(section, tmp_path / "cache").queries(["sort the list"]))
+    plain = SentenceTransformer(str(base))
+    chatting = plain.encode(["sort the list"], prompt="find: ", normalize_embeddings=True)
+    plain[0].tokenizer.chat_template = None
+    plain[0].modality_config.pop("message")
+    expected = plain.encode(["sort the list"], prompt="find: ", normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found - chatting).max() > 1e-2

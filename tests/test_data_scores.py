@@ -18,23 +18,23 @@ from tiny_data import WORDS, tiny_build, write_encoder
 from common.cli import InputError
 from common.recipes import parse_recipe
 from common.steps import ParquetStream, read_arrow, read_parquet, write_arrow, write_parquet
+from dataset_builders import calibration as calibration_module
 from dataset_builders import scores as scores_module
-from dataset_builders.check_teacher import check_teacher, compare_scores
-from dataset_builders.columns import TextColumn
-from dataset_builders.engines import LocalEngine
-from dataset_builders.schema import CANDIDATES, DOCUMENTS, LABEL_FLOOR, QRELS, QUERIES, SCORES
-from dataset_builders.scores import (
+from dataset_builders import teachers
+from dataset_builders.calibration import (
     Calibration,
-    PairScorer,
-    Teacher,
     calibrate,
     calibration_error,
     count_flat_and_one_hot,
-    graded_blocks,
-    positions_of,
     reliability,
-    write_scores,
+    warnings_of,
 )
+from dataset_builders.check_teacher import check_teacher, compare_scores
+from dataset_builders.columns import TextColumn, positions_of
+from dataset_builders.engines import LocalEngine
+from dataset_builders.schema import CANDIDATES, DOCUMENTS, LABEL_FLOOR, QRELS, QUERIES, SCORES
+from dataset_builders.scores import graded_blocks, write_scores
+from dataset_builders.teachers import PairScorer, Teacher
 
 rng = np.random.default_rng(0)
 POSITIVES, OTHERS = rng.normal(0.6, 0.1, 500), rng.normal(0.4, 0.15, 20_000)
@@ -327,13 +327,39 @@ def test_grading_hardly_pads(classifier, tmp_path):
     scorer = PairScorer(teacher, tmp_path, LocalEngine(), ["b c"], texts)
     pairs = pa.record_batch(
         [pa.array([0] * 3000, pa.int32()), pa.array(range(3000), pa.int32()), [False] * 3000],
-        schema=scores_module.PAIRS,
+        schema=teachers.PAIRS,
     )
-    write_arrow(tmp_path / "pairs.arrow", [pairs], scores_module.PAIRS)
+    write_arrow(tmp_path / "pairs.arrow", [pairs], teachers.PAIRS)
     (grades,) = scorer.grade(tmp_path / "pairs.arrow", tmp_path / "teacher.shards")
     np.testing.assert_array_equal(grades["tokens"], 2 + 3 + lengths)  # [CLS] b c [SEP] ... [SEP]
     assert grades["computed"].sum() / grades["tokens"].sum() < 1.1
     assert np.std(grades["score"]) > 0
+
+
+def graded(teacher: Teacher, folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
+    queries, texts = (list(side) for side in zip(*pairs, strict=True))
+    columns = [pa.array(range(len(pairs)), pa.int32()), pa.array(range(len(pairs)), pa.int32()), [False] * len(pairs)]
+    write_arrow(folder / "pairs.arrow", [pa.record_batch(columns, schema=teachers.PAIRS)], teachers.PAIRS)
+    scorer = PairScorer(teacher, folder, LocalEngine(), queries, texts)
+    (grades,) = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
+    return grades
+
+
+def test_cut_pairs_and_pairs_without_a_word_of_the_document_are_counted(classifier, causal_lm, tmp_path):
+    words = "a b c d e f g h"
+    pairs = [("a", words), (words, "a b c"), (words, words), (f"{words} {words}", "a b"), (words, "a b c d")]
+    for name, model, limit, cut, without in (
+        # [CLS] query [SEP] document [SEP], the longer side cut first: a document keeps some of its words
+        ("classifier", classifier, 14, [False, False, True, True, True], [False] * 5),
+        # query ... doc ... judge, cut from behind, and the template's end kept
+        ("causal_lm", causal_lm, 14, [False, False, True, True, True], [False, False, False, True, False]),
+    ):
+        (tmp_path / name).mkdir()
+        teacher = Teacher(kind="cross_encoder", model=str(model), max_seq_length=limit)
+        grades = graded(teacher, tmp_path / name, pairs)
+        assert grades["tokens"].max() == limit
+        assert grades["is_cut"].astype(bool).tolist() == cut
+        assert grades["has_no_document"].astype(bool).tolist() == without
 
 
 # The step
@@ -482,7 +508,7 @@ class EngineThatStops(LocalEngine):
 
 @pytest.mark.usefixtures("any_teacher_will_do")
 def test_an_interrupted_grading_goes_on_after_its_shards_to_the_same_bytes(graded_set, classifier, monkeypatch):
-    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 16)
+    monkeypatch.setattr(teachers, "SHARD_PAIRS", 16)
     teacher = Teacher(kind="cross_encoder", model=str(classifier), batch_tokens=200, max_seq_length=64)
     _, facts = grade(graded_set, teacher, "straight")
     before, after = EngineThatStops(3), EngineThatStops(99)
@@ -511,7 +537,7 @@ class EngineThatPickles(LocalEngine):
 @pytest.mark.usefixtures("any_teacher_will_do")
 @pytest.mark.parametrize("kind", ["bi_encoder", "cross_encoder"])
 def test_workers_elsewhere_grade_as_this_process_does(graded_set, classifier, monkeypatch, kind):
-    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 32)
+    monkeypatch.setattr(teachers, "SHARD_PAIRS", 32)
     model = classifier if kind == "cross_encoder" else write_encoder(graded_set / "encoder")
     teacher = Teacher(kind=kind, model=str(model), max_seq_length=64 if kind == "cross_encoder" else None)
     table, facts = grade(graded_set, teacher)
@@ -527,13 +553,13 @@ def test_neither_blocks_nor_shards_decide_a_grade(graded_set, monkeypatch):
     path = graded_set / "candidates" / "candidates.parquet"
     write_parquet(path, read_parquet(path))
     assert pq.ParquetFile(path).num_row_groups == 1
-    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 7)
+    monkeypatch.setattr(teachers, "SHARD_PAIRS", 7)
     again, facts_again = grade(graded_set, teacher, "one-block")
     assert again.equals(table) and facts_again == facts
 
 
 def test_calibration_reads_all_positives_and_an_even_stride_of_the_others(graded_set, monkeypatch):
-    monkeypatch.setattr(scores_module, "SHARD_PAIRS", 10)
+    monkeypatch.setattr(teachers, "SHARD_PAIRS", 10)
     monkeypatch.setattr(scores_module, "MAX_OTHERS", 20)
     table, facts = grade(graded_set, Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder"))))
     scores, is_positive = table["teacher_score"].to_numpy(), table["is_positive"].to_numpy()
@@ -544,15 +570,17 @@ def test_calibration_reads_all_positives_and_an_even_stride_of_the_others(graded
 
 
 def test_a_teacher_that_teaches_little_is_warned_of():
-    counts = {"queries": 100, "flat_rows": 30, "one_hot_rows": 10}
-    assert [line.split(" of ")[0] for line in scores_module._warnings(counts, 0.9)] == ["30%"]
-    found = scores_module._warnings({**counts, "flat_rows": 20, "one_hot_rows": 21}, 0.6)
+    counts = {"queries": 100, "graded": 900, "flat_rows": 30, "one_hot_rows": 10}
+    assert [line.split(" of ")[0] for line in warnings_of(counts, 0.9)] == ["30%"]
+    found = warnings_of({**counts, "flat_rows": 20, "one_hot_rows": 21}, 0.6)
     assert ["one-hot" in line or "AUC 0.600" in line for line in found] == [True, True]
+    found = warnings_of({**counts, "flat_rows": 0, "pairs_cut": 451, "pairs_without_document": 7}, 0.9)
+    assert [line.split(" pairs")[0] for line in found] == ["7 of 900", "451 of 900"]
     assert all("\n" not in line for line in found)
 
 
 def test_warnings_are_printed_and_kept(graded_set, monkeypatch, capsys):
-    monkeypatch.setattr(scores_module, "WARN_AUC", 1.1)
+    monkeypatch.setattr(calibration_module, "WARN_AUC", 1.1)
     _, facts = grade(graded_set, Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder"))))
     printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(printed) == len(facts["warnings"]) >= 1

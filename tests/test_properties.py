@@ -15,11 +15,10 @@ from hypothesis.extra import numpy as hnp
 
 from common.cli import one_line
 from common.recipes import load_yaml
+from dataset_builders.calibration import calibrate
 from dataset_builders.candidates import reciprocal_rank_fusion
-from dataset_builders.hits import merge_keys, positions_and_scores, sort_keys
 from dataset_builders.near_duplicates import band_keys, text_keys
 from dataset_builders.schema import LABEL_FLOOR
-from dataset_builders.scores import calibrate
 from eval.held_out import Queries
 from eval.retrieval import ranking_scores
 from modeling.merging import linear, merge_weights, slerp
@@ -67,21 +66,6 @@ def test_a_message_is_one_printable_line(text, longest):
 
 
 # --- retrieval ------------------------------------------------------------------------------------------------------
-
-scored = st.lists(floats, min_size=1, max_size=30)
-
-
-@given(scored, st.integers(1, 12), st.integers(1, 7))
-def test_top_k_of_parts_merge_into_the_top_k_of_the_whole(scores, top_k, size):
-    expected = sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:top_k]
-    parts = []
-    for start in range(0, len(scores), size):
-        part = np.array([scores[start : start + size]], np.float32)
-        keys = sort_keys(part, np.arange(start, start + part.shape[1]))
-        parts.append(merge_keys([keys], top_k))
-    positions, found = positions_and_scores(merge_keys(parts, top_k))
-    assert positions[0].tolist() == expected
-    assert found[0].tolist() == [scores[row] for row in expected]
 
 
 @given(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=8), max_size=4), st.integers(0, 80))

@@ -1,0 +1,168 @@
+"""A teacher's scores -> soft labels in (0, 1): label = sigmoid(a * score + b), Platt scaling.
+
+A logistic regression with balanced classes, labelled positives against the other graded documents. It is fitted for
+each build, that is for each teacher and source, on standardised scores with scikit-learn's default penalty, so labels
+do not depend on the teacher's unit, and a teacher that never errs does not push a to infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.cli import InputError
+from dataset_builders.schema import LABEL_FLOOR, check_finite
+
+BINS = 10  # of the reliability table
+FLAT = 0.05  # a query whose labels differ by less has nothing to teach
+ONE_HOT = 0.99  # share of the odds label / (1 - label) that one document holds: a hard label in disguise
+WARN_SHARE = 0.2  # of queries that are flat, or one-hot
+WARN_AUC = 0.65  # below, a teacher hardly tells positives from others; 0.5 is chance
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """label = sigmoid(a * score + b), kept LABEL_FLOOR away from 0 and 1."""
+
+    a: float
+    b: float
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        from scipy.special import expit
+
+        labels = expit(self.a * np.asarray(scores, np.float64) + self.b)
+        return np.clip(labels, LABEL_FLOOR, 1 - LABEL_FLOOR).astype(np.float32)
+
+
+def calibrate(positives: np.ndarray, others: np.ndarray) -> tuple[Calibration, dict[str, Any]]:
+    """Platt scaling of a teacher's scores for labelled positives and for the other graded documents.
+
+    Also returns constants, AUC, counts, the reliability table and its expected calibration error. Raises InputError
+    when the scores cannot be calibrated: NaN, all equal, one side missing, or positives scored below the others.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    scores = np.concatenate([positives, others]).astype(np.float64)
+    check_finite(scores, "teacher scores")
+    if not len(positives) or not len(others):
+        raise InputError(
+            f"teacher scores: {len(positives)} positives and {len(others)} other candidates; "
+            "calibration needs both, retrieve more with --fusion.top_k"
+        )
+    check_spread(scores, "teacher scores")
+    mean, deviation = scores.mean(), scores.std()
+    is_positive = np.arange(len(scores)) < len(positives)
+    auc = float(roc_auc_score(is_positive, scores))
+    fit = LogisticRegression(class_weight="balanced").fit(((scores - mean) / deviation)[:, None], is_positive)
+    a = float(fit.coef_[0, 0] / deviation)
+    b = float(fit.intercept_[0] - a * mean)
+    if a <= 0:
+        raise InputError(
+            f"teacher scores run against the labels (AUC {auc:.3f}): positives score below other candidates; "
+            "use another teacher, or check its prompts"
+        )
+    calibration = Calibration(a, b)
+    table = reliability(calibration(scores), is_positive)
+    facts = {
+        "a": a,
+        "b": b,
+        "auc": round(auc, 4),
+        "positives": len(positives),
+        "others": len(others),
+        "expected_calibration_error": round(calibration_error(table), 4),
+        "reliability": table,
+    }
+    return calibration, facts
+
+
+def check_spread(scores: np.ndarray, what: str) -> None:
+    """Raises InputError for scores that are all the same, up to rounding."""
+    mean, deviation = float(np.mean(scores)), float(np.std(scores))
+    if deviation <= 1e-6 * max(1.0, abs(mean)):
+        raise InputError(f"{what} are all {mean:.6g}: this model cannot tell documents apart; use another")
+
+
+def reliability(labels: np.ndarray, is_positive: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
+    """For each equal-width bin of labels that is not empty: mean label, observed share of positives, counts.
+
+    Both are weighted as the fit is, all positives together as much as all others: where labels mean what they say,
+    `observed` equals `label`.
+
+    >>> reliability(np.array([0.1, 0.9, 0.9]), np.array([False, False, True]), bins=2)
+    [{'label': 0.1, 'observed': 0.0, 'positives': 0, 'others': 1}, {'label': 0.9, 'observed': 0.6667, \
+'positives': 1, 'others': 1}]
+    """
+    labels, is_positive = np.asarray(labels, np.float64), np.asarray(is_positive, bool)
+    weights = np.where(is_positive, 1 / max(is_positive.sum(), 1), 1 / max((~is_positive).sum(), 1))
+    number = np.minimum((labels * bins).astype(np.int64), bins - 1)
+    table = []
+    for members in (number == place for place in range(bins)):
+        if members.any():
+            weight, positive = weights[members], is_positive[members]
+            table.append(
+                {
+                    "label": round(float(np.average(labels[members], weights=weight)), 4),
+                    "observed": round(float(weight[positive].sum() / weight.sum()), 4),
+                    "positives": int(positive.sum()),
+                    "others": int((~positive).sum()),
+                }
+            )
+    return table
+
+
+def calibration_error(table: Sequence[dict[str, Any]]) -> float:
+    """Expected calibration error: the mean over bins of |label - observed|, by their balanced weight; 0 is best.
+
+    >>> calibration_error([{"label": 0.25, "observed": 0.0, "positives": 0, "others": 4},
+    ...                    {"label": 0.75, "observed": 1.0, "positives": 4, "others": 0}])
+    0.25
+    """
+    positives, others = (max(sum(row[name] for row in table), 1) for name in ("positives", "others"))
+    weights = np.array([row["positives"] / positives + row["others"] / others for row in table])
+    return float(np.average([abs(row["label"] - row["observed"]) for row in table], weights=weights))
+
+
+def count_flat_and_one_hot(labels: np.ndarray, starts: np.ndarray) -> dict[str, int]:
+    """How many rows of labels teach nothing by their grades. Row i runs from starts[i] to starts[i + 1].
+
+    >>> count_flat_and_one_hot(np.array([0.5, 0.5, 0.999, 0.001, 0.7, 0.4]), np.array([0, 2, 4]))
+    {'flat_rows': 1, 'one_hot_rows': 1}
+    """
+    odds = labels.astype(np.float64) / (1 - labels.astype(np.float64))
+    share = np.maximum.reduceat(odds, starts) / np.add.reduceat(odds, starts)
+    several = np.diff(starts, append=len(labels)) > 1
+    flat = np.maximum.reduceat(labels, starts) - np.minimum.reduceat(labels, starts) < FLAT
+    return {"flat_rows": int((flat & several).sum()), "one_hot_rows": int(((share > ONE_HOT) & several).sum())}
+
+
+def warnings_of(counts: Mapping[str, int], auc: float) -> list[str]:
+    """What to know about a teacher before training on its grades: one line each."""
+    found = []
+    flat, one_hot = (counts[name] / counts["queries"] for name in ("flat_rows", "one_hot_rows"))
+    if flat > WARN_SHARE:
+        found.append(f"{flat:.0%} of queries are flat (labels within {FLAT}): retrieve deeper, or use another teacher")
+    if one_hot > WARN_SHARE:
+        found.append(
+            f"{one_hot:.0%} of queries are one-hot (a document with {ONE_HOT:.0%} of the odds), as good as hard "
+            "labels: train with a higher target_temperature, or use another teacher"
+        )
+    if counts.get("pairs_without_document"):
+        found.append(
+            f"{counts['pairs_without_document']:,} of {counts['graded']:,} pairs hold no word of their document, for "
+            "the query fills max_seq_length, so all its documents get one score: raise teacher.max_seq_length"
+        )
+    if 2 * counts.get("pairs_cut", 0) > counts["graded"]:
+        found.append(
+            f"{counts['pairs_cut']:,} of {counts['graded']:,} pairs are cut to its max_seq_length: raise it, or split "
+            "the documents"
+        )
+    if auc < WARN_AUC:
+        found.append(
+            f"AUC {auc:.3f}: the teacher hardly tells positives from other candidates; check its prompt, compare it "
+            "with --check_teacher, or use another"
+        )
+    return found
