@@ -93,6 +93,7 @@ def render_card(
         "mteb_table": mteb_table(evidence["mteb"]),
         "ablation_table": ablation_table(evidence["ablation"]),
         "settings": settings_table(stages, evidence["ledger"]),
+        "cut_texts": cut_texts(evidence["ledger"]),
         "losses": {name: _summary(OBJECTIVES[name].function) for name in losses if name in OBJECTIVES},
         "shots": max((entry.get("shots") or 0 for entry in own), default=0),
         "few_shot_prompts": few_shot_prompts(facts["prompts"]),
@@ -391,6 +392,16 @@ def _setting(stage: Mapping[str, Any], key: str) -> str:
 def _summary(function: Callable[..., Any]) -> str:
     """The first paragraph of a docstring, in one line."""
     return " ".join(function.__doc__.split("\n\n")[0].split())
+
+
+def cut_texts(ledger: Mapping[str, Any]) -> list[str]:
+    """By stage and column, how many training texts are longer than what the model read; empty where none is."""
+    lines = []
+    for row in ledger["stages"]:
+        columns = [counts for data in (row.get("cut_texts") or {}).values() for counts in data.items()]
+        parts = [f"{name} {cut:,} of {texts:,}" for name, (cut, texts, _) in columns if cut]
+        lines += [f"{row['stage']}: {', '.join(parts)}"] if parts else []
+    return lines
 
 
 def base_revision(recipe: Mapping[str, Any]) -> str | None:

