@@ -15,17 +15,18 @@ import yaml
 
 from common.cli import InputError
 from dataset_builders.card import BENCHMARK, public_name
-from eval.evidence import base_model, disclosure, hub_id
+from eval.evidence import disclosure, hub_id
 from eval.leaderboard import benchmark_tasks
 from eval.report import format_ledger
 from eval.retrieval import NEAR, format_table
 from modeling.objectives import OBJECTIVES
 from modeling.prompts import few_shot_prompt, few_shot_prompts
+from release.card_metadata import card_metadata, final_row
 from release.usage import encode_lines
 from release.verify import named_paths
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
     from jinja2 import Environment
     from mteb import AbsTask
     from mteb.results import TaskResult
@@ -43,8 +44,6 @@ _SETTINGS = (
 )
 # Pooling modes of sentence-transformers -> how text-embeddings-inference and vLLM call them.
 SERVER_POOLING = {"lasttoken": ("last-token", "LAST"), "mean": ("mean", "MEAN"), "cls": ("cls", "CLS")}
-# eval.retrieval's measures as mteb's model indexes call them; RR looks at the first 100 documents.
-_METRIC_TYPES = {"nDCG@10": "ndcg_at_10", "R@100": "recall_at_100", "RR": "mrr_at_100"}
 
 
 # --- the cards ------------------------------------------------------------------------------------------------------
@@ -199,97 +198,7 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-# --- metadata -------------------------------------------------------------------------------------------------------
-
-
-def card_metadata(
-    repo_id: str, evidence: Mapping[str, Any], license: str | None = None, datasets: Sequence[str] = ()
-) -> ModelCardData:
-    """What the Hub searches by. A local folder is no base model and no data set for a reader elsewhere.
-
-    The Hub knows four relations to a base: adapter, merge (of several), quantized and finetune
-    (https://huggingface.co/docs/hub/model-cards#specifying-a-base-model). LoRA merged into its base is a finetune.
-    """
-    from huggingface_hub import ModelCardData
-
-    base = base_model(evidence["recipe"])
-    results = evaluations(evidence, datasets)
-    return ModelCardData(
-        language="en",
-        license=license,
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        tags=[
-            *("sentence-transformers", "feature-extraction", "dense", "text-embeddings", "graded-embedder"),
-            *(["mteb"] if evidence["mteb"] else []),
-        ],
-        datasets=list(dict.fromkeys([*datasets, *filter(None, map(hub_id, evidence["data"]))])) or None,
-        **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
-        **({"model_name": repo_id.partition("/")[2], "eval_results": results} if results else {}),
-    )
-
-
-def evaluations(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> list[EvalResult]:
-    """Scores of the final model for the Hub's model-index: on the run's own held-out queries, and of mteb's tasks."""
-    from huggingface_hub import EvalResult
-
-    results = []
-    metrics, final = evidence["metrics"], final_row(evidence["metrics"])
-    if final:
-        results += [
-            EvalResult(
-                task_type="text-retrieval",
-                task_name="Retrieval",
-                dataset_split=metrics["split"],
-                metric_type=_METRIC_TYPES[measure],
-                metric_name=measure,
-                metric_value=final[measure],
-                **evaluated_on(evidence, datasets),
-            )
-            for measure in metrics["measures"]
-            if final[measure] is not None
-        ]
-    for result in evidence["mteb"]:
-        task = result.task.metadata
-        results += [
-            EvalResult(
-                task_type=task.type,
-                dataset_type=task.dataset["path"],
-                dataset_name=f"MTEB {task.name}" + (f" ({config})" if config != "default" else ""),
-                dataset_config=config,
-                dataset_split=split,
-                dataset_revision=result.dataset_revision,
-                metric_type=task.main_score,
-                metric_value=subset["main_score"],
-            )
-            for split, subsets in result.scores.items()
-            for subset in subsets
-            for config in [subset["hf_subset"]]
-        ]
-    return results
-
-
-def evaluated_on(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> dict[str, Any]:
-    """The data set of eval.retrieval's scores, as a model-index names it: the source's Hub id and commit; for other
-    sources the Hub id of the graded data, when all training data and the evaluation's are one set; else a name.
-    """
-    data = evidence["evaluated"]
-    if data is None:
-        return {"dataset_type": "held-out-queries", "dataset_name": "held-out queries of the training data"}
-    if data["dataset"]:
-        return {"dataset_type": data["dataset"], "dataset_name": data["title"], "dataset_revision": data["commit"]}
-    own = len(datasets) == 1 and list(evidence["data"].values()) == [data]
-    name = datasets[0] if own else re.sub(r"\W+", "-", data["title"].lower())
-    return {"dataset_type": name, "dataset_name": data["title"]}
-
-
 # --- scores ---------------------------------------------------------------------------------------------------------
-
-
-def final_row(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The final model's row, without shots: eval.retrieval puts models in the order in which they came to be."""
-    rows = [row for row in (metrics or {"systems": []})["systems"] if row["kind"] == "model" and not row.get("shots")]
-    return rows[-1] if rows else None
 
 
 def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
