@@ -39,6 +39,7 @@ POOLING = {
     "mean_without_prompt": {"pooling_mode": "mean", "include_prompt": False},
     "weighted_mean": {"pooling_mode": "weightedmean"},  # by position, 1, 2, ... (SGPT, arXiv 2202.08904, equation 2)
 }
+UNLIMITED = 10**6
 DEFAULT_LENGTH = 512  # tokens, of a start that names none: E5-mistral's
 
 
@@ -152,6 +153,9 @@ def read_published(model: ModelReference) -> Published | None:
         raise InputError(f"model {model.reference!r}: its pooling cannot be read: {error}") from None
     settings = read_setting(model, "config_sentence_transformers.json") or {}
     length = (read_setting(model, "sentence_bert_config.json") or {}).get("max_seq_length")
+    if length is None:  # where sentence-transformers 6 writes it; a number beyond any model's means no limit
+        length = (read_setting(model, "tokenizer_config.json") or {}).get("model_max_length", UNLIMITED)
+        length = length if length < UNLIMITED else None
     pooling = {key: value for key, value in pooling.items() if key in ("pooling_mode", "include_prompt")}
     return Published(pooling, names, settings.get("prompts") or {}, length)
 

@@ -26,23 +26,27 @@ TRAIN = sorted(RECIPES.glob("*/train.yaml"))
 ACCELERATE = sorted(RECIPES.glob("accelerate/*.yaml"))
 
 
+ONE_STAGE = ("continue", "encoder")  # finished embedders need no sentence pairs first
+
+
 def read(path: Path) -> Recipe:
     # 4 bits need a library that the tests do without; what they mean is tested below
     return read_recipe(["--config", str(path), "--load_in_4bit", "false", "--use_cpu", "true"], "")
 
 
 def test_all_recipes_are_here():
-    assert {path.parent.name for path in TRAIN} == {"demo", "mistral-7b", "llama-3", "qwen3", "gemma-3", "qlora"}
+    names = {path.parent.name for path in TRAIN}
+    assert names == {"demo", "mistral-7b", "llama-3", "qwen3", "gemma-3", "qlora", "smollm2", *ONE_STAGE}
     assert {path.stem for path in ACCELERATE} == {"ddp", "fsdp", "zero3"}
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.parent.name)
 def test_recipes_are_read(path):
     recipe = read(path)
-    assert [(stage.name, stage.own.loss) for stage in recipe.stages] == [
-        ("sts", "cosent"),
-        ("retrieval", "soft_info_nce"),
-    ]
+    stages = {"sts": "cosent", "retrieval": "soft_info_nce"}
+    if path.parent.name in ONE_STAGE:
+        del stages["sts"]
+    assert {stage.name: stage.own.loss for stage in recipe.stages} == stages
     assert recipe.output_dir.parts[0] == "runs"
     assert f"--config recipes/{path.parent.name}/train.yaml" in path.read_text()  # the command at its top is its own
 
