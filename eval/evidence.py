@@ -83,7 +83,7 @@ def read_evidence(
     return {
         "recipe": recipe,
         "stages": stages,
-        "quantisation": quantisation(recipe),
+        "quantisation": read_start(run_folder).get("quantisation"),
         "ledger": ledger,
         "versions": stage_versions(run_folder, recipe),
         "commit": ledger.get("commit"),
@@ -113,12 +113,9 @@ def plain_stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**stage, "datasets": [{**stage, **own} for own in stage.get("datasets") or [{}]]} for stage in stages]
 
 
-def quantisation(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Name, SHA-256, type and bits per weight of the GGUF file that training started from; None of other starts."""
-    try:
-        return None if recipe.get("student") else resolve_model(recipe.get("model_name_or_path")).quantisation()
-    except InputError:
-        return None
+def read_start(run_folder: Path) -> dict[str, Any]:
+    """What stages.json says of the model that training started from: `quantisation` of a GGUF file, ..."""
+    return recipes.read_stages(run_folder)["start"] if (run_folder / recipes.STAGES).is_file() else {}
 
 
 def dataset_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:

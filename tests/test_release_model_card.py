@@ -307,8 +307,9 @@ def test_cut_texts_are_counted(card, facts, evidence):
 def test_the_stages_are_those_that_were_resolved(copy):
     keys = {"learning_rate": 3e-5, "loss": "soft_info_nce", "use_peft": False}
     stages = [{"name": "only", "keys": keys, "datasets": {"a": {"loss": "kl", "dataset_name": "org/a"}}}]
-    write_json(copy / "stages.json", {"start": {}, "stages": stages})
+    write_json(copy / "stages.json", {"start": {"quantisation": {"type": "Q4_1"}}, "stages": stages})
     found = read_evidence(copy)
+    assert found["quantisation"] == {"type": "Q4_1"}
     assert list(found["data"]) == ["org/a"]
     table = settings_table(found["stages"], found["ledger"])
     assert "| loss | kl |" in table and "| learning_rate | 3e-05 |" in table
