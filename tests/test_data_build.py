@@ -182,16 +182,16 @@ def states(command, capsys) -> dict[str, str]:
     return {line.partition(":")[0]: "before" if "done before" in line else "made" for line in lines}
 
 
-# Builds the recipe again and again, each time killed thrice at random moments, until 24 were killed. Small shards,
-# so that many moments differ. Each build is a fork, made before any work: loading the libraries takes longer.
+# Builds the recipe once whole, and once killed thrice, with two shards spoilt after each kill. Small shards, so that
+# there are some at any moment. Each build is a fork, made before any work: loading the libraries takes longer.
 KILLS = """
-import random, sys
+import sys
 import datasets, matplotlib.pyplot, scipy.special, sentence_transformers, sklearn.linear_model, sklearn.metrics, torch
 from pathlib import Path
-from dataset_builders import audit, builders, candidates, embeddings, mine, scores
+from dataset_builders import audit, builders, candidates, embeddings, mine, teachers
 from dataset_builders.build import main
 from kills import changes
-embeddings.SHARD, candidates.PART, scores.SHARD_PAIRS = 8, 16, 64
+embeddings.SHARD, candidates.PART, teachers.SHARD_PAIRS = 8, 16, 64
 candidates.SEARCH_BLOCK, candidates.QUERY_BLOCK = 16, 8
 recipe, output = sys.argv[1], Path(sys.argv[2])
 
@@ -199,49 +199,40 @@ def build(folder, moment=None):
     return changes(lambda: main(["--config", recipe, "--output_dir", str(folder)]), folder, moment)
 
 made = build(output / "whole")
-chance, kills, finished = random.Random(0), 0, 0
-while kills < 24:
-    folder = output / f"{finished:02d}"
-    for _ in range(3):
-        if build(folder, chance.randrange(1, made)) is not None:
-            break
-        kills += 1
-        print("state", *sorted(path.name for path in folder.glob("*")) if folder.exists() else ())
-        # what a dying disk or a hand may do between two runs: a shard that is cut, one that is altered
-        # (vectors once the search is done may be read by nobody, and so stay as they are)
-        shards = [path for path in sorted(folder.rglob("*-*.npy"))
-                  if ".partial" in str(path) or not (folder / "candidates").exists()]
-        if len(shards) > 2:
-            content = shards[0].read_bytes()
-            shards[0].write_bytes(content[: len(content) // 2])
-            content = shards[1].read_bytes()
-            shards[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-            print("spoilt")
-    build(folder)
-    finished += 1
-print("kills", kills, "finished", finished)
+for moment in (made // 6, made // 3, made // 4):
+    assert build(output / "killed", moment) is None
+    print("state", *sorted(path.name for path in (output / "killed").glob("*")))
+    # vectors once the search is done may be read by nobody, and so stay as they are
+    shards = [path for path in sorted((output / "killed").rglob("*-*.npy"))
+              if ".partial" in str(path) or not (output / "killed" / "candidates").exists()]
+    for path, spoilt in zip(shards, (lambda content: content[:9], lambda content: content[:-1] + b"?")):
+        path.write_bytes(spoilt(path.read_bytes()))
+        print("spoilt")
+build(output / "killed")
 """
 
 
-def test_builds_killed_at_random_moments_with_spoilt_shards_come_to_the_same_bytes(recipe, tmp_path):
+def test_a_build_killed_thrice_with_spoilt_shards_comes_to_the_same_bytes(recipe, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, "-c", KILLS, str(recipe), str(tmp_path / "out")]
     root = Path(__file__).parents[1]
-    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    lines = answer.stdout.splitlines()
-    kills, finished = map(int, lines[-1].split()[1::2])
     whole = files_without_manifests(tmp_path / "out" / "whole")
-    assert kills >= 24 and finished >= 8 and len(whole) > 20
-    for number in range(finished):
-        assert files_without_manifests(tmp_path / "out" / f"{number:02d}") == whole
-    # it was hit at different moments, and resumed from spoilt shards
-    assert len({line for line in lines if line.startswith("state")}) >= 4 and lines.count("spoilt") >= 5
+    assert len(whole) > 20 and files_without_manifests(tmp_path / "out" / "killed") == whole
+    lines = [line for line in answer.stdout.splitlines() if line.startswith(("state", "spoilt"))]
+    assert len({*lines}) >= 3 and "spoilt" in lines  # killed in different steps, and resumed from spoilt shards
 
 
-@pytest.mark.parametrize("name", ["candidates/candidates.parquet", "mined/mined.parquet", "corpus/documents.arrow"])
-@pytest.mark.parametrize("damage", ["truncated", "altered", "deleted"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("candidates/candidates.parquet", "truncated"),
+        ("mined/mined.parquet", "altered"),
+        ("corpus/documents.arrow", "deleted"),
+    ],
+)
 def test_a_damaged_step_is_made_again(name, damage, recipe, built, tmp_path, capsys):
     shutil.copytree(built, tmp_path / "data")
     whole, path = files_without_manifests(built), tmp_path / "data" / name
@@ -334,22 +325,13 @@ def overwrite(name, content):
 
 BAD_SETS = {
     "missing file": (remove("queries.parquet"), "no such file"),
-    "empty file": (overwrite("corpus.parquet", b""), "not a readable Parquet file"),
     "not Parquet": (overwrite("corpus.parquet", b"_id,text\n1,a\n"), "not a readable Parquet file"),
-    "no rows": (lambda folder: write_table(folder / "corpus.parquet", _id=[], text=[]), "no rows"),
     "wrong columns": (change("corpus.parquet", text=None), "no column 'text'"),
-    "no split column": (change("qrels.parquet", split=None), "no column 'split'"),
     "empty text": (change("corpus.parquet", text=lambda texts: ["  ", *texts[1:]]), "row 0 has no 'text'"),
-    "null text": (change("queries.parquet", text=lambda texts: [None, *texts[1:]]), "row 0 has no 'text'"),
     "id twice": (change("corpus.parquet", _id=lambda ids: [ids[1], *ids[1:]]), "'d01' occurs twice"),
     "unknown document": (
         change("qrels.parquet", corpus_id=lambda ids: ["nope", *ids[1:]]),
         "document_id 'nope' (and 0 more) is not in",
-    ),
-    "unknown query": (change("qrels.parquet", query_id=lambda ids: ["nope", *ids[1:]]), "'nope'"),
-    "scores as words": (
-        change("qrels.parquet", score=lambda scores: ["good"] * len(scores)),
-        "cannot be read as int32",
     ),
     "no positive": (change("qrels.parquet", score=lambda scores: [0] * len(scores)), "no query with a positive"),
     "no such split": (
@@ -358,24 +340,14 @@ BAD_SETS = {
     ),
 }
 BAD_FLAGS = {
-    "unknown key": (["--num_negative", "3"], "did you mean"),
     "key of another kind": (["--dataset", "x/y"], "'source.dataset' does not go with"),
-    "margin above one": (["--margin", "1.5"], "mining.margin"),
-    "word for a number": (["--num_negatives", "many"], "mining.num_negatives"),
-    "unknown strategy": (["--strategy", "best"], "mining.strategy"),
-    "ambiguous flag": (["--top_k", "5"], "could be any of"),
     "no such folder": (["--path", "no/such/set"], "no such folder"),
     "no such package": (["--dense.model", "package:no_such_package"], "no installed package"),
-    "no such model": (["--teacher.model", "./no/such/model"], "no such folder"),
     "trained on eval": (["--source.eval_splits", "[train]"], "cannot be an eval split too"),
     "more negatives than there are": (["--num_negatives", "60"], "raise --margin, lower --num_negatives"),
     "shards without a unit": (["--max_shard_size", "500"], "such as 500MB"),
-    "shards of nothing": (["--max_shard_size", "0MB"], "max_shard_size"),
-    "unknown engine": (["--engine", "spark"], "invalid choice"),
     "no Ray cluster": (["--engine", "ray", "--ray.address", "127.0.0.1:1"], "no Ray cluster answers there"),
-    "a word for a list": (["--eval_splits", "test"], "write a list"),
     "unknown step": (["--from_step", "teacher"], "invalid choice"),
-    "seq length of words": (["--dense.max_seq_length", "2"], "dense.max_seq_length"),
 }
 
 
