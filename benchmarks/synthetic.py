@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from common.steps import ParquetStream
+from common.steps import parquet_writer
 
 WORDS = [f"w{number:x}q" for number in range(30_000)]
 BLOCK = 65_536  # documents in memory at a time
@@ -41,9 +41,9 @@ def write_set(folder: Path, documents: int, queries: int) -> None:
     folder.mkdir(parents=True)
     asked = np.linspace(0, documents, queries, endpoint=False).astype(np.int64)
     with (
-        ParquetStream(folder / "corpus.parquet", CORPUS) as corpus,
-        ParquetStream(folder / "queries.parquet", QUERIES) as questions,
-        ParquetStream(folder / "qrels.parquet", QRELS) as qrels,
+        parquet_writer(folder / "corpus.parquet", CORPUS) as corpus,
+        parquet_writer(folder / "queries.parquet", QUERIES) as questions,
+        parquet_writer(folder / "qrels.parquet", QRELS) as qrels,
     ):
         for start in range(0, documents, BLOCK):
             rows = range(start, min(start + BLOCK, documents))
