@@ -78,9 +78,6 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         yield writer
 
 
-ParquetStream = parquet_writer
-
-
 def write_arrow(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
     """Write an Arrow file: larger than Parquet, and mapped into memory instead of read (see `read_arrow`)."""
     with written_whole(path) as temporary, pa.ipc.new_file(temporary, schema) as writer:

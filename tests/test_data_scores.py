@@ -17,7 +17,7 @@ from tiny_data import WORDS, tiny_build, write_encoder
 
 from common.cli import InputError
 from common.recipes import parse_recipe
-from common.steps import ParquetStream, read_arrow, read_parquet, write_arrow, write_parquet
+from common.steps import parquet_writer, read_arrow, read_parquet, write_arrow, write_parquet
 from dataset_builders import calibration as calibration_module
 from dataset_builders import scores as scores_module
 from dataset_builders import teachers
@@ -386,7 +386,7 @@ def graded_set(tmp_path) -> Path:
     qrels += [("q00", "d077", 2, "train"), ("q00", "d078", 0, "train"), ("q02", "d079", 0, "train")]
     columns = list(zip(*qrels, strict=True))
     write_parquet(corpus / "qrels.parquet", pa.table(columns, schema=QRELS))
-    with ParquetStream(candidates / "candidates.parquet", CANDIDATES) as stream:
+    with parquet_writer(candidates / "candidates.parquet", CANDIDATES) as stream:
         rows = []
         for number, query_id in enumerate(query_ids):
             if query_id not in ("q03", "q99"):
