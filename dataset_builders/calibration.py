@@ -1,6 +1,6 @@
 """A teacher's scores -> soft labels in (0, 1): label = sigmoid(a * score + b), Platt scaling.
 
-A logistic regression with balanced classes, labelled positives against the other graded documents. It is fitted for
+A logistic regression with balanced classes, retrieved positives against the other candidates. It is fitted for
 each build, that is for each teacher and source, on standardised scores with scikit-learn's default penalty, so labels
 do not depend on the teacher's unit, and a teacher that never errs does not push a to infinity.
 """
@@ -20,6 +20,7 @@ BINS = 10  # of the reliability table
 FLAT = 0.05  # a query whose labels differ by less has nothing to teach
 ONE_HOT = 0.99  # share of the odds label / (1 - label) that one document holds: a hard label in disguise
 WARN_SHARE = 0.2  # of queries that are flat, or one-hot
+WARN_ERROR = 0.15  # expected calibration error; 0.02 to 0.06 is usual
 WARN_AUC = 0.65  # below, a teacher hardly tells positives from others; 0.5 is chance
 
 
@@ -38,7 +39,7 @@ class Calibration:
 
 
 def calibrate(positives: np.ndarray, others: np.ndarray) -> tuple[Calibration, dict[str, Any]]:
-    """Platt scaling of a teacher's scores for labelled positives and for the other graded documents.
+    """Platt scaling of a teacher's scores for positives and for other documents, both of them retrieved.
 
     Also returns constants, AUC, counts, the reliability table and its expected calibration error. Raises InputError
     when the scores cannot be calibrated: NaN, all equal, one side missing, or positives scored below the others.
@@ -50,7 +51,7 @@ def calibrate(positives: np.ndarray, others: np.ndarray) -> tuple[Calibration, d
     check_finite(scores, "teacher scores")
     if not len(positives) or not len(others):
         raise InputError(
-            f"teacher scores: {len(positives)} positives and {len(others)} other candidates; "
+            f"teacher scores: the retrievers found {len(positives)} positives and {len(others)} other candidates; "
             "calibration needs both, retrieve more with --fusion.top_k"
         )
     check_spread(scores, "teacher scores")
@@ -139,7 +140,7 @@ def count_flat_and_one_hot(labels: np.ndarray, starts: np.ndarray) -> dict[str, 
     return {"flat_rows": int((flat & several).sum()), "one_hot_rows": int(((share > ONE_HOT) & several).sum())}
 
 
-def warnings_of(counts: Mapping[str, int], auc: float) -> list[str]:
+def warnings_of(counts: Mapping[str, int], calibration: Mapping[str, Any]) -> list[str]:
     """What to know about a teacher before training on its grades: one line each."""
     found = []
     flat, one_hot = (counts[name] / counts["queries"] for name in ("flat_rows", "one_hot_rows"))
@@ -160,6 +161,18 @@ def warnings_of(counts: Mapping[str, int], auc: float) -> list[str]:
             f"{counts['pairs_cut']:,} of {counts['graded']:,} pairs are cut to its max_seq_length: raise it, or split "
             "the documents"
         )
+    missed, error = calibration["positives_not_retrieved"], calibration["expected_calibration_error"]
+    if missed > calibration["positives"]:
+        found.append(
+            f"{missed:,} of {missed + calibration['positives']:,} positives were found by no retriever; labels are "
+            "fitted on the rest: retrieve deeper"
+        )
+    if error > WARN_ERROR:
+        found.append(
+            f"expected calibration error {error:.2f}: a label is no probability here; margins between labels mean "
+            "less than they seem"
+        )
+    auc = calibration["auc"]
     if auc < WARN_AUC:
         found.append(
             f"AUC {auc:.3f}: the teacher hardly tells positives from other candidates; check its prompt, compare it "

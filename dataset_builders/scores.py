@@ -44,6 +44,7 @@ def write_scores(build: Build, folder: Path) -> dict[str, Any]:
     scorer, pairs = pairs_to_grade(build, folder / "pairs.arrow")
     grades = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
     calibration, facts = calibrate(*_positives_and_others(pairs, grades))
+    facts["positives_not_retrieved"] = (pc.sum(pairs["is_positive"]).as_py() or 0) - facts["positives"]
     counts = {"queries": 0, "graded": 0, "judged_not_retrieved": 0, "flat_rows": 0, "one_hot_rows": 0}
     with parquet_writer(folder / "scores.parquet", SCORES) as stream:
         for block in graded_blocks(build):
@@ -70,7 +71,7 @@ def write_scores(build: Build, folder: Path) -> dict[str, Any]:
             include=LENGTH_KEYS
         )
         warnings = [] if reads_as_retriever else warn_of_cut_texts(documents, teacher)
-    for warning in (found := warnings_of(counts, facts["auc"])):
+    for warning in (found := warnings_of(counts, facts)):
         print(f"warning: teacher {teacher.model}: {warning}", file=sys.stderr, flush=True)
     return {**counts, "calibration": facts, "warnings": [*warnings, *found]}
 
@@ -122,7 +123,8 @@ def pairs_to_grade(build: Build, path: Path) -> tuple[PairScorer, pa.Table]:
                 positions_of(block[name].combine_chunks(), known, "graded candidates").astype(np.int32)
                 for name, known in (("query_id", query_ids), ("document_id", build.document_ids))
             )
-            yield pa.record_batch([asked, found, positives_and_their_class(block, build.corpus)], schema=PAIRS)
+            is_positive, is_retrieved = positives_and_their_class(block, build.corpus), block["rrf_rank"].is_valid()
+            yield pa.record_batch([asked, found, is_positive, is_retrieved.combine_chunks()], schema=PAIRS)
 
     write_arrow(path, batches(), PAIRS)
     pairs = read_arrow(path)
@@ -145,14 +147,19 @@ def positives_and_their_class(block: pa.Table, corpus: Path) -> np.ndarray:
 
 
 def _positives_and_others(pairs: pa.Table, grades: Shards) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of all positives, and of at most MAX_OTHERS other documents at an even stride."""
-    others_in_all = len(pairs) - (pc.sum(pairs["is_positive"]).as_py() or 0)
+    """Scores of all retrieved positives, and of at most MAX_OTHERS other candidates at an even stride.
+
+    Positives that no retriever found are left out: others are here only if one found them, so like would be compared
+    with unlike, and where retrieval finds few of many positives, a good teacher would seem to turn labels round.
+    """
+    others_in_all = pc.sum(pc.and_not(pairs["is_retrieved"], pairs["is_positive"])).as_py() or 0
     stride = max(math.ceil(others_in_all / MAX_OTHERS), 1)
     positives, others, seen = [], [], 0
     for grade, start in zip(grades, grades.starts, strict=False):
-        is_positive = pairs["is_positive"].slice(start, len(grade)).to_numpy()
-        rest = grade["score"][~is_positive]
-        positives.append(grade["score"][is_positive])
+        part = pairs.slice(start, len(grade))
+        is_positive, is_retrieved = (part[name].to_numpy() for name in ("is_positive", "is_retrieved"))
+        rest = grade["score"][is_retrieved & ~is_positive]
+        positives.append(grade["score"][is_retrieved & is_positive])
         others.append(rest[-seen % stride :: stride])
         seen += len(rest)
     return np.concatenate(positives), np.concatenate(others)

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 SHARD_PAIRS = 8192  # pairs in a shard: what a killed process loses at most; sorted by length, they hardly need padding
 TOKENISED = 256  # pairs tokenised together
 # Positions of the query and of the document of a pair. Positive: labelled so, or of the class of one that is.
-PAIRS = pa.schema([("query", pa.int32()), ("document", pa.int32()), ("is_positive", pa.bool_())])
+PAIRS = pa.schema(
+    [("query", pa.int32()), ("document", pa.int32()), ("is_positive", pa.bool_()), ("is_retrieved", pa.bool_())]
+)
 # Of a pair: the score, its tokens, those computed for it (padding included; 0: from vectors), and whether a
 # cross-encoder's limit cut it, or left no token of its document.
 GRADE = np.dtype([("score", "f4"), ("tokens", "i4"), ("computed", "i4"), ("is_cut", "i2"), ("has_no_document", "i2")])
@@ -91,7 +93,7 @@ class PairScorer:
 
     def scores(self, pairs: np.ndarray, folder: Path) -> np.ndarray:
         """(n,) float32 scores of (n, 2) positions in queries and texts; finished shards stay in `folder`."""
-        columns = [*np.asarray(pairs, np.int32).T, np.zeros(len(pairs), bool)]
+        columns = [*np.asarray(pairs, np.int32).T, *np.zeros((2, len(pairs)), bool)]
         write_arrow(folder / "pairs.arrow", [pa.record_batch(columns, schema=PAIRS)], PAIRS)
         grades = self.grade(folder / "pairs.arrow", folder / "teacher.shards")
         (folder / "pairs.arrow").unlink()

@@ -326,7 +326,7 @@ def test_grading_hardly_pads(classifier, tmp_path):
     teacher = Teacher(kind="cross_encoder", model=str(classifier), max_seq_length=64, batch_tokens=4096)
     scorer = PairScorer(teacher, tmp_path, LocalEngine(), ["b c"], texts)
     pairs = pa.record_batch(
-        [pa.array([0] * 3000, pa.int32()), pa.array(range(3000), pa.int32()), [False] * 3000],
+        [pa.array([0] * 3000, pa.int32()), pa.array(range(3000), pa.int32()), *[[False] * 3000] * 2],
         schema=teachers.PAIRS,
     )
     write_arrow(tmp_path / "pairs.arrow", [pairs], teachers.PAIRS)
@@ -338,7 +338,8 @@ def test_grading_hardly_pads(classifier, tmp_path):
 
 def graded(teacher: Teacher, folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
     queries, texts = (list(side) for side in zip(*pairs, strict=True))
-    columns = [pa.array(range(len(pairs)), pa.int32()), pa.array(range(len(pairs)), pa.int32()), [False] * len(pairs)]
+    numbers, flags = pa.array(range(len(pairs)), pa.int32()), [False] * len(pairs)
+    columns = [numbers, numbers, flags, flags]
     write_arrow(folder / "pairs.arrow", [pa.record_batch(columns, schema=teachers.PAIRS)], teachers.PAIRS)
     scorer = PairScorer(teacher, folder, LocalEngine(), queries, texts)
     (grades,) = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
@@ -437,8 +438,9 @@ def test_everything_retrieved_or_judged_is_graded_once(graded_set):
     assert facts["judged_not_retrieved"] == len(not_retrieved) == table["bm25_rank"].null_count
     assert (facts["queries"], facts["graded"]) == (len({row[0] for row in found}), len(found))
     constants = facts["calibration"]
-    assert constants["positives"] == sum(row[3] for row in found)
-    assert constants["positives"] + constants["others"] == len(found)
+    assert constants["positives"] == sum(row[3] for row in found if row[2] is not None) > 0
+    assert constants["positives"] + constants["others"] == len(found) - len(not_retrieved)
+    assert constants["positives_not_retrieved"] == sum(row[3] for row in found if row[2] is None) > 0
     labels = Calibration(constants["a"], constants["b"])(table["teacher_score"].to_numpy())
     np.testing.assert_array_equal(table["label"].to_numpy(), labels)
     query_ids = np.array(table["query_id"].to_pylist())
@@ -469,7 +471,11 @@ def test_a_bi_encoders_scores_are_its_cosines_but_for_float16(graded_set):
 @pytest.fixture
 def any_teacher_will_do(monkeypatch):
     """A random model may score positives below the others, which calibration refuses."""
-    monkeypatch.setattr(scores_module, "calibrate", lambda *_: (Calibration(1.0, 0.0), {"auc": 1.0}))
+    monkeypatch.setattr(
+        scores_module,
+        "calibrate",
+        lambda *_: (Calibration(1.0, 0.0), {"auc": 1.0, "positives": 1, "expected_calibration_error": 0.0}),
+    )
 
 
 @pytest.mark.usefixtures("any_teacher_will_do")
@@ -563,19 +569,26 @@ def test_calibration_reads_all_positives_and_an_even_stride_of_the_others(graded
     monkeypatch.setattr(scores_module, "MAX_OTHERS", 20)
     table, facts = grade(graded_set, Teacher(kind="bi_encoder", model=str(write_encoder(graded_set / "encoder"))))
     scores, is_positive = table["teacher_score"].to_numpy(), table["is_positive"].to_numpy()
-    others = scores[~is_positive]
+    is_retrieved = table["rrf_rank"].is_valid().to_numpy()
+    others = scores[~is_positive & is_retrieved]
     assert len(others) > 60  # so that the stride is 4 or more
     stride = -(-len(others) // 20)
-    assert facts["calibration"] == calibrate(scores[is_positive], others[::stride])[1]
+    expected = calibrate(scores[is_positive & is_retrieved], others[::stride])[1]
+    missed = int((is_positive & ~is_retrieved).sum())
+    assert facts["calibration"] == {**expected, "positives_not_retrieved": missed} and missed > 0
 
 
 def test_a_teacher_that_teaches_little_is_warned_of():
     counts = {"queries": 100, "graded": 900, "flat_rows": 30, "one_hot_rows": 10}
-    assert [line.split(" of ")[0] for line in warnings_of(counts, 0.9)] == ["30%"]
-    found = warnings_of({**counts, "flat_rows": 20, "one_hot_rows": 21}, 0.6)
+    sound = {"auc": 0.9, "positives": 50, "positives_not_retrieved": 40, "expected_calibration_error": 0.05}
+    assert [line.split(" of ")[0] for line in warnings_of(counts, sound)] == ["30%"]
+    found = warnings_of({**counts, "flat_rows": 20, "one_hot_rows": 21}, {**sound, "auc": 0.6})
     assert ["one-hot" in line or "AUC 0.600" in line for line in found] == [True, True]
-    found = warnings_of({**counts, "flat_rows": 0, "pairs_cut": 451, "pairs_without_document": 7}, 0.9)
+    found = warnings_of({**counts, "flat_rows": 0, "pairs_cut": 451, "pairs_without_document": 7}, sound)
     assert [line.split(" pairs")[0] for line in found] == ["7 of 900", "451 of 900"]
+    off = {**sound, "positives_not_retrieved": 60, "expected_calibration_error": 0.24}
+    found += (few := warnings_of({**counts, "flat_rows": 0}, off))
+    assert ["60 of 110 positives" in line or "error 0.24" in line for line in few] == [True, True]
     assert all("\n" not in line for line in found)
 
 
@@ -598,7 +611,7 @@ def test_nothing_to_grade_and_unknown_documents_are_refused(graded_set):
         grade(graded_set, teacher)
     write_parquet(qrels, table.filter(pc.field("score") > 0))
     write_parquet(graded_set / "candidates" / "candidates.parquet", CANDIDATES.empty_table())
-    with pytest.raises(InputError, match="12 positives and 0 other candidates"):  # judged documents alone
+    with pytest.raises(InputError, match="found 0 positives and 0 other candidates"):  # judged documents alone
         grade(graded_set, teacher, "judged-only")
     write_parquet(qrels, QRELS.empty_table())
     with pytest.raises(InputError, match="nothing to grade"):
