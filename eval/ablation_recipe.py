@@ -238,9 +238,13 @@ def write_mined_rows(rows: MinedRows) -> None:
             return
         print(f"mining {rows.source} anew: {rows.mining}", flush=True)
         cache = step.path / "cache"
-        builder = GradedDataset(config_name="train", data_dir=rows.source, cache_dir=str(cache), **rows.mining)
-        builder.download_and_prepare(str(step.path / "train"), file_format="parquet")
+        made = {}
+        for name, keys in {"train": rows.mining, "positives": {}}.items():  # known positives, where any were published
+            if name == "train" or (Path(rows.source) / name).is_dir():
+                builder = GradedDataset(config_name=name, data_dir=rows.source, cache_dir=str(cache), **keys)
+                builder.download_and_prepare(str(step.path / name), file_format="parquet")
+                made[name] = builder.info.splits["train"].num_examples
         shutil.rmtree(cache)
-        configs = [{"config_name": "train", "data_files": "train/*.parquet"}]
+        configs = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in made]
         (step.path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
-        step.finish(rows=builder.info.splits["train"].num_examples)
+        step.finish(rows=made["train"])

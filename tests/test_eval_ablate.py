@@ -306,7 +306,9 @@ def test_a_run_ends_with_a_killed_ablation(tmp_path):
 def test_other_margins_are_mined_from_the_same_grades(folder, tiny_decoder, tmp_path):
     from datasets import load_dataset
 
-    write_set(tmp_path / "set")
+    judged = write_set(tmp_path / "set") / "qrels.parquet"
+    second = pa.table({"query_id": ["q00"], "corpus_id": ["d01"], "score": [1], "split": ["train"]})
+    pq.write_table(pa.concat_tables([pq.read_table(judged), second]), judged)
     recipe = write_recipe(tmp_path / "data.yaml", tmp_path / "set", write_encoder(tmp_path / "teacher"))
     build.main(["--config", str(recipe), "--output_dir", str(tmp_path / "build")])
     base = yaml.safe_load((folder / "train.yaml").read_text()) | {"dataset_name": str(tmp_path / "build" / "hub")}
@@ -328,6 +330,9 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tiny_decoder, tmp_
     for table, margin in ((few, 0.5), (many, 0.95)):
         assert all(max(label[1:]) < margin * label[0] for label in table["label"])
     assert any(max(label[1:]) >= 0.5 * label[0] for label in many["label"])
+    # the two positives of q00 go along: neither is an in-batch negative of it, at whatever margin
+    positives = load_dataset(str(mined.folder), "positives", split="train", cache_dir=str(tmp_path / "positives"))
+    assert len(positives) == 2 and len(set(positives["query"])) == 1
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
