@@ -1,8 +1,7 @@
-"""Demonstrations in training: a batch's prompt shows rows of the same data set before its instruction.
+"""The collator: demonstrations in prompts, and known positives of queries.
 
-All rows of a batch share one prompt, so that its states need to be computed once (modeling.shared_prefix). What a
-batch gets is a function of the seed and of its own texts: a resumed run, and every worker that loads data, comes to
-the same prompt.
+All rows of a batch share one prompt, so that its states are computed once (modeling.shared_prefix). Its demonstrations
+are a function of the seed and of the batch's texts: a resumed run, and every data loader's worker, make the same.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
 
-_TRIES = 100  # rows looked at for one shot, before a batch goes with fewer
-_TRIES_TO_FREEZE = 1000  # rows looked at for all shots of a saved prompt, before there is none
+_TRIES = 100  # rows tried for one shot, before a batch goes with fewer
+_TRIES_TO_FREEZE = 1000  # rows tried for all shots of a saved prompt
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """How a data set's batches are given demonstrations.
+    """Where the batches of a data set get demonstrations from.
 
     Args:
-        rows: what shots are drawn from: the training rows, with columns query and positive.
+        rows: the training rows, with columns query and positive.
         instruction: one sentence, of the prompt that the shots stand before.
         shots: the most in a prompt; a batch that has any gets 1 to `shots`, each number as often as the others.
-        shots_budget: the most tokens that a prompt may have, instruction and special tokens included; None = as many
-            as leave the texts of a batch whole.
-        zero_shot_probability: of a batch without shots.
+        shots_budget: the most tokens of a prompt, instruction and special tokens included; None = as many as leave the
+            texts of a batch whole.
+        zero_shot_probability: of a batch without shots, in [0, 1].
         seed: of all this.
         template: of the instruction's prompt, see modeling.prompts.
 
     Raises:
-        InputError: no columns query and positive, or a number out of its range.
+        InputError: no columns query and positive.
     """
 
     rows: Dataset
@@ -59,18 +58,11 @@ class Demonstrations:
         missing = {"query", "positive"} - set(self.rows.column_names)
         if missing:
             raise InputError(f"shots: rows without column {min(missing)!r} make no demonstrations; drop shots")
-        if self.shots < 1:
-            raise InputError(f"shots is {self.shots}; it must be at least 1")
-        if self.shots_budget is not None and self.shots_budget < 1:
-            raise InputError(f"shots_budget is {self.shots_budget}; it must be at least 1 token")
-        if not 0 <= self.zero_shot_probability <= 1:
-            raise InputError(f"zero_shot_probability is {self.zero_shot_probability}; it must lie in [0, 1]")
 
     def draw(self, texts: Collection[str]) -> list[tuple[str, str]]:
-        """(query, positive) of 0 to `shots` rows, none of whose texts is among `texts`, those of the batch.
+        """(query, positive) of 0 to `shots` rows that share no text with each other or with `texts`, the batch's.
 
-        So a shot is no row of the batch, and gives away neither the positive of one nor of another row of its query.
-        Shots have no text in common with each other either. There may be fewer where such rows are hard to find.
+        So no shot is a row of the batch or gives away its positive. There are fewer where such rows are hard to find.
         """
         generator = random.Random("\0".join([str(self.seed), *sorted(texts)]))
         if generator.random() < self.zero_shot_probability:
@@ -92,9 +84,8 @@ class Demonstrations:
     ) -> list[tuple[str, str]]:
         """(query, positive) of exactly `shots` rows, for the few-shot prompt that a saved model carries.
 
-        A function of the rows and the seed: rows are looked at in the order that it draws, and taken if they fit. A
-        shot has what those before it left of their equal shares of `max_tokens`, so that no long one takes the room
-        of all.
+        A function of the rows and the seed: rows are tried in a random order, and taken if they fit. Each shot may
+        take an equal share of `max_tokens` and what those before it left, so that no long one takes the room of all.
 
         Args:
             shots: how many.

@@ -1,5 +1,5 @@
-"""What our trainer does besides sentence-transformers': batches by weight, in an order that a resume keeps to; what
-training costs, in lines that a person can read; a stop at the first loss that is no number; adapters resumed alone.
+"""What our trainer adds to sentence-transformers': weighted data sets in an order that a resumed run replays, known
+positives, the cost of training, readable log lines, a stop at the first non-finite loss, adapters resumed alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         if self.is_fsdp_enabled:
             # where accelerate looks for the last layer's norm: it would take `Normalize` for it, and fail
             self.model.base_model_prefix = "transformers_model"
-        for callback in (PrinterCallback, ProgressCallback):  # one of them is there; both print whole dictionaries
+        for callback in (PrinterCallback, ProgressCallback):  # both print whole dictionaries
             self.remove_callback(callback)
         if not self.args.disable_tqdm:
             self.add_callback(_ProgressBar)
@@ -102,8 +102,8 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         loader = super().get_train_dataloader()
         shard = loader.batch_sampler
         if not hasattr(shard, "set_epoch"):
-            # accelerate's BatchSamplerShard hides our sampler's set_epoch from a trainer that resumes within an
-            # epoch: on several devices it would replay the order of the first one
+            # accelerate's BatchSamplerShard hides our sampler's set_epoch: on several devices, a trainer that resumes
+            # within an epoch would replay the order of the first one
             shard.set_epoch = shard.batch_sampler.set_epoch
         return loader
 
@@ -117,7 +117,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
 
     def _prepare_input(self, data: Any) -> Any:
-        """To the device, and labels as they are: transformers would round them to DeepSpeed's bfloat16."""
+        """Keep the dtype of labels: transformers would round them to DeepSpeed's bfloat16."""
         return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -128,20 +128,20 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._check_finite(float(loss.detach()), f"loss{where}")
         if self.is_deepspeed_enabled and loss.requires_grad and loss.is_leaf:
-            # GradCache: a hook of its loss runs the backward passes of all mini-batches. DeepSpeed takes what happens
-            # within a backward pass of its own for one pass; of passes outside it sums the gradients until its step
+            # GradCache runs the backward passes of all mini-batches in a hook of its loss. DeepSpeed takes all passes
+            # within its own for a single one, but sums the gradients of those outside it
             loss.backward()
             loss = loss.detach().requires_grad_()
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # that of fp16 meets infinite gradients and leaves their step out
+        if self.accelerator.scaler is None:  # the scaler of fp16 skips steps of infinite gradients
             self._check_finite(float(norm), "norm of the gradient")
         return norm
 
     def _check_finite(self, value: float, what: str) -> None:
-        """Stop before weights that are not numbers reach the next checkpoint."""
+        """Stop before non-finite weights reach a checkpoint."""
         if math.isfinite(value):
             return
         checkpoint = last_checkpoint(Path(self.args.output_dir))
@@ -160,7 +160,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         return self.seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def cost(self) -> dict[str, Any]:
-        """What training took so far. Memory is the high-water mark of the process, and of its accelerator."""
+        """Cost of training so far. Memory is the high-water mark of the process, and of its accelerator."""
         on_gpu = torch.cuda.is_available()
         high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
@@ -175,12 +175,12 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         }
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """No card: ours is model_card.md, and the library's reads samples of the data and names local paths."""
+        """Skip the library's model card: it reads samples of the data and names local paths; ours is model_card.md."""
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """What FSDP or ZeRO-3 shares out among processes, put together in the first one; None without them.
+        """Weights that FSDP (all of them) or ZeRO-3 (the trained ones) shards, gathered on rank 0; None without them.
 
-        Of FSDP all weights, of ZeRO-3 those that were trained. All processes have to ask, when training is over.
+        A collective call of all processes, after training.
         """
         if self.is_fsdp_enabled:
             return self.accelerator.get_state_dict(self.model_wrapped)
@@ -198,15 +198,16 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         return weights
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.is_deepspeed_enabled:  # it has the weights, as shards, in its own part of a checkpoint
+        if not self.is_deepspeed_enabled:  # its part of a checkpoint holds the weights, as shards
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self.model.save_pretrained(output_dir, create_model_card=False)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        """Read shards back as transformers does, and an adapter alone: sentence-transformers would read the one whole,
-        and of the other the frozen weights once more, from the main revision.
+        """Load shards as transformers does, and of an adapter its own weights alone.
+
+        sentence-transformers would load shards as whole weights, and the frozen weights again, from the main revision.
         """
         if self.is_fsdp_enabled:
             return Trainer._load_from_checkpoint(self, checkpoint_path, model)
@@ -222,10 +223,10 @@ class EmbedderTrainer(SentenceTransformerTrainer):
 
 
 def forget_deepspeed() -> None:
-    """Drop what was read of DeepSpeed's settings, as long as no trainer uses them.
+    """Forget DeepSpeed's settings while no trainer uses them.
 
-    By them transformers shares out any model that is loaded, and waits for all processes where one alone loads it;
-    and accelerate takes those of a process' first stage for all.
+    transformers would shard any model that is loaded, and wait for all processes where one alone loads it; accelerate
+    would keep the settings of the first stage.
     """
     AcceleratorState._reset_state()
     unset_hf_deepspeed_config()
@@ -252,7 +253,7 @@ class _LogLines(TrainerCallback):
 
 
 def log_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
-    """What a person wants to know of an entry of the log; "" when it says neither loss nor nDCG.
+    """An entry of the log as a line; "" without loss or nDCG.
 
     >>> log_line(40, 120, {"loss": 0.51234, "learning_rate": 2e-5, "seconds": 61.26, "tokens": 81920})
     'step 40/120: loss 0.5123, learning rate 2e-05, 61 s, 81,920 tokens'
@@ -272,12 +273,12 @@ def last_checkpoint(folder: Path) -> str | None:
         try:
             steps[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = str(state.parent)
         except ValueError:
-            continue  # killed while it was written
+            continue  # cut off by a kill
     return steps[max(steps)] if steps else None
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete `folder`, first what marks checkpoints as whole: a kill on the way leaves none that only looks it."""
+    """Delete `folder`, first the files that mark checkpoints as whole: a kill leaves no broken one marked."""
     for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
         state.unlink()
     shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ def pool(count: int = 60) -> Dataset:
     return Dataset.from_dict({"query": [q for q, _ in pair], "positive": [p for _, p in pair]})
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(batch=st.sets(st.integers(0, 59), min_size=1, max_size=8), shots=st.integers(1, 5), seed=st.integers(0, 9))
 def test_shots_have_nothing_in_common_with_the_batch(batch, shots, seed):
     rows = pool()
@@ -41,13 +41,14 @@ def test_shots_have_nothing_in_common_with_the_batch(batch, shots, seed):
 
 
 def test_the_number_of_shots_is_drawn_as_the_recipe_says():
+    rows = pool()
     counts = [
-        len(Demonstrations(pool(), INSTRUCTION, 3, zero_shot_probability=0.4, seed=seed).draw({"x"}))
-        for seed in range(600)
+        len(Demonstrations(rows, INSTRUCTION, 3, zero_shot_probability=0.4, seed=seed).draw({"x"}))
+        for seed in range(300)
     ]
-    share = [counts.count(count) / 600 for count in range(4)]
-    assert share == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.06)
-    assert Demonstrations(pool(), INSTRUCTION, 3, zero_shot_probability=1).draw({"x"}) == []
+    share = [counts.count(count) / 300 for count in range(4)]
+    assert share == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.08)
+    assert Demonstrations(rows, INSTRUCTION, 3, zero_shot_probability=1).draw({"x"}) == []
 
 
 def test_a_batch_that_holds_all_rows_goes_without():
@@ -55,7 +56,7 @@ def test_a_batch_that_holds_all_rows_goes_without():
     assert Demonstrations(rows, INSTRUCTION, 2).draw({*rows["query"], *rows["positive"]}) == []
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 6), max_size=4),
     texts=st.lists(st.integers(0, 12), min_size=1, max_size=3),
@@ -84,7 +85,7 @@ def words(strings):
     return [len(string.split()) for string in strings]
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=30),
     shots=st.integers(1, 4),
@@ -127,7 +128,7 @@ def rows_of_words(count: int) -> Dataset:
     return Dataset.from_dict({"query": texts[:count], "positive": texts[count:], "label": [[1.0]] * count})
 
 
-@pytest.mark.parametrize("window", [12, 16, 24, 32, 48, 64])
+@pytest.mark.parametrize("window", [12, 32, 64])
 def test_every_query_is_whole_after_the_prompt_of_its_batch(model, window, monkeypatch):
     """By the ids that the model gets: one prompt for all rows, then all of the query, then EOS."""
     rows = rows_of_words(80)
@@ -155,7 +156,7 @@ def test_every_query_is_whole_after_the_prompt_of_its_batch(model, window, monke
         assert max(lengths) <= window
         # documents stay bare
         assert batch["positive_input_ids"].equal(model.preprocess([row["positive"] for row in features])["input_ids"])
-    assert shown >= {12: 0, 16: 0, 24: 1, 32: 8, 48: 16, 64: 20}[window]
+    assert shown >= {12: 0, 32: 8, 64: 20}[window]
 
 
 def test_other_data_sets_keep_their_prompts(model):
@@ -168,19 +169,9 @@ def test_other_data_sets_keep_their_prompts(model):
         assert batch["query_input_ids"].equal(model.preprocess(["read"], prompt=prompt)["input_ids"])
 
 
-BAD = {
-    "columns": ({"rows": Dataset.from_dict({"sentence1": ["a"]})}, "rows without column 'positive'"),
-    "shots": ({"shots": 0}, "shots is 0"),
-    "budget": ({"shots_budget": 0}, "shots_budget is 0"),
-    "probability": ({"zero_shot_probability": 1.5}, "zero_shot_probability is 1.5"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_settings(case):
-    changed, message = BAD[case]
-    with pytest.raises(InputError, match=message):
-        Demonstrations(**{"rows": pool(), "instruction": INSTRUCTION, "shots": 1, **changed})
+def test_rows_without_positives_make_no_demonstrations():
+    with pytest.raises(InputError, match="rows without column 'positive'"):
+        Demonstrations(Dataset.from_dict({"sentence1": ["a"]}), INSTRUCTION, 1)
 
 
 def test_shots_without_an_instruction_to_stand_before(model):

@@ -96,13 +96,6 @@ def test_gradient_is_softmax_minus_target():
     torch.testing.assert_close(scores.grad, expected)
 
 
-def test_half_precision_scores_are_summed_in_float32():
-    scores, own, labels, _ = batch(4, 3, seed=3)
-    value = soft_info_nce(scores.bfloat16(), own, labels.float())
-    assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(soft_info_nce(scores.bfloat16().double(), own, labels).item(), rel=1e-5)
-
-
 @given(shapes, st.floats(-3, 3))
 def test_target_ignores_a_shift_of_all_logits(shape, shift):
     """A teacher that is more generous by a constant asks for the same distribution."""
@@ -133,33 +126,6 @@ def test_loss_does_not_depend_on_order_or_offset(shape, offset):
     columns = torch.randperm(scores.shape[1])
     moved = columns.argsort()[own]
     torch.testing.assert_close(soft_info_nce(scores[:, columns], moved, labels, mask=mask[:, columns]), loss)
-
-
-@settings(max_examples=25)
-@given(shapes)
-def test_own_documents_stay_in_the_denominator(shape):
-    """A mask by equal text marks a row's own documents too; left out, probabilities would exceed 1."""
-    scores, own, labels, mask = batch(*shape)
-    everything = torch.ones_like(mask)
-    own_alone = soft_info_nce(scores.gather(1, own), torch.arange(own.shape[1]).expand_as(own), labels)
-    torch.testing.assert_close(soft_info_nce(scores, own, labels, mask=everything), own_alone)
-
-
-@pytest.mark.parametrize("value", [1.5, -0.1, math.nan, math.inf])
-def test_raw_teacher_scores_are_refused(value):
-    labels = torch.tensor([[0.5, value]])
-    with pytest.raises(ValueError, match="calibrate"):
-        soft_info_nce(torch.zeros(1, 2), torch.tensor([[0, 1]]), labels)
-
-
-def test_shapes_are_checked():
-    scores, own, labels, mask = batch(3, 2, seed=4)
-    with pytest.raises(ValueError, match="one row for each row"):
-        soft_info_nce(scores, own, labels[:, :2])
-    with pytest.raises(ValueError, match="one row for each row"):
-        soft_info_nce(scores[:2], own, labels)
-    with pytest.raises(ValueError, match="shape of scores"):
-        soft_info_nce(scores, own, labels, mask=mask[:, :3])
 
 
 # --- the others, against sentence-transformers and plain loops -------------------------------------------------------
@@ -233,16 +199,6 @@ def test_lambda_loss_and_ranknet_are_the_cross_encoders(shape):
     torch.testing.assert_close(ranknet(scores, own, labels.float()), expected)
 
 
-def test_ties_in_the_labels_are_no_pairs():
-    scores, own, labels, _ = batch(1, 3, seed=5)
-    labels[0, 2] = labels[0, 1]
-    expected = by_lists(LambdaLoss, scores.float(), own, labels.float())
-    assert lambda_loss(scores, own, labels).item() == pytest.approx(expected.item(), rel=1e-5)
-    expected = by_lists(RankNetLoss, scores.float(), own, labels.float(), reduction_log="natural")
-    assert ranknet(scores, own, labels).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert ranknet(scores, own, torch.full_like(labels, 0.5)).item() == 0
-
-
 @given(shapes, st.floats(0.2, 5))
 def test_pairdistill_is_kl_between_two_way_softmaxes(shape, temperature):
     scores, own, labels, _ = batch(*shape)
@@ -270,14 +226,6 @@ def test_bixse_is_binary_cross_entropy_with_zeros_for_other_rows(shape, masked):
     assert value.item() == pytest.approx(total / len(scores), rel=1e-9)
 
 
-def test_bixse_bias_is_the_imbalance():
-    """What own documents taught of how often one is relevant is not unlearnt on a thousand foreign ones."""
-    own, labels = torch.tensor([[0, 1]]), torch.tensor([[0.05, 0.05]])
-    scores = torch.logit(torch.full((1, 1002), 0.05)).requires_grad_()
-    bixse(scores, own, labels).backward()
-    assert abs(scores.grad.sum()) < 0.1 * labels.sum()  # without a bias it is 50 on 0.1
-
-
 @given(shapes.filter(lambda shape: shape[1] > 0), st.floats(0.2, 5))
 def test_weighted_soft_info_nce_weighs_negatives(shape, temperature):
     scores, own, labels, mask = batch(*shape)
@@ -294,13 +242,6 @@ def test_weighted_soft_info_nce_weighs_negatives(shape, temperature):
         total += math.log(denominator) - scores[row, positive].item()
     value = weighted_soft_info_nce(scores, own, labels, temperature, mask)
     assert value.item() == pytest.approx(total / len(scores), rel=1e-9)
-
-
-@given(shapes)
-def test_weighted_soft_info_nce_of_equal_grades_is_info_nce(shape):
-    scores, own, labels, mask = batch(*shape)
-    value = weighted_soft_info_nce(scores, own, torch.full_like(labels, 0.3), mask=mask)
-    torch.testing.assert_close(value, info_nce(scores, own, mask))
 
 
 @pytest.mark.parametrize("name", ["kl", "margin_mse", "pairdistill"])
@@ -361,11 +302,10 @@ def test_a_missing_document_is_left_out_of_everything(name, shape, seed):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("labels", [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.5, 0.5, 0.5]])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_extremes_stay_finite(name, labels, dtype):
-    """Cosines of -1 and 1 at temperature 0.01, labels at the ends, all equal."""
-    scores = torch.tensor([[100.0, -100.0, 100.0, -100.0, 100.0]], dtype=dtype).repeat(2, 1).requires_grad_()
+@pytest.mark.parametrize("labels", [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]])
+def test_extremes_stay_finite(name, labels):
+    """Cosines of -1 and 1 at temperature 0.01 in bfloat16, summed in float32; labels at the ends, all equal."""
+    scores = torch.tensor([[100.0, -100.0, 100.0, -100.0, 100.0]] * 2, dtype=torch.bfloat16).requires_grad_()
     own = torch.tensor([[0, 1, 2], [1, 2, 3]])
     value = value_of(name, scores, own, torch.tensor([labels] * 2))
     value.backward()
@@ -375,9 +315,15 @@ def test_extremes_stay_finite(name, labels, dtype):
 
 
 @pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if "labels" in objective.needs])
-def test_labels_are_checked_by_every_objective(name):
-    scores, own, labels, _ = batch(3, 2, seed=4)
-    with pytest.raises(ValueError, match="calibrate"):
-        value_of(name, scores, own, labels + 1)
+def test_labels_and_shapes_are_checked_by_every_objective(name):
+    scores, own, labels, mask = batch(3, 2, seed=4)
+    for raw in (1.5, -0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="calibrate"):
+            value_of(name, scores, own, labels.masked_fill(labels == labels[1, 1], raw))
     with pytest.raises(ValueError, match="one row for each row"):
         value_of(name, scores, own, labels[:2])
+    if "mask" in OBJECTIVES[name].needs:
+        with pytest.raises(ValueError, match="shape of scores"):
+            value_of(name, scores, own, labels, mask[:, :3])
+        with pytest.raises(ValueError, match="one row for each row"):
+            value_of(name, scores[:2], own, labels, mask[:2])
