@@ -22,34 +22,28 @@ Features = dict[str, Any]  # what a column's texts become in the collator: input
 class GradedLoss(CachedLossMixin, nn.Module):
     """An objective of `modeling.objectives` over graded rows (query, positive, negative_1, ..., negative_n, label).
 
-    Scores are cosines / temperature. Which documents a row is compared with depends on the objective: its own ones,
-    or its own and those of the other rows (in-batch negatives). Of the latter, documents that are known to be no
-    negatives are left out: those with the same text as one of the row's own, the positives of rows with the same
-    query, and the known positives of the query where the collator tells them (modeling.demonstrations). Texts are
-    compared as the model sees them, as token ids.
-
-    Rows may have fewer documents than there are columns: a missing one is an empty text, and NaN in the label. It is
+    Scores are cosines / temperature. A row is compared with its own documents and, by objectives that take a `mask`,
+    with those of the other rows, less those that are known to be no negatives: equal texts, positives of rows with the
+    same query, and the query's known positives (`POSITIVES`, which modeling.demonstrations' collator adds). Texts are
+    compared as the model sees them, as token ids. A missing document is an empty text with NaN in the label; it is
     left out of everything.
 
     Args:
         model: the SentenceTransformer to train.
         objective: a name in `OBJECTIVES`.
         temperature: divides the cosines; 0.02 is what most LLM embedders train with.
-        mini_batch_size: texts embedded at a time. None runs one plain forward and backward pass. A number turns on
-            GradCache: one forward pass more, but memory for this many texts only. Documents are then sorted by length
-            first, so that a mini-batch holds texts of like length and next to no padding.
+        mini_batch_size: texts embedded at a time, by GradCache: one forward pass more, memory for so many texts only.
+            Documents are sorted by length first, so that a mini-batch holds next to no padding. None = one plain pass.
         target_temperature: divides the teacher's logits, in the objectives that read more than their order.
-        alpha: weight of the objective; 1 - alpha is that of InfoNCE on the positive. 0 is InfoNCE alone and needs no
-            labels.
-        in_batch_negatives: False leaves all documents of other rows out, as rows of classification and clustering
-            need it, where other rows with the same label are no negatives.
-        false_negative_margin: also leaves out documents of other rows whose cosine exceeds that of the row's positive
-            by more than this (Qwen3 Embedding, arXiv 2506.05176, eq. 2, with 0.1). The model being trained is the
-            judge, so the line lies above the positive: below it (as in GISTEmbedLoss, which asks a guide model) the
-            hard negatives that are still to be learnt would go first. Own documents stay: the teacher graded them.
-        gather_across_devices: in-batch negatives from all processes. Every process computes the loss of its own rows
-            against the documents of all; with the average that DDP takes of gradients it is one process' loss over
-            all rows. All processes need equal numbers of rows and of columns.
+        alpha: weight of the objective against 1 - alpha of InfoNCE; 0 is InfoNCE alone, and needs no labels.
+        in_batch_negatives: False leaves all documents of other rows out: classification and clustering need it, where
+            rows with the same label are no negatives.
+        false_negative_margin: leave out documents of other rows whose cosine exceeds that of the row's positive by
+            more than this (Qwen3 Embedding, arXiv 2506.05176, eq. 2, with 0.1). The model in training is the judge, so
+            the line lies above the positive: below it (GISTEmbedLoss, which asks a guide model) the hard negatives
+            that are still to be learnt would go first. Own documents stay: the teacher graded them.
+        gather_across_devices: in-batch negatives of all processes, which need equal numbers of rows and columns. With
+            DDP's average of gradients the loss is that of one process with all rows.
 
     References:
         GradCache: arXiv 2101.06983. The objectives' are in `modeling.objectives`.
@@ -83,14 +77,10 @@ class GradedLoss(CachedLossMixin, nn.Module):
         super().__init__()
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-        if temperature <= 0 or target_temperature <= 0:
-            raise ValueError(f"temperatures must be > 0, got {temperature} and {target_temperature}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-        if mini_batch_size is not None and mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be None or at least 1, got {mini_batch_size}")
-        if false_negative_margin is not None and false_negative_margin < 0:
-            raise ValueError(f"false_negative_margin must be None or at least 0, got {false_negative_margin}")
+        if min(temperature, target_temperature) <= 0 or not 0 <= alpha <= 1:
+            raise ValueError(
+                f"temperatures must be > 0, got {temperature} and {target_temperature}; alpha in [0, 1], got {alpha}"
+            )
         self.model = model
         self.objective = objective
         self.temperature = temperature
@@ -119,7 +109,7 @@ class GradedLoss(CachedLossMixin, nn.Module):
         documents of the rows, then all second ones, ...) by `labels.order`.
         """
         batch = labels
-        # bfloat16 keeps 8 bits of a cosine: at temperature 0.02 an error of 0.1 in the exponent
+        # bfloat16 keeps 8 bits of a cosine: at temperature 0.02 a logit would be off by 0.1
         with torch.autocast(reps[0][0].device.type, enabled=False):
             graph = queries, documents = self._directions(reps, batch)
             if with_backward:
@@ -239,37 +229,20 @@ class SoftInfoNCELoss(GradedLoss):
     """`GradedLoss` with soft InfoNCE, or, with alpha=0, with InfoNCE."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        temperature: float = 0.02,
-        mini_batch_size: int | None = None,
-        target_temperature: float = 1.0,
-        alpha: float = 1.0,
-        **settings: Any,
+        self, model: nn.Module, temperature: float = 0.02, mini_batch_size: int | None = None, **settings: Any
     ) -> None:
-        super().__init__(
-            model,
-            "soft_info_nce",
-            temperature=temperature,
-            mini_batch_size=mini_batch_size,
-            target_temperature=target_temperature,
-            alpha=alpha,
-            **settings,
-        )
+        super().__init__(model, temperature=temperature, mini_batch_size=mini_batch_size, **settings)
 
 
 class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
     """sentence-transformers' CoSENTLoss over graded pairs, with GradCache, and over the pairs of all processes.
 
-    CoSENT compares every pair of a batch with every other one: a process that sees its own pairs alone trains on
-    another loss than one process with all of them.
-
     Args:
         model: the SentenceTransformer to train.
         scale: multiplies the cosines: 1 / temperature.
         mini_batch_size: texts embedded at a time, by GradCache; None = all, in one plain forward and backward pass.
-        gather_across_devices: compare the pairs of all processes, which need equal numbers of them. Every process
-            computes the same loss, that of one process; so is the average that DDP takes of the gradients.
+        gather_across_devices: compare the pairs of all processes, which need equal numbers of them: CoSENT compares
+            every pair with every other. Each process computes the loss of one process with all pairs.
     """
 
     def __init__(
@@ -281,8 +254,6 @@ class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__(model, scale)
-        if mini_batch_size is not None and mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be None or at least 1, got {mini_batch_size}")
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
         self.uses_gradient_cache = mini_batch_size is not None
@@ -312,7 +283,7 @@ class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
 
 
 class _Batch(NamedTuple):
-    """What the loss knows about a batch besides its embeddings: B rows here, and of all gathered rows N documents."""
+    """What the loss knows of a batch besides embeddings: B rows of this process, N documents of all gathered rows."""
 
     labels: Tensor | None  # (B, n+1)
     queries: Tensor  # text keys, of all rows
@@ -328,7 +299,7 @@ POSITIVES = "known_positives"  # the feature of the query column that holds text
 
 
 def _check_alike(documents: Tensor) -> None:
-    """Raise on every process rather than wait for ever where one holds other shapes. documents: (n+1, B)."""
+    """Raise on all processes where shapes differ, instead of waiting for ever. documents: (n+1, B)."""
     shapes = all_gather(torch.tensor([documents.shape], device=documents.device))
     if (shapes != shapes[0]).any():
         raise ValueError(
@@ -338,10 +309,9 @@ def _check_alike(documents: Tensor) -> None:
 
 
 def text_keys(features: Features) -> Tensor:
-    """(B,) int64: equal for texts of equal token ids, whatever the padding; equal for others by a rare chance only.
+    """(B,) int64 hashes of each text's token ids, whatever the padding; features may be flattened (flash attention).
 
-    A multilinear hash modulo 2^64 with fixed random multipliers, one a position: it costs one pass over the ids, no
-    copy to the host, and works on padded and on flattened (flash attention) inputs alike.
+    A multilinear hash modulo 2^64 with fixed random multipliers, one a position: no copy to the host.
     """
     ids = features["input_ids"]
     multipliers = _multipliers(ids.device)
@@ -390,9 +360,9 @@ def known_relevant(queries: Tensor, documents: Tensor, rows: slice, positives: T
 def sort_by_length(columns: list[Features]) -> tuple[list[Features], Tensor | None]:
     """The query column, and all document columns as one that is sorted by length, longest first.
 
-    GradCache cuts columns into mini-batches and trims the padding that a whole mini-batch shares, which is little
-    unless its texts are of like length. Gradients do not depend on the order. The queries keep theirs: they are few
-    and alike. So do columns that cannot be merged, such as those flattened for flash attention, which have no padding.
+    GradCache trims the padding that a whole mini-batch shares: next to all of it, where lengths are alike. Queries
+    keep their order: they are few and alike. So do columns that cannot be merged, such as those flattened for flash
+    attention, which have no padding.
 
     Returns:
         ([queries, documents], order): embedding order[j] is that of document j of the columns laid end to end. Or, if
