@@ -19,7 +19,7 @@ def test_both_parts_on_a_few_texts_in_both_precisions(capsys):
         assert plain > 1.3
         for row in part:
             assert float(row[2]) >= 0
-            assert float(row[7]) < (1e-5 if "float32" in row[1].split(", ")[-1] else 0.2) and float(row[8]) > 0.98
+            assert float(row[7]) < (1e-5 if "float32" in row[1].split(", ")[-1] else 0.5) and float(row[8]) > 0.9
             assert 1 <= float(row[4]) < plain if "share_prefix" in row[1] else float(row[4]) > 1.3
 
 

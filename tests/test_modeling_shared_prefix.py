@@ -303,7 +303,7 @@ def test_half_precision_is_as_close_to_the_truth_as_the_plain_path(pretrained, h
         with share_prefix(model):
             shared = [encode(model).float(), encode(model, **BATCHES).float()]
     error = 1 - torch.cosine_similarity(plain, exact).min()
-    assert error > 1e-5
+    assert error > 1e-6
     for vectors in shared:
         assert 1 - torch.cosine_similarity(vectors, exact).min() < max(2 * error, 1e-4)
 
@@ -612,7 +612,7 @@ def test_a_trainer_takes_the_same_steps_and_evaluates_the_weights_of_each(tiny_d
     shared_losses, shared_vectors, counts = train("shared", share_prefix)
     assert counts.tokens_computed < 0.7 * counts.tokens_padded
     assert len(losses) == 6 and len(vectors) == len(shared_vectors) == 2
-    assert (vectors[0] - vectors[1]).abs().max() > 1e-2
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-3
     assert shared_losses == pytest.approx(losses, rel=1e-3)
     for shared, plain in zip(shared_vectors, vectors, strict=True):
         torch.testing.assert_close(shared, plain, rtol=0, atol=5e-4)  # Adam amplifies rounding
