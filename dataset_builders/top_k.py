@@ -71,13 +71,16 @@ def merge(found: Sequence[np.ndarray], top_k: int) -> np.ndarray:
 
 
 def best(scores: Tensor, top_k: int, first: int, above: float = -np.inf) -> np.ndarray:
-    """FOUND (queries, up to top_k), best first, from a matrix of scores of the documents numbered from `first`.
+    """FOUND (queries, up to top_k) from a matrix of scores of the documents numbered from `first`.
 
-    Only scores higher than `above` count; places left over hold NOTHING.
+    Equal scores are in no order yet: `merge` orders them. Only scores higher than `above` count; places left over hold
+    NOTHING.
     """
     values, columns = scores.topk(min(top_k + 1, scores.shape[1]))
-    # torch.topk takes any of equal scores
-    tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > above)).any(dim=1).nonzero().ravel()
+    # torch.topk takes any of equal scores: it matters where the last place is one of them
+    tied = (
+        ((values[:, top_k:] == values[:, top_k - 1 : -1]) & (values[:, top_k:] > above)).any(dim=1).nonzero().ravel()
+    )
     if len(tied):
         order = scores[tied].sort(dim=1, descending=True, stable=True).indices
         columns[tied] = order[:, : columns.shape[1]]
