@@ -21,7 +21,7 @@ from common.tables import markdown_table
 from dataset_builders.build import FOLDERS, in_words
 from eval.leaderboard import Leaderboard, format_means, format_tasks, read_leaderboard
 from eval.retrieval import format_table, read_metrics
-from eval.systems import run_recipe
+from modeling.recipe import read_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         figures["mteb.png"] = plot_leaderboard(board)
         parts += ["## MTEB", format_means(board), "![MTEB by task type](mteb.png)", format_tasks(board)]
     if run_folder:
-        stages = [stage["name"] for stage in run_recipe(run_folder)["stages"]]
+        stages = [stage["name"] for stage in read_stages(run_folder)["stages"]]
         logs, manifests = read_logs(run_folder, stages), read_manifests(results / metrics["data"])
         if logs:
             figures["training.png"] = plot_training(logs)

@@ -31,7 +31,8 @@ from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.fusion import convex_fusion
 from eval.held_out import DEPTH, Documents, Queries, Ranking, candidate_rankings, count, load_documents, load_queries
 from eval.intervals import bootstrap_interval, format_interval
-from eval.systems import System, compressed, encoder_section, named_systems, run_recipe, run_systems
+from eval.systems import System, compressed, encoder_section, named_systems, run_systems
+from modeling.recipe import read_stages
 
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
 MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}
@@ -142,7 +143,7 @@ def _parse(argv: Sequence[str]):
 
 def missing_stages(run_folder: Path) -> list[str]:
     """Names of stages that the recipe lists and the run has no model of."""
-    return [stage["name"] for stage in run_recipe(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
+    return [stage["name"] for stage in read_stages(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
 
 
 def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, resolve_model
-from common.recipes import read_yaml
-from common.steps import files_of, folder_step
+from common.steps import files_of, fingerprint, folder_step
 from dataset_builders.embeddings import EncoderSection
+from modeling.encoder import read_setting
 from modeling.prompts import baked_prompts, few_shot_prompt, few_shot_prompts
+from modeling.recipe import read_stages
 
 SHOTS = (1, 2)  # demonstrations shown to the untrained model
 
@@ -46,8 +47,9 @@ def named_systems(references: Sequence[str], output: Path) -> list[System]:
     for reference in dict.fromkeys(references):
         model = resolve_model(reference)
         folder = reference
-        if model.is_local and not is_finished(model.name_or_path):
-            folder = str(saved_encoder(reference, output / "models" / model.fingerprint(), {}))
+        model = dataclasses.replace(model, revision=fetch_settings(model))
+        if read_setting(model, "modules.json") is None:
+            folder = str(saved_encoder(reference, output / "models" / fingerprint(reference), {}))
         encoder_section(folder)
         systems.append(System(reference, folder, with_bm25=True))
     return systems
@@ -55,12 +57,11 @@ def named_systems(references: Sequence[str], output: Path) -> list[System]:
 
 def run_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
     """The models of a run: untrained, after each stage, final; then the final one with each few-shot prompt it has."""
-    recipe = run_recipe(run_folder)
+    stages = [stage["name"] for stage in read_stages(run_folder)["stages"]]
     final = run_folder / "model"
     if not final.is_dir():
         raise InputError(f"{final}: no such folder; finish the training with train_st.py first")
-    stages = [System(f"after {stage['name']}", str(run_folder / stage["name"])) for stage in recipe["stages"]]
-    stages = [system for system in stages if Path(system.model).is_dir()]
+    stages = [System(f"after {name}", str(run_folder / name)) for name in stages if (run_folder / name).is_dir()]
     for folder in (*(system.model for system in stages), str(final)):
         encoder_section(folder)  # refuses a broken one before hours of work on the others
     if stages and files_of(final).items() <= files_of(Path(stages[-1].model)).items():
@@ -72,63 +73,56 @@ def run_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
         System(f"{stages[-1].name}, {shots}-shot", str(final), shots, prompt)
         for shots, prompt in few_shot_prompts(settings.get("prompts", {})).items()
     ]
-    return [*untrained_systems(run_folder, recipe, data, output), *stages, *few_shot]
+    return [*untrained_systems(run_folder, data, output), *stages, *few_shot]
 
 
-def run_recipe(run_folder: Path) -> dict[str, Any]:
-    """What was run. Raises InputError where that is no recipe of train_st.py."""
-    path = run_folder / "recipe.yaml"
-    if not path.is_file():
-        raise InputError(f"{run_folder}: not a training run (recipe.yaml is missing); make one with train_st.py")
-    recipe = read_yaml(path)
-    stages = recipe.get("stages")
-    if not isinstance(stages, list) or not stages:
-        raise InputError(f"{path}: no list of stages; name the folder of a run that train_st.py made")
-    return recipe
-
-
-def untrained_systems(run_folder: Path, recipe: Mapping[str, Any], data: Path, output: Path) -> list[System]:
+def untrained_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
     """The start of the run: a finished embedder as it was published; a bare decoder with the final model's prompt,
     length and pooling. A pretrained decoder also with demonstrations where these fit, and with mean pooling.
     """
-    keys = {**recipe, **recipe["stages"][-1]}
-    start = str(run_folder / "student") if "student" in keys else keys["model_name_or_path"]
-    if is_finished(resolve_model(start).name_or_path):
-        return [System("untrained", start)]
-    prompts = baked_prompts(keys.get("instruction"))
-    if keys.get("instruction") and "student" not in keys:
+    resolved = read_stages(run_folder)
+    start, keys = resolved["start"], resolved["stages"][-1]["keys"]
+    revision = f"@{start['revision']}" if start["revision"] and "@" not in start["model"] else ""
+    if start["published"]:
+        return [System("untrained", start["model"] + revision)]
+    is_student = start["model"] == "student"
+    model = str(run_folder / "student") if is_student else start["model"] + revision
+    instruction, template = keys["instruction"], keys["query_template"]
+    prompts = baked_prompts(instruction, (), template, keys["document_prompt"])
+    if instruction is not None and not is_student:
         for shots in SHOTS:
             with contextlib.suppress(InputError):  # no rows that fit
-                shown = demonstrations(start, keys.get("max_seq_length", 512), data, keys["instruction"], shots)
-                prompts[f"query-{shots}-shot"] = few_shot_prompt(keys["instruction"], shown)
+                shown = demonstrations(model, keys, data, shots)
+                prompts[f"query-{shots}-shot"] = few_shot_prompt(instruction, shown, template)
     names = ("dtype", "max_seq_length", "min_text_tokens", "pooling", "num_hidden_layers")
-    settings = {"revision": keys.get("model_revision"), "prompts": prompts}
-    settings |= {name: keys[name] for name in names if name in keys}
-    folder = str(saved_encoder(start, output / "untrained", settings))
+    settings = {"prompts": prompts, **{name: keys[name] for name in names}}
+    folder = str(saved_encoder(model, output / "untrained", settings))
     systems = [System("untrained", folder)]
     systems += [
         System(f"untrained, {shots}-shot", folder, shots, prompt)
         for shots, prompt in few_shot_prompts(prompts).items()
     ]
-    if "student" not in keys:
-        mean = saved_encoder(start, output / "untrained-mean", settings | {"pooling": "mean"})
+    if not is_student:
+        mean = saved_encoder(model, output / "untrained-mean", settings | {"pooling": "mean"})
         systems.append(System("untrained, mean pooling", str(mean)))
     return systems
 
 
-def demonstrations(start: str, length: int, data: Path, instruction: str, shots: int) -> list[tuple[str, str]]:
-    """Seeded mined rows of the build as demonstrations, in at most half of a `length` in tokens."""
+def demonstrations(reference: str, keys: Mapping[str, Any], data: Path, shots: int) -> list[tuple[str, str]]:
+    """Seeded mined rows of the build as demonstrations, in at most half of the model's length."""
     import polars as pl
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     from modeling.demonstrations import Demonstrations
 
-    model = resolve_model(start)
+    model = resolve_model(reference)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=model.revision)
     rows = Dataset.from_polars(pl.read_parquet(data / "mined" / "mined.parquet", columns=["query", "positive"]))
-    return Demonstrations(rows, instruction, shots).freeze(
-        shots, lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]], length // 2
+    return Demonstrations(rows, keys["instruction"], shots, template=keys["query_template"]).freeze(
+        shots,
+        lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]],
+        keys["max_seq_length"] // 2,
     )
 
 
@@ -136,20 +130,13 @@ def saved_encoder(reference: str, folder: Path, settings: Mapping[str, Any]) -> 
     """`build_encoder` of a model reference with `settings` (None: not given), saved as a folder once."""
     model = resolve_model(reference)
     settings = {key: value for key, value in settings.items() if value is not None}
-    if model.revision:
-        settings["revision"] = model.revision
     with folder_step(folder, {"model": model.fingerprint(), **settings}) as step:
         if not step.done:
             from modeling.encoder import build_encoder
 
-            build_encoder(model.name_or_path, **settings).save(str(step.path), create_model_card=False)
+            build_encoder(reference, **settings).save(str(step.path), create_model_card=False)
             step.finish()
     return folder
-
-
-def is_finished(name_or_path: str) -> bool:
-    """Whether a model is a SentenceTransformer with modules of its own."""
-    return Path(name_or_path, "modules.json").is_file()
 
 
 def encoder_section(reference: str) -> EncoderSection:
@@ -160,7 +147,7 @@ def encoder_section(reference: str) -> EncoderSection:
     from transformers import AutoConfig
 
     model = resolve_model(reference)
-    if model.is_local and not is_finished(model.name_or_path):
+    if model.is_local and not Path(model.name_or_path, "modules.json").is_file():
         # sentence-transformers would load a bare checkpoint and average over its tokens
         raise InputError(f"{reference}: not a SentenceTransformer folder (modules.json is missing); train one first")
     if model.is_local:

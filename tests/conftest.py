@@ -88,6 +88,8 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
     """A finished run of two stages with its data: 6 documents, 3 test queries, a BM25 that is right once in three."""
     import pyarrow as pa
 
+    from modeling.prompts import QUERY_TEMPLATE
+
     run = tmp_path_factory.mktemp("runs") / "tiny"
     shutil.copytree(tiny_decoder, run / "student")
     for name in ("sts", "retrieval", "model"):
@@ -97,6 +99,12 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
         "instruction: Given a question, retrieve its answer\n"
         "max_seq_length: 64\npooling: eos\nstages: [{name: sts}, {name: retrieval}]\n"
     )
+    keys = {"instruction": "Given a question, retrieve its answer", "query_template": QUERY_TEMPLATE, "pooling": "eos"}
+    keys |= {"document_prompt": "", "max_seq_length": 64, "min_text_tokens": 16, "dtype": None}
+    keys |= {"num_hidden_layers": None}
+    start = {"model": "student", "revision": None, "published": None, "quantisation": None}
+    resolved = [{"name": name, "datasets": {}, "keys": keys} for name in ("sts", "retrieval")]
+    write_json(run / "stages.json", {"start": start, "stages": resolved})
     cost = {"steps": 20, "tokens": 4000, "training_seconds": 61.2, "device": "cpu", "device_seconds": 61.2}
     cost |= {"peak_memory_bytes": 3 * 2**30, "peak_device_memory_bytes": 0}
     stages = [{"stage": "sts", **cost}, {"stage": "retrieval", **cost}]

@@ -719,11 +719,9 @@ RETRIEVAL = {
     **BAD_MODEL,
     **BAD_DOCUMENTS,
     **HOSTILE_FILES,
-    "no recipe": (delete("recipe.yaml"), [], "not a training run"),
+    "no stages": (delete("stages.json"), [], "not a training run"),
     "no run": (nothing, ["--run", "none"], "none: not a training run"),
     "run is a file": (nothing, ["--run", "recipe.yaml"], "not a training run"),
-    "recipe without stages": (write("recipe.yaml", "a: 1"), [], "recipe.yaml: no list of stages"),
-    "stages are a word": (write("recipe.yaml", "stages: x"), [], "recipe.yaml: no list of stages"),
     "weights of a stage are text": (write("sts/model.safetensors", "x"), [], "sts/model.safetensors: not readable"),
     "start of the run is gone": (delete("student"), [], "student"),
     "unknown document judged": (rows(DOCUMENTS, lambda table: table.slice(1)), [], "is not in documents.arrow"),
@@ -799,7 +797,6 @@ REPORT = {
     "counts are words": (measured(counts={"queries": "many", "documents": 6}), [], "counts.queries is not as"),
     "run is a number": (measured(run=3), [], "run is not as"),
     "run is elsewhere": (measured(run="none"), [], "none: not a training run"),
-    "recipe without stages": (both(measured(), write("recipe.yaml", "a: 1")), [], "recipe.yaml: no list of stages"),
     "metrics are a list": (write("results/metrics.json", "[1]"), [], "not written by eval.retrieval"),
     "results are a file": (write("results", "x"), [], "metrics.json"),
     "unknown flag": (nothing, ["--top", "5"], "unrecognized arguments"),
@@ -1004,7 +1001,7 @@ def test_bad_input_is_refused_in_one_line(name, case, request, tmp_path, capsys,
 
 ALONE = [("build", "YAML: key twice"), ("build", "margin is true"), ("search", "two questions")]
 ALONE += [
-    ("retrieval", "recipe without stages"),
+    ("retrieval", "no run"),
     ("train_st", "stage's name climbs"),
     ("report", "metrics are a list"),
 ]

@@ -203,13 +203,15 @@ def test_a_published_embedder_starts_as_it_is_and_a_decoder_with_demonstrations(
     data = shutil.copytree(run / "data", tmp_path / "data")
     (data / "mined").mkdir()
     write_parquet(data / "mined" / "mined.parquet", rows)
-    stage = {"name": "retrieval", "instruction": "retrieve its answer", "max_seq_length": 128, "min_text_tokens": 8}
+    resolved = json.loads((run / "stages.json").read_text())
+    resolved["stages"][-1]["keys"] |= {"instruction": "retrieve its answer", "max_seq_length": 128}
 
-    def untrained(model, output):
-        recipe = {"model_name_or_path": str(model), "stages": [stage]}
-        return systems.untrained_systems(run, recipe, data, tmp_path / output)
+    def untrained(model, published):
+        start = {"model": str(model), "revision": None, "published": published}
+        write_json(tmp_path / "stages.json", resolved | {"start": start})
+        return systems.untrained_systems(tmp_path, data, tmp_path / "out")
 
-    zero, one, two, mean = untrained(tiny_decoder, "decoder")
+    zero, one, two, mean = untrained(tiny_decoder, None)
     assert [system.name for system in (zero, one, two, mean)] == [
         "untrained",
         "untrained, 1-shot",
@@ -221,7 +223,7 @@ def test_a_published_embedder_starts_as_it_is_and_a_decoder_with_demonstrations(
     assert bare.prompts["query"] == "Instruct: retrieve its answer\nQuery: "
     assert few_shot_prompts(averaged.prompts) == {1: one.query_prompt, 2: two.query_prompt}  # for run_mteb --shots
     assert (bare[1].pooling_mode, averaged[1].pooling_mode) == ("lasttoken", "mean")
-    assert untrained(run / "model", "published") == [System("untrained", str(run / "model"))]
+    assert untrained(run / "model", {"pooling": "lasttoken"}) == [System("untrained", str(run / "model"))]
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
