@@ -44,8 +44,12 @@ class Start:
     adapter: TrainedAdapter | None = None
 
     def name_from(self, folder: Path) -> str:
-        """How an adapter in `folder` names this base: a Hub id, a package, or a path relative to the folder."""
-        if Path(self.name_or_path).is_dir() and not self.reference.startswith("package:"):
+        """How an adapter in `folder` names this base: a Hub id, a package or GGUF file as the recipe wrote it, or a
+        path relative to the folder.
+        """
+        if self.reference.startswith("package:") or self.reference.endswith(".gguf"):
+            return self.reference
+        if Path(self.name_or_path).is_dir():
             return os.path.relpath(self.name_or_path, folder)
         return self.reference.partition("@")[0]
 
