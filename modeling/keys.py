@@ -37,7 +37,8 @@ REFUSED = {
     "save_only_model": "leaves nothing for a killed stage to go on from; leave it out",
     **dict.fromkeys(("push_to_hub", *_HUB), _PUBLISH),
 }
-# What the numbers under these keys must be. All numbers, these or others, are finite.
+# What the numbers under these keys must be. All numbers, these or others, are finite, and whole ones below LARGEST.
+LARGEST = 2**32
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0": (
         lambda value: value > 0,
@@ -125,6 +126,8 @@ def check_numbers(arguments: Any, where: str) -> None:
             wrong = [words for words, (holds, keys) in RANGES.items() if key in keys.split() and not holds(value)]
             if not math.isfinite(value):
                 wrong = ["a finite number"]
+            elif isinstance(value, int) and abs(value) >= LARGEST:
+                wrong = [f"below {LARGEST:,}"]
             if wrong:
                 raise InputError(f"{where}: {key} is {value}; it must be {wrong[0]}")
 
