@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from modeling.shared_prefix import TokenCounts
     from modeling.stages import StageData
     from modeling.start import Published, Start
+    from modeling.trainer import EmbedderTrainer
 
 # Keys that decide where a result lies and how it is shown, not what it is: a stage is not trained again for them.
 NO_INPUTS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "save_total_limit")
@@ -139,7 +140,7 @@ def run_stage(
     if processes().is_main_process:
         print(header(stage, data, trainer, cut), flush=True)
     encoder.max_seq_length = stage.own.train_max_seq_length
-    with sharing(stage, encoder) as counts, stopping(stage, checkpoints):
+    with sharing(stage, encoder) as counts, stopping(stage, trainer, checkpoints):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
     cost = stage_cost(trainer, counts)
@@ -174,7 +175,7 @@ def sharing(stage: Stage, encoder: SentenceTransformer) -> contextlib.AbstractCo
 
 
 @contextlib.contextmanager
-def stopping(stage: Stage, checkpoints: Path) -> Iterator[None]:
+def stopping(stage: Stage, trainer: EmbedderTrainer, checkpoints: Path) -> Iterator[None]:
     """What ends training as one line: what happened and what to lower. Raises TrainingStopped where there is a
     checkpoint to go on from, else InputError.
     """
@@ -187,6 +188,10 @@ def stopping(stage: Stage, checkpoints: Path) -> Iterator[None]:
         return
     except InputError as error:  # a non-finite loss, too few rows for a batch
         reason, cause = str(error), error
+    except (ValueError, TypeError) as error:  # settings that torch or transformers refuse once they are used
+        if trainer.state.global_step:
+            raise
+        reason, cause = f"training cannot start so: {error}", error
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise

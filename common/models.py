@@ -76,7 +76,7 @@ def resolve_model(reference: str) -> ModelReference:
         return ModelReference(reference, str(path), gguf="")
     repository, _, file = reference.partition(":")
     name, _, revision = repository.partition("@")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf") or file.startswith("//"):
         raise InputError(
             f"model {reference!r}: no such folder or file, and no Hub id (those look like org/name or name)"
         )

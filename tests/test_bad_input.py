@@ -133,21 +133,13 @@ def column(name, column, values):
 # The same for every command that reads a recipe: (the file's content, words of the answer).
 HOSTILE_YAML = {
     "empty": ("", "a mapping of names"),
-    "list": ("- a\n- b\n", "a mapping of names"),
-    "word": ("recipe", "a mapping of names"),
     "number for a name": ("1: x\n", "a mapping of names"),
     "unclosed": ("source: [", "not a YAML file"),
-    "tab": ("source:\n\tkind: local\n", "cannot start any token"),
     "not UTF-8": (b"\xff\xfes\x00o\x00", "not a YAML file"),
-    "NUL": (b"source: \x00\n", "not a YAML file"),
     "key twice": ("seed: 1\nseed: 2\n", "key 'seed' is there twice"),
     "key twice, deep": ("a: {b: [{c: 1, d: 2, c: 3}]}\n", "key 'c' is there twice"),
     "Python object": ("a: !!python/object/apply:os.system ['touch hacked']\n", "could not determine a constructor"),
-    "Python name": ("a: !!python/name:os.system\n", "could not determine a constructor"),
-    "month 13": ("a: 2026-13-45\n", "month must be in 1..12"),
-    "number of 5,000 digits": ("a: " + "9" * 5000, "Exceeds the limit"),
     "two documents": ("a: 1\n---\nb: 2\n", "expected a single document"),
-    "list for a name": ("{[1]: 2}\n", "unhashable key"),
 }
 HOSTILE_FILES = {
     f"YAML: {name}": (write("recipe.yaml", text), [], said) for name, (text, said) in HOSTILE_YAML.items()
@@ -291,7 +283,7 @@ BUILD = {
     "model is empty": (keys(dense__model=""), [], "model reference ''"),
     "model is nothing": (keys(dense__model=None), [], "'dense.model' is None"),
     "model folder missing": (keys(dense__model="../x"), [], "model '../x': no such folder"),
-    "model is a web address": (keys(dense__model="https://hub/org/name"), [], "no such folder, and no Hub id"),
+    "model is a web address": (keys(dense__model="https://hub/org/name"), [], "no such folder or file, and no Hub id"),
     "model of nobody's home": (keys(dense__model="~nobody-here/x"), [], "model '~nobody-here/x': no such folder"),
     "model with a blank": (keys(dense__model="a b"), [], "model 'a b': not a local folder"),
     "model climbs": (keys(dense__model="org/.."), [], "model 'org/..'"),
@@ -543,7 +535,6 @@ NOT_HERE = {
     "lr_scheduler_type": ("cosine_with_min_lr", "min_lr_rate should be set"),
     "lr_scheduler_kwargs": ("{a: 1}", "unexpected keyword argument 'a'"),
     "learning_rate_mapping": ('{"(": 1.0}', "unterminated subpattern"),
-    "dataloader_persistent_workers": ("true", "num_workers > 0"),
     "accelerator_config": ("none.json", "No such file or directory: 'none.json'"),
     "load_best_model_at_end": ("true", "metric_for_best_model is 'loss'"),
     "resume_from_checkpoint": ("out/checkpoint-9", "true goes on from a stage's last checkpoint"),
@@ -558,11 +549,6 @@ TRAIN = {
     },
     **{f"{key} here": (nothing, [*ONE, f"--{key}", value], said) for key, (value, said) in NOT_HERE.items()},
     "warm-up of NaN": (nothing, ["--warmup_ratio", ".nan"], "is nan; it must be a finite number"),
-    "checkpointing of unknown keys": (
-        keys(gradient_checkpointing=True, gradient_checkpointing_kwargs={"a": 1}),
-        [],
-        "unexpected keyword argument 'a'",
-    ),
     "student is a list": (keys(student=[1]), [], "student is [1]; it must be a mapping"),
     "student is a word": (nothing, ["--student", "x"], "student is 'x'; it must be a mapping"),
     "student and model": (keys(student={"teacher": "model"}), [], "name the model to start from: one of the two"),
@@ -718,7 +704,6 @@ BAD_DOCUMENTS = {
 RETRIEVAL = {
     **BAD_MODEL,
     **BAD_DOCUMENTS,
-    **HOSTILE_FILES,
     "no stages": (delete("stages.json"), [], "not a training run"),
     "no run": (nothing, ["--run", "none"], "none: not a training run"),
     "run is a file": (nothing, ["--run", "recipe.yaml"], "not a training run"),
@@ -758,7 +743,7 @@ SEARCH = {
     "-1 documents asked for": (nothing, ["--top_k", "-1"], "--top_k -1: use 1 or more"),
     "NaN documents asked for": (nothing, ["--top_k", "nan"], "invalid int value: 'nan'"),
     "model of no name": (nothing, ["--model", ""], "model reference ''"),
-    "model is a web address": (nothing, ["--model", "https://hub/x/y"], "no such folder, and no Hub id"),
+    "model is a web address": (nothing, ["--model", "https://hub/x/y"], "no such folder or file, and no Hub id"),
     "model climbs": (nothing, ["--model", "../../x"], "model '../../x': no such folder"),
     "package without a model": (nothing, ["--model", "package:json"], "the package holds no model"),
 }
@@ -1028,7 +1013,7 @@ def test_a_data_root_that_is_not_there_is_named(build_inputs, tmp_path):
     folder = shutil.copytree(build_inputs, tmp_path / "work")
     keys(source__path="elsewhere")(folder)
     done = process(COMMANDS["build"], RECIPE, folder, DATA_ROOT="/no/such/root")
-    assert done.returncode == 2 and "looked for /no/such/root/elsewhere, elsewhere" in refusal(done.stderr)
+    assert done.returncode == 2 and "searched: /no/such/root/elsewhere, elsewhere" in refusal(done.stderr)
 
 
 def test_a_further_set_without_rows_is_told_before_the_first_is_mined(build_inputs, tmp_path, monkeypatch, capsys):
