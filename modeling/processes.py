@@ -1,4 +1,4 @@
-"""The processes of a run: who of how many this one is, what they do together, and how they may share out weights."""
+"""Several processes of one run: rank and world size, steps made jointly, supported ways to shard weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ZERO3 = {"ZERO_STAGE": "3", "ZERO3_INIT": "false", "OFFLOAD_OPTIMIZER_DEVICE": "
 
 
 def processes() -> PartialState:
-    """Who of how many we are: one, or as many as `accelerate launch` or torchrun started."""
+    """Rank and world size: one process, or as many as `accelerate launch` or torchrun started."""
     from accelerate import PartialState
 
     return PartialState()
@@ -34,7 +34,7 @@ def launched_with(kind: str) -> bool:
 
 
 def refuse_shards(stages: Sequence[Stage]) -> None:
-    """Refuse, before hours of training, what shares out weights in a way that was not seen to train and save right."""
+    """Refuse, before hours of training, sharding strategies that were not seen to train and save correctly."""
     for key, name in (("fsdp", "fsdp"), ("deepspeed", "zero3")):
         if any(getattr(stage.training, key) for stage in stages):
             raise InputError(

@@ -162,11 +162,7 @@ def saved_prompts(stage: Stage, published: Published | None, shots: Sequence[tup
 
 
 def start_line(start: Start, published: Published | None, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a run starts from, in one line: what the first stage keeps of the model as published, and what it replaces.
-
-    >>> print("start ORG/NAME: finished embedder; keeps ...; replaces max_seq_length 256 by 128")
-    start ORG/NAME: finished embedder; keeps ...; replaces max_seq_length 256 by 128
-    """
+    """What a run starts from, in one line: what is kept of the model as published, and what the stage replaces."""
     own = stage.own
     ids = tokenizer("a")["input_ids"]
     special = [tokenizer.convert_ids_to_tokens(number) for number in (ids[0], ids[-1])]

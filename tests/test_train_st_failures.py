@@ -1,4 +1,4 @@
-"""Training that is killed at any moment, or stopped by memory, disk or a loss that is no number, and goes on."""
+"""Training that is killed at any moment, or stopped by memory, disk or a non-finite loss, and goes on."""
 
 import contextlib
 import itertools
