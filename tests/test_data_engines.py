@@ -138,7 +138,6 @@ def in_process_of_its_own(function: str, folder: Path) -> Any:
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     lines = [line for line in answer.stdout.splitlines() if line.startswith("found ")]
     assert lines, answer.stderr[-3000:]
