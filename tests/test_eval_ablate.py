@@ -376,7 +376,7 @@ def test_seeds_are_taken_as_people_write_them(written):
         ({"base": "no.yaml"}, "no.yaml: no such recipe"),
         ({"data": "no/data"}, "no/data/corpus/documents.arrow: no such file"),
         ({"split": "dev"}, "split 'dev' has no query"),
-        ({"variants": {"kl": {"los": "kl"}}}, "variant 'kl': stage 'sts': unknown key 'los'; did you mean 'loss'?"),
+        ({"variants": {"kl": {"los": "kl"}}}, "variant 'kl': unknown key 'los'; did you mean 'loss'?"),
         ({"variants": {"kl": {"ret.loss": "kl"}}}, "variant 'kl': ret.loss: no stage 'ret'; there are sts, retrieval"),
         ({"variants": {"kl": {"retrieval.alpha": 2}}}, "variant 'kl': stage 'retrieval': alpha is 2"),
         ({"variants": {"kl": {"seed": 3}}}, "seed is not a variant's to set"),

@@ -76,6 +76,7 @@ def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
             step.finish(counts=["rows"], rows={"train": 3})
         recipe["stages"].append({"name": name, "dataset_name": str(folder / "graded" / name / "hub")})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "stages.json").unlink()  # of the run that was copied
     return folder
 
 
