@@ -24,6 +24,7 @@ release-demo: demo
 REAL := runs/real
 REAL_TASKS := STSBenchmark SICK-R Banking77Classification SciFact MedQuAD
 real: .venv/installed
+	@test -d "$(DATA_ROOT)" || { echo "error: make real needs DATA_ROOT=FOLDER, with stsb, sts12 and the like" >&2; exit 2; }
 	$(BIN)/python -m dataset_builders.build --config recipes/data/stsb.yaml --output_dir runs/stsb/data
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir $(RUN)/data
 	$(BIN)/python train_st.py --config recipes/smollm2/train.yaml --resume_from_checkpoint true

@@ -33,6 +33,8 @@ from common.cli import InputError
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
+# What a build of graded data makes, in order; training, reports and cards read their manifests.
+BUILD_FOLDERS = ("corpus", "candidates", "scores", "mined", "audit", "sts", "hub")
 _STACK = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "bm25s", "rank_bm25", "trl", "mteb")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli import ArgumentParser, InputError, output_folder, run
-from common.steps import MANIFEST, folder_step, read_manifest
+from common.steps import BUILD_FOLDERS, MANIFEST, folder_step, read_manifest
 from dataset_builders.audit import write_audit
 from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
@@ -32,7 +32,6 @@ from dataset_builders.sts import write_pairs, write_sts
 
 STEPS = ("corpus", "candidates", "scores", "mined", "hub")
 # audit/ and sts/ are made after mined/, and anew whenever that is
-FOLDERS = ("corpus", "candidates", "scores", "mined", "audit", "sts", "hub")
 # Keys that make no difference to the rows: where files lie, and who does the work.
 NOT_INPUTS = {"data_root", "ray"}
 
@@ -94,7 +93,7 @@ def engine_of(name: str, ray: Ray) -> Engine:
 
 def restart_from(step: str | None, output: Path) -> None:
     """Forget the finished folders of `step` and of those after it."""
-    for name in FOLDERS[FOLDERS.index(step) :] if step else ():
+    for name in BUILD_FOLDERS[BUILD_FOLDERS.index(step) :] if step else ():
         if (output / name / MANIFEST).is_file():
             shutil.rmtree(output / name)
 

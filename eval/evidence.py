@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import InputError
 from common.models import resolve_model
 from common.recipes import read_yaml
-from common.steps import MANIFEST, files_of, fingerprint, read_manifest
-from dataset_builders.build import FOLDERS
+from common.steps import BUILD_FOLDERS, MANIFEST, files_of, fingerprint, read_manifest
 from dataset_builders.card import (
     BENCHMARK,
     compared_tasks,
@@ -216,7 +215,7 @@ def provenance(hub: Path) -> dict[str, Any] | None:
     first = made.get("corpus") or made.get("sts") or {}
     commit = first.get("inputs", {}).get("source", {}).get("commit")  # what was read from the Hub has one
     models = {section: public_name(recipe[section]["model"]) for section in ("dense", "teacher") if section in recipe}
-    models |= used_models({step: made.get(step) for step in FOLDERS})  # with the commit that was read
+    models |= used_models({step: made.get(step) for step in BUILD_FOLDERS})  # with the commit that was read
     return {
         "title": public_name(source_title(source)),
         "kind": source["kind"],

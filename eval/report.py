@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import ArgumentParser, InputError, run
-from common.steps import MANIFEST, read_manifest
+from common.steps import BUILD_FOLDERS, MANIFEST, read_manifest
 from common.tables import markdown_table
-from dataset_builders.build import FOLDERS, in_words
+from dataset_builders.build import in_words
 from eval.leaderboard import Leaderboard, format_means, format_tasks, read_leaderboard
 from eval.retrieval import format_table, read_metrics
 from modeling.recipe import read_stages
@@ -110,7 +110,7 @@ def read_logs(run_folder: Path, stages: Sequence[str]) -> dict[str, Log]:
 
 def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
     """Step -> manifest, for the steps of the data folder that were made."""
-    return {name: read_manifest(data / name) for name in FOLDERS if (data / name / MANIFEST).is_file()}
+    return {name: read_manifest(data / name) for name in BUILD_FOLDERS if (data / name / MANIFEST).is_file()}
 
 
 def format_ledger(ledger: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
@@ -195,7 +195,7 @@ def not_run(
         unknown = [name for name in metrics["measures"] if row[name] is None]
         if unknown:
             lines.append(f"{', '.join(unknown)} of {row['name']}: the candidates were cut (fusion.top_k).")
-    return [*lines, *(f"Data step {name}: it was not made." for name in FOLDERS if name not in manifests)]
+    return [*lines, *(f"Data step {name}: it was not made." for name in BUILD_FOLDERS if name not in manifests)]
 
 
 def plot_systems(metrics: Mapping[str, Any]) -> Figure:

@@ -147,4 +147,7 @@ def test_static_embeddings_are_left_alone(tmp_path):
     from tiny_data import write_encoder
 
     folder = str(write_encoder(tmp_path / "encoder"))
-    use_plain_text(SentenceTransformer(folder), folder)
+    model = SentenceTransformer(folder)
+    before = model.encode([TEXT])
+    use_plain_text(model, folder)
+    np.testing.assert_array_equal(model.encode([TEXT]), before)

@@ -13,8 +13,8 @@ from local_hub import LocalHub
 from tiny_data import write_encoder, write_recipe, write_set, write_table
 
 from common.cli import run
-from common.steps import files_of, read_arrow, read_manifest
-from dataset_builders.build import FOLDERS, main
+from common.steps import BUILD_FOLDERS, files_of, read_arrow, read_manifest
+from dataset_builders.build import main
 from dataset_builders.card import card_for
 from dataset_builders.schema import CANDIDATES, SCORES
 from release.verify import verify_dataset
@@ -168,7 +168,7 @@ def test_finished_steps_are_skipped_and_a_changed_key_redoes_what_depends_on_it(
     output = tmp_path / "data"
     shutil.copytree(built, output)
     command = ["--config", str(recipe), "--output_dir", str(output)]
-    assert states(command, capsys) == dict.fromkeys(FOLDERS, "before")
+    assert states(command, capsys) == dict.fromkeys(BUILD_FOLDERS, "before")
     margin = states([*command, "--margin", "0.5"], capsys)
     assert [name for name, state in margin.items() if state != "before"] == ["mined", "audit", "hub"]
     assert max(max(row["label"][1:]) / row["label"][0] for row in rows_of(output / "mined" / "mined.parquet")) < 0.5
@@ -257,7 +257,7 @@ def test_one_document_the_teachers_weights_or_an_option_redo_exactly_what_depend
     def redone(*flags: str) -> list[str]:
         return [name for name, state in states([*command, *flags], capsys).items() if state != "before"]
 
-    assert redone() == list(FOLDERS) and redone() == []
+    assert redone() == list(BUILD_FOLDERS) and redone() == []
     write_encoder(tmp_path / "other", seed=3)
     weights = next(tmp_path.glob("teacher/**/*.safetensors")).relative_to(tmp_path / "teacher")
     shutil.copyfile(tmp_path / "other" / weights, tmp_path / "teacher" / weights)
@@ -268,7 +268,7 @@ def test_one_document_the_teachers_weights_or_an_option_redo_exactly_what_depend
     assert redone("--dense.batch_tokens", "64", "--teacher.batch_tokens", "64") == ["sts", "hub"]  # the seed, back
     shards = {path.parent.name for path in tmp_path.glob("data/embeddings/*/*.npy")}
     change("corpus.parquet", text=lambda texts: [*texts[:-1], texts[-1] + " end"])(tmp_path / "set")
-    assert redone() == list(FOLDERS)
+    assert redone() == list(BUILD_FOLDERS)
     new = {path.parent.name for path in tmp_path.glob("data/embeddings/*/*.npy")} - shards
     assert len(new) == 2  # the documents by two models; the queries' vectors were there
 
