@@ -2,13 +2,20 @@
 
 Tokens, index and search are bm25s's. What a part cannot know by itself (how many documents hold a term, how long the
 average document is) is counted first, over all parts. Only terms that occur in a query are indexed.
+
+Words are stemmed by Snowball and lose bm25s's stop words, by the language of the texts, where these have some. Scripts
+that write no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) are read as overlapping pairs of
+characters, as in Lucene's CJKAnalyzer: known by the characters, whatever the language.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +25,7 @@ from pydantic import Field
 from common.recipes import Section
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
+from dataset_builders.languages import STEMMERS, STOP_WORDS, language_name
 from dataset_builders.top_k import Ranking, Search, best, ranges
 
 if TYPE_CHECKING:
@@ -27,6 +35,12 @@ QUERY_BLOCK = 64  # queries whose scores of a part are in memory at a time
 # How often a term (by its place in the vocabulary) occurs in a document (by its place in the part). Term -1 stands
 # for all terms: its count is the document's length.
 POSTING = np.dtype([("term", np.int32), ("document", np.int32), ("count", np.int32)])
+# Thai and Lao, Burmese, Khmer; Japanese kana; Han characters with their iteration marks
+_SPACELESS = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\uff66-\uff9f"
+_SPACELESS += r"\u3005\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+# `re` takes no combining mark for a part of a word, which would cut Hindi into pieces
+_MARKS = "".join(filter(lambda char: unicodedata.category(char)[0] == "M", map(chr, range(0xFFFF))))
+_TERM = rf"{_SPACELESS}|\w[\w{_MARKS}]+"
 
 
 class Bm25(Section):
@@ -38,18 +52,42 @@ class Bm25(Section):
     b: float = Field(0.75, ge=0, le=1)
 
 
-def tokenise(texts: Sequence[str]) -> list[list[str]]:
-    """Words of two letters or more in lower case, without English stop words, by their Snowball stem."""
-    tokens = _tokenised(texts)
+def tokenise(texts: Sequence[str], language: str | None = None) -> list[list[str]]:
+    """Words of two letters or more in lower case, without stop words, by their stem; English's where none is named."""
+    tokens = _tokenised(texts, language)
     words = {number: word for word, number in tokens.vocab.items()}
     return [[words[number] for number in text] for text in tokens.ids]
 
 
-def _tokenised(texts: Sequence[str]) -> bm25s.tokenization.Tokenized:
+def describe_words(language: str | None) -> str:
+    """
+    >>> describe_words("pl")
+    'words of two letters or more in lower case, no stop words removed, Snowball stems of Polish'
+    """
+    language = language or "en"
+    name = language_name(language)
+    stop_words = f"stop words of {name}" if language in STOP_WORDS else "no stop words"
+    stems = f"Snowball stems of {name}" if language in STEMMERS else "not stemmed"
+    return f"words of two letters or more in lower case, {stop_words} removed, {stems}"
+
+
+def _tokenised(texts: Sequence[str], language: str | None) -> bm25s.tokenization.Tokenized:
     import bm25s
     import Stemmer
 
-    return bm25s.tokenize(list(texts), stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
+    language = language or "en"
+    texts = [text if text.isascii() else re.sub(_SPACELESS, _bigrams, text) for text in texts]
+    stop_words = language if language in STOP_WORDS else None
+    stemmer = Stemmer.Stemmer(STEMMERS[language]) if language in STEMMERS else None
+    return bm25s.tokenize(texts, token_pattern=_TERM, stopwords=stop_words, stemmer=stemmer, show_progress=False)
+
+
+def _bigrams(run: re.Match) -> str:
+    """
+    >>> _bigrams(re.match(".*", "植物园"))
+    ' 植物 物园 '
+    """
+    return f" {' '.join(map(''.join, pairwise(run[0]))) or run[0]} "
 
 
 def search_bm25(
@@ -60,14 +98,15 @@ def search_bm25(
     blocks: Sequence[range],
     folder: Path,
     engine: Engine,
+    language: str | None = None,
 ) -> Ranking:
     """The queries' top-k documents among those that share a word with them."""
     if section.backend == "rank_bm25":  # knows no parts
-        search = _OkapiSearch(section.top_k, blocks, [range(len(documents))], queries, section, documents)
+        search = _OkapiSearch(section.top_k, blocks, [range(len(documents))], queries, section, language, documents)
         return search.run(folder / "bm25.shards", engine, "BM25 search")
-    vocabulary = sorted({word for query in tokenise(queries) for word in query})
+    vocabulary = sorted({word for query in tokenise(queries, language) for word in query})
     postings = compute_shards(
-        _Postings(documents, parts, vocabulary),
+        _Postings(documents, parts, vocabulary, language),
         [len(part) for part in parts],
         folder / "postings.shards",
         engine,
@@ -81,7 +120,7 @@ def search_bm25(
         length += int(part["count"][~indexed].sum(dtype=np.int64))
     count = len(documents)
     idf = np.log1p((count - frequencies + 0.5) / (frequencies + 0.5))  # Lucene's
-    plan = (section.top_k, blocks, parts, queries, section)
+    plan = (section.top_k, blocks, parts, queries, section, language)
     search = _Bm25sSearch(*plan, postings, vocabulary, idf, length / max(count, 1))
     return search.run(folder / "bm25.shards", engine, "BM25 search")
 
@@ -91,10 +130,11 @@ class _Postings:
     documents: TextColumn
     parts: Sequence[range]
     vocabulary: list[str]
+    language: str | None
 
     def __call__(self, number: int) -> np.ndarray:
         part = self.parts[number]
-        tokens = _tokenised(self.documents[part.start : part.stop])
+        tokens = _tokenised(self.documents[part.start : part.stop], self.language)
         lengths = np.array([len(ids) for ids in tokens.ids], np.int64)
         terms = np.full(max(tokens.vocab.values(), default=-1) + 1, -1, np.int64)
         for place, word in enumerate(self.vocabulary):
@@ -115,6 +155,7 @@ class _Postings:
 class _SparseSearch(Search):
     queries: Sequence[str]
     section: Bm25
+    language: str | None
 
     def scorer(self, part: int) -> Any:
         """Words of a query -> scores of the part's documents."""
@@ -123,7 +164,8 @@ class _SparseSearch(Search):
     def search(self, queries: range, part: int) -> np.ndarray:
         import torch
 
-        words, score, rows = tokenise([self.queries[row] for row in queries]), self.scorer(part), self.parts[part]
+        words = tokenise([self.queries[row] for row in queries], self.language)
+        score, rows = self.scorer(part), self.parts[part]
         found = []
         for block in ranges(len(words), QUERY_BLOCK):
             scores = np.zeros((len(block), len(rows)), np.float32)
@@ -171,4 +213,4 @@ class _OkapiSearch(_SparseSearch):
     def scorer(self, part: int) -> Any:
         from rank_bm25 import BM25Okapi
 
-        return BM25Okapi(tokenise(self.documents[:]), k1=self.section.k1, b=self.section.b).get_scores
+        return BM25Okapi(tokenise(self.documents[:], self.language), k1=self.section.k1, b=self.section.b).get_scores

@@ -112,6 +112,7 @@ def plan_graded(build: Build) -> list[PlannedStep]:
         "decontamination": describe_decontamination(recipe.decontamination, recipe.data_root),
     }
     search = {"bm25": keys["bm25"], "dense": dense, "fusion": keys["fusion"], "symmetric": build.symmetric}
+    search |= {"language": recipe.source.language}
     mining, sts = {"mining": keys["mining"]}, {"sts": keys["sts"], "dense": dense, "teacher": teacher}
 
     def corpus(folder: Path) -> dict[str, Any]:

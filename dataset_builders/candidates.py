@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dataset_builders.embeddings import warn_of_cut_texts
 from dataset_builders.fusion import reciprocal_rank_fusion as reciprocal_rank_fusion  # imported from here outside
 from dataset_builders.near_duplicates import normalised
 from dataset_builders.schema import CANDIDATES
-from dataset_builders.top_k import ranges
+from dataset_builders.top_k import Ranking, ranges
 
 PART = 65_536  # documents searched at a time, at least: 100 MB of vectors of 384 dimensions
 MAX_PARTS = 64  # of a larger corpus; each keeps its own best documents for every query until they are merged
@@ -39,10 +40,13 @@ def write_candidates(build: Build, folder: Path) -> dict[str, Any]:
     documents, texts, query_ids = build.documents, list(build.queries.values()), pa.array(build.queries, pa.string())
     parts = ranges(len(documents), PART * -(-len(documents) // (PART * MAX_PARTS)))
     blocks = ranges(len(texts), SEARCH_BLOCK)
-    sparse = search_bm25(build.recipe.bm25, documents, parts, texts, blocks, folder, build.engine)
+    sparse = search_bm25(
+        build.recipe.bm25, documents, parts, texts, blocks, folder, build.engine, build.splits.language
+    )
     vectors = (build.query_vectors, blocks, build.document_vectors, parts)
     dense = search_dense(build.recipe.dense, *vectors, folder, build.engine)
     warnings = warn_of_cut_texts(build.document_vectors, build.recipe.dense)
+    warnings += warn_of_nothing_found(len(texts), bm25=sparse, dense=dense)
     own = own_documents(texts, documents) if build.symmetric else np.full(len(texts), -1)
     total, found_by = 0, {"bm25_only": 0, "dense_only": 0, "both": 0}
     with parquet_writer(folder / "candidates.parquet", CANDIDATES) as stream:
@@ -106,3 +110,14 @@ def own_documents(queries: Sequence[str], documents: TextColumn) -> np.ndarray:
             if (text := normalised(text)) in places:
                 places[text] = place
     return np.array([places[normalised(text)] for text in queries])
+
+
+def warn_of_nothing_found(queries: int, **rankings: Ranking) -> list[str]:
+    """Print, and return, one line for each retriever that finds no document for more than half of the queries."""
+    warnings = []
+    for name, ranking in rankings.items():
+        found = sum((ranking[rows]["document"][:, 0] >= 0).sum() for rows in ranges(queries, QUERY_BLOCK))
+        if 2 * found < queries:
+            warnings.append(f"{name} finds no document for {queries - found:,} of {queries:,} queries")
+            print(f"warning: {warnings[-1]}; is source.language that of the texts?", file=sys.stderr, flush=True)
+    return warnings

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dataset_builders.bm25 import describe_words
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 
@@ -83,6 +84,7 @@ def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
         configs=configs,
         recipe=public,
         recipe_yaml=yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110).strip(),
+        words=describe_words(public["source"].get("language")),
         title=source_title(public["source"]),
         entry=entry,
         licence=licence,
@@ -116,12 +118,12 @@ def card_metadata(
     graded = [] if task_type == "sts" else ["hard-negatives", "distillation"]  # published pairs keep their own scores
     metadata = DatasetCardData(
         pretty_name=f"{source_title(recipe['source'])}, graded",
-        language=["en"],  # BM25's stop words and stems are English, and so is the registry
+        language=[recipe["source"]["language"]] if "language" in recipe["source"] else None,
         **license_fields(licence),
         # the labels are a teacher's, on pairs whose relevance others judged
         annotations_creators=["machine-generated", "found"] if graded else ["found"],
         language_creators=["found"],
-        multilinguality=["monolingual"],
+        multilinguality=["monolingual"] if "language" in recipe["source"] else None,
         source_datasets=[source_dataset] if source_dataset else None,
         task_categories=TASK_CATEGORIES.get(task_type, ["sentence-similarity"]),
         size_categories=[next((name for limit, name in SIZES.items() if configs[0].rows < limit), "n>100M")],

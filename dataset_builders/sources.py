@@ -25,6 +25,7 @@ from common.models import expand_user, hub_commit
 from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
+from dataset_builders.languages import Language
 from dataset_builders.readers import Draw, Rows, read_graded_pairs, read_layout
 from dataset_builders.readers import stable_hash as stable_hash  # for mining
 from dataset_builders.schema import LABEL_FLOOR, STS
@@ -45,6 +46,7 @@ TASK_LAYOUTS: dict[str, tuple[Layout, ...]] = {
 class Splits(Section):
     """`split` is graded and mined; the queries of `eval_splits` get candidates only."""
 
+    language: Language | None = None  # of the texts: BM25's stemmer and stop words (null: English), and the cards
     licence: str | None = None  # of the source's texts, as the card states it; a set of the registry brings its own
     # the mteb tasks whose data this is, which a model trained on it declares; none: it is no task's; null: not known
     training_datasets: tuple[str, ...] | None = None
@@ -134,6 +136,7 @@ class PydocsSource(Splits):
     """Docstrings of the standard library and of this project's dependencies: summary = query, body = document."""
 
     kind: Literal["pydocs"]
+    language: Language | None = "en"
 
 
 class LocalSource(Splits, SetKeys):
@@ -163,7 +166,7 @@ class RegistrySource(Splits):
         entry = registry().get(str(values.get("name")))
         if entry is None or entry.split is None:
             return values  # the name is refused below
-        return {"split": entry.split, "training_datasets": entry.training_datasets, **values}
+        return {"language": "en", "split": entry.split, "training_datasets": entry.training_datasets, **values}
 
     @field_validator("name")
     @classmethod
@@ -187,7 +190,7 @@ def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
     """What decides a source's rows, for the fingerprint of the step that reads them. Raises InputError."""
     if source.kind != "registry" and source.training_datasets:
         _check_training_datasets(source.training_datasets)
-    keys = source.model_dump(mode="json", exclude={"licence", "training_datasets", "path"})
+    keys = source.model_dump(mode="json", exclude={"licence", "language", "training_datasets", "path"})
     if source.kind == "pydocs":
         packages = {name: importlib.metadata.version(name) for name in pydocs.dependencies(pydocs.PROJECT)}
         parser = file_sha256(Path(pydocs.__file__))

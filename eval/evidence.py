@@ -221,6 +221,7 @@ def provenance(hub: Path) -> dict[str, Any] | None:
         "kind": source["kind"],
         "dataset": (entry.dataset if entry else source.get("dataset")) if commit else None,
         "commit": commit,
+        "language": source.get("language"),
         "licence": entry.licence if entry else source_licence(source),
         "split": source["split"],
         "rows": read_manifest(hub)["rows"],
@@ -243,6 +244,11 @@ def disclosure(data: Mapping[str, Mapping[str, Any] | None], base: str | None = 
         return None
     benchmark = next(entry["benchmark"] for entry in data.values())
     return zero_shot([name for names in stated for name in names], benchmark, base)
+
+
+def languages(data: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """Codes of the languages that the data sets state."""
+    return sorted({entry["language"] for entry in data.values() if entry and entry.get("language")})
 
 
 def read_example(hub: Path) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from common.cli import ArgumentParser, InputError, output_folder, run
 from common.models import hub_commit, resolve_model
 from common.steps import written_whole
-from eval.evidence import base_model, disclosure, other_files, read_evidence
+from dataset_builders.languages import MTEB_CODES
+from eval.evidence import base_model, disclosure, languages, other_files, read_evidence
 from eval.report import read_json
 from modeling.reference import REFERENCE
 
@@ -44,6 +45,7 @@ UNKNOWN = {
     "adapted_from": "the card names no base model on the Hub",
     "citation": "BibTeX of an article about this very model, if there is one",
     "contacts": "GitHub handles of those who answer for it",
+    "languages": "no data set that it was trained on states its language",
 }
 _HEAD = """\
 from __future__ import annotations
@@ -64,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
     meta = make_meta(
         name=args.name,
         reference=f"{HUB}/{args.name}",
+        languages=[MTEB_CODES[code] for code in languages(evidence["data"])] or None,
         public_training_code=args.code,
         training_datasets=set(disclosed["training_datasets"]) if disclosed else None,
         **read_folder(folder),
@@ -206,7 +209,6 @@ def make_meta(**fields: Any) -> ModelMeta:
     try:
         return ModelMeta(
             loader=SentenceTransformerEncoderWrapper,  # it uses the prompts that are saved in the model
-            languages=["eng-Latn"],  # as the card says
             framework=FRAMEWORK,
             **{**dict.fromkeys(UNKNOWN), **fields},
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import ArgumentParser, InputError, run
+from common.steps import read_manifest
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, load_model
 from dataset_builders.fusion import convex_fusion
@@ -32,9 +33,10 @@ class Result(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    documents = load_documents(Path(args.data))
-    cache = Path(args.data) / "embeddings"
-    print(format_results(search(args.model, args.question, documents, cache, args.top_k, args.hybrid)))
+    data = Path(args.data)
+    documents, language = load_documents(data), read_manifest(data / "candidates")["inputs"].get("language")
+    results = search(args.model, args.question, documents, data / "embeddings", args.top_k, args.hybrid, language)
+    print(format_results(results))
 
 
 def _parse(argv: Sequence[str]):
@@ -59,7 +61,13 @@ def _parse(argv: Sequence[str]):
 
 
 def search(
-    model: str, question: str, documents: Documents, cache: Path, top_k: int, hybrid: float | None = None
+    model: str,
+    question: str,
+    documents: Documents,
+    cache: Path,
+    top_k: int,
+    hybrid: float | None = None,
+    language: str | None = None,
 ) -> list[Result]:
     """The `top_k` documents nearest to `question`, best first; with `hybrid`, BM25 has that weight in the score."""
     from sentence_transformers import SentenceTransformer
@@ -71,19 +79,20 @@ def search(
     positions, scores = dense_top_k(question_vector, vectors, top_k if hybrid is None else max(top_k, DEPTH))
     best = list(zip(positions[0].tolist(), scores[0].tolist(), strict=True))
     if hybrid is not None:
-        best = convex_fusion(search_bm25(question, documents.texts, max(top_k, DEPTH)), dict(best), hybrid, top_k)
+        bm25 = search_bm25(question, documents.texts, max(top_k, DEPTH), language)
+        best = convex_fusion(bm25, dict(best), hybrid, top_k)
     return [Result(score, documents.ids[position], documents.texts[position]) for position, score in best]
 
 
-def search_bm25(question: str, texts: Sequence[str], top_k: int) -> dict[int, float]:
+def search_bm25(question: str, texts: Sequence[str], top_k: int, language: str | None = None) -> dict[int, float]:
     """Positions and BM25 scores of the documents that share a word with `question`, at most `top_k`."""
     import bm25s
 
     from dataset_builders.bm25 import tokenise
 
     index = bm25s.BM25()
-    index.index(tokenise(texts), show_progress=False)
-    found = index.retrieve(tokenise([question]), k=min(top_k, len(texts)), show_progress=False)
+    index.index(tokenise(texts, language), show_progress=False)
+    found = index.retrieve(tokenise([question], language), k=min(top_k, len(texts)), show_progress=False)
     pairs = zip(found.documents[0].tolist(), found.scores[0].tolist(), strict=True)
     return {position: score for position, score in pairs if score > 0}
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eval.evidence import base_model, hub_id
+from eval.evidence import base_model, hub_id, languages
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -28,7 +28,7 @@ def card_metadata(
     base = base_model(evidence["recipe"])
     results = evaluations(evidence, datasets)
     return ModelCardData(
-        language="en",
+        language=languages(evidence["data"]) or None,
         license=license,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",

@@ -15,7 +15,8 @@ import yaml
 
 from common.cli import InputError
 from dataset_builders.card import BENCHMARK, public_name
-from eval.evidence import disclosure, hub_id
+from dataset_builders.languages import language_name
+from eval.evidence import disclosure, hub_id, languages
 from eval.leaderboard import benchmark_tasks
 from eval.report import format_ledger
 from eval.retrieval import NEAR, format_table
@@ -77,6 +78,7 @@ def render_card(
     losses = dict.fromkeys(entry.get("loss") for entry in own)
     values = {
         "repo_id": repo_id,
+        "languages": " and ".join(map(language_name, languages(evidence["data"]))),
         "license": license,
         "adapter_repo_id": adapter_repo_id,
         "published": datasets,
@@ -120,7 +122,7 @@ def render_adapter_card(
     from huggingface_hub import ModelCardData
 
     metadata = ModelCardData(
-        language="en",
+        language=languages(evidence["data"]) or None,
         license=license,
         library_name="peft",
         pipeline_tag="sentence-similarity",

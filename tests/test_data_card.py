@@ -36,7 +36,13 @@ def share(value):
 def facts():
     """A recipe and manifests; all counts differ, so that none can stand in another's place."""
     return {
-        "source": {"kind": "local", "path": "/home/me/private/scifact", "split": "train", "eval_splits": []},
+        "source": {
+            "kind": "local",
+            "language": "en",
+            "path": "/home/me/private/scifact",
+            "split": "train",
+            "eval_splits": [],
+        },
         "task_type": "retrieval",
         "instruction": "Find the abstract",
         "decontamination": None,

@@ -159,7 +159,7 @@ def test_before_it_is_published_nobody_is_asked(run_folder, tmp_path, capsys, mo
     meta = runpy.run_path(str(tmp_path / "shown.py"))["my_org_tiny"]
     assert (meta.embed_dim, meta.adapted_from, meta.revision, meta.output_dtypes) == (32, BASE, None, None)
     unknown = ["revision", "release_date", "license", "open_weights", "public_training_code", "public_training_data"]
-    unknown += ["citation", "contacts"]
+    unknown += ["citation", "contacts", "languages"]
     lines = [f"{field} is None: {model_meta.UNKNOWN[field]}" for field in unknown]
     assert [line for line in shown.err.splitlines() if " is None: " in line] == lines
 
