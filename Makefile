@@ -6,7 +6,7 @@ RUN := runs/demo
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo release-demo real test lint bench clean
+.PHONY: demo release-demo real test docs lint bench clean
 
 # From raw text to a searchable model. Every step skips what is already done, so a killed demo is resumed by `make demo`.
 demo: .venv/installed
@@ -39,6 +39,12 @@ real: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# docs/keys.md: what the three commands print of their keys.
+docs: .venv/installed
+	{ echo "# Keys of recipes"; echo; echo "Made by \`make docs\`: change the comments beside the fields, not this page."; \
+	  for command in "train_st" "dataset_builders.build" "eval.ablate"; do \
+	    echo; echo "## python -m $$command --list_keys"; echo; $(BIN)/python -m $$command --list_keys || exit; done; } > docs/keys.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

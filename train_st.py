@@ -2,17 +2,19 @@
 
     python train_st.py --config recipes/demo/train.yaml [--stages sts,retrieval] [--max_steps N]
                        [--resume_from_checkpoint true] [--KEY VALUE ...]
+    python train_st.py --list_keys
     accelerate launch --num_processes 8 train_st.py --config ...        # the same on many devices
 
-modeling/recipe.py says what a recipe holds. Every key is a flag, too: --learning_rate 1e-4 holds for all stages,
+docs/keys.md has all keys. Each is a flag, too: --learning_rate 1e-4 holds for all stages,
 --retrieval.learning_rate 1e-4 for one, --student.hidden_size 256 for the recipe's `student:`. `--stages` selects
 stages and orders them. `--max_steps` holds for each stage; `--total_steps` is shared out among those that run, so that
 any selection of stages costs the same.
 
 Result in output_dir: recipe.yaml (what was run), stages.json (all keys of every stage as they hold), STAGE/ for each
 stage (a plain SentenceTransformer folder), model/ (the last one, or what `merge:` makes of them), adapter/ (peft
-format, when the last stage trained LoRA and nothing is merged), logs/STAGE.json (the trainer's log history) and
-ledger.json (what it cost, the data included).
+format, when the last stage trained LoRA and nothing is merged), logs/STAGE.json (the trainer's log history),
+logs/STAGE/ (what the libraries of `report_to` write: tensorboard, wandb, trackio) and ledger.json (what it cost, the
+data included).
 
 An adapter names the Hub id and revision it was trained from when all LoRA stages up to the last have equal settings:
 they then train one adapter. On top of a stage that trained all weights, or other LoRA settings, there is no Hub model
@@ -34,14 +36,14 @@ from common.cli import InputError, run
 from common.steps import MANIFEST, Step, link_files
 from modeling.ledger import closing_line, stage_cost, write_ledger, write_log
 from modeling.processes import joint_step, launched_with, processes, refuse_shards
-from modeling.recipe import MergeArguments, Recipe, Stage, read_recipe, write_recipe, write_stages
+from modeling.recipe import MergeArguments, Recipe, Stage, read_recipe, recipe_keys, write_recipe, write_stages
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from modeling.shared_prefix import TokenCounts
     from modeling.stages import StageData
-    from modeling.start import Published, Start
+    from modeling.start import Start
     from modeling.trainer import EmbedderTrainer
 
 # Keys that decide where a result lies and how it is shown, not what it is: a stage is not trained again for them.
@@ -55,47 +57,51 @@ class TrainingStopped(Exception):
 
 
 def main(argv: Sequence[str]) -> None:
+    if "--list_keys" in argv:
+        print("\n".join(recipe_keys()))
+        return
     recipe = read_recipe(argv, description=__doc__)
     from modeling.stages import load_data
 
-    stages, output_dir = recipe.stages, recipe.output_dir
-    refuse_shards(stages)
+    refuse_shards(recipe.stages)
     if launched_with("DEEPSPEED"):
         from modeling.trainer import forget_deepspeed
 
         forget_deepspeed()
     with processes().main_process_first():  # who comes later finds the rows in the cache of `datasets`
-        data = {stage.name: load_data(stage) for stage in stages}
-    start, published = check_start(recipe, data)
+        data = {stage.name: load_data(stage) for stage in recipe.stages}
+    start, stages = check_start(recipe, data)
     results = {}
     for stage in stages:
-        start = results[stage.name] = train_stage(stage, start, published, data[stage.name], output_dir)
+        start = results[stage.name] = train_stage(stage, start, data[stage.name], recipe.output_dir)
         if processes().is_main_process:
-            write_ledger(stages, output_dir)
+            write_ledger(stages, recipe.output_dir)
     if recipe.merge:
-        publish_merge(recipe.merge, results, output_dir)
+        publish_merge(recipe.merge, results, recipe.output_dir)
     else:
-        publish(start, output_dir)
+        publish(start, recipe.output_dir)
 
 
-def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, Published | None]:
-    """The model that the first stage starts from, once everything that stages ask of it is known to be there."""
+def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, list[Stage]]:
+    """The model that the first stage starts from, and the stages with what they leave to it, once everything that they
+    ask of it is known to be there.
+    """
     from modeling.stages import check_layers, check_lengths
     from modeling.start import first_start, load_tokenizer, settle, start_facts, start_line
 
     start, published = first_start(recipe)
-    settle(recipe.stages, published)
-    tokenizer = load_tokenizer(start, published, recipe.stages[0].own.pooling)
-    check_lengths(recipe.stages, data, tokenizer, published)
-    check_layers(recipe.stages, start)
+    stages = [settle(stage, published) for stage in recipe.stages]
+    tokenizer = load_tokenizer(start, stages[0])
+    check_lengths(stages, data, tokenizer)
+    check_layers(stages, start)
     if processes().is_main_process:
         write_recipe(recipe)
-        write_stages(recipe, start_facts(start, published))
-        print(start_line(start, published, recipe.stages[0], tokenizer), flush=True)
-    return start, published
+        write_stages(stages, start_facts(start, published), recipe.output_dir)
+        print(start_line(start, stages[0], tokenizer), flush=True)
+    return start, stages
 
 
-def train_stage(stage: Stage, start: Start, published: Published | None, data: StageData, output_dir: Path) -> Start:
+def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -> Start:
     """Train one stage, unless it is done already, and return its result as the start of the next one."""
     from modeling.start import Start, TrainedAdapter
 
@@ -109,58 +115,60 @@ def train_stage(stage: Stage, start: Start, published: Published | None, data: S
             if step.done and processes().is_main_process:
                 print(f"stage {stage.name}: done before, kept in {folder}", flush=True)
             elif not step.done:
-                run_stage(stage, start, published, data, step, output_dir)
+                run_stage(stage, start, data, step, output_dir / "logs")
     except TrainingStopped as reason:
         raise InputError(f"stage {stage.name!r}: {reason}") from reason
     adapter = None
     if stage.peft_config:
-        base = start.adapter.base if start.adapter and start.adapter.settings == stage.lora_settings else start
-        adapter = TrainedAdapter(folder / ADAPTER, stage.lora_settings, base)
+        before = start.adapter_for(stage)
+        adapter = TrainedAdapter(folder / ADAPTER, stage.lora_settings, before.base if before else start)
     return Start(str(folder), None, step.key, stage.name, adapter)
 
 
-def run_stage(
-    stage: Stage, start: Start, published: Published | None, data: StageData, step: Step, output_dir: Path
-) -> None:
+def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Path) -> None:
     """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
     from modeling.adapters import continue_adapter, quantization
     from modeling.encoder import save_adapter, save_merged
     from modeling.reference import write_reference
     from modeling.stages import build_model, build_trainer, cut_texts, header, load_encoder, stage_prompts
-    from modeling.trainer import drop_checkpoints, last_checkpoint
+    from modeling.trainer import drop_checkpoints, last_checkpoint, logs_in
 
     checkpoints = step.path / "checkpoints"
     resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"
-    if processes().is_main_process and not resuming:
-        drop_checkpoints(checkpoints)
-    processes().wait_for_everyone()
-    encoder, base = build_model(stage, start, published)
-    trainer = build_trainer(stage, encoder, data, checkpoints, published)
-    cut = cut_texts(stage, data, encoder.tokenizer, published)
     if processes().is_main_process:
-        print(header(stage, data, trainer, cut), flush=True)
-    encoder.max_seq_length = stage.own.train_max_seq_length
-    with sharing(stage, encoder) as counts, stopping(stage, trainer, checkpoints):
-        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        if not resuming:
+            drop_checkpoints(checkpoints)
+        if last_checkpoint(checkpoints) is None:
+            shutil.rmtree(logs / stage.name, ignore_errors=True)  # of a run that this one does not go on with
+    processes().wait_for_everyone()
+    encoder, base = build_model(stage, start)
+    with logs_in(logs, stage.name):
+        trainer = build_trainer(stage, encoder, data, checkpoints)
+        cut = cut_texts(stage, data, encoder.tokenizer)
+        if processes().is_main_process:
+            print(header(stage, data, trainer, cut), flush=True)
+        encoder.max_seq_length = stage.own.train_max_seq_length
+        with sharing(stage, encoder) as counts, stopping(stage, trainer, checkpoints):
+            trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
     cost = stage_cost(trainer, counts)
     weights = trainer.whole_weights()
     if not processes().is_main_process:
         return
     if weights is not None:  # those of `encoder` are shards
-        encoder, base = build_model(stage, start, published)
+        encoder, base = build_model(stage, start)
         encoder.load_state_dict({**encoder.state_dict(), **weights})
-    encoder.prompts = prompts = stage_prompts(stage, data.train, encoder.tokenizer, published)
+    encoder.prompts = prompts = stage_prompts(stage, data.train, encoder.tokenizer)
     if stage.peft_config:
         save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
     if quantization(stage.model):  # 4 bits were for training: the adapter belongs into the weights as they were
-        encoder = load_encoder(stage, base, published)
+        encoder = load_encoder(stage, base)
         encoder.prompts = prompts
         continue_adapter(encoder, step.path / ADAPTER)
     save_merged(encoder, step.path)
     write_reference(encoder, step.path)
-    write_log(trainer.state.log_history, output_dir / "logs" / f"{stage.name}.json")
-    drop_checkpoints(checkpoints)
+    write_log(trainer.state.log_history, logs / f"{stage.name}.json")
+    drop_checkpoints(checkpoints, logs / stage.name)
     step.finish(**cost, cut_texts=cut)
     print(closing_line(stage.name, cost, trainer, step.folder), flush=True)
 
@@ -237,7 +245,8 @@ def publish_merge(merge: MergeArguments, results: Mapping[str, Start], output_di
     inputs = {"stages": [result.key for result in chosen], "method": merge.method, "weights": merge.weights}
     with joint_step(output_dir / "model", inputs) as step:
         if not step.done and processes().is_main_process:
-            merge_models([Path(result.name_or_path) for result in chosen], merge.weights, merge.method, step.path)
+            weights = merge.weights or [1.0] * len(chosen)
+            merge_models([Path(result.name_or_path) for result in chosen], weights, merge.method, step.path)
             step.finish()
     drop_adapter(output_dir)
 

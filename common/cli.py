@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -65,6 +66,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Call `main(argv)` and exit: 0 when it returns, 2 on bad input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    # it warns that a kernel for some CPUs is not installed, which it does without
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main([arg for arg in argv if arg != "--debug"])
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

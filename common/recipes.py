@@ -5,11 +5,15 @@ A flag of the same name overrides any key: `--mining.margin 0.9`, or `--margin 0
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -18,6 +22,13 @@ from common.cli import InputError
 
 # pydantic speaks of Python's types, where a recipe has YAML's
 _ADVICE = {"tuple_type": "write a list, such as [a, b]", "model_type": "write a mapping, such as {a: 1}"}
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and what it is made of: the members of a union, what Annotated annotates, ..."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 
 class Section(BaseModel):
@@ -31,7 +42,7 @@ class Section(BaseModel):
         """pydantic reads `yes` as 1; as a word it is refused."""
         for name, value in values.items() if isinstance(values, dict) else ():
             annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
-            if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            if isinstance(value, bool) and any(part in (int, float) for part in _parts(annotation)):
                 values = {**values, name: str(value).lower()}
         return values
 
@@ -108,10 +119,10 @@ def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tup
         value = next(parts, None)
         if value is None:
             raise InputError(f"{flag} needs a value")
-        yield matches[0], _flag_value(value, is_text[matches[0]])
+        yield matches[0], flag_value(value, is_text[matches[0]])
 
 
-def _flag_value(value: str, is_text: bool) -> Any:
+def flag_value(value: str, is_text: bool) -> Any:
     """What a flag says: YAML; for a key that holds text the text as it is (as YAML, `query: ` would be a mapping)."""
     if is_text:
         return None if value in ("", "null") else value
@@ -131,10 +142,20 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
         yield from _sections(inner)
 
 
+def text_keys(kind: type[Section]) -> set[str]:
+    """Names of the keys that hold text."""
+    fields = kind.model_fields.items()
+    return {
+        name
+        for name, field in fields
+        if {field.annotation, *get_args(field.annotation)} <= {str, str | None, NoneType}
+    }
+
+
 def _keys(kind: type[Section]) -> Iterator[tuple[tuple[str, ...], bool]]:
     """The path of every key, and whether it holds text."""
     for name, field in kind.model_fields.items():
-        yield (name,), {field.annotation, *get_args(field.annotation)} <= {str, str | None, NoneType}
+        yield (name,), name in text_keys(kind)
         for section in _sections(field.annotation):
             for path, is_text in _keys(section):
                 yield (name, *path), is_text
@@ -167,3 +188,62 @@ def _suggestion(name: str, paths: list[str]) -> str:
     leaves = {path.rsplit(".", 1)[-1]: path for path in paths}
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
     return f"; did you mean {leaves[close[0]]!r}?" if close else f"; known keys: {', '.join(paths)}"
+
+
+# --- what the keys mean ---------------------------------------------------------------------------------------------
+
+
+def key_line(name: str, default: Any, meaning: str, choices: Sequence[str] = ()) -> str:
+    """A key as --list_keys and docs/keys.md show it.
+
+    >>> key_line("fusion", "rrf", "how rankings become one", ["rrf", "convex"])
+    '- `fusion` (rrf): how rankings become one; one of rrf, convex'
+    """
+    if isinstance(default, Section):
+        default = "see below"
+    default = default if default and isinstance(default, str) else json.dumps(default)
+    parts = [*([meaning] if meaning else []), *([f"one of {', '.join(choices)}"] if choices else [])]
+    return f"- `{name}` ({default}): {'; '.join(parts)}"
+
+
+def list_keys(kind: type[Section], title: str, prefix: str = "") -> Iterator[str]:
+    """Lines of Markdown: every key of `kind` with default and meaning, then those of the sections in it."""
+    yield from (f"### {title}", "", *key_lines(kind, prefix).values(), "")
+    for name, field in kind.model_fields.items():
+        for section in _sections(field.annotation):
+            kinds = _choices(section, "kind") if "kind" in section.model_fields else []
+            kind_of_union = f", kind `{kinds[0]}`" if len(kinds) == 1 else ""
+            yield from list_keys(section, f"`{prefix}{name}`{kind_of_union}", f"{prefix}{name}.")
+
+
+def key_lines(kind: type[Section], prefix: str = "") -> dict[str, str]:
+    """Name -> line of every key of `kind`."""
+    lines, described = {}, meanings(kind)
+    for name, field in kind.model_fields.items():
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        lines[name] = key_line(prefix + name, default, described[name], _choices(kind, name))
+    return lines
+
+
+def _choices(kind: type[Section], name: str) -> list[str]:
+    """The words that a key can be; none where it is anything else."""
+    annotation = kind.model_fields[name].annotation
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return [str(word) for literal in literals for word in get_args(literal)]
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """Name -> meaning of the fields of a class: the comment beside a field, or on the lines above it."""
+    found = {}
+    for base in reversed(kind.__mro__[: kind.__mro__.index(Section)]):
+        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        for node in ast.parse("\n".join(lines)).body[0].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            beside = lines[node.end_lineno - 1].rpartition("  # ")
+            above = []
+            while (line := lines[node.lineno - 2 - len(above)].strip()).startswith("# "):
+                above.insert(0, line.removeprefix("# "))
+            meaning = beside[2] if beside[1] else " ".join(above)
+            found[node.target.id] = meaning or found.get(node.target.id, "")  # that of the class it is derived from
+    return found

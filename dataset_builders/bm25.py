@@ -46,10 +46,10 @@ _TERM = rf"{_SPACELESS}|\w[\w{_MARKS}]+"
 class Bm25(Section):
     """k1 and b are bm25s's defaults. rank_bm25 (Okapi, negative idf floored) ranks differently: a reference."""
 
-    backend: Literal["bm25s", "rank_bm25"] = "bm25s"
-    top_k: int = Field(100, ge=1)
-    k1: float = Field(1.5, ge=0)
-    b: float = Field(0.75, ge=0, le=1)
+    backend: Literal["bm25s", "rank_bm25"] = "bm25s"  # rank_bm25 is Okapi, a reference
+    top_k: int = Field(100, ge=1)  # documents found for a query
+    k1: float = Field(1.5, ge=0)  # how soon a repeated term stops to count
+    b: float = Field(0.75, ge=0, le=1)  # how much long documents are marked down
 
 
 def tokenise(texts: Sequence[str], language: str | None = None) -> list[list[str]]:

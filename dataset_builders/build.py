@@ -2,6 +2,7 @@
 
     python -m dataset_builders.build --config recipes/data/scifact.yaml --output_dir runs/scifact/data
     python -m dataset_builders.build --list_sources
+    python -m dataset_builders.build --list_keys
 
 Any key of the recipe can be given as a flag: --num_pairs 5000 --margin 0.9 --dense.batch_tokens 8192
 """
@@ -22,7 +23,7 @@ from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
 from dataset_builders.check_teacher import check_teacher
 from dataset_builders.corpus import write_corpus
-from dataset_builders.data_recipe import GradedRecipe, StsRecipe, load_recipes
+from dataset_builders.data_recipe import GradedRecipe, StsRecipe, load_recipes, recipe_keys
 from dataset_builders.decontamination import describe_decontamination
 from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
 from dataset_builders.mine import Tally, mine, read_graded, write_mined
@@ -46,6 +47,9 @@ class PlannedStep(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     if "--list_sources" in argv:
         print(sources_table())
+        return
+    if "--list_keys" in argv:
+        print("\n".join(recipe_keys()))
         return
     options, flags = parse_arguments(argv)
     recipes = load_recipes(options.config, flags, options.output_dir)
@@ -77,6 +81,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
         "--check_teacher", type=int, metavar="PAIRS", help="compare the teacher with its reference scorer, and stop"
     )
     parser.add_argument("--list_sources", action="store_true", help="print the sets that source.name can be, and stop")
+    parser.add_argument("--list_keys", action="store_true", help="print every key with default and meaning, and stop")
     options, flags = parser.parse_known_args(argv)
     if options.check_teacher is not None and options.check_teacher < 2:
         raise InputError(f"--check_teacher {options.check_teacher}: use 2 or more, to compare their spread")

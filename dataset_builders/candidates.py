@@ -31,8 +31,8 @@ QUERY_BLOCK = 1024  # queries in a row group: what the later steps hold in memor
 
 
 class Fusion(Section):
-    rrf_k: int = Field(60, ge=0, le=1_000_000)
-    top_k: int = Field(100, ge=1)
+    rrf_k: int = Field(60, ge=0, le=1_000_000)  # added to ranks; smaller ones favour first places
+    top_k: int = Field(100, ge=1)  # candidates kept for a query
 
 
 def write_candidates(build: Build, folder: Path) -> dict[str, Any]:

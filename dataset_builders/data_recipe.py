@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from common.cli import InputError
-from common.recipes import Section, parse_recipe, read_yaml
+from common.recipes import Section, key_lines, list_keys, parse_recipe, read_yaml
 from dataset_builders.bm25 import Bm25
 from dataset_builders.candidates import Fusion
 from dataset_builders.decontamination import Decontamination
@@ -48,39 +48,50 @@ class Graders(Section):
     """How candidates are found, graded and mined, whatever the source."""
 
     data_root: str | None = None  # where local sets are; else $DATA_ROOT, else the current folder
-    decontamination: Decontamination | None = None
-    bm25: Bm25 = Bm25()
-    dense: Dense
-    fusion: Fusion = Fusion()
-    teacher: Teacher
-    mining: Mining = Mining()
+    decontamination: Decontamination | None = None  # evaluations whose texts must not be trained on
+    bm25: Bm25 = Bm25()  # search by words
+    dense: Dense  # search by vectors
+    fusion: Fusion = Fusion()  # of both rankings
+    teacher: Teacher  # grades the candidates
+    mining: Mining = Mining()  # of the training set
     publish: Published = ()  # further training sets, mined from the same grades
-    max_shard_size: ShardSize = "500MB"
+    max_shard_size: ShardSize = "500MB"  # of a published file
     ray: Ray = Ray()  # of --engine ray
 
 
 class GradedRecipe(Graders):
-    source: Source
-    task_type: Literal["retrieval", "classification", "clustering", "duplicates", "nli"]
-    instruction: str
-    sts: Sts | None = None
+    source: Source  # of the texts
+    task_type: Literal[
+        "retrieval", "classification", "clustering", "duplicates", "nli"
+    ]  # what queries and documents are to each other
+    instruction: str  # the task in one sentence
+    sts: Sts | None = None  # graded pairs of the source's queries, too
 
 
 class StsRecipe(Section):
-    source: Source
-    task_type: Literal["sts"]
-    instruction: str
+    source: Source  # of the texts
+    task_type: Literal["sts"]  # scored pairs
+    instruction: str  # the task in one sentence
     data_root: str | None = None
-    decontamination: Decontamination | None = None
-    max_shard_size: ShardSize = "500MB"
+    decontamination: Decontamination | None = None  # evaluations whose texts must not be trained on
+    max_shard_size: ShardSize = "500MB"  # of a published file
 
 
 class CollectionRecipe(Graders):
     """Sets of the registry (see --list_sources), each built into a folder of its name."""
 
-    sources: tuple[str, ...] = Field(min_length=1)
+    sources: tuple[str, ...] = Field(min_length=1)  # each is built into a folder of its name
     num_pairs: int | None = None  # of each
-    seed: int = 0
+    seed: int = 0  # of that choice
+
+
+def recipe_keys() -> Iterator[str]:
+    """Lines of Markdown: every key with its default and meaning."""
+    sts = ", ".join(f"`{name}`" for name in StsRecipe.model_fields)
+    yield from list_keys(GradedRecipe, f"A recipe; of task type sts {sts} alone")
+    own = [name for name in CollectionRecipe.model_fields if name not in Graders.model_fields]
+    lines = key_lines(CollectionRecipe)
+    yield from ("### Sets of the registry, in place of `source`", "", *(lines[name] for name in own), "")
 
 
 def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, GradedRecipe | StsRecipe]:

@@ -22,7 +22,7 @@ DOCUMENT_BLOCK = 8192  # with the above, 8 MiB of scores at a time
 class Dense(EncoderSection):
     """Exact search costs queries x documents; a FAISS index misses neighbours, and repays its training late."""
 
-    top_k: int = Field(100, ge=1)
+    top_k: int = Field(100, ge=1)  # documents found for a query
     # Documents from which on FAISS searches. Up to there exact search is minutes on a GPU, and hours on CPU cores.
     faiss_from: int = Field(20_000_000, ge=1)
     # Lists of an inverted file that a query visits, of about 4 sqrt(documents of a part); 64 of 1,024 found 79 % of

@@ -40,10 +40,10 @@ Texts: TypeAlias = Sequence[str] | pa.ChunkedArray | TextColumn
 class ModelSection(Section):
     """A model as a recipe names it."""
 
-    model: str
+    model: str  # Hub id, folder, GGUF file or package:NAME
     max_seq_length: int | None = Field(None, ge=8)  # tokens; null: the model's own
     batch_tokens: int = Field(1024, ge=8)  # padded tokens in a batch: about 1,000 on a CPU, tens of thousands on a GPU
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
 
     def describe(self) -> dict[str, Any]:
         """What decides the section's results. The batches are left out: they move them by rounding only.
@@ -64,8 +64,8 @@ class ModelSection(Section):
 class EncoderSection(ModelSection):
     """A SentenceTransformer. Without prompts of the recipe's own, those saved with the model are used."""
 
-    query_prompt: str | None = None
-    document_prompt: str | None = None
+    query_prompt: str | None = None  # before queries; null: that saved with the model
+    document_prompt: str | None = None  # before documents; null: that saved with the model
     # how vectors are kept: half the disk for an error of about 1e-4 in a cosine
     vector_dtype: Literal["float16", "float32"] = "float16"
 

@@ -75,8 +75,8 @@ class Ray(Section):
 
     address: str | None = None  # of a running cluster ("auto": the one this machine belongs to); null: start one here
     workers: int = Field(2, ge=1)  # processes that each load the model once
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0)  # that Ray reserves
+    gpus_per_worker: float = Field(0, ge=0)  # that Ray reserves
 
 
 @dataclass(frozen=True)

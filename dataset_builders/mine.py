@@ -43,10 +43,10 @@ REASONS = ("is_other_positive", "is_duplicate_of_positive", "shares_class")
 
 
 class Mining(Section):
-    margin: float = Field(0.95, gt=0, le=1)
+    margin: float = Field(0.95, gt=0, le=1)  # a negative's label is below so much of the positive's
     num_negatives: int = Field(7, ge=1, le=1000)  # each is a column of the training set
-    strategy: Literal["top", "random"] = "top"
-    seed: int = Field(0, ge=0)
+    strategy: Literal["top", "random"] = "top"  # the highest labels, or any below the margin
+    seed: int = Field(0, ge=0)  # of strategy random
 
     def config_name(self) -> str:
         """The name of the published training set that is mined with these settings.

@@ -50,8 +50,8 @@ class Splits(Section):
     licence: str | None = None  # of the source's texts, as the card states it; a set of the registry brings its own
     # the mteb tasks whose data this is, which a model trained on it declares; none: it is no task's; null: not known
     training_datasets: tuple[str, ...] | None = None
-    split: str = "train"
-    eval_splits: tuple[str, ...] = ()
+    split: str = "train"  # that is graded and mined
+    eval_splits: tuple[str, ...] = ()  # whose queries get candidates only
     num_pairs: int | None = Field(None, ge=1)  # a stable subset of `split`: a larger number contains a smaller one's
     seed: int = Field(0, ge=0)  # of that subset, and of the positives that are drawn from a class
 
@@ -89,9 +89,9 @@ class SetKeys(TableKeys):
 class HubSet(SetKeys):
     """A data set on the Hub, or a folder that `load_dataset` reads; see readers.py."""
 
-    dataset: str = Field(min_length=1)
-    config: str | None = None
-    revision: str | None = None
+    dataset: str = Field(min_length=1)  # Hub id, or a folder that load_dataset reads
+    config: str | None = None  # of the data set
+    revision: str | None = None  # of the Hub id
     layout: Layout = "pairs"  # where no score_range makes them graded_pairs
 
     @model_validator(mode="before")
@@ -135,26 +135,26 @@ def registry() -> dict[str, Entry]:
 class PydocsSource(Splits):
     """Docstrings of the standard library and of this project's dependencies: summary = query, body = document."""
 
-    kind: Literal["pydocs"]
+    kind: Literal["pydocs"]  # whose keys these are
     language: Language | None = "en"
 
 
 class LocalSource(Splits, SetKeys):
     """A folder of Parquet files, whose layout shows in its columns; see readers.py."""
 
-    kind: Literal["local"]
-    path: str
+    kind: Literal["local"]  # whose keys these are
+    path: str  # below data_root, or absolute
 
 
 class HubSource(Splits, HubSet):
-    kind: Literal["hub"]
+    kind: Literal["hub"]  # whose keys these are
 
 
 class RegistrySource(Splits):
     """A set of sources.yaml, whose `split` and `training_datasets` are filled in."""
 
-    kind: Literal["registry"]
-    name: str
+    kind: Literal["registry"]  # whose keys these are
+    name: str  # see --list_sources
 
     @property
     def entry(self) -> Entry:

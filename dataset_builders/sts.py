@@ -31,8 +31,8 @@ POOL = 10  # pairs graded for each pair wanted
 
 
 class Sts(Section):
-    num_rows: int = Field(8000, ge=1)
-    seed: int = Field(0, ge=0)
+    num_rows: int = Field(8000, ge=1)  # graded pairs to make
+    seed: int = Field(0, ge=0)  # of their draw
 
 
 def write_pairs(recipe: StsRecipe, folder: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Teacher(EncoderSection):
     CrossEncoder folder states: logit(yes) - logit(no) after a chat template, as a rule.
     """
 
-    kind: Literal["cross_encoder", "bi_encoder"]
+    kind: Literal["cross_encoder", "bi_encoder"]  # reads both texts together, or compares their vectors
     prompt: str | None = None  # a cross-encoder's instruction; without one, that saved with the model is used
 
     @field_validator("kind")

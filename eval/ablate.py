@@ -53,6 +53,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import InputError, run
+from common.recipes import list_keys
 from common.steps import file_sha256, fingerprint, stack_versions, write_json
 from eval.ablation_recipe import Ablation, Variant, folder_name, read_ablation, read_variants, write_mined_rows
 from eval.ablation_table import choose, notes, save, summary
@@ -87,6 +88,9 @@ class Run:
 
 
 def main(argv: Sequence[str]) -> None:
+    if "--list_keys" in argv:
+        print("\n".join(list_keys(Ablation, "An ablation")))
+        return
     config, ablation = read_ablation(argv, __doc__)
     variants = read_variants(ablation, config)
     counts, keys = read_evaluation(Path(ablation.data), ablation.splits)

@@ -19,7 +19,7 @@ from common.cli import ArgumentParser, InputError
 from common.models import resolve_model
 from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import files_of, fingerprint, folder_step
-from modeling.recipe import Recipe, parse_keys
+from modeling.recipe import Recipe
 from modeling.recipe import parse_recipe as parse_training_recipe
 
 OF_THE_ABLATION = ("seed", "data_seed", "output_dir", "resume_from_checkpoint", "disable_tqdm")  # not a variant's
@@ -30,14 +30,15 @@ class Ablation(Section):
 
     base: str  # a recipe of train_st.py
     data: str  # folder that dataset_builders.build wrote: its documents are searched
-    output_dir: str
+    output_dir: str  # where runs and tables come
     baseline: str | None = None  # row that the others are compared with; null: the first
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)  # every variant is trained with each
     split: str = "validation"  # whose queries the choice is made on
     report_split: str | None = None  # whose queries the table is about; null: the same
-    shared: dict[str, Any] = Field(default_factory=dict)
+    shared: dict[str, Any] = Field(default_factory=dict)  # overrides of the base for every row
+    # name -> overrides: KEY as a flag of train_st.py has it, STAGE.KEY, student.KEY, or mining.KEY for rows mined anew
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    grid: dict[str, list[Any]] = Field(default_factory=dict)  # KEY -> values: every variant with all combinations
 
     @property
     def splits(self) -> list[str]:
@@ -74,6 +75,7 @@ def read_ablation(argv: Sequence[str], description: str) -> tuple[str, Ablation]
     parser = ArgumentParser(prog="python -m eval.ablate", description=description)
     parser.add_argument("--config", required=True, metavar="RECIPE")
     parser.add_argument("--seeds", nargs="+", metavar="SEED", help="0 1 2: instead of the recipe's")
+    parser.add_argument("--list_keys", action="store_true", help="print every key with default and meaning, and stop")
     args, flags = parser.parse_known_args(argv)
     if args.seeds:  # a list as other commands take one, with commas, or as YAML has it
         flags += ["--seeds", f"[{','.join(args.seeds).strip('[]')}]"]
@@ -168,14 +170,11 @@ def input_key(recipe: Recipe, where: str) -> str:
         for stage in recipe.stages
         for own in stage.datasets.values()
     }
-    student = recipe.values.get("student")
+    student = recipe.student
     if student:
-        from modeling.student import StudentConfig
-
-        (config,) = parse_keys([StudentConfig], student, f"{where}: student")
-        if not Path(config.corpus).is_dir():
-            raise InputError(f"{where}: student.corpus {config.corpus}: no such folder; build the data first")
-        start = [student, model_content(config.teacher), corpus_content(config.corpus)]
+        if not Path(student.corpus).is_dir():
+            raise InputError(f"{where}: student.corpus {student.corpus}: no such folder; build the data first")
+        start = [student.model_dump(), model_content(student.teacher), corpus_content(student.corpus)]
     else:
         start = [model_content(recipe.values["model_name_or_path"]), recipe.values.get("model_revision")]
     return fingerprint([settings, recipe.values.get("merge"), data, start])
@@ -231,12 +230,15 @@ def use_mined_rows(
 
 
 def write_mined_rows(rows: MinedRows) -> None:
+    import datasets
+
     from dataset_builders.builders import GradedDataset
 
     with folder_step(rows.folder, {"source": data_content(rows.source, None), "mining": rows.mining}) as step:
         if step.done:
             return
         print(f"mining {rows.source} anew: {rows.mining}", flush=True)
+        datasets.disable_progress_bars()
         cache = step.path / "cache"
         made = {}
         for name, keys in {"train": rows.mining, "positives": {}}.items():  # known positives, where any were published

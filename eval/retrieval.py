@@ -196,6 +196,7 @@ def model_row(system: System, cache: Path, documents: Documents, queries: Querie
     positions, scores = dense_top_k(*vectors, DEPTH)
     ranking = as_ranking(positions, scores, documents, queries)
     row = {"name": system.name, "kind": "model", "model": system.model, "shots": system.shots}
+    row |= {"dimensions": system.dimensions, "precision": system.precision}
     row |= {"seconds": round(time.monotonic() - start, 1)} | ranking_scores(queries, ranking)
     relevant = relevant_rows(documents, queries)
     return row | {"cosines": {"quantiles": QUANTILES} | cosine_quantiles(*vectors, positions, scores, relevant)}

@@ -297,11 +297,26 @@ def save(encoder: SentenceTransformer, folder: Path) -> None:
     tokenizer = encoder.tokenizer.backend_tokenizer
     tokenizer.no_truncation()  # the file would hold the length and the padding that the last batch asked for
     tokenizer.no_padding()
-    encoder.save_pretrained(str(folder), create_model_card=False)
+    with without_bars():
+        encoder.save_pretrained(str(folder), create_model_card=False)
     path = folder / "sentence_bert_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**config, "max_seq_length": encoder.max_seq_length})
     make_portable(folder)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows a bar for each file of weights that it writes, also for a single one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def name_base(folder: Path, base: str, revision: str | None) -> None:

@@ -1,105 +1,139 @@
 """Training recipes: shared keys, an ordered list of stages, and what the command line overrides.
 
 A recipe is a YAML file of shared keys and a list `stages:` of mappings with a `name`, each of which may override any
-shared key; a flag overrides both, and --STAGE.KEY one stage. Keys are the fields of `StageArguments`, of trl's
-ModelConfig (lora_r, ...) and of sentence-transformers' training arguments (learning_rate, optim, ...): optimizer and
-schedule begin anew in every stage.
+shared key; a flag overrides both, and --STAGE.KEY one stage. A stage trains on one data set or, with a list
+`datasets:` of mappings with a `name`, on several: each may override the keys of `DatasetArguments`, and a batch comes
+from one of them. Optimizer and schedule begin anew in every stage.
 
-A stage trains on one data set or, with a list `datasets:` of mappings with a `name`, on several: each may override
-the keys of `DatasetArguments`, and a batch comes from one of them.
-
-Three keys belong to the whole recipe: `student:` (modeling.student.StudentConfig) starts from a small model built on
-the spot; `merge:` (MergeArguments) publishes an average of stages instead of the last one; `total_steps:` is shared
-out equally among the stages that run, so that curricula of one, two or three stages cost equally many optimizer
-steps. `max_steps`, by contrast, holds for each stage.
+The comments beside the fields are what --list_keys and docs/keys.md say of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, Field, model_validator
 
 from common.cli import ArgumentParser, InputError
-from common.recipes import read_yaml
+from common.recipes import Section, key_line, key_lines, list_keys, read_yaml, text_keys
+from common.recipes import parse_recipe as parse_section
 from common.steps import write_json, written_whole
-from modeling.keys import DEFAULTS, check_names, check_numbers, library_keys, parse_keys, read_flags
+from modeling.keys import DEFAULTS, LARGEST, REFUSED, library_keys, parse_library_keys, read_flags
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig
 
+    from modeling.encoder import Published
+
 # Folders that a run has besides its stages'.
 RESERVED = ("model", "adapter", "student", "merge", "logs", "data", "results", "report")
 LONGEST_NAME = 100
 STAGES = "stages.json"
+BEST = "eval_validation_cosine_ndcg@10"  # what the best checkpoint is chosen by, unless a recipe says otherwise
+OF_THE_RECIPE = ("model_name_or_path", "model_revision", "num_hidden_layers", "output_dir")  # not a stage's
+
+Amount = Annotated[int, Field(ge=0, lt=LARGEST)]
+Count = Annotated[int, Field(ge=1, lt=LARGEST)]
+_one_or_more = BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)  # a flag of one value
+Texts = Annotated[tuple[str, ...], _one_or_more]
 
 
-@dataclass
-class DatasetArguments:
+class DatasetArguments(Section):
     """A data set, the prompts of its texts, and the objective it is trained by."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, or folder with a README.md that has `configs:` (DIR/hub)"}
-    )
-    dataset_config: str = field(default="train", metadata={"help": "`train`: query, positive, negative_1 ..., label"})
-    dataset_revision: str | None = field(default=None, metadata={"help": "of the Hub id"})
-    weight: float = field(default=1.0, metadata={"help": "share of its stage's batches, relative to the others'"})
-    loss: str = field(default="soft_info_nce", metadata={"help": "cosent, or an objective of modeling.losses"})
-    temperature: float = field(default=0.02, metadata={"help": "divides cosines"})
-    target_temperature: float = field(default=1.0, metadata={"help": "divides the logits of soft labels"})
-    alpha: float = field(default=1.0, metadata={"help": "of the objective against 1 - alpha of InfoNCE"})
-    in_batch_negatives: bool = field(default=True, metadata={"help": "false where rows share labels: classification"})
-    false_negative_margin: float | None = field(default=None, metadata={"help": "see modeling.losses; null = none"})
-    mini_batch_size: int | None = field(default=None, metadata={"help": "texts at a time, by GradCache; null = all"})
-    num_negatives: int | None = field(default=None, metadata={"help": "the first of each row's; null = all"})
-    instruction: str | None = field(default=None, metadata={"help": "one sentence; null = the start's query prompt"})
-    query_template: str | None = field(
-        default=None, metadata={"help": "holds {task}; null = the start's, else 'Instruct: {task}\\nQuery: '"}
-    )
-    document_prompt: str | None = field(
-        default=None, metadata={"help": "before columns without instruction; null = the start's, else none"}
-    )
-    prompted_columns: list[str] = field(default_factory=lambda: ["query"], metadata={"help": "get the instruction"})
-    shots: int = field(default=0, metadata={"help": "the most demonstrations that a batch's prompt shows"})
-    shots_budget: int | None = field(default=None, metadata={"help": "the most tokens of such a prompt; null = any"})
-    zero_shot_probability: float = field(default=0.0, metadata={"help": "of a batch without demonstrations"})
+    dataset_name: str | None = None  # Hub id, or folder with a README.md that has `configs:` (DIR/hub)
+    dataset_config: str = "train"  # `train`: query, positive, negative_1 ..., label
+    dataset_revision: str | None = None  # of the Hub id
+    weight: float = Field(1.0, gt=0)  # share of its stage's batches, relative to the others'
+    # cosent for graded pairs, or an objective of modeling/objectives.py: soft_info_nce, info_nce, kl, margin_mse,
+    # weighted_soft_info_nce, bixse, ranknet, pairdistill, lambda_loss
+    loss: str = "soft_info_nce"
+    temperature: float = Field(0.02, gt=0)  # divides cosines
+    target_temperature: float = Field(1.0, gt=0)  # divides the logits of soft labels
+    alpha: float = Field(1.0, ge=0, le=1)  # weight of the objective against 1 - alpha of InfoNCE
+    in_batch_negatives: bool = True  # false where rows share labels: classification, clustering
+    # in-batch documents whose cosine exceeds that of the positive by more are left out; null = none
+    false_negative_margin: float | None = Field(None, ge=0)
+    mini_batch_size: Count | None = None  # texts embedded at a time, by GradCache; null = all, without it
+    num_negatives: Amount | None = None  # the first of each row's; null = all
+    instruction: str | None = None  # task in one sentence; null = the start's query prompt
+    query_template: str | None = None  # holds {task}; null = the start's, else 'Instruct: {task}\nQuery: '
+    document_prompt: str | None = None  # before columns without instruction; null = the start's, else none
+    prompted_columns: Texts = ("query",)  # get the instruction
+    shots: Amount = 0  # the most demonstrations that a batch's prompt shows
+    shots_budget: Count | None = None  # the most tokens of such a prompt; null = any
+    zero_shot_probability: float = Field(0.0, ge=0, le=1)  # of a batch without demonstrations
 
 
-@dataclass
 class StageArguments(DatasetArguments):
     """What a stage trains on (or what the entries of its `datasets:` have in common), and what it makes."""
 
-    max_seq_length: int | None = field(
-        default=None,
-        metadata={"help": "tokens the model reads, prompt and EOS included; null = the start's, else 512"},
-    )
-    train_max_seq_length: int | None = field(default=None, metadata={"help": "in training; null = max_seq_length"})
-    min_text_tokens: int = field(default=16, metadata={"help": "least room that a prompt must leave"})
-    pooling: Literal["eos", "mean", "cls", "mean_without_prompt", "weighted_mean"] | None = field(
-        default=None, metadata={"help": "null = that of a finished embedder, eos of a bare decoder"}
-    )
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "keep the first so many; null = all"})
-    prompt_shots: int = field(default=0, metadata={"help": "demonstrations in a prompt that the saved model carries"})
-    share_prefix: bool = field(default=False, metadata={"help": "compute a prompt that a batch shares once"})
-    eval_queries: int = field(default=200, metadata={"help": "sample of the validation queries, at each evaluation"})
-    eval_documents: int = field(default=2000, metadata={"help": "sample they search, with all their relevant ones"})
+    # tokens the model reads, prompt and EOS included; null = the start's, else 512
+    max_seq_length: Count | None = None
+    train_max_seq_length: Count | None = None  # in training; null = max_seq_length
+    min_text_tokens: Amount = 16  # least room that a prompt must leave
+    # of the tokens' states; null = that of a finished embedder, eos of a bare decoder
+    pooling: Literal["eos", "mean", "cls", "mean_without_prompt", "weighted_mean"] | None = None
+    num_hidden_layers: Count | None = None  # keep the first so many; null = all
+    # train vectors cut to these lengths, too (arXiv 2205.13147); name the whole length among them
+    matryoshka_dims: Annotated[tuple[Count, ...], _one_or_more] = ()
+    prompt_shots: Amount = 0  # demonstrations in a prompt that the saved model carries
+    share_prefix: bool = False  # compute a prompt that a batch shares once, and no padding
+    eval_queries: Count = 200  # sample of the validation queries, at each evaluation
+    eval_documents: Count = 2000  # sample they search, with all their relevant ones
+    # evaluations without a better score, after which a stage ends with its best checkpoint; null = never
+    early_stopping_patience: Count | None = None
 
 
-@dataclass
-class MergeArguments:
+class StudentConfig(Section):
+    """A small model built on the spot, as modeling/student.py describes it."""
+
+    teacher: str  # model reference: its tokenizer and word embeddings
+    corpus: str  # a data folder's corpus/, whose texts give the word frequencies
+    prompt: str = ""  # before queries when words are counted: what all carry weighs next to nothing
+    hidden_size: int = Field(512, ge=128, lt=LARGEST, multiple_of=128)  # 128 a head
+    intermediate_size: Count = 768  # of the MLPs
+    num_hidden_layers: int = Field(2, ge=2, lt=LARGEST)  # 2 or more: the first counts, the last averages
+    max_position_embeddings: Count = 4096  # tokens
+    # constant a of the weight a / (a + p(word)); larger ones tell common words apart less
+    sif: float = Field(1e-3, gt=0)
+    seed: Amount = 0  # of the weights
+
+
+class MergeArguments(Section):
     """Which stages' weights are averaged into model/, and how (see modeling.merging)."""
 
-    stages: list[str]
-    method: Literal["linear", "slerp"] = "linear"
-    weights: list[float] = field(default_factory=list, metadata={"help": "one a stage; none = equal ones"})
+    stages: tuple[str, ...]  # two or more that run
+    method: Literal["linear", "slerp"] = "linear"  # mean, or the arc between two
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()  # one a stage; none = equal ones
+
+    @model_validator(mode="after")
+    def _fit(self) -> MergeArguments:
+        if len(set(self.stages)) < max(2, len(self.stages)):
+            raise ValueError("name two stages or more, each once")
+        if self.weights and (len(self.weights) != len(self.stages) or not any(self.weights)):
+            raise ValueError(f"weights {list(self.weights)}: one a stage is needed, not all 0")
+        if self.method == "slerp" and len(self.stages) != 2:
+            raise ValueError("slerp lies on the arc between two models; name two stages, or method: linear")
+        return self
+
+
+class RecipeArguments(Section):
+    """What belongs to the whole recipe."""
+
+    student: StudentConfig | None = None  # start from a small model built on the spot, not from model_name_or_path
+    merge: MergeArguments | None = None  # publish an average of stages as model/, not the last one
+    # optimizer steps, shared out equally among the stages that run; max_steps, by contrast, holds for each stage
+    total_steps: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +146,7 @@ class Stage:
     datasets: dict[str, DatasetArguments]  # by name; `own` alone under the stage's name where there is no list
     model: ModelConfig
     training: SentenceTransformerTrainingArguments
+    published: Published | None = None  # what the run's start is as a finished embedder, see modeling.start.settle
 
     @property
     def peft_config(self) -> PeftConfig | None:
@@ -132,7 +167,26 @@ class Recipe:
     values: dict[str, Any]  # as it is written beside the result: a recipe that runs it again
     output_dir: Path
     stages: list[Stage]
+    student: StudentConfig | None
     merge: MergeArguments | None
+
+
+def recipe_keys() -> Iterator[str]:
+    """Lines of Markdown: every key with its default and meaning, by where it may stand."""
+    libraries = {name: key for name, key in library_keys().items() if name not in REFUSED}
+    own, of_data = key_lines(StageArguments), DatasetArguments.model_fields
+    lines = own | {name: key_line(name, key.default, key.meaning) for name, key in libraries.items()}
+    places = {
+        "Above the stages": OF_THE_RECIPE,
+        "Recipe, stage or entry of `datasets`": of_data,
+        "Recipe or stage": [name for name in own if name not in (*of_data, *OF_THE_RECIPE)],
+        "Recipe or stage: trl's, transformers' and sentence-transformers' own": [
+            name for name in libraries if name not in OF_THE_RECIPE
+        ],
+    }
+    yield from list_keys(RecipeArguments, "Above the stages, beside `stages`, a list of mappings with a `name`")
+    for title, names in places.items():
+        yield from (f"### {title}", "", *(lines[name] for name in names), "")
 
 
 def read_recipe(argv: Sequence[str], description: str) -> Recipe:
@@ -140,8 +194,10 @@ def read_recipe(argv: Sequence[str], description: str) -> Recipe:
     parser = ArgumentParser(prog="python train_st.py", description=description)
     parser.add_argument("--config", required=True, type=Path, metavar="RECIPE")
     parser.add_argument("--stages", metavar="NAME,NAME", help="stages to run, in this order; all by default")
+    parser.add_argument("--list_keys", action="store_true", help="print every key with default and meaning, and stop")
     arguments, flags = parser.parse_known_args(argv)
-    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, read_flags(flags))
+    flags = read_flags(flags, text_keys(StageArguments) | text_keys(StudentConfig))
+    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, flags)
 
 
 def parse_recipe(
@@ -155,45 +211,136 @@ def parse_recipe(
     stages = _named(values.pop("stages", None), "stage", "stages", where, taken=RESERVED)
     if selected is not None:
         stages = _select(stages, selected)
-    student = {**_mapping(values.pop("student", None), where), **_mapping(overrides.pop("student", None), "--student")}
-    by_stage = {
-        key: overrides.pop(key) for key in list(overrides) if isinstance(overrides[key], dict) and key in stages
-    }
+    if isinstance(overrides.get("student"), dict):
+        overrides["student"] = {**(values.get("student") or {}), **overrides["student"]}
+    by_stage = {name: overrides.pop(name) for name in stages if isinstance(overrides.get(name), dict)}
     values |= overrides
     stages = {
         name: {**{key: value for key, value in keys.items() if key not in overrides}, **by_stage.get(name, {})}
         for name, keys in stages.items()
     }
-    shared = {key: value for key, value in values.items() if key not in ("merge", "total_steps")}
-    _check_keys(shared, stages, where)
+    whole = {key: values[key] for key in RecipeArguments.model_fields if key in values}
+    whole = parse_section(RecipeArguments, whole, where)
+    shared = {key: value for key, value in values.items() if key not in RecipeArguments.model_fields}
+    _check_names(shared, StageArguments, where)
+    for name, keys in stages.items():
+        _check_names(keys, StageArguments, f"{where}: stage {name!r}")
+        for key in OF_THE_RECIPE[:-1]:
+            if key in keys:
+                raise InputError(f"{where}: stage {name!r}: {key}: stages go on from one another; name it above them")
     output_dirs = {str(keys.get("output_dir", shared.get("output_dir")) or "") for keys in stages.values()}
     if len(output_dirs) > 1 or not (output_dir := output_dirs.pop()) or "\0" in output_dir:
         raise InputError(f"{where}: name one output_dir for all stages, in the recipe or by --output_dir")
-    if bool(student) == bool(values.get("model_name_or_path")):
-        number = "one of the two alone" if student else "model_name_or_path, or student:"
+    if bool(whole.student) == bool(values.get("model_name_or_path")):
+        number = "one of the two alone" if whole.student else "model_name_or_path, or student:"
         raise InputError(f"{where}: name the model to start from: {number}")
-    budgets = _budgets(values, stages, where)
-    parsed = [
-        _read_stage(name, {**shared, **keys, **budgets.get(name, {})}, overrides, f"{where}: stage {name!r}")
-        for name, keys in stages.items()
-    ]
-    merge = _read_merge(values["merge"], stages, f"{where}: merge") if values.get("merge") else None
-    if student:
-        values["student"] = student
+    for name in whole.merge.stages if whole.merge else ():
+        if name not in stages:
+            raise InputError(f"{where}: merge: no stage {name!r} is run; there are {', '.join(stages)}")
+    budgets = _budgets(whole.total_steps, shared, stages, where)
+    keys_of = {name: {**shared, **keys, **budgets.get(name, {})} for name, keys in stages.items()}
+    owns = {name: _read_own(keys, overrides, name, f"{where}: stage {name!r}") for name, keys in keys_of.items()}
+    # only now what takes seconds: importing the libraries that check their own keys
+    parsed = [_read_stage(name, keys_of[name], *owns[name], f"{where}: stage {name!r}") for name in stages]
     values["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
-    return Recipe(values, Path(output_dir), parsed, merge)
+    return Recipe(values, Path(output_dir), parsed, whole.student, whole.merge)
 
 
-def _check_keys(shared: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]], where: str) -> None:
-    """Raises InputError on a key that nothing reads, before the libraries that define most keys are imported."""
-    own = {field.name for field in dataclasses.fields(StageArguments)}
-    known = {*own, *library_keys(), "datasets"}
-    check_names(shared, known, where)
-    for name, keys in stages.items():
-        check_names(keys, known, f"{where}: stage {name!r}")
-        for key in ("model_name_or_path", "model_revision", "num_hidden_layers"):
-            if key in keys:
-                raise InputError(f"{where}: stage {name!r}: {key}: stages go on from one another; name it above them")
+def _check_names(values: Mapping[str, Any], kind: type[Section], where: str) -> None:
+    """Raises InputError on a key that nothing reads, or that has no place in a recipe."""
+    known = {*kind.model_fields, *library_keys(), "datasets"}
+    for key, value in values.items():
+        if value and key in REFUSED:
+            raise InputError(f"{where}: {key} {REFUSED[key]}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "python train_st.py --list_keys prints all"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _read_own(
+    values: Mapping[str, Any], overrides: Mapping[str, Any], name: str, where: str
+) -> tuple[StageArguments, dict[str, DatasetArguments]]:
+    """A stage's keys that are ours, and those of its data sets."""
+    own = parse_section(StageArguments, {k: v for k, v in values.items() if k in StageArguments.model_fields}, where)
+    datasets: dict[str, DatasetArguments] = {name: own}
+    if values.get("datasets") is not None:
+        shared = {key: value for key, value in values.items() if key in DatasetArguments.model_fields}
+        datasets = {}
+        for entry, keys in _named(values["datasets"], "data set", "datasets", where).items():
+            keys = {**shared, **{key: value for key, value in keys.items() if key not in overrides}}
+            datasets[entry] = parse_section(DatasetArguments, keys, f"{where}: data set {entry!r}")
+    for entry, dataset in datasets.items():
+        place = where if dataset is own else f"{where}: data set {entry!r}"
+        if dataset.dataset_name is None:
+            raise InputError(f"{place}: name the data to train on: dataset_name")
+        if dataset.shots and not (dataset.instruction and dataset.prompted_columns):
+            raise InputError(f"{place}: shots stand before an instruction; name it and prompted_columns")
+    if own.prompt_shots and not any(data.shots and data.instruction == own.instruction for data in datasets.values()):
+        raise InputError(
+            f"{where}: prompt_shots shows training rows before the stage's `instruction`; no data set of it trains "
+            "with shots and that instruction"
+        )
+    return own, datasets
+
+
+def _read_stage(
+    name: str, values: dict[str, Any], own: StageArguments, datasets: dict[str, DatasetArguments], where: str
+) -> Stage:
+    from modeling.adapters import quantization
+    from modeling.objectives import OBJECTIVES
+
+    for entry, dataset in datasets.items():
+        place = where if dataset is own else f"{where}: data set {entry!r}"
+        if dataset.loss not in (*OBJECTIVES, "cosent"):
+            raise InputError(f"{place}: key 'loss' is {dataset.loss!r}: choose {', '.join(OBJECTIVES)} or cosent")
+        needed = OBJECTIVES[dataset.loss].documents - 1 if dataset.loss in OBJECTIVES else 0
+        if dataset.num_negatives is not None and dataset.num_negatives < needed:
+            raise InputError(f"{place}: num_negatives is {dataset.num_negatives}; {dataset.loss} needs more")
+    keys = {key: value for key, value in values.items() if key in library_keys()}
+    if own.early_stopping_patience:
+        keys.setdefault("load_best_model_at_end", True)
+    if keys.get("load_best_model_at_end"):
+        keys.setdefault("metric_for_best_model", BEST)
+    model, training = parse_library_keys(keys, where)
+    try:
+        quantization(model)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if model.lora_task_type != DEFAULTS["lora_task_type"]:
+        raise InputError(f"{where}: lora_task_type: an embedder has no head; it is {DEFAULTS['lora_task_type']}")
+    _check_training(training, where)
+    return Stage(name, values, own, datasets, model, training)
+
+
+def _check_training(training: SentenceTransformerTrainingArguments, where: str) -> None:
+    """Refuse now what would fail when a stage starts, hours from now."""
+    import torch
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_available_reporting_integrations
+
+    if (training.resume_from_checkpoint or "false").lower() not in ("true", "false"):
+        given = training.resume_from_checkpoint
+        raise InputError(f"{where}: resume_from_checkpoint is {given!r}; true goes on from a stage's last checkpoint")
+    metric = training.metric_for_best_model
+    if metric is not None and not re.fullmatch(r"(eval_)?validation(_\w+)?_cosine_\w+@10", metric):
+        measured = f"{BEST}, or mrr, map, recall, precision and accuracy instead of ndcg"
+        raise InputError(f"{where}: metric_for_best_model is {metric!r}; evaluations measure {measured}")
+    installed = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in installed:
+            there = ", ".join(installed) or "none"
+            raise InputError(f"{where}: report_to: {name!r} is not installed; there is {there}")
+    try:
+        if not training.optim_target_modules:  # which would need the model
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
+            schedule = training.lr_scheduler_kwargs or {}
+            get_scheduler(training.lr_scheduler_type, optimizer, 0, 2, scheduler_specific_kwargs=schedule)
+        for pattern in training.learning_rate_mapping:
+            re.compile(pattern)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
+        raise InputError(f"{where}: training cannot start so: {error}") from None
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -204,22 +351,24 @@ def write_recipe(recipe: Recipe) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def write_stages(recipe: Recipe, start: Mapping[str, Any]) -> None:
+def write_stages(stages: Sequence[Stage], start: Mapping[str, Any], output_dir: Path) -> None:
     """Write stages.json: every stage with all its keys as they hold, defaults and the start's own values filled in.
 
     {"start": facts of the model that the first stage starts from,
      "stages": [{"name": ..., "datasets": {name: {key: value}}, "keys": {key: value}}]}
     """
-    stages = []
-    for stage in recipe.stages:
-        model = {key: value for key, value in vars(stage.model).items() if key != "model_name_or_path"}
-        training = json.loads(stage.training.to_json_string())
-        for key in ("output_dir", "logging_dir", "run_name"):
-            training.pop(key, None)
-        datasets = {name: dataclasses.asdict(own) for name, own in stage.datasets.items()}
-        keys = {**training, **model, **dataclasses.asdict(stage.own)}
-        stages.append({"name": stage.name, "datasets": datasets, "keys": keys})
-    write_json(recipe.output_dir / STAGES, {"start": start, "stages": json.loads(json.dumps(stages, default=str))})
+    written = []
+    for stage in stages:
+        keys = {
+            **json.loads(stage.training.to_json_string()),
+            **vars(stage.model),
+            **stage.own.model_dump(mode="json"),
+        }
+        for key in ("output_dir", "logging_dir", "run_name", "model_name_or_path"):
+            keys.pop(key, None)
+        datasets = {name: own.model_dump(mode="json") for name, own in stage.datasets.items()}
+        written.append({"name": stage.name, "datasets": datasets, "keys": keys})
+    write_json(output_dir / STAGES, {"start": start, "stages": json.loads(json.dumps(written, default=str))})
 
 
 def read_stages(run_folder: Path) -> dict[str, Any]:
@@ -251,12 +400,6 @@ def _named(entries: Any, kind: str, key: str, where: str, taken: Sequence[str] =
     return named
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict | None):
-        raise InputError(f"{where}: student is {value!r}; it must be a mapping of teacher, corpus, ...")
-    return value or {}
-
-
 def _select(stages: dict[str, dict[str, Any]], names: str) -> dict[str, dict[str, Any]]:
     selected = names.split(",")
     unknown = [name for name in selected if name not in stages]
@@ -266,113 +409,15 @@ def _select(stages: dict[str, dict[str, Any]], names: str) -> dict[str, dict[str
     return {name: stages[name] for name in selected}
 
 
-def _budgets(values: Mapping[str, Any], stages: Mapping[str, Any], where: str) -> dict[str, dict[str, int]]:
+def _budgets(
+    total: int | None, shared: Mapping[str, Any], stages: Mapping[str, Any], where: str
+) -> dict[str, dict[str, int]]:
     """Each stage's max_steps out of `total_steps`; the first ones take what cannot be divided."""
-    total = values.get("total_steps")
     if total is None:
         return {}
-    if not isinstance(total, int) or isinstance(total, bool) or total < len(stages):
-        raise InputError(f"{where}: total_steps is {total!r}; it must be a number, at least 1 for each stage")
-    if any("max_steps" in keys for keys in (values, *stages.values())):
+    if total < len(stages):
+        raise InputError(f"{where}: total_steps is {total}; it must be at least 1 for each stage")
+    if any("max_steps" in keys for keys in (shared, *stages.values())):
         raise InputError(f"{where}: max_steps and total_steps both say how long stages are; drop one")
     share, left = divmod(total, len(stages))
     return {name: {"max_steps": share + (position < left)} for position, name in enumerate(stages)}
-
-
-def _read_stage(name: str, values: dict[str, Any], overrides: Mapping[str, Any], where: str) -> Stage:
-    from sentence_transformers import SentenceTransformerTrainingArguments
-    from trl import ModelConfig
-
-    from modeling.adapters import quantization
-
-    types = (StageArguments, ModelConfig, SentenceTransformerTrainingArguments)
-    own, model, training = parse_keys(types, {k: v for k, v in values.items() if k != "datasets"}, where)
-    try:
-        quantization(model)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    if model.lora_task_type != DEFAULTS["lora_task_type"]:
-        raise InputError(f"{where}: lora_task_type: an embedder has no head; it is {DEFAULTS['lora_task_type']}")
-    _check_training(training, where)
-    datasets: dict[str, DatasetArguments] = {name: own}
-    if values.get("datasets") is not None:
-        fields = {field.name for field in dataclasses.fields(DatasetArguments)}
-        shared = {key: value for key, value in values.items() if key in fields}
-        entries = _named(values["datasets"], "data set", "datasets", where)
-        for entry, keys in entries.items():
-            keys = {**shared, **{key: value for key, value in keys.items() if key not in overrides}}
-            (datasets[entry],) = parse_keys([DatasetArguments], keys, f"{where}: data set {entry!r}")
-        datasets = {entry: datasets[entry] for entry in entries}
-    for entry, dataset in datasets.items():
-        _check_dataset(dataset, where if dataset is own else f"{where}: data set {entry!r}")
-    if own.prompt_shots and not any(data.shots and data.instruction == own.instruction for data in datasets.values()):
-        raise InputError(
-            f"{where}: prompt_shots shows training rows before the stage's `instruction`; no data set of it trains "
-            "with shots and that instruction"
-        )
-    return Stage(name, values, own, datasets, model, training)
-
-
-def _check_training(training: SentenceTransformerTrainingArguments, where: str) -> None:
-    """Refuse now what would fail when a stage starts, hours from now."""
-    import torch
-    from transformers import Trainer, get_scheduler
-    from transformers.integrations import get_available_reporting_integrations
-
-    if (training.resume_from_checkpoint or "false").lower() not in ("true", "false"):
-        given = training.resume_from_checkpoint
-        raise InputError(f"{where}: resume_from_checkpoint is {given!r}; true goes on from a stage's last checkpoint")
-    metric = training.metric_for_best_model
-    if metric is not None and not re.fullmatch(r"(eval_)?validation(_\w+)?_cosine_\w+@10", metric):
-        measured = "eval_validation_cosine_ndcg@10, or mrr, map, recall, precision and accuracy instead of ndcg"
-        raise InputError(f"{where}: metric_for_best_model is {metric!r}; evaluations measure {measured}")
-    installed = get_available_reporting_integrations()
-    for name in training.report_to:
-        if name not in installed:
-            raise InputError(
-                f"{where}: report_to: {name!r} is not installed; there is {', '.join(installed) or 'none'}"
-            )
-    try:
-        if not training.optim_target_modules:  # which would need the model
-            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
-            schedule = {"scheduler_specific_kwargs": training.lr_scheduler_kwargs or {}}
-            get_scheduler(
-                training.lr_scheduler_type, kind([torch.nn.Parameter(torch.zeros(1))], **settings), 0, 2, **schedule
-            )
-        for pattern, rate in training.learning_rate_mapping.items():
-            re.compile(pattern)
-            training.learning_rate_mapping[pattern] = float(rate)  # YAML reads 1e-5 as a text
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
-        raise InputError(f"{where}: training cannot start so: {error}") from None
-    check_numbers(training, where)
-
-
-def _check_dataset(own: DatasetArguments, where: str) -> None:
-    from modeling.objectives import OBJECTIVES
-
-    losses = (*OBJECTIVES, "cosent")
-    if own.dataset_name is None:
-        raise InputError(f"{where}: name the data to train on: dataset_name")
-    if own.loss not in losses:
-        raise InputError(f"{where}: loss: invalid choice: {own.loss!r}; choose one of {', '.join(losses)}")
-    documents = OBJECTIVES[own.loss].documents if own.loss in OBJECTIVES else 1
-    if own.num_negatives is not None and own.num_negatives < documents - 1:
-        raise InputError(f"{where}: num_negatives is {own.num_negatives}; {own.loss} needs more")
-    if own.shots and not (own.instruction and own.prompted_columns):
-        raise InputError(f"{where}: shots stand before an instruction; name it and prompted_columns")
-
-
-def _read_merge(values: Any, stages: Mapping[str, Any], where: str) -> MergeArguments:
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: a mapping of stages, method and weights is needed, not {values!r}")
-    (merge,) = parse_keys([MergeArguments], values, where)
-    unknown = [name for name in merge.stages if name not in stages]
-    if unknown or len(set(merge.stages)) < max(2, len(merge.stages)):
-        wrong = f"no stage {unknown[0]!r} is run" if unknown else "name two stages or more, each once"
-        raise InputError(f"{where}: {wrong}; there are {', '.join(stages)}")
-    merge.weights = merge.weights or [1.0] * len(merge.stages)
-    if len(merge.weights) != len(merge.stages) or not any(merge.weights):
-        raise InputError(f"{where}: weights {merge.weights}: one a stage is needed, not all 0")
-    if merge.method == "slerp" and len(merge.stages) != 2:
-        raise InputError(f"{where}: slerp lies on the arc between two models; name two stages, or method: linear")
-    return merge

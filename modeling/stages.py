@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING
 from common.cli import InputError
 from modeling.processes import processes
 from modeling.prompts import instruction_prompt
-from modeling.recipe import DatasetArguments, Stage
-from modeling.start import Published, Start, column_prompts, saved_prompts
+from modeling.recipe import Stage
+from modeling.start import Start, column_prompts, saved_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,6 +72,10 @@ def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSa
         samples[title] = search_sample(*tables, **size, where=where)
     if not samples:
         raise InputError(f"stage {stage.name!r}: no data set to evaluate on has qrels; set eval_strategy: 'no'")
+    metric = (stage.training.metric_for_best_model or "").removeprefix("eval_")
+    if metric and not any(re.match(rf"{title}_cosine", metric) for title in samples):
+        found = f"evaluations here are {', '.join(samples)}"
+        raise InputError(f"stage {stage.name!r}: metric_for_best_model is {metric!r}; {found}")
     return samples
 
 
@@ -85,15 +90,13 @@ def text_columns(rows: Dataset) -> list[str]:
     return [name for name in rows.column_names if name != LABEL]
 
 
-def stage_prompts(
-    stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, published: Published | None
-) -> dict[str, str]:
+def stage_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The prompts of the stage's saved model; with `prompt_shots`, one shows rows of the first data set that trains
     with shots and the stage's own instruction. Raises InputError when there are no rows that fit.
     """
     own = stage.own
     if not own.prompt_shots:
-        return saved_prompts(stage, published)
+        return saved_prompts(stage)
     name = next(name for name, data in stage.datasets.items() if data.shots and data.instruction == own.instruction)
     budget = stage.datasets[name].shots_budget or own.max_seq_length // 2
     try:
@@ -104,7 +107,7 @@ def stage_prompts(
         )
     except InputError as error:
         raise InputError(f"{location(stage, name)}: {error}") from None
-    return saved_prompts(stage, published, shots)
+    return saved_prompts(stage, shots)
 
 
 def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demonstrations]:
@@ -129,7 +132,6 @@ def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demo
 def load_encoder(
     stage: Stage,
     base: Start,
-    published: Published | None,
     quantization_config: BitsAndBytesConfig | None = None,
     peft_config: PeftConfig | None = None,
 ) -> SentenceTransformer:
@@ -140,7 +142,7 @@ def load_encoder(
         base.name_or_path,
         revision=base.revision,
         max_seq_length=own.max_seq_length,
-        prompts=saved_prompts(stage, published),
+        prompts=saved_prompts(stage),
         pooling=own.pooling,
         dtype=stage.model.dtype,
         attn_implementation=stage.model.attn_implementation,
@@ -151,38 +153,34 @@ def load_encoder(
     )
 
 
-def build_model(stage: Stage, start: Start, published: Published | None) -> tuple[SentenceTransformer, Start]:
+def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]:
     """The encoder to train (all weights, a new adapter, or that of the stage before), and what it was loaded from."""
     from transformers import set_seed
 
     from modeling.adapters import continue_adapter, quantization
 
-    adapter = start.adapter if start.adapter and start.adapter.settings == stage.lora_settings else None
+    adapter = start.adapter_for(stage)
     base = adapter.base if adapter else start
     set_seed(stage.training.seed)  # a new adapter starts at random
-    peft_config = None if adapter else stage.peft_config
-    encoder = load_encoder(stage, base, published, quantization(stage.model), peft_config)
+    encoder = load_encoder(stage, base, quantization(stage.model), None if adapter else stage.peft_config)
     if adapter:
         continue_adapter(encoder, adapter.folder)
     return encoder, base
 
 
-def build_loss(own: DatasetArguments, encoder: SentenceTransformer) -> nn.Module:
+def build_loss(stage: Stage, dataset: str, encoder: SentenceTransformer) -> nn.Module:
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
     from modeling.losses import CachedCoSENTLoss, GradedLoss
 
+    own = stage.datasets[dataset]
     everywhere = {"mini_batch_size": own.mini_batch_size, "gather_across_devices": processes().num_processes > 1}
     if own.loss == "cosent":
-        return CachedCoSENTLoss(encoder, scale=1 / own.temperature, **everywhere)
-    return GradedLoss(
-        encoder,
-        own.loss,
-        temperature=own.temperature,
-        target_temperature=own.target_temperature,
-        alpha=own.alpha,
-        in_batch_negatives=own.in_batch_negatives,
-        false_negative_margin=own.false_negative_margin,
-        **everywhere,
-    )
+        loss = CachedCoSENTLoss(encoder, scale=1 / own.temperature, **everywhere)
+    else:
+        settings = ("temperature", "target_temperature", "alpha", "in_batch_negatives", "false_negative_margin")
+        loss = GradedLoss(encoder, own.loss, **{name: getattr(own, name) for name in settings}, **everywhere)
+    return MatryoshkaLoss(encoder, loss, stage.own.matryoshka_dims) if stage.own.matryoshka_dims else loss
 
 
 def build_evaluator(
@@ -207,19 +205,16 @@ def build_evaluator(
     )
 
 
-def build_trainer(
-    stage: Stage, encoder: SentenceTransformer, data: StageData, checkpoints: Path, published: Published | None
-) -> EmbedderTrainer:
+def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, checkpoints: Path) -> EmbedderTrainer:
     import torch
 
     from modeling.trainer import EmbedderTrainer
 
     arguments = stage.training
     arguments.output_dir = str(checkpoints)
+    arguments.run_name = arguments.run_name or stage.name
     arguments.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it only warns, at every epoch
-    arguments.prompts = {
-        name: column_prompts(own, text_columns(data.train[name]), published) for name, own in stage.datasets.items()
-    }
+    arguments.prompts = {name: column_prompts(stage, name, text_columns(rows)) for name, rows in data.train.items()}
     batch_size = arguments.per_device_eval_batch_size
     evaluators = [build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
     try:
@@ -227,31 +222,30 @@ def build_trainer(
             model=encoder,
             args=arguments,
             train_dataset=data.train,
-            loss={name: build_loss(own, encoder) for name, own in stage.datasets.items()},
+            loss={name: build_loss(stage, name, encoder) for name in stage.datasets},
             evaluator=evaluators or None,
             weights={name: own.weight for name, own in stage.datasets.items()},
             demonstrations=demonstrations(stage, data.train),
             positives=data.positives,
+            patience=stage.own.early_stopping_patience,
         )
     except (ValueError, ImportError) as error:  # settings that contradict each other, packages that are not there
         raise InputError(f"stage {stage.name!r}: training cannot start so: {error}") from None
 
 
-def cut_texts(
-    stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase, published: Published | None
-) -> dict[str, dict[str, CutTexts]]:
+def cut_texts(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, CutTexts]]:
     """By data set and column, how many texts are longer than what is read of them in training."""
     from modeling.training_data import count_cut
 
-    counts = {}
-    for name, own in stage.datasets.items():
-        prompts = column_prompts(own, text_columns(data.train[name]), published)
-        counts[name] = count_cut(data.train[name], tokenizer, stage.own.train_max_seq_length, prompts)
-    return counts
+    length = stage.own.train_max_seq_length
+    return {
+        name: count_cut(rows, tokenizer, length, column_prompts(stage, name, text_columns(rows)))
+        for name, rows in data.train.items()
+    }
 
 
 def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping[str, Mapping[str, CutTexts]]) -> str:
-    """What a stage is about to train on, a line for each data set: rows, loss, steps, batch, texts that are cut."""
+    """What a stage is about to train on, a line for each data set: rows, loss, steps, batch, tokens, cut texts."""
     from modeling.training_data import cut_line
 
     arguments = trainer.args
@@ -260,25 +254,23 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
     length = f"{steps} steps" if steps else f"{arguments.num_train_epochs:g} epochs"
     lines = []
     for name, own in stage.datasets.items():
+        counts = cut[name].values()
+        tokens = batch * sum(count.tokens for count in counts) / max(count.texts for count in counts)
         parts = [f"{len(data.train[name]):,} rows of {own.dataset_name} ({own.dataset_config})", own.loss]
-        parts += [f"{length} of {batch} rows", cut_line(cut[name], stage.own.train_max_seq_length)]
+        parts += [f"{length} of {batch} rows, about {tokens:,.0f} tokens each"]
+        parts += [cut_line(cut[name], stage.own.train_max_seq_length)]
         title = stage.name if name == stage.name else f"{stage.name}, {name}"
         lines.append(f"training {title}: " + ", ".join(part for part in parts if part))
     return "\n".join(lines)
 
 
-def check_lengths(
-    stages: Sequence[Stage],
-    data: Mapping[str, StageData],
-    tokenizer: PreTrainedTokenizerBase,
-    published: Published | None,
-) -> None:
+def check_lengths(stages: Sequence[Stage], data: Mapping[str, StageData], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse prompts that are too long for any stage now, not after the stages before it."""
     from modeling.tokens import check_prompts
 
     for stage in stages:
         own = stage.own
-        prompts = stage_prompts(stage, data[stage.name].train, tokenizer, published)
+        prompts = stage_prompts(stage, data[stage.name].train, tokenizer)
         check_prompts(tokenizer, prompts, own.max_seq_length, own.min_text_tokens)
         trained = {
             name: instruction_prompt(arguments.instruction, arguments.query_template)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from common.cli import InputError
 from common.models import fetch_settings, hub_commit, resolve_model
 from common.steps import files_of, fingerprint
 from modeling.encoder import DEFAULT_LENGTH, Published, read_published
-from modeling.keys import parse_keys
 from modeling.processes import joint_step, processes
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, instruction_prompt, template_of
 from modeling.recipe import DatasetArguments, Recipe, Stage
@@ -43,6 +42,10 @@ class Start:
     reference: str  # as the recipe wrote it
     adapter: TrainedAdapter | None = None
 
+    def adapter_for(self, stage: Stage) -> TrainedAdapter | None:
+        """The adapter that `stage` goes on with: one of its own settings."""
+        return self.adapter if self.adapter and self.adapter.settings == stage.lora_settings else None
+
     def name_from(self, folder: Path) -> str:
         """How an adapter in `folder` names this base: a Hub id, a package or GGUF file as the recipe wrote it, or a
         path relative to the folder.
@@ -56,16 +59,17 @@ class Start:
 
 def first_start(recipe: Recipe) -> tuple[Start, Published | None]:
     """Where the first stage starts, and what it is as a finished embedder (None: a bare model, or the student)."""
-    if "student" not in recipe.values:
+    config = recipe.student
+    if config is None:
         return published_start(recipe.stages[0].model)
-    from modeling.student import StudentConfig, build_student
+    from modeling.student import build_student
 
     instruction = recipe.values.get("instruction")
-    prompt = {"prompt": instruction_prompt(instruction)} if instruction else {}
-    (config,) = parse_keys([StudentConfig], {**prompt, **recipe.values["student"]}, "student")
+    if instruction and "prompt" not in config.model_fields_set:
+        config = config.model_copy(update={"prompt": instruction_prompt(instruction)})
     folder = recipe.output_dir / "student"
     inputs = {
-        **dataclasses.asdict(config),
+        **config.model_dump(),
         "teacher": resolve_model(config.teacher).fingerprint(),
         "corpus": fingerprint(files_of(Path(config.corpus))),
     }
@@ -93,7 +97,33 @@ def published_start(model: ModelConfig) -> tuple[Start, Published | None]:
     return start, read_published(reference)
 
 
-def load_tokenizer(start: Start, published: Published | None, pooling: str | None) -> PreTrainedTokenizerBase:
+def settle(stage: Stage, published: Published | None) -> Stage:
+    """The stage with what its recipe leaves to the start: length, query template and document prompt."""
+    own, prompts = stage.own, published.prompts if published else {}
+    length = own.max_seq_length or (published and published.max_seq_length) or DEFAULT_LENGTH
+    if own.train_max_seq_length and own.train_max_seq_length > length:
+        raise InputError(
+            f"stage {stage.name!r}: train_max_seq_length {own.train_max_seq_length} is above max_seq_length "
+            f"({length}); lower it"
+        )
+    template = template_of(prompts.get("query", "")) or QUERY_TEMPLATE
+    defaults = {
+        "max_seq_length": length,
+        "train_max_seq_length": length,
+        "query_template": template,
+        "document_prompt": prompts.get("document", prompts.get("passage", "")),
+    }
+
+    def filled(arguments: DatasetArguments) -> DatasetArguments:
+        names = type(arguments).model_fields
+        missing = {key: value for key, value in defaults.items() if key in names and getattr(arguments, key) is None}
+        return arguments.model_copy(update=missing)
+
+    datasets = {name: filled(dataset) for name, dataset in stage.datasets.items()}
+    return dataclasses.replace(stage, own=filled(own), datasets=datasets, published=published)
+
+
+def load_tokenizer(start: Start, stage: Stage) -> PreTrainedTokenizerBase:
     """The tokenizer as the first stage's encoder will have it. Raises InputError when there is none."""
     from huggingface_hub.errors import HTTPError
     from transformers import AutoTokenizer
@@ -102,7 +132,7 @@ def load_tokenizer(start: Start, published: Published | None, pooling: str | Non
         tokenizer = AutoTokenizer.from_pretrained(start.name_or_path, revision=start.revision)
     except (HTTPError, OSError, ValueError, KeyError) as error:
         raise InputError(f"model {start.reference!r} has no tokenizer that can be loaded: {error}") from None
-    finish_texts(tokenizer, published and published.pooling_name, pooling)
+    finish_texts(tokenizer, stage.published and stage.published.pooling_name, stage.own.pooling)
     return tokenizer
 
 
@@ -110,78 +140,50 @@ def start_facts(start: Start, published: Published | None) -> dict[str, Any]:
     """What stages.json and cards say of the model that a run started from."""
     if start.reference == "student":
         return {"model": "student", "revision": None, "published": None, "quantisation": None}
-    reference = resolve_model(start.reference)
     facts = published and {**dataclasses.asdict(published), "pooling": published.pooling_name}
-    quantisation = reference.quantisation()
+    quantisation = resolve_model(start.reference).quantisation()
     return {"model": start.reference, "revision": start.revision, "published": facts, "quantisation": quantisation}
 
 
-def settle(stages: Sequence[Stage], published: Published | None) -> None:
-    """Fill in what a recipe leaves to its start: length, query template and document prompt, in every stage."""
-    prompts = published.prompts if published else {}
-    for stage in stages:
-        own = stage.own
-        if own.max_seq_length is None:
-            own.max_seq_length = (published and published.max_seq_length) or DEFAULT_LENGTH
-        own.train_max_seq_length = own.train_max_seq_length or own.max_seq_length
-        if own.train_max_seq_length > own.max_seq_length:
-            raise InputError(
-                f"stage {stage.name!r}: train_max_seq_length {own.train_max_seq_length} is above max_seq_length "
-                f"({own.max_seq_length}); lower it"
-            )
-        for arguments in (own, *stage.datasets.values()):
-            if arguments.query_template is None:
-                arguments.query_template = template_of(prompts.get("query", "")) or QUERY_TEMPLATE
-            if arguments.document_prompt is None:
-                arguments.document_prompt = prompts.get("document", prompts.get("passage", ""))
+def column_prompts(stage: Stage, dataset: str, columns: Sequence[str]) -> dict[str, str]:
+    """Column -> prompt in training: `prompted_columns` get the query's (the instruction, or the start's own query
+    prompt), the others the document's; bare ones none.
+    """
+    own = stage.datasets[dataset]
+    query = stage.published.prompts.get("query", "") if stage.published else ""
+    if own.instruction is not None:
+        query = instruction_prompt(own.instruction, own.query_template)
+    prompts = {name: query if name in own.prompted_columns else own.document_prompt for name in columns}
+    return {name: prompt for name, prompt in prompts.items() if prompt}
 
 
-def query_prompt(arguments: DatasetArguments, published: Published | None) -> str:
-    """What stands before the prompted columns in training: the instruction, or the start's own query prompt."""
-    if arguments.instruction is not None:
-        return instruction_prompt(arguments.instruction, arguments.query_template)
-    return published.prompts.get("query", "") if published else ""
-
-
-def column_prompts(arguments: DatasetArguments, columns: Sequence[str], published: Published | None) -> dict[str, str]:
-    """Column -> prompt in training: `prompted_columns` get the query's, the others the document's; bare ones none."""
-    query = query_prompt(arguments, published)
-    prompted = {name: query if name in arguments.prompted_columns else arguments.document_prompt for name in columns}
-    return {name: prompt for name, prompt in prompted.items() if prompt}
-
-
-def saved_prompts(stage: Stage, published: Published | None, shots: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
+def saved_prompts(stage: Stage, shots: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """The prompts of a stage's saved model: those of the start, and without an instruction no others where it is a
     finished embedder; else one for each evaluation task.
     """
-    own = stage.own
-    if published and own.instruction is None:
-        return dict(published.prompts)
-    baked = baked_prompts(own.instruction, shots, own.query_template, own.document_prompt)
-    return {**(published.prompts if published else {}), **baked}
+    own, kept = stage.own, stage.published.prompts if stage.published else {}
+    if stage.published and own.instruction is None:
+        return dict(kept)
+    return {**kept, **baked_prompts(own.instruction, shots, own.query_template, own.document_prompt)}
 
 
-def start_line(start: Start, published: Published | None, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> str:
+def start_line(start: Start, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a run starts from, in one line: what is kept of the model as published, and what the stage replaces."""
-    own = stage.own
+    own, published = stage.own, stage.published
     ids = tokenizer("a")["input_ids"]
-    special = [tokenizer.convert_ids_to_tokens(number) for number in (ids[0], ids[-1])]
-    ends = f"texts begin with {special[0]!r} and end in {special[1]!r}"
+    first, last = tokenizer.convert_ids_to_tokens([ids[0], ids[-1]])
+    ends = f"texts begin with {first!r} and end in {last!r}"
     if published is None:
         template = "no instruction" if own.instruction is None else f"queries as {own.query_template!r}"
         return f"start {start.reference}: bare model; pooling {own.pooling or 'eos'}, {ends}, {template}"
-    kept: Mapping[str, Any] = {
-        "pooling": published.pooling_name,
-        "max_seq_length": published.max_seq_length or own.max_seq_length,
-        **{f"prompt {name!r}": prompt for name, prompt in published.prompts.items()},
+    prompts = saved_prompts(stage)
+    pairs = {  # as published, and now
+        "pooling": (published.pooling_name, own.pooling or published.pooling_name),
+        "max_seq_length": (published.max_seq_length or own.max_seq_length, own.max_seq_length),
+        **{f"prompt {name!r}": (prompt, prompts[name]) for name, prompt in published.prompts.items()},
     }
-    now = {
-        "pooling": own.pooling or published.pooling_name,
-        "max_seq_length": own.max_seq_length,
-        **{f"prompt {name!r}": prompt for name, prompt in saved_prompts(stage, published).items()},
-    }
-    replaced = [f"{key} {value!r} by {now[key]!r}" for key, value in kept.items() if now[key] != value]
-    same = [f"{key} {value!r}" for key, value in kept.items() if now[key] == value]
-    later = published.modules[2:]
-    keeps = ", ".join([*(["modules " + ", ".join(later)] if later else []), *same, ends])
+    replaced = [f"{key} {was!r} by {now!r}" for key, (was, now) in pairs.items() if was != now]
+    kept = [f"{key} {was!r}" for key, (was, now) in pairs.items() if was == now]
+    later = ["modules " + ", ".join(published.modules[2:])] if published.modules[2:] else []
+    keeps = ", ".join([*later, *kept, ends])
     return f"start {start.reference}: finished embedder; keeps {keeps}; replaces {', '.join(replaced) or 'nothing'}"

@@ -23,7 +23,6 @@ load or to train it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +30,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel, PreTrainedTokenizerFast
 
-from common.cli import InputError
 from common.models import resolve_model
 from common.steps import read_arrow, read_parquet
+from modeling.encoder import without_bars
+from modeling.recipe import StudentConfig
 
 HEAD_SIZE = 128
 ROPE_THETA = 1e6
@@ -48,36 +48,6 @@ _COPY_SCORE = 16.0  # score of a token's copy and of the first token; unequal co
 # A word seen k times leaves 1 / (1 + k) of the attention for the first token. With this factor the weight of its
 # k-th copy falls from 1 (k = 1) to sqrt(2) - 1 (k = 2), so that two copies weigh sqrt(2), and so on.
 _REPEAT_FACTOR = float(np.log(2**0.5 - 1) / (1 / 3 - 1 / 2))
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """`teacher` is a model reference; `corpus` a data folder's corpus/, whose texts give the word frequencies.
-
-    Queries are counted with `prompt` (by default the recipe's) before them: the words of a prompt that every query
-    carries weigh next to nothing. `hidden_size` is a multiple of 128. `sif` is the constant a of the weight
-    a / (a + p(word)); larger values tell common words apart less.
-    """
-
-    teacher: str
-    corpus: str
-    prompt: str = ""
-    hidden_size: int = 512
-    intermediate_size: int = 768
-    num_hidden_layers: int = 2
-    max_position_embeddings: int = 4096
-    sif: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.hidden_size < HEAD_SIZE or self.hidden_size % HEAD_SIZE:
-            raise InputError(f"student.hidden_size is {self.hidden_size}: use a multiple of {HEAD_SIZE}")
-        if self.num_hidden_layers < 2 or self.intermediate_size < 1:
-            raise InputError(
-                "student: use 2 or more num_hidden_layers (one counts, one averages) and intermediate_size 1 or more"
-            )
-        if not self.sif > 0:
-            raise InputError(f"student.sif is {self.sif}: use a number above 0 (1e-3 to 1e-4 is usual)")
 
 
 def build_student(config: StudentConfig, folder: Path) -> None:
@@ -108,7 +78,8 @@ def build_student(config: StudentConfig, folder: Path) -> None:
         )
     )
     write_weighted_mean(model, torch.from_numpy(inputs))
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

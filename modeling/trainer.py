@@ -4,14 +4,18 @@ positives, the cost of training, readable log lines, a stop at the first non-fin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from common.cli import InputError
 from modeling.batches import EpochBatchSampler, WeightedBatchSampler
 from modeling.demonstrations import DemonstrationCollator, Demonstrations
+from modeling.encoder import without_bars
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +51,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         weights: of the data sets by name, their share of steps; None gives all the same.
         demonstrations: of the data sets by name, for those that have any.
         positives: of the data sets by name, all positives of their queries, see `DemonstrationCollator`.
+        patience: evaluations without a better `metric_for_best_model`, after which training ends; None = never.
         *args, **kwargs: as sentence-transformers takes them.
 
     Raises:
@@ -61,8 +67,10 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         weights: Mapping[str, float] | None = None,
         demonstrations: Mapping[str, Demonstrations] | None = None,
         positives: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+        patience: int | None = None,
         **kwargs: Any,
     ) -> None:
+        self.losses: dict[str, list[float]] = defaultdict(list)  # by data set, since the last line of the log
         self.weights = weights or {}
         self.demonstrations = demonstrations or {}
         self.positives = positives or {}
@@ -75,6 +83,8 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         if not self.args.disable_tqdm:
             self.add_callback(_ProgressBar)
         self.add_callback(_LogLines)
+        if patience:
+            self.add_callback(_EarlyStopping(patience))
 
     def get_data_collator(
         self, model: SentenceTransformer, args: SentenceTransformerTrainingArguments, processing_class: Any = None
@@ -124,9 +134,10 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         tokens = sum(_count_tokens(inputs, key) for key in inputs if key.endswith("input_ids"))
         # a field of the trainer's state, so that checkpoints carry it
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
-        where = f" on data set {inputs['dataset_name']!r}" if "dataset_name" in inputs else ""
+        name = inputs.get("dataset_name")
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self._check_finite(float(loss.detach()), f"loss{where}")
+        self._check_finite(float(loss.detach()), f"loss on data set {name!r}" if name else "loss")
+        self.losses[name].append(float(self.accelerator.reduce(loss.detach(), "mean")))
         if self.is_deepspeed_enabled and loss.requires_grad and loss.is_leaf:
             # GradCache runs the backward passes of all mini-batches in a hook of its loss. DeepSpeed takes all passes
             # within its own for a single one, but sums the gradients of those outside it
@@ -151,6 +162,10 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if len(self.train_dataset) > 1:
+                logs |= {f"loss_{name}": round(mean(losses), 4) for name, losses in sorted(self.losses.items())}
+            self.losses.clear()
         cost = {"seconds": round(self.seconds, 2), "tokens": self.state.num_input_tokens_seen}
         super().log({**logs, **cost}, start_time)
 
@@ -202,7 +217,8 @@ class EmbedderTrainer(SentenceTransformerTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self.model.save_pretrained(output_dir, create_model_card=False)
+        with without_bars():
+            self.model.save_pretrained(output_dir, create_model_card=False)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         """Load shards as transformers does, and of an adapter its own weights alone.
@@ -252,13 +268,29 @@ class _LogLines(TrainerCallback):
             tqdm.write(line)  # above the bar, where there is one
 
 
+class _EarlyStopping(TrainerCallback):
+    """transformers' own counts from 0 after a resume; this one counts in the log, which checkpoints carry."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metric = "eval_" + args.metric_for_best_model.removeprefix("eval_")
+        scores = [entry[metric] for entry in state.log_history if metric in entry]
+        if scores and len(scores) - 1 - scores.index(max(scores)) >= self.patience:
+            control.should_training_stop = True
+
+    on_step_end = on_evaluate  # a run that was killed after it had stopped
+
+
 def log_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
     """An entry of the log as a line; "" without loss or nDCG.
 
     >>> log_line(40, 120, {"loss": 0.51234, "learning_rate": 2e-5, "seconds": 61.26, "tokens": 81920})
     'step 40/120: loss 0.5123, learning rate 2e-05, 61 s, 81,920 tokens'
     """
-    parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
+    by_name = [f"{key.removeprefix('loss_')} {value:.4f}" for key, value in logs.items() if key.startswith("loss_")]
+    parts = [f"loss {logs['loss']:.4f}" + (f" ({', '.join(by_name)})" if by_name else "")] if "loss" in logs else []
     parts += [f"learning rate {logs['learning_rate']:.3g}"] if "learning_rate" in logs else []
     parts += [f"nDCG@10 {value:.4f}" for key, value in logs.items() if key.endswith("ndcg@10")]
     if not parts:
@@ -277,8 +309,35 @@ def last_checkpoint(folder: Path) -> str | None:
     return steps[max(steps)] if steps else None
 
 
-def drop_checkpoints(folder: Path) -> None:
-    """Delete `folder`, first the files that mark checkpoints as whole: a kill leaves no broken one marked."""
+def drop_checkpoints(folder: Path, logs: Path | None = None) -> None:
+    """Delete `folder`, first the files that mark checkpoints as whole: a kill leaves no broken one marked.
+
+    What others wrote beside the checkpoints (codecarbon's emissions.csv, say) is moved to `logs`.
+    """
     for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
         state.unlink()
+    for path in folder.iterdir() if logs and folder.is_dir() else ():
+        if not path.name.startswith(PREFIX_CHECKPOINT_DIR):
+            logs.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, logs / path.name)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def logs_in(folder: Path, stage: str) -> Iterator[None]:
+    """Let tensorboard, wandb and trackio write into `folder`, where the environment names no other.
+
+    Without this they write beside the checkpoints, or into the current folder.
+    """
+    (folder / stage).mkdir(parents=True, exist_ok=True)  # wandb passes over a folder that is not there
+    # trackio keeps all runs in one database, whose place it reads once
+    places = {"TENSORBOARD_LOGGING_DIR": folder / stage, "WANDB_DIR": folder / stage, "TRACKIO_DIR": folder}
+    ours = {name: str(place) for name, place in places.items() if name not in os.environ}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+        if "wandb" in sys.modules:  # transformers would log the next stage into this one's run
+            sys.modules["wandb"].finish()

@@ -234,6 +234,7 @@ class CutTexts(NamedTuple):
     cut: int
     texts: int
     all_equal: bool  # the texts differ, and what the model reads of them does not
+    tokens: int = 0  # that the model reads of them
 
 
 def count_cut(
@@ -252,7 +253,7 @@ def count_cut(
     """
     if len(rows) > max_rows:
         rows = rows.select(np.linspace(0, len(rows) - 1, max_rows).astype(int))
-    read: dict[str, tuple[bool, int]] = {}  # prompted text -> whether it is cut, hash of the ids that are read
+    read: dict[str, tuple[int, int]] = {}  # prompted text -> its tokens, hash of the ids that are read
 
     def of_column(texts: Sequence[str], prompt: str) -> CutTexts:
         texts = [prompt + text for text in texts if text]  # "" is a missing document
@@ -260,9 +261,11 @@ def count_cut(
         for begin in range(0, len(new), 1000):
             block = new[begin : begin + 1000]
             for text, ids in zip(block, tokenizer(block, verbose=False)["input_ids"], strict=True):
-                read[text] = len(ids) > max_seq_length, hash(tuple(ids[: max_seq_length - 1]))
+                read[text] = len(ids), hash(tuple(ids[: max_seq_length - 1]))
         all_equal = len(set(texts)) > 1 and len({read[text][1] for text in texts}) == 1
-        return CutTexts(sum(read[text][0] for text in texts), len(texts), all_equal)
+        lengths = [read[text][0] for text in texts]
+        cut = sum(length > max_seq_length for length in lengths)
+        return CutTexts(cut, len(texts), all_equal, sum(min(length, max_seq_length) for length in lengths))
 
     return {name: of_column(rows[name][:], prompts.get(name, "")) for name in rows.column_names if name != LABEL}
 

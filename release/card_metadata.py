@@ -35,6 +35,7 @@ def card_metadata(
         tags=[
             *("sentence-transformers", "feature-extraction", "dense", "text-embeddings", "graded-embedder"),
             *(["mteb"] if evidence["mteb"] else []),
+            *(["matryoshka"] if matryoshka_dims(evidence["stages"]) else []),
         ],
         datasets=list(dict.fromkeys([*datasets, *filter(None, map(hub_id, evidence["data"]))])) or None,
         **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
@@ -48,19 +49,20 @@ def evaluations(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> li
 
     results = []
     metrics, final = evidence["metrics"], final_row(evidence["metrics"])
-    if final:
+    for row in [final, *shortened_rows(metrics, final)] if final else ():
+        suffix = f", {row['dimensions']} dimensions" if row.get("dimensions") else ""
         results += [
             EvalResult(
                 task_type="text-retrieval",
                 task_name="Retrieval",
                 dataset_split=metrics["split"],
                 metric_type=_METRIC_TYPES[measure],
-                metric_name=measure,
-                metric_value=final[measure],
+                metric_name=measure + suffix,
+                metric_value=row[measure],
                 **evaluated_on(evidence, datasets),
             )
             for measure in metrics["measures"]
-            if final[measure] is not None
+            if row[measure] is not None
         ]
     for result in evidence["mteb"]:
         task = result.task.metadata
@@ -97,6 +99,19 @@ def evaluated_on(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> d
 
 
 def final_row(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The final model's row, without shots: eval.retrieval puts models in the order in which they came to be."""
+    """The final model's row, without shots and with whole vectors: eval.retrieval puts models in the order in which
+    they came to be.
+    """
     rows = [row for row in (metrics or {"systems": []})["systems"] if row["kind"] == "model" and not row.get("shots")]
+    rows = [row for row in rows if not row.get("dimensions") and row.get("precision", "float32") == "float32"]
     return rows[-1] if rows else None
+
+
+def shortened_rows(metrics: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the final model's vectors cut to fewer dimensions."""
+    return [row for row in metrics["systems"] if row.get("dimensions") and row.get("model") == final.get("model")]
+
+
+def matryoshka_dims(stages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The lengths that vectors may be cut to: those that the last stage trained."""
+    return sorted(stages[-1].get("matryoshka_dims") or (), reverse=True)

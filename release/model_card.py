@@ -22,7 +22,7 @@ from eval.report import format_ledger
 from eval.retrieval import NEAR, format_table
 from modeling.objectives import OBJECTIVES
 from modeling.prompts import few_shot_prompt, few_shot_prompts
-from release.card_metadata import card_metadata, final_row
+from release.card_metadata import card_metadata, final_row, matryoshka_dims
 from release.usage import encode_lines
 from release.verify import named_paths
 
@@ -40,6 +40,7 @@ _SETTINGS = (
     *("dataset_name", "dataset_config", "loss", "temperature", "alpha", "target_temperature", "num_negatives"),
     *("in_batch_negatives", "false_negative_margin", "instruction", "prompted_columns", "shots"),
     *("zero_shot_probability", "max_seq_length", "train_max_seq_length", "use_peft", *_LORA),
+    *("matryoshka_dims", "early_stopping_patience"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "mini_batch_size", "bf16", "seed"),
 )
@@ -95,6 +96,7 @@ def render_card(
         "ablation_table": ablation_table(evidence["ablation"]),
         "settings": settings_table(stages, evidence["ledger"]),
         "cut_texts": cut_texts(evidence["ledger"]),
+        "matryoshka_dims": matryoshka_dims(stages),
         "losses": {name: _summary(OBJECTIVES[name].function) for name in losses if name in OBJECTIVES},
         "shots": max((entry.get("shots") or 0 for entry in own), default=0),
         "few_shot_prompts": few_shot_prompts(facts["prompts"]),
@@ -310,7 +312,7 @@ def cut_texts(ledger: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in ledger["stages"]:
         columns = [counts for data in (row.get("cut_texts") or {}).values() for counts in data.items()]
-        parts = [f"{name} {cut:,} of {texts:,}" for name, (cut, texts, _) in columns if cut]
+        parts = [f"{name} {cut:,} of {texts:,}" for name, (cut, texts, *_) in columns if cut]
         lines += [f"{row['stage']}: {', '.join(parts)}"] if parts else []
     return lines
 

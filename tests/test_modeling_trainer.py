@@ -220,7 +220,9 @@ def test_lines_say_what_matters_and_the_history_says_all(tiny_encoder, tmp_path,
     history = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(history) == 2
     assert lines == [log_line(entry["step"], 8, entry) for entry in history]
-    assert lines[0].startswith(f"step 4/8: loss {history[0]['loss']:.4f}, learning rate ")
+    assert lines[0].startswith(
+        f"step 4/8: loss {history[0]['loss']:.4f} (plain {history[0]['loss_plain']:.4f}, shown "
+    )
     assert lines[1].endswith(f" s, {run.state.num_input_tokens_seen:,} tokens")
     assert {"grad_norm", "epoch", "seconds", "tokens"} <= set(history[0])
 

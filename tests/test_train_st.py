@@ -18,10 +18,10 @@ from tiny_training import INSTRUCTION, distance, own_cache, train, two_stages, w
 
 import train_st
 from common.cli import InputError, run
-from modeling.keys import parse_keys
+from modeling.keys import read_flags
 from modeling.processes import ZERO3 as ZERO3_SETTINGS
 from modeling.prompts import baked_prompts
-from modeling.recipe import StageArguments
+from modeling.recipe import parse_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 MISTRAL_RECIPE = REPOSITORY / "recipes" / "mistral-7b" / "train.yaml"
@@ -304,10 +304,10 @@ BAD_RECIPES = {
     "value without flag": ({}, ["lora_r"], "['lora_r']"),
     "ill-typed": ({"lora_r": "many"}, [], "invalid int value: 'many'"),
     "ill-typed flag": ({}, ["--per_device_train_batch_size", "1.5"], "invalid int value: '1.5'"),
-    "unknown loss": ({"loss": "triplet"}, [], "invalid choice: 'triplet'"),
+    "unknown loss": ({"loss": "triplet"}, [], "key 'loss' is 'triplet'"),
     "unknown strategy": ({"eval_strategy": "sometimes"}, [], "invalid choice: 'sometimes'"),
-    "alpha": ({"alpha": 2}, [], "alpha is 2.0"),
-    "merge of one": ({"merge": {"stages": ["sts"]}}, [], "merge: name two stages or more"),
+    "alpha": ({"alpha": 2}, [], "key 'alpha' is 2"),
+    "merge of one": ({"merge": {"stages": ["sts"]}}, [], "name two stages or more"),
     "merge of what does not run": (
         {"merge": {"stages": ["sts", "retrieval"]}},
         ["--stages", "sts"],
@@ -316,18 +316,18 @@ BAD_RECIPES = {
     "merge by another name": (
         {"merge": {"stages": ["sts", "retrieval"], "method": "mean"}},
         [],
-        "invalid choice: 'mean'",
+        "key 'merge.method' is 'mean'",
     ),
     "merge weights": ({"merge": {"stages": ["sts", "retrieval"], "weights": [1]}}, [], "one a stage is needed"),
     "two budgets": ({"total_steps": 10, "max_steps": 5}, [], "max_steps and total_steps both say"),
-    "budget below one step": ({"total_steps": 1}, [], "total_steps is 1; it must be a number, at least 1 for each"),
+    "budget below one step": ({"total_steps": 1}, [], "total_steps is 1; it must be at least 1 for each"),
     "shots without instruction": ({"shots": 2, "instruction": None}, [], "shots stand before an instruction"),
-    "zero-shot probability": ({"zero_shot_probability": 2}, [], "zero_shot_probability is 2.0"),
+    "zero-shot probability": ({"zero_shot_probability": 2}, [], "key 'zero_shot_probability' is 2"),
     "data sets": ({"datasets": 3}, [], "`datasets` must be a list"),
     "data set without name": ({"datasets": [{"weight": 2}]}, [], "a data set is a mapping with a name"),
     "data set's key": ({"datasets": [{"name": "a", "lora_r": 2}]}, [], "data set 'a': unknown key 'lora_r'"),
-    "weight": ({"datasets": [{"name": "a", "weight": 0}]}, [], "data set 'a': weight is 0.0"),
-    "temperature": ({"temperature": 0}, [], "temperature is 0.0"),
+    "weight": ({"datasets": [{"name": "a", "weight": 0}]}, [], "data set 'a': key 'weight' is 0"),
+    "temperature": ({"temperature": 0}, [], "key 'temperature' is 0"),
     "quantised": ({"load_in_4bit": True}, [], "stage 'sts': load_in_4bit and load_in_8bit freeze"),
     "prompts": ({"prompts": {"query": "q: "}}, [], "prompted_columns"),
     "batch sampler": ({"batch_sampler": "no_duplicates"}, [], "batch_sampler has no effect"),
@@ -344,8 +344,16 @@ BAD_RECIPES = {
         [],
         "lora_target_modules: model",
     ),
-    "a module's rate is a word": ({"learning_rate_mapping": {"norm": "fast"}}, [], "training cannot start so: could"),
-    "a module's rate is no number": ({"learning_rate_mapping": {"norm": "nan"}}, [], "learning_rate_mapping is nan"),
+    "a module's rate is a word": (
+        {"learning_rate_mapping": {"norm": "fast"}},
+        [],
+        "string to float: 'fast'",
+    ),
+    "a module's rate is no number": (
+        {"learning_rate_mapping": {"norm": "nan"}},
+        [],
+        "learning_rate_mapping' is nan",
+    ),
     "revision of a folder": ({"model_revision": "v1"}, [], "is a folder, which has none"),
     "two revisions": ({"model_name_or_path": "org/name@v1", "model_revision": "v2"}, [], "names another"),
     "model in a stage": (
@@ -366,7 +374,7 @@ BAD_RECIPES = {
     "unknown student key": (
         {"model_name_or_path": None, "student": {"hiden_size": 64}},
         [],
-        "unknown key 'hiden_size'",
+        "unknown key 'student.hiden_size'",
     ),
     "dataset missing": ({"dataset_name": "./nowhere/data"}, [], "dataset './nowhere/data': no such folder"),
     "no dataset": ({"dataset_name": None}, [], "dataset_name"),
@@ -525,12 +533,12 @@ def test_output_where_nothing_can_be_written(recipe, tmp_path, capsys, monkeypat
     assert sorted(os.listdir()) == ["file", "train.yaml"]
 
 
-def test_key_parser_keeps_types():
-    """A recipe's values arrive as their dataclasses type them, null as the default, `no` as no."""
-    values = {"dataset_name": "x", "mini_batch_size": None, "prompted_columns": ["a", "b"], "alpha": "5e-1"}
-    (own,) = parse_keys([StageArguments], values, "here")
-    assert (own.mini_batch_size, own.prompted_columns, own.alpha) == (None, ["a", "b"], 0.5)
-    (own,) = parse_keys([StageArguments], {"dataset_name": "x", "prompted_columns": []}, "here")
-    assert own.prompted_columns == []
-    with pytest.raises(InputError, match="here: unknown key 'x'"):
-        parse_keys([StageArguments], {"x": 1}, "here")
+def test_values_keep_their_types(recipe):
+    """A recipe's values arrive as their fields type them, null as the default, `no` as no, a flag's text as it is."""
+    values = {"mini_batch_size": None, "prompted_columns": ["a", "b"], "alpha": "5e-1", "output_dir": "run"}
+    own = parse_recipe({**recipe, **values}, "here").stages[1].own
+    assert (own.mini_batch_size, own.prompted_columns, own.alpha) == (4, ("a", "b"), 0.5)
+    flags = read_flags(["--prompted_columns", "[]", "--document_prompt", "passage: "], {"document_prompt"})
+    stage = parse_recipe({**recipe, **values}, "here", overrides=flags).stages[0]
+    assert (stage.own.prompted_columns, stage.own.document_prompt) == ((), "passage: ")
+    assert stage.training.eval_strategy == "steps"

@@ -1,0 +1,51 @@
+"""docs/keys.md is what --list_keys prints: every key, with its default and meaning."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformerTrainingArguments
+from trl import ModelConfig
+
+import train_st
+from dataset_builders import build
+from eval import ablate
+from modeling.keys import DEFAULTS, REFUSED
+
+PAGE = Path(__file__).parents[1] / "docs" / "keys.md"
+COMMANDS = {"train_st": train_st, "dataset_builders.build": build, "eval.ablate": ablate}
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    texts = {}
+    for name, command in COMMANDS.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            command.main(["--list_keys"])
+        texts[name] = out.getvalue()
+    return texts
+
+
+def test_the_page_is_what_the_commands_print(printed):
+    page = PAGE.read_text(encoding="utf-8")
+    for name, text in printed.items():
+        assert f"## python -m {name} --list_keys\n\n{text}" in page, "run `make docs`"
+
+
+def test_every_key_has_a_meaning_and_those_of_libraries_their_default(printed):
+    lines = {name: re.findall(r"^- `([\w.]+)` \((.*?)\): (.*)$", text, re.MULTILINE) for name, text in printed.items()}
+    assert all(len(found) > 9 for found in lines.values())
+    assert [name for found in lines.values() for name, _, meaning in found if not meaning] == []
+    shown = {name: default for name, default, _ in lines["train_st"]}
+    fields = {
+        field.name: field
+        for kind in (SentenceTransformerTrainingArguments, ModelConfig)
+        for field in dataclasses.fields(kind)
+    }
+    assert {name for name, field in fields.items() if field.init} - set(REFUSED) <= set(shown)
+    for name, field in fields.items():
+        if name in shown and isinstance(field.default, int | float) and name not in DEFAULTS:
+            assert float(shown[name].replace("true", "1").replace("false", "0")) == field.default, name

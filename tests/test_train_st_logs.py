@@ -1,0 +1,118 @@
+"""What a run leaves to look at: files of tensorboard and of others, losses by data set, a stage that ends early."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_training import distance, own_cache, train, two_stages, write_hub
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+
+from modeling.trainer import EmbedderTrainer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    with own_cache(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_decoder, tmp_path_factory) -> dict:
+    recipe = two_stages(tiny_decoder, write_hub(tmp_path_factory.mktemp("data") / "hub"))
+    return {**recipe, "eval_strategy": "no", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
+
+
+class Writer:
+    """What transformers' callback needs of tensorboard's SummaryWriter."""
+
+    def __init__(self, log_dir: str) -> None:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self.path = Path(log_dir) / f"events.{len(os.listdir(log_dir))}"
+        self.path.touch()
+
+    def add_scalar(self, name, value, step):
+        with self.path.open("a") as file:
+            file.write(f"{name} {step}\n")
+
+    def add_text(self, *_):
+        pass
+
+    add_hparams = flush = close = add_text
+
+
+class Emissions(TrainerCallback):
+    """Writes beside the checkpoints, as codecarbon does; and dies once, at step 3 of the second stage."""
+
+    died = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        Path(args.output_dir).mkdir(exist_ok=True)
+        Path(args.output_dir, "emissions.csv").write_text(f"step {state.global_step}")
+        if "retrieval" in args.output_dir and state.global_step == 3 and not self.died:
+            Emissions.died = True
+            raise KeyboardInterrupt
+
+
+def test_event_files_and_what_lies_beside_checkpoints_survive_a_resumed_run(recipe, tmp_path, monkeypatch):
+    original = EmbedderTrainer.__init__
+
+    def with_emissions(self, **settings):
+        original(self, **settings)
+        self.add_callback(Emissions)
+
+    monkeypatch.setattr(EmbedderTrainer, "__init__", with_emissions)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), {"SummaryWriter": Writer}))
+    recipe = {**recipe, "report_to": ["tensorboard"]}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe)
+    output = train(tmp_path, recipe, "--resume_from_checkpoint", "true")
+    losses = {}
+    for path in (output / "logs").rglob("events.*"):
+        lines = path.read_text().splitlines()
+        losses[str(path.relative_to(output / "logs"))] = [line for line in lines if line.startswith("train/loss")]
+    steps = [f"train/loss {step}" for step in range(1, 5)]
+    assert losses == {"sts/events.0": steps, "retrieval/events.0": steps[:2], "retrieval/events.1": steps[2:]}
+    assert [path.read_text() for path in (output / "logs").glob("*/emissions.csv")] == ["step 4"] * 2
+    assert not list(output.rglob("checkpoint*"))
+    assert not {"TENSORBOARD_LOGGING_DIR", "WANDB_DIR", "TRACKIO_DIR"} & set(os.environ)
+
+
+def test_each_data_sets_loss_is_logged_by_name(recipe, tmp_path, capsys):
+    """Their mean, by steps, is the loss of both."""
+    entries = [{"name": "a"}, {"name": "b", "loss": "margin_mse"}]
+    stage = {"name": "both", "datasets": entries, "logging_steps": 2}
+    output = train(tmp_path, {**recipe, "stages": [stage], "max_steps": 8})
+    history = [entry for entry in json.loads((output / "logs/both.json").read_text()) if "loss" in entry]
+    assert len(history) == 4 and {"loss_a", "loss_b"} <= {key for entry in history for key in entry}
+    for entry in history:
+        parts = [entry[name] for name in ("loss_a", "loss_b") if name in entry]
+        assert sum(parts) / len(parts) == pytest.approx(entry["loss"], rel=1e-3)
+    assert "(a " in capsys.readouterr().out
+
+
+def test_a_stage_ends_when_evaluations_get_no_better_and_keeps_its_best(recipe, tmp_path, monkeypatch):
+    """Of scores 0.1, 0.3, 0.2, 0.25, 0.4, patience 2 sees four, and the model is that of the second."""
+    scores = dict(enumerate([0.1, 0.3, 0.2, 0.25, 0.4], start=1))
+    best = "eval_validation_cosine_ndcg@10"
+
+    def evaluate(self, *_, **__):
+        metrics = {best: scores[self.state.global_step]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(EmbedderTrainer, "evaluate", evaluate)
+    keys = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 5}
+    recipe = {**recipe, **keys, "stages": recipe["stages"][:1]}
+    (tmp_path / "whole").mkdir()
+    output = train(tmp_path, recipe, "--early_stopping_patience", "2")
+    history = json.loads((output / "logs/sts.json").read_text())
+    assert [entry[best] for entry in history if best in entry] == [0.1, 0.3, 0.2, 0.25]
+    scores[5] = 0.0
+    whole = train(tmp_path / "whole", recipe, "--load_best_model_at_end", "true")
+    assert len(json.loads((whole / "logs/sts.json").read_text())) > len(history)
+    assert distance(whole / "model", output / "model") == 0
