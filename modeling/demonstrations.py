@@ -85,15 +85,8 @@ class Demonstrations:
         """(query, positive) of exactly `shots` rows, for the few-shot prompt that a saved model carries.
 
         A function of the rows and the seed: rows are tried in a random order, and taken if they fit. Each shot may
-        take an equal share of `max_tokens` and what those before it left, so that no long one takes the room of all.
-
-        Args:
-            shots: how many.
-            count_tokens: of whole strings, special tokens included and nothing truncated.
-            max_tokens: of the prompt, instruction and special tokens included.
-
-        Raises:
-            InputError: there are not so many rows that fit.
+        take an equal share of `max_tokens` (of the prompt, instruction and special tokens included) and what those
+        before it left. `count_tokens` counts whole strings. Raises InputError when not so many rows fit.
         """
         [bare] = count_tokens([instruction_prompt(self.instruction, self.template)])
         drawn: list[tuple[str, str]] = []
@@ -123,19 +116,11 @@ def fitting_prompt(
     shots_budget: int | None = None,
     template: str = QUERY_TEMPLATE,
 ) -> str:
-    """The few-shot prompt with as many of `shots`, from the first on, as cost no text a token.
+    """The few-shot prompt with as many of `shots`, (query, response) pairs from the first on, as cost none of `texts`
+    a token. A text too long even after the bare instruction gets no shots, nor do those beside it in the batch.
 
-    A text that is too long even after the bare instruction gets no shots, nor do those beside it in the batch.
-
-    Args:
-        instruction: one sentence.
-        shots: (query, response) pairs.
-        texts: that will stand after the prompt.
-        count_tokens: of whole strings, special tokens included and nothing truncated. Prompt and text are counted as
-            the one string that the tokenizer gets: counted apart, tokens at the boundary would come out otherwise.
-        max_seq_length: in tokens.
-        shots_budget: the most tokens of a prompt with shots.
-        template: of the instruction's prompt.
+    `count_tokens` counts whole strings, special tokens included. Prompt and text are counted as the one string that
+    the tokenizer gets: counted apart, tokens at the boundary would come out otherwise.
 
     >>> words = lambda strings: [len(string.split()) for string in strings]
     >>> shots = [("two", "2"), ("three", "3")]

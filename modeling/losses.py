@@ -20,45 +20,30 @@ Features = dict[str, Any]  # what a column's texts become in the collator: input
 
 
 class GradedLoss(CachedLossMixin, nn.Module):
-    """An objective of `modeling.objectives` over graded rows (query, positive, negative_1, ..., negative_n, label).
+    """An objective of `modeling.objectives` over rows of query, positive, negative_1, ..., negative_n, and labels
+    (B, n+1): soft labels in (0, 1), NaN where a document (then an empty text) is missing.
 
     Scores are cosines / temperature. A row is compared with its own documents and, by objectives that take a `mask`,
-    with those of the other rows, less those that are known to be no negatives: equal texts, positives of rows with the
-    same query, and the query's known positives (`POSITIVES`, which modeling.demonstrations' collator adds). Texts are
-    compared as the model sees them, as token ids. A missing document is an empty text with NaN in the label; it is
-    left out of everything.
+    with those of the other rows, less those known to be no negatives: equal texts, positives of rows with the same
+    query, and the query's known positives (`POSITIVES`, which modeling.demonstrations' collator adds). Texts are
+    compared as the model sees them, as token ids. Graded pairs (one document a row) want CoSENT, or "bixse".
 
     Args:
         model: the SentenceTransformer to train.
         objective: a name in `OBJECTIVES`.
         temperature: divides the cosines; 0.02 is what most LLM embedders train with.
-        mini_batch_size: texts embedded at a time, by GradCache: one forward pass more, memory for so many texts only.
-            Documents are sorted by length first, so that a mini-batch holds next to no padding. None = one plain pass.
+        mini_batch_size: texts embedded at a time, by GradCache (arXiv 2101.06983): one forward pass more, memory for
+            so many texts only. Documents are sorted by length first, so that a mini-batch holds next to no padding.
+            None = one plain pass.
         target_temperature: divides the teacher's logits, in the objectives that read more than their order.
         alpha: weight of the objective against 1 - alpha of InfoNCE; 0 is InfoNCE alone, and needs no labels.
         in_batch_negatives: False leaves all documents of other rows out: classification and clustering need it, where
             rows with the same label are no negatives.
         false_negative_margin: leave out documents of other rows whose cosine exceeds that of the row's positive by
             more than this (Qwen3 Embedding, arXiv 2506.05176, eq. 2, with 0.1). The model in training is the judge, so
-            the line lies above the positive: below it (GISTEmbedLoss, which asks a guide model) the hard negatives
-            that are still to be learnt would go first. Own documents stay: the teacher graded them.
+            the line lies above the positive: below it the hard negatives that are still to be learnt would go first.
         gather_across_devices: in-batch negatives of all processes, which need equal numbers of rows and columns. With
             DDP's average of gradients the loss is that of one process with all rows.
-
-    References:
-        GradCache: arXiv 2101.06983. The objectives' are in `modeling.objectives`.
-
-    Inputs:
-        +-------------------------------------------------+------------------------------+
-        | Inputs                                          | Labels                       |
-        +=================================================+==============================+
-        | (query, positive, negative_1, ..., negative_n)  | (B, n+1) soft labels in (0,1)|
-        +-------------------------------------------------+------------------------------+
-
-    Relations:
-        "info_nce" equals (Cached)MultipleNegativesRankingLoss on a batch without duplicates. "kl", "margin_mse" and
-        "lambda_loss" are sentence-transformers' DistillKLDivLoss, MarginMSELoss and LambdaLoss (of CrossEncoders),
-        with GradCache. Graded pairs (one document a row) want CoSENTLoss, or "bixse".
     """
 
     def __init__(
@@ -218,12 +203,6 @@ class GradedLoss(CachedLossMixin, nn.Module):
             shape = None if labels is None else tuple(labels.shape)
             raise ValueError(f"expected {documents} soft labels a row, one a document, got labels {shape}")
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """What sentence-transformers' model cards tell about the loss."""
-        names = ("objective", "temperature", "mini_batch_size", "target_temperature", "alpha")
-        names += ("in_batch_negatives", "false_negative_margin", "gather_across_devices")
-        return {name: getattr(self, name) for name in names}
-
 
 class SoftInfoNCELoss(GradedLoss):
     """`GradedLoss` with soft InfoNCE, or, with alpha=0, with InfoNCE."""
@@ -235,14 +214,9 @@ class SoftInfoNCELoss(GradedLoss):
 
 
 class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
-    """sentence-transformers' CoSENTLoss over graded pairs, with GradCache, and over the pairs of all processes.
-
-    Args:
-        model: the SentenceTransformer to train.
-        scale: multiplies the cosines: 1 / temperature.
-        mini_batch_size: texts embedded at a time, by GradCache; None = all, in one plain forward and backward pass.
-        gather_across_devices: compare the pairs of all processes, which need equal numbers of them: CoSENT compares
-            every pair with every other. Each process computes the loss of one process with all pairs.
+    """sentence-transformers' CoSENTLoss over graded pairs, with GradCache (`mini_batch_size` texts at a time; None =
+    one plain pass), and over the pairs of all processes, equal numbers of them: each computes the loss of one process
+    with all pairs. `scale` multiplies the cosines: 1 / temperature.
     """
 
     def __init__(
@@ -276,10 +250,6 @@ class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
             embeddings = [all_gather(column, with_grad=True) for column in embeddings]
             labels = all_gather(labels)
         return super().compute_loss_from_embeddings(embeddings, labels)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("mini_batch_size", "gather_across_devices")}
-        return {**super().get_config_dict(), **own}
 
 
 class _Batch(NamedTuple):

@@ -36,16 +36,6 @@ def soft_info_nce(
     The target is spread over the row's own documents only; the documents of other rows are negatives, as in InfoNCE.
     One-hot labels give `info_nce`.
 
-    Args:
-        scores: (B, D) student similarities / temperature over all D documents.
-        own: (B, n+1) columns of each row's own documents, positive first.
-        labels: (B, n+1) soft labels in (0, 1), same order.
-        target_temperature: temperature of the target softmax, > 0.
-        mask: optional (B, D) bool, True = leave out of the denominator; own documents always stay in.
-
-    Returns:
-        Scalar loss, mean over rows.
-
     Example:
         One row, two own documents with labels 0.8 and 0.5 (odds 4 and 1, so targets 0.8 and 0.2) and equal scores:
         the loss is log 2; one foreign document with the same score makes it log 3, masking that one log 2 again.
@@ -276,18 +266,13 @@ OBJECTIVES = {
 
 
 def soft_targets(labels: Tensor, target_temperature: float = 1.0, present: Tensor | None = None) -> Tensor:
-    """The distribution over a row's own documents that its soft labels ask for.
+    """The distribution over a row's own documents that its soft labels ask for: (B, n+1), each row summing to 1.
 
         t_k = softmax_k(logit(y_k) / target_temperature),   logit(y) = log(y / (1 - y))
 
-    Args:
-        labels: (B, n+1) soft labels in [0, 1]. 0 and 1 are taken as the nearest float inside, so that one-hot labels
-            give one-hot targets (at target_temperature 1, to within the rounding of the dtype) instead of inf - inf.
-        target_temperature: > 0; below 1 sharpens the target, above 1 flattens it.
-        present: optional (B, n+1) bool; a document that is not has the target 0.
-
-    Returns:
-        (B, n+1) targets, each row summing to 1 (to 0 where nothing is present), in float32 or better.
+    Labels of 0 and 1 are taken as the nearest float inside, so that one-hot labels give one-hot targets instead of
+    inf - inf. A `target_temperature` below 1 sharpens the target, above 1 flattens it. Documents that are not
+    `present` (B, n+1) have the target 0.
 
     Raises:
         ValueError: a label outside [0, 1] or NaN: raw teacher scores would train on nonsense without a word.
@@ -316,15 +301,8 @@ def cross_entropy_on_own(
 
         L_i = - sum_k t_ik log( exp(z_i,own(i,k)) / sum_{j not in M_i} w_ij exp(z_ij) ),   mean over rows
 
-    Args:
-        scores, own: see the module.
-        targets: (B, n+1), each row summing to 1, 0 for missing documents.
-        mask: optional (B, D) bool, True = leave out of the denominator (M_i). A row's own documents always stay in:
-            without them the fraction above would not be a probability.
-        log_weights: optional (B, n+1), log w of own documents (0 for missing ones); all other documents have w = 1.
-
-    Returns:
-        Scalar, in the dtype of `scores` but never below float32.
+    with `targets` (B, n+1), each row summing to 1, M_i the `mask`, and `log_weights` (B, n+1), log w of own documents;
+    all others have w = 1. A row's own documents are never masked: without them this would be no probability.
     """
     if own.shape != targets.shape:
         raise ValueError(f"targets {tuple(targets.shape)} and own {tuple(own.shape)} must have the same shape")

@@ -213,7 +213,6 @@ def test_a_saved_model_carries_its_few_shot_prompt(few_shot_run):
 
 FEW_SHOT = {
     "not trained with shots": ({"shots": 0}, "no data set of it trains with shots"),
-    "below 0": ({"prompt_shots": -1}, "prompt_shots is -1"),
     "no rows that fit": (
         {"shots_budget": 20},
         "stage 'retrieval': prompt_shots is 2: only 0 fit into 20 tokens, of 48 rows",

@@ -1,8 +1,6 @@
 """The losses against sentence-transformers' and formulas on embeddings taken by hand; their cached path, and two
 processes, against the plain path in one; their masks."""
 
-import inspect
-
 import pytest
 import torch
 import torch.distributed
@@ -420,17 +418,3 @@ def test_graded_pairs_train_those_objectives_alone_that_learn_from_one_document(
             GradedLoss(encoder, name)(columns, labels)
     values = [GradedLoss(encoder, "bixse", temperature=0.1)(columns, grades) for grades in (labels, 1 - labels)]
     assert abs(values[0] - values[1]) > 0.1
-
-
-def test_config_names_every_setting():
-    """A setting that the card does not tell cannot be reproduced."""
-    settings = {"objective": "kl", "temperature": 0.1, "mini_batch_size": 8, "target_temperature": 2.0, "alpha": 0.5}
-    settings |= {"in_batch_negatives": False, "false_negative_margin": 0.1, "gather_across_devices": True}
-    assert inspect.signature(GradedLoss.__init__).parameters.keys() - {"self", "model"} == settings.keys()
-    assert GradedLoss(torch.nn.Identity(), **settings).get_config_dict() == settings
-    soft = SoftInfoNCELoss(torch.nn.Identity(), 0.1, 8, target_temperature=2.0, alpha=0.5, in_batch_negatives=False)
-    changed = {"objective": "soft_info_nce", "false_negative_margin": None, "gather_across_devices": False}
-    assert soft.get_config_dict() == {**settings, **changed}
-    cosent = {"mini_batch_size": 8, "gather_across_devices": True}
-    config = CachedCoSENTLoss(torch.nn.Identity(), 10, **cosent).get_config_dict()
-    assert config == {"scale": 10, "similarity_fct": "pairwise_cos_sim", **cosent}
