@@ -1,0 +1,363 @@
+"""Tables of bad input: keys of the recipe or arguments that are wrong | words of the answer; files in dictionaries."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from common.steps import read_arrow, write_arrow
+
+# --- what is done to the inputs -------------------------------------------------------------------------------------
+
+
+def later(function):
+    """`function(folder, ...)` as a change that is made once there is a folder."""
+    return lambda *arguments, **named: lambda folder: function(folder, *arguments, **named)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@later
+def delete(folder, name):
+    remove(folder / name)
+
+
+@later
+def write(folder, name, content):
+    remove(folder / name)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@later
+def cut(folder, name, end):
+    (folder / name).write_bytes((folder / name).read_bytes()[:end])
+
+
+@later
+def link(folder, name, target):
+    remove(folder / name)
+    (folder / name).symlink_to(target)
+
+
+@later
+def keys(folder, **changed):
+    """Keys of the recipe: `mining.margin` is margin in the section mining."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for path, value in changed.items():
+        *sections, last = path.split(".")
+        target = recipe
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = value
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@later
+def columns(folder, name, **changed):
+    """Columns of a table: one value for all rows, a list to begin with, or None to leave the column out."""
+    is_arrow = name.endswith(".arrow")
+    table = read_arrow(folder / name) if is_arrow else pq.read_table(folder / name)
+    values = table.to_pydict()
+    for column, new in changed.items():
+        here = values.pop(column)
+        if isinstance(new, list):
+            values[column] = [*new, *here[len(new) :]]
+        elif new is not None:
+            values[column] = [new] * len(here)
+    table = pa.table(values) if changed else table.slice(0, 0)
+    if is_arrow:
+        write_arrow(folder / name, table.to_batches(), table.schema)
+    else:
+        pq.write_table(table, folder / name)
+
+
+no_rows = columns
+
+
+@later
+def one_file(folder, task_type, **values):
+    """A set of one file in place of a corpus."""
+    shutil.rmtree(folder / "set")
+    (folder / "set").mkdir()
+    pq.write_table(pa.table(values), folder / "set" / "train.parquet")
+    keys(task_type=task_type, **{"source.eval_splits": []})(folder)
+    if task_type == "sts":
+        source = {"kind": "local", "path": "set", "score_range": [0, 5]}
+        recipe = {"task_type": "sts", "instruction": "x", "source": source}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def another(folder: Path) -> None:
+    """A local set whose test queries are kept out of training, without its ids."""
+    shutil.copytree(folder / "set", folder / "other")
+    keys(decontamination={"local": {"Other": "other"}})(folder)
+    columns("other/queries.parquet", _id=None)(folder)
+
+
+# --- all commands that read a recipe --------------------------------------------------------------------------------
+
+RECIPE_FILES = {
+    "recipe is missing": (delete("recipe.yaml"), "recipe.yaml: no such recipe"),
+    "recipe is empty": (write("recipe.yaml", ""), "a mapping of names"),
+    "key twice, deep": (write("recipe.yaml", "a: {b: [{c: 1, d: 2, c: 3}]}\n"), "key 'c' is there twice"),
+}
+HOSTILE_FILES = {
+    "number for a name": (write("recipe.yaml", "1: x\n"), "a mapping of names"),
+    "unclosed": (write("recipe.yaml", "source: ["), "not a YAML file"),
+    "not UTF-8": (write("recipe.yaml", b"\xff\xfes\x00o\x00"), "not a YAML file"),
+    "code": (write("recipe.yaml", "a: !!python/object/apply:os.system ['touch x']\n"), "not determine a constructor"),
+}
+
+# --- dataset_builders.build -----------------------------------------------------------------------------------------
+
+CORPUS, QUERIES, QRELS = "set/corpus.parquet", "set/queries.parquet", "set/qrels.parquet"
+BUILD_KEYS = r"""
+minning: {}                               | unknown key 'minning'; did you mean 'mining'
+mining.margins: 0.9                       | unknown key 'mining.margins'; did you mean
+instruction: 5                            | key 'instruction' is 5: Input should be a valid string
+teacher: null                             | key 'teacher' is None
+task_type: "\e[2J"                        | \x1b[2J
+task_type: [retrieval]                    | 'task_type' is ['retrieval']; it can be
+source: set                               | key 'source' is 'set'
+source: {path: set}                       | Unable to extract tag
+source.kind: web                          | 'web' found using 'kind'
+source.dataset: x                         | 'source.dataset' does not go with
+mining.margin: 1.5                        | 'mining.margin' is 1.5
+mining.margin: .nan                       | 'mining.margin' is nan: Input should be a finite number
+mining.margin: true                       | 'mining.margin' is 'true': Input should be a valid number
+mining.num_negatives: 1000000000          | less than or equal to 1000
+fusion.rrf_k: -1                          | 'fusion.rrf_k' is -1
+dense.faiss_probes: 100000000000000000000 | 'dense.faiss_probes' is 1000
+teacher.prompt: x                         | a bi_encoder has a query_prompt
+publish: [{num_negatives: 3}, {num_negatives: 3, margin: 0.95}] | train-n3 is there twice
+decontamination: {}                       | name a benchmark, tasks or local sets
+dense.model: 3                            | 'dense.model' is 3
+dense.model: ../x                         | model '../x': no such folder
+dense.model: ~nobody-here/x               | model '~nobody-here/x': no such folder
+dense.model: https://hub/org/name         | no such folder or file, and no Hub id
+dense.model: org/none                     | model 'org/none': not a local folder
+dense.model: package:none_of_that         | no installed package
+dense.model: package:numpy                | the package holds no model
+source.split: dev                         | split 'dev': no query with a positive document
+source.eval_splits: [train]               | cannot be an eval split too
+source: {kind: hub, dataset: org/none}    | dataset 'org/none': not a local folder, and the Hub did not serve it
+source: {kind: registry, name: fever}     | not in the registry; did you mean 'FEVER'
+source: {kind: registry, name: ArguAna}   | ArguAna has a test split alone
+"""
+BUILD_FLAGS = r"""
+--num_negative 3            | did you mean
+--top_k 5                   | could be any of
+--margin                    | --margin needs a value
+stray                       | unexpected argument 'stray'
+--num_negatives 2026-13-45  | 'mining.num_negatives' is '2026-13-45'
+--from_step teacher         | invalid choice: 'teacher'
+--engine spark              | invalid choice: 'spark'
+--check_teacher 1           | --check_teacher 1: use 2 or more
+--output_dir ''             | argument --output_dir: '' names no folder
+--output_dir recipe.yaml/x  | a file stands where a folder
+"""
+BUILD_FILES = {
+    **RECIPE_FILES,
+    **HOSTILE_FILES,
+    "model of 100,000 letters": (keys(**{"dense.model": "x" * 100_000}), " ... "),
+    "weights are cut": (cut("encoder/model.safetensors", -9), "not readable as safetensors"),
+    "modules are no JSON": (write("encoder/modules.json", "{"), "modules.json: not readable as JSON"),
+    "module is code": (
+        write("encoder/modules.json", '[{"idx": 0, "name": "0", "path": "", "type": "os.system"}]'),
+        "module os.system is not one of sentence-transformers' own",
+    ),
+    "tokenizer is none": (write("encoder/tokenizer.json", "{}"), "tokenizer.json: no tokenizer's"),
+    "set is missing": (delete("set"), "'set': no such folder"),
+    "no queries": (delete(QUERIES), "queries.parquet: no such file"),
+    "file cut in half": (cut(CORPUS, 2000), "not a readable Parquet file"),
+    "no rows": (no_rows(CORPUS), "corpus.parquet"),
+    "no text": (columns(CORPUS, text=None), "corpus.parquet: no column 'text'"),
+    "texts are structs": (columns(CORPUS, text={"a": 1}), "'text' cannot be read as string"),
+    "texts are bytes": (columns(CORPUS, text=b"\xff"), "Invalid UTF8 payload"),
+    "blank text": (columns(CORPUS, text=["  "]), "corpus.parquet: row 0 has no 'text'"),
+    "document twice": (columns(CORPUS, _id=["d01"]), "id 'd01' occurs twice"),
+    "unknown document": (columns(QRELS, corpus_id=["d9x"]), "'d9x' (and 0 more) is not in"),
+    "score of a half": (columns(QRELS, score=0.5), "'score' cannot be read as int32"),
+    "every query the same": (columns(QUERIES, text="the same"), "nothing to train on"),
+    "labels for retrieval": (one_file("retrieval", text=["a"], label_text=["x"]), "holds 'texts', which is for"),
+    "label that nothing means": (one_file("nli", text1=["a"], text2=["b"], label_text=["z"]), "no label is one of"),
+    "score outside its range": (
+        one_file("sts", sentence1=["a", "b"], sentence2=["c", "d"], score=[1.0, 7.0]),
+        "score 7.0 in row 1 is outside score_range",
+    ),
+    "compared without ids": (another, "no column '_id'"),
+    "output is a file": (write("out", "x"), "a file stands where a folder is needed"),
+}
+
+# --- train_st -------------------------------------------------------------------------------------------------------
+
+TRAIN_KEYS = r"""
+learning_rat: 1                        | unknown key 'learning_rat'; did you mean 'learning_rate'
+datasets: [{name: a, lora_r: 2}]       | data set 'a': unknown key 'lora_r'
+datasets: [{name: a, weight: -1}]      | data set 'a': weight is -1.0
+datasets: [{name: a}, {name: a}]       | data set name 'a' is taken
+stages: [{name: true}]                 | stage {'name': True}: a stage is a mapping
+stages: {a: 1}                         | `stages` must be a list
+stages: [{loss: cosent}]               | a stage is a mapping with a name
+stages: [{name: ../x}]                 | stage {'name': '../x'}
+stages: [{name: model}]                | stage name 'model' is taken
+student: [1]                           | student is [1]; it must be a mapping
+student: {teacher: model}              | name the model to start from: one of the two
+total_steps: true                      | total_steps is True
+merge: {stages: [sts, retrieval], weights: [.nan, 1]} | merge: weights is nan
+merge: {stages: [sts, retrieval], weights: [0, 0]}    | not all 0
+share_prefix: maybe                    | Truthy value expected: got maybe
+optim: sgdd                            | invalid choice: 'sgdd'
+lr_scheduler_kwargs: "{"               | stage 'sts': Expecting property name
+zero_shot_probability: 2               | zero_shot_probability is 2.0
+max_seq_length: 16                     | at least 8 are needed
+prompts: {query: "q: "}                | prompted_columns
+model_name_or_path: ../../x            | model '../../x': no such folder
+model_name_or_path: null               | name the model to start from
+model_name_or_path: hub                | model 'hub' has no tokenizer
+dataset_name: org/none                 | dataset 'org/none': not a local folder
+"""
+ONE = "--stages retrieval"
+TRAIN_FLAGS = rf"""
+--lora_r                               | --lora_r needs a value
+--lora_rr 4                            | did you mean 'lora_r'
+stray                                  | stray
+--stages mining                        | no stage 'mining'; the recipe has sts, retrieval
+--stages sts,sts                       | a stage twice
+--output_dir ''                        | name one output_dir
+--warmup_ratio .nan                    | is nan; it must be a finite number
+--max_steps 10 --total_steps 5         | both say how long
+{ONE} --temperature 0                  | temperature is 0.0; it must
+{ONE} --report_to nothing              | report_to: 'nothing' is not installed
+{ONE} --temperature .inf               | temperature is inf; it must
+{ONE} --alpha 2                        | alpha is 2.0; it must
+{ONE} --learning_rate 1e400            | learning_rate is inf; it must
+{ONE} --num_train_epochs 0             | num_train_epochs is 0.0; it must
+{ONE} --max_steps 99999999999          | max_steps is 99999999999; it must
+{ONE} --seed 4294967296                | seed is 4294967296; it must
+{ONE} --push_to_hub true               | push_to_hub.py
+{ONE} --neftune_noise_alpha 5          | neftune_noise_alpha needs embeddings
+{ONE} --lora_task_type CAUSAL_LM       | FEATURE_EXTRACTION
+{ONE} --lora_target_modules nothing    | Target modules nothing not found
+{ONE} --optim galore_adamw             | install `galore_torch`
+{ONE} --lr_scheduler_type cosine_with_min_lr     | min_lr_rate should be set
+{ONE} --resume_from_checkpoint out/checkpoint-9  | true goes on from a stage's last checkpoint
+{ONE} --dataset_config ../x            | config '../x' of dataset 'hub' cannot be read
+{ONE} --prompted_columns question      | no column 'question' to prompt
+"""
+ROWS = "hub/train.parquet"
+STUDENT = {"teacher": "model", "corpus": "corpus"}
+TRAIN_FILES = {
+    **RECIPE_FILES,
+    "student without its corpus": (keys(model_name_or_path=None, student=STUDENT), "documents.arrow: no such file"),
+    "student of odd size": (
+        keys(model_name_or_path=None, student={**STUDENT, "hidden_size": 100}),
+        "hidden_size is 100",
+    ),
+    "rows are cut": (cut(ROWS, 99), "config 'train' of dataset 'hub'"),
+    "no labels": (columns(ROWS, label=None), "no column 'label'"),
+    "raw scores for labels": (columns(ROWS, label=[[7.1, 3.0, 2.0, 1.0]]), "row 0: labels must lie"),
+    "blank query": (columns(ROWS, query=[" "]), "row 0"),
+    "output is a file": (write("out", "x"), "a file stands where"),
+}
+
+# --- eval, push_to_hub and benchmarks -------------------------------------------------------------------------------
+
+DOCUMENTS, ASKED = "data/corpus/documents.arrow", "data/corpus/queries.parquet"
+JUDGED, MANIFEST = "data/corpus/qrels.parquet", "data/candidates/manifest.json"
+BAD_MODEL = {
+    "no model": (delete("model"), "model"),
+    "settings are a list": (write("model/config.json", "[]"), "config.json: not a mapping"),
+    "weights are text": (write("model/model.safetensors", "x"), "not readable as safetensors"),
+    "pooling is gone": (delete("model/1_Pooling"), "has no folder '1_Pooling' here"),
+}
+RETRIEVAL_FILES = {
+    **BAD_MODEL,
+    "no data": (delete("data"), "documents.arrow: no such file"),
+    "document without text": (columns(DOCUMENTS, text=["a", None]), "row 1 has no 'text'"),
+    "ids are equal": (columns(DOCUMENTS, document_id="d0"), "id 'd0' occurs 6 times"),
+    "no stages": (delete("stages.json"), "not a training run"),
+    "start of the run is gone": (delete("student"), "student"),
+    "queries are one": (columns(ASKED, query_id="q0"), "id 'q0' occurs 3 times"),
+    "judgements are halves": (columns(JUDGED, score=0.5), "'score' cannot be read as int32"),
+    "unfinished candidates": (delete(MANIFEST), "candidates: not a finished folder"),
+    "manifest says nothing": (write(MANIFEST, "{}"), "no inputs.fusion.top_k"),
+    "candidates are none": (no_rows("data/candidates/candidates.parquet"), "no candidates for the queries"),
+    "output is a file": (write("out", "x"), "a file stands where"),
+}
+RETRIEVAL_FLAGS = r"""
+--split dev               | splits: test, train
+--split train             | source.eval_splits
+--top 5                   | unrecognized arguments
+"""
+SEARCH_FLAGS = """
+again                     | unrecognized arguments: again
+--top_k 0                 | --top_k 0: use 1 or more
+--model ../../x           | model '../../x': no such folder
+"""
+MTEB_FLAGS = """
+--tasks STSBenchmar       | Did you mean: 'STSBenchmark'
+--tasks                   | expected at least one argument
+--batch_size 0            | --batch_size 0: use 1 or more
+--model org/none          | not a local folder, and the Hub did not serve it
+"""
+METRICS = {"key": "k", "command": "c", "run": "..", "data": "../data", "split": "test", "measures": ["nDCG@10"]}
+METRICS |= {"counts": {"queries": 3, "documents": 6}, "baseline": "bm25", "compared": "nDCG@10", "not_evaluated": []}
+METRICS |= {"systems": [{"name": "x", "kind": "model", "nDCG@10": 0.5}], "versions": {}}
+
+
+def measured(**changed):
+    return write("results/metrics.json", json.dumps({**METRICS, **changed}))
+
+
+REPORT_FILES = {
+    "not evaluated": (delete("data"), "metrics.json: no such file"),
+    "metrics are no JSON": (write("results/metrics.json", "{"), "not readable as JSON"),
+    "metrics of another": (write("results/metrics.json", "{}"), "not written by eval.retrieval"),
+    "half a system": (measured(systems=[{"name": "x", "kind": "model"}]), "systems[0] is not as"),
+    "run is elsewhere": (measured(run="none"), "none: not a training run"),
+}
+ABLATE_KEYS = """
+baseline: none            | no variant 'none' for a baseline
+sead: [1]                 | unknown key 'sead'
+seeds: [1, 1]             | a seed is there twice
+variants: {}              | nothing to compare
+variants: {../x: {}, a: {}}                       | variants are also folders
+variants: {soft: {}, b: {mining2.loss: kl}}       | no stage 'mining2'
+variants: {soft: {}, b: {retrieval.los: kl}}      | unknown key 'los'
+base: none.yaml           | none.yaml: no such recipe
+"""
+PUSH_FLAGS = """
+c                         | write ORG/NAME
+a/é                       | repository 'a/é'
+../x                      | repository '../x'
+-a/b                      | ORG/NAME
+org/name --pubic          | unrecognized arguments: --pubic
+org/name --create_pr --tag v1   | merge the pull request first
+org/name --adapter org/name     | the merged model has that repository
+org/name --datasets org/a none  | write ORG/NAME
+org/name --run data       | data/recipe.yaml: no such file
+"""
+META_FLAGS = """
+name                      | mteb knows models as ORG/NAME
+../name                   | and no Hub id
+model                     | model: a folder
+org/name --code mine      | --code 'mine': give an address
+org/name                  | reference_vectors.json: no such file
+"""
+BENCHMARK_FLAGS = """
+--round 5                 | unrecognized arguments: --round
+--documents many          | 'many' is no whole number
+--documents 0             | argument --documents: '0' is no whole number from 1 on
+"""
+PREFIX_FLAGS = """
+sorting                   | part 'sorting': the parts are
+--prompts 32 0            | argument --prompts: '0' is no whole number
+--device tpu              | invalid choice: 'tpu'
+"""
