@@ -36,11 +36,6 @@ if TYPE_CHECKING:
 _PICTURES = ("systems.png", "training.png")  # of eval.report, drawn from metrics.json
 # Files of a model folder that no release holds as they are.
 _UNPUBLISHED = {"README.md", MANIFEST}
-# What a card shows where no training data are at hand.
-_EXAMPLE = {
-    "query": "how do I parse a date",
-    "documents": ["Parse a date from a string.", "Sort a list in place."],
-}
 
 
 def read_evidence(
@@ -61,15 +56,12 @@ def read_evidence(
     path = run_folder / "recipe.yaml"
     if not path.is_file():
         raise InputError(f"{path}: no such file; the card holds the recipe, name its folder with --run")
-    recipe = read_yaml(path)
-    if not isinstance(recipe.get("stages"), list):
-        raise InputError(f"{path}: no list of stages; name the folder that train_st.py wrote with --run")
-    stages = read_stages(run_folder, recipe)
-    ledger = read_ledger(run_folder)
+    resolved, ledger, model = recipes.read_stages(run_folder), read_ledger(run_folder), run_folder / "model"
+    stages = [{"name": stage["name"], **stage["keys"], "datasets": stage["datasets"]} for stage in resolved["stages"]]
+    stages = [{**stage, "datasets": [{**stage, **own} for own in stage["datasets"].values()]} for stage in stages]
     folders = list(dict.fromkeys([results or run_folder / "results", run_folder / "results"]))
     with_metrics = next((folder for folder in folders if (folder / "metrics.json").is_file()), None)
     metrics = read_metrics(with_metrics) if with_metrics else None
-    model = run_folder / "model"
     if results and with_metrics != results and not read_mteb([results], model, commits):
         raise InputError(
             f"{results}: neither metrics.json nor mteb's results of {model} are there; "
@@ -78,13 +70,14 @@ def read_evidence(
     pictures = read_pictures(run_folder / "report", metrics)
     if ablations and (ablations / "ablation.png").is_file():
         pictures["ablation.png"] = ablations / "ablation.png"
-    names = dataset_names(stages)
+    names = list(dict.fromkeys(own["dataset_name"] for stage in stages for own in stage["datasets"]))
+    last = run_folder / stages[-1]["name"]
     return {
-        "recipe": recipe,
+        "recipe": read_yaml(path),
         "stages": stages,
-        "quantisation": read_start(run_folder).get("quantisation"),
+        "quantisation": resolved["start"].get("quantisation"),
         "ledger": ledger,
-        "versions": stage_versions(run_folder, recipe),
+        "versions": read_manifest(last)["versions"] if (last / MANIFEST).is_file() else {},
         "commit": ledger.get("commit"),
         "metrics": metrics,
         "mteb": read_mteb(folders, model, commits),
@@ -92,40 +85,8 @@ def read_evidence(
         "data": {name: provenance(Path(name)) for name in names},
         "evaluated": provenance(with_metrics / metrics["data"] / "hub") if metrics else None,
         "pictures": pictures,
-        "example": next(filter(None, map(read_example, map(Path, names))), _EXAMPLE),
+        "example": next(filter(None, map(read_example, map(Path, names))), None),
     }
-
-
-def read_stages(run_folder: Path, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each stage with all keys that hold for it, from stages.json; `datasets` are its data sets with all of theirs."""
-    if not (run_folder / recipes.STAGES).is_file():
-        return plain_stages(recipe)
-    found = recipes.read_stages(run_folder)["stages"]
-    stages = [{"name": stage["name"], **stage["keys"], "datasets": stage["datasets"]} for stage in found]
-    return [{**stage, "datasets": [{**stage, **own} for own in stage["datasets"].values()]} for stage in stages]
-
-
-def plain_stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The same as far as a recipe says it: no defaults."""
-    shared = {key: value for key, value in recipe.items() if key != "stages"}
-    stages = [{**shared, **stage} for stage in recipe["stages"]]
-    return [{**stage, "datasets": [{**stage, **own} for own in stage.get("datasets") or [{}]]} for stage in stages]
-
-
-def read_start(run_folder: Path) -> dict[str, Any]:
-    """What stages.json says of the model that training started from: `quantisation` of a GGUF file, ..."""
-    return recipes.read_stages(run_folder)["start"] if (run_folder / recipes.STAGES).is_file() else {}
-
-
-def dataset_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = (own.get("dataset_name") for stage in stages for own in stage["datasets"])
-    return [name for name in dict.fromkeys(names) if name]
-
-
-def stage_versions(run_folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The libraries that trained the last stage; empty where it has no manifest."""
-    folder = run_folder / recipe["stages"][-1]["name"]
-    return read_manifest(folder)["versions"] if (folder / MANIFEST).is_file() else {}
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ a row of their own. Other people's results (mteb.ResultCache's layout) may lie i
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,28 +74,35 @@ def benchmark_tasks() -> dict[str, AbsTask]:
 
 
 def read_leaderboard(output: Path) -> Leaderboard | None:
-    """All results below OUTPUT_DIR of eval.run_mteb; None where there are none.
+    """All results below OUTPUT_DIR of eval.run_mteb; None where there are none."""
+    found: dict[tuple[str, str], list[TaskResult]] = {}
+    for path in sorted(output.glob("results/*/*/*.json")):
+        if path.name not in BESIDE_RESULTS:
+            found.setdefault((path.parts[-3].replace("__", "/"), path.parts[-2]), []).append(read_result(path))
+    return make_leaderboard(dict(zip(_labels(found), found.values(), strict=True))) if found else None
+
+
+def make_leaderboard(results: Mapping[str, Sequence[TaskResult]], tasks: Iterable[AbsTask] = ()) -> Leaderboard:
+    """Results by model, on `tasks` and all those that they are of.
 
     Of a task in BENCHMARK the splits and languages that this asks for count, of another all that mteb evaluates.
     """
-    paths = sorted(path for path in output.glob("results/*/*/*.json") if path.name not in BESIDE_RESULTS)
-    if not paths:
-        return None
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    nan: dict[tuple[str, str], set[str]] = {}
-    tasks, in_benchmark = {}, benchmark_tasks()
-    for path in paths:
-        result = read_result(path)
-        task = tasks.setdefault(result.task_name, in_benchmark.get(result.task_name, result.task))
-        name, revision = path.parts[-3].replace("__", "/"), path.parts[-2]
-        score = float(result.validate_and_filter_scores(task).get_score())
-        found.setdefault((name, revision), {})[result.task_name] = score
-        own = [subset["main_score"] for split in task.eval_splits for subset in result.scores.get(split, [])]
-        nan.setdefault((name, revision), set()).update([result.task_name] if np.isnan(own).any() else [])
-    ordered = sorted(tasks.values(), key=lambda task: (task.metadata.type, task.metadata.name))
-    scores = [[of_model.get(task.metadata.name, np.nan) for task in ordered] for of_model in found.values()]
-    is_nan = [[task.metadata.name in of_model for task in ordered] for of_model in nan.values()]
-    return Leaderboard(_labels(found), ordered, np.array(scores), np.array(is_nan))
+    in_benchmark = benchmark_tasks()
+    by_name = {task.metadata.name: task for task in tasks}
+    for result in itertools.chain(*results.values()):
+        if result.task_name not in by_name:
+            by_name[result.task_name] = in_benchmark.get(result.task_name) or result.task
+    ordered = sorted(by_name.values(), key=lambda task: (task.metadata.type, task.metadata.name))
+    columns = {task.metadata.name: column for column, task in enumerate(ordered)}
+    scores = np.full((len(results), len(columns)), np.nan)
+    is_nan = np.zeros_like(scores, dtype=bool)
+    for row, of_model in enumerate(results.values()):
+        for result in of_model:
+            task, column = by_name[result.task_name], columns[result.task_name]
+            scores[row, column] = result.validate_and_filter_scores(task).get_score()
+            subsets = [subset["main_score"] for split in task.eval_splits for subset in result.scores.get(split, [])]
+            is_nan[row, column] = np.isnan(subsets).any()
+    return Leaderboard(list(results), ordered, scores, is_nan)
 
 
 def _labels(models: Iterable[tuple[str, str]]) -> list[str]:
@@ -129,14 +137,8 @@ def format_means(board: Leaderboard) -> str:
     """A row for each model, the best one first, in %. A mean is empty where one of its tasks was not run."""
     ranks, kinds = borda_ranks(board.scores), board.type_means()
     several = len(board.models) > 1
-    titles = [
-        "model",
-        *(["Borda rank"] if several else []),
-        "tasks",
-        "mean over tasks",
-        "mean over types",
-        *board.types,
-    ]
+    rank_title = ["Borda rank"] if several else []
+    titles = ["model", *rank_title, "tasks", "mean over tasks", "mean over types", *board.types]
     rows = []
     for place in sorted(range(len(ranks)), key=lambda place: (ranks[place], board.models[place])):
         run, failed = np.count_nonzero(~np.isnan(board.scores[place])), np.count_nonzero(board.is_nan[place])

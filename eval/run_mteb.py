@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from common.cli import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.models import fetch_settings, resolve_model
 from common.plain_text import use_plain_text
-from common.tables import markdown_table
 from dataset_builders.embeddings import load_model
+from eval.leaderboard import format_means, make_leaderboard
 from eval.local_tasks import LOCAL_TASKS, local_tasks, register_local_tasks
 from eval.systems import encoder_section
 from modeling.prompts import few_shot_prompts, with_demonstrations
@@ -49,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     if args.shots:
         show_demonstrations(model, args.shots)
     results, failures = evaluate(model, tasks, Path(args.output_dir), args.batch_size)
-    print(format_table(tasks, results))
+    print(format_means(make_leaderboard({args.model: results}, tasks)))
     if failures:
         name, reason = next(iter(failures.items()))
         raise InputError(
@@ -66,20 +63,10 @@ def _parse(argv: Sequence[str]):
     chosen.add_argument("--tasks", nargs="+", metavar="TASK", help="names of mteb tasks, or local")
     parser.add_argument("--data_root", type=Path, help="folder of local copies of tasks' data, see eval.local_tasks")
     parser.add_argument("--output_dir", required=True, help="where results/ goes")
-    parser.add_argument("--batch_size", type=int, default=32, help="texts per forward pass (default: 32)")
-    parser.add_argument(
-        "--shots",
-        type=int,
-        default=0,
-        metavar="K",
-        help="show the training task's K demonstrations before every task's own instruction (default: 0)",
-    )
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size {args.batch_size}: use 1 or more")
-    if args.shots < 0:
-        raise InputError(f"--shots {args.shots}: use 0 or more")
-    return args
+    parser.add_argument("--batch_size", type=at_least_1, default=32, help="texts per forward pass (default: 32)")
+    shots = "show the training task's K demonstrations before every task's own instruction (default: none)"
+    parser.add_argument("--shots", type=at_least_1, default=0, metavar="K", help=shots)
+    return parser.parse_args(argv)
 
 
 def load_tasks(benchmark: str | None, names: Sequence[str] | None, data_root: Path | None = None) -> list[AbsTask]:
@@ -194,27 +181,6 @@ def _drop_if_broken(path: Path) -> None:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             path.unlink()
-
-
-def format_table(tasks: Sequence[AbsTask], results: Sequence[TaskResult]) -> str:
-    """Mean main score (in %) by task type, over all tasks and over the types, of those that were run, as Markdown."""
-    tasks_by_name = {task.metadata.name: task for task in tasks}
-    totals = Counter(task.metadata.type for task in tasks)
-    scores: dict[str, list[float]] = {kind: [] for kind in sorted(totals)}
-    for result in results:
-        task = tasks_by_name[result.task_name]
-        # the file may also hold splits or languages that this benchmark does not ask for
-        scores[task.metadata.type].append(result.validate_and_filter_scores(task).get_score())
-    every = [score for found in scores.values() for score in found]
-    means = [float(np.mean(found)) for found in scores.values() if found]
-    rows = [[kind, f"{len(found)}/{totals[kind]}", _percent(found)] for kind, found in scores.items()]
-    rows.append(["**mean over tasks**", f"{len(every)}/{len(tasks)}", _percent(every)])
-    rows.append(["**mean over types**", f"{len(means)}/{len(totals)} types", _percent(means)])
-    return markdown_table(["task type", "tasks", "mean score"], rows)
-
-
-def _percent(scores: Sequence[float]) -> str:
-    return f"{100 * np.mean(scores):.2f}" if scores else "not run"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.steps import read_manifest
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, load_model
@@ -44,7 +44,7 @@ def _parse(argv: Sequence[str]):
     parser.add_argument("question")
     parser.add_argument("--model", required=True, help="folder of a model, Hub id or package:NAME")
     parser.add_argument("--data", required=True, help="folder that dataset_builders.build wrote")
-    parser.add_argument("--top_k", type=int, default=5, help="documents to show (default: 5)")
+    parser.add_argument("--top_k", type=at_least_1, default=5, help="documents to show (default: 5)")
     parser.add_argument("--hybrid", type=float, metavar="WEIGHT", help="weight of BM25 in the score, in [0, 1]")
     args = parser.parse_args(argv)
     if not args.question.strip():
@@ -53,8 +53,6 @@ def _parse(argv: Sequence[str]):
         args.question.encode()
     except UnicodeEncodeError:  # bytes on the command line that are no UTF-8
         raise InputError(f"the question {args.question!r} is not UTF-8; write it in that") from None
-    if args.top_k < 1:
-        raise InputError(f"--top_k {args.top_k}: use 1 or more")
     if args.hybrid is not None and not 0 <= args.hybrid <= 1:
         raise InputError(f"--hybrid {args.hybrid}: use a weight from 0 to 1")
     return args

@@ -16,8 +16,9 @@ import yaml
 from common.cli import InputError
 from dataset_builders.card import BENCHMARK, public_name
 from dataset_builders.languages import language_name
+from eval.ablation_table import format_table as ablation_rows
 from eval.evidence import disclosure, hub_id, languages
-from eval.leaderboard import benchmark_tasks
+from eval.leaderboard import Leaderboard, benchmark_tasks, format_means, format_tasks, make_leaderboard
 from eval.report import format_ledger
 from eval.retrieval import NEAR, format_table
 from modeling.objectives import OBJECTIVES
@@ -29,7 +30,6 @@ from release.verify import named_paths
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
     from jinja2 import Environment
-    from mteb import AbsTask
     from mteb.results import TaskResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,7 @@ def render_card(
     metadata = card_metadata(repo_id, evidence, license, datasets)
     own = [entry for stage in stages for entry in stage["datasets"]]
     losses = dict.fromkeys(entry.get("loss") for entry in own)
+    board = in_benchmark(evidence["mteb"], repo_id)
     values = {
         "repo_id": repo_id,
         "languages": " and ".join(map(language_name, languages(evidence["data"]))),
@@ -91,9 +92,9 @@ def render_card(
         "headline": headline(evidence),
         "table": format_table(metrics) if metrics else None,
         "cosines_table": cosines_table(metrics),
-        "mteb_means": mteb_means(evidence["mteb"]),
-        "mteb_table": mteb_table(evidence["mteb"]),
-        "ablation_table": ablation_table(evidence["ablation"]),
+        "mteb_means": format_means(board) if board else None,
+        "mteb_table": format_tasks(make_leaderboard({"score": evidence["mteb"]})) if evidence["mteb"] else None,
+        "ablation_table": ablation_rows(evidence["ablation"]) if evidence["ablation"] else None,
         "settings": settings_table(stages, evidence["ledger"]),
         "cut_texts": cut_texts(evidence["ledger"]),
         "matryoshka_dims": matryoshka_dims(stages),
@@ -234,48 +235,17 @@ def headline(evidence: Mapping[str, Any]) -> str | None:
             f"{measure} {final[measure]:.3f} on {counts['queries']:,} held-out queries over {counts['documents']:,} "
             f"documents, where {baseline} has {reference:.3f}{interval}"
         )
-    if evidence["mteb"]:
-        ours, tasks = _in_benchmark(evidence["mteb"])
-        if ours:
-            mean = sum(result.get_score() for result in ours) / len(ours)
-            parts.append(f"{100 * mean:.2f} on average over {len(ours)} of the {len(tasks)} tasks of {BENCHMARK}")
+    if board := in_benchmark(evidence["mteb"]):
+        count = f"{len(board.tasks)} of the {len(benchmark_tasks())} tasks of {BENCHMARK}"
+        parts.append(f"{100 * board.scores.mean():.2f} on average over {count}")
     return "; ".join(parts) or None
 
 
-def _in_benchmark(results: Sequence[TaskResult]) -> tuple[list[TaskResult], list[AbsTask]]:
-    """Those of the results that belong to BENCHMARK, with the splits and languages that it asks for; and its tasks."""
-    tasks = benchmark_tasks()
-    ours = [result for result in results if result.task_name in tasks]
-    return [result.validate_and_filter_scores(tasks[result.task_name]) for result in ours], list(tasks.values())
-
-
-def mteb_means(results: Sequence[TaskResult]) -> str | None:
-    """Means by task type on BENCHMARK, as a Markdown table with the number of its tasks that were run."""
-    if not results:
-        return None
-    from eval.run_mteb import format_table as means
-
-    ours, tasks = _in_benchmark(results)
-    return means(tasks, ours) if ours else None
-
-
-def mteb_table(results: Sequence[TaskResult]) -> str | None:
-    """Every task's main score (in %), as a Markdown table."""
-    if not results:
-        return None
-    lines = ["| task | type | metric | score |", "|---|---|---|---:|"]
-    for result in sorted(results, key=lambda result: (result.task_type, result.task_name)):
-        metric = result.task.metadata.main_score
-        lines.append(f"| {result.task_name} | {result.task_type} | {metric} | {100 * result.get_score():.2f} |")
-    return "\n".join(lines)
-
-
-def ablation_table(ablation: Mapping[str, Any] | None) -> str | None:
-    if ablation is None:
-        return None
-    from eval.ablation_table import format_table as rows
-
-    return rows(ablation)
+def in_benchmark(results: Sequence[TaskResult], name: str = "") -> Leaderboard | None:
+    """The model's results on tasks of BENCHMARK; None where there is none."""
+    names = benchmark_tasks() if results else {}
+    ours = [result for result in results if result.task_name in names]
+    return make_leaderboard({name: ours}) if ours else None
 
 
 # --- training -------------------------------------------------------------------------------------------------------

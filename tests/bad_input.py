@@ -298,13 +298,13 @@ RETRIEVAL_FLAGS = r"""
 """
 SEARCH_FLAGS = """
 again                     | unrecognized arguments: again
---top_k 0                 | --top_k 0: use 1 or more
+--top_k 0                 | argument --top_k: '0' is no whole number from 1 on
 --model ../../x           | model '../../x': no such folder
 """
 MTEB_FLAGS = """
 --tasks STSBenchmar       | Did you mean: 'STSBenchmark'
 --tasks                   | expected at least one argument
---batch_size 0            | --batch_size 0: use 1 or more
+--batch_size 0            | argument --batch_size: '0' is no whole
 --model org/none          | not a local folder, and the Hub did not serve it
 """
 METRICS = {"key": "k", "command": "c", "run": "..", "data": "../data", "split": "test", "measures": ["nDCG@10"]}
