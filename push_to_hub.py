@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.cli import ArgumentParser, InputError, run
 from common.steps import fingerprint
+from dataset_builders.languages import MTEB_CODES
 
 if TYPE_CHECKING:
-    from huggingface_hub import GitRefs, HfApi
+    from huggingface_hub import HfApi
 
 CARD = "README.md"
 # Files of a repository that a new version without them deletes, by name and depth. What is not named here is somebody
@@ -105,6 +106,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
     )
     model.add_argument("--ablations", help="folder with ablation.json of eval.ablate")
     model.add_argument("--license", help="licence of the weights, as the Hub writes it (apache-2.0, mit, ...)")
+    model.add_argument("--title", help="heading of the card (default: ORG/NAME)")
+    model.add_argument("--language", nargs="+", metavar="CODE", help="en de: instead of those that the data state")
     args = parser.parse_args(argv)
     if args.kind == "dataset":
         args.adapter, args.datasets = None, ()
@@ -115,6 +118,9 @@ def _parse(argv: Sequence[str]) -> Namespace:
             _check_repo_id(repo_id)
     if args.adapter == args.repo_id:
         raise InputError(f"--adapter {args.adapter}: the merged model has that repository; name another one")
+    for code in getattr(args, "language", None) or ():
+        if code not in MTEB_CODES:
+            raise InputError(f"--language {code}: write codes such as en or de; known are {', '.join(MTEB_CODES)}")
     if args.create_pr and args.tag:
         raise InputError("--tag names a commit that is published; merge the pull request first, then tag it")
     return args
@@ -147,9 +153,10 @@ def prepare_model(args: Namespace) -> list[Release]:
     results, ablations = (Path(path) if path else None for path in (args.results, args.ablations))
     commits = evaluated_commits(args, [results or run_folder / "results", run_folder / "results"])
     evidence = read_evidence(run_folder, results, ablations, commits)
+    evidence["languages"] = args.language or evidence["languages"]
     facts = verify_model(folder)
-    links = {"adapter_repo_id": args.adapter, "datasets": args.datasets}
-    card = render_card(args.repo_id, facts, evidence, license=args.license, **links)
+    shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
+    card = render_card(args.repo_id, facts, evidence, **shown)
     files = {**files, **evidence["pictures"], CARD: card.encode()}
     releases = [Release(args.repo_id, "model", "Merged model", files)]
     if args.adapter:
@@ -197,11 +204,16 @@ def prepare_dataset(args: Namespace) -> Release:
 
 def _check_no_local_path(release: Release, run_folder: Path, evidence: Mapping) -> None:
     """A card quotes recipes, and a recipe may name folders of this machine. Raises InputError."""
+    from huggingface_hub import ModelCard
+
     from release.verify import local_paths, named_paths
 
     recipes = [evidence["recipe"], *(data["recipe"] for data in evidence["data"].values() if data)]
-    places = [run_folder, *(path for recipe in recipes for path in named_paths(recipe))]
-    if found := local_paths(release.files[CARD].decode(), places):
+    places = [run_folder, *evidence["data"], *(path for recipe in recipes for path in named_paths(recipe))]
+    places = [place for place in places if named_paths(str(place))]
+    card = release.files[CARD].decode()
+    metadata = {key: value for key, value in ModelCard(card).data.to_dict().items() if key != "widget"}
+    if found := [*local_paths(card, places), *named_paths(metadata)]:
         raise InputError(f"{run_folder}: the card of {release.repo_id} would publish the local folder {found[0]!r}")
 
 
@@ -252,8 +264,11 @@ def _check_no_token(release: Release, token: str) -> None:
                 raise InputError(f"{release.repo_id}: {name} holds the token; remove it, and make a new token")
 
 
-def find_repository(api: HfApi, release: Release, args: Namespace) -> GitRefs | None:
-    """Branches, tags and pull requests; None without a repository. Raises InputError where flags do not fit them."""
+def find_repository(api: HfApi, release: Release, args: Namespace) -> Refs | None:
+    """What its branches, tags and pull requests point to; None without a repository.
+
+    Raises InputError where flags do not fit them.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     name, branch = release.repo_id, args.revision or "main"
@@ -263,35 +278,42 @@ def find_repository(api: HfApi, release: Release, args: Namespace) -> GitRefs | 
         return None
     if args.private and not info.private:
         raise InputError(f"{name}: is public already; make it private in its settings, or drop --private")
-    refs = api.list_repo_refs(**release.repository, include_pull_requests=True)
-    tags, branches = {ref.name: ref.target_commit for ref in refs.tags}, _branches(refs)
-    if branch not in branches and branch in tags:
+    refs = read_refs(api, release)
+    if branch not in refs.branches and branch in refs.tags:
         raise InputError(f"{name}: {branch} is a tag; --revision takes a branch")
-    if branch not in branches and args.create_pr:
+    if branch not in refs.branches and args.create_pr:
         raise InputError(f"{name}: no branch {branch} for a pull request; push it first, or drop --revision")
-    if args.tag in tags and tags[args.tag] != branches.get(branch):
-        raise InputError(f"{name}: tag {args.tag} is on another commit, {tags[args.tag][:8]}; choose another name")
+    if args.tag in refs.tags and refs.tags[args.tag] != refs.branches.get(branch):
+        raise InputError(
+            f"{name}: tag {args.tag} is on another commit, {refs.tags[args.tag][:8]}; choose another name"
+        )
     return refs
 
 
-def _branches(refs: GitRefs) -> dict[str, str]:
-    """Branch, or refs/pr/N -> commit."""
-    return {ref.name: ref.target_commit for ref in refs.branches} | {
-        ref.ref: ref.target_commit for ref in refs.pull_requests or []
-    }
+class Refs(NamedTuple):
+    """Commits by name; branches are those of pull requests, refs/pr/N, as well."""
+
+    branches: dict[str, str]
+    tags: dict[str, str]
 
 
-def push(api: HfApi, release: Release, refs: GitRefs | None, args: Namespace) -> str:
+def read_refs(api: HfApi, release: Release) -> Refs:
+    found = api.list_repo_refs(**release.repository, include_pull_requests=True)
+    branches = {ref.name: ref.target_commit for ref in found.branches}
+    branches |= {ref.ref: ref.target_commit for ref in found.pull_requests or []}
+    return Refs(branches, {ref.name: ref.target_commit for ref in found.tags})
+
+
+def push(api: HfApi, release: Release, refs: Refs | None, args: Namespace) -> str:
     """Make the repository, the branch, the commit and the tag, as far as they are missing; a line about it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     name, repository, branch = release.repo_id, release.repository, args.revision or "main"
     if refs is None:
         api.create_repo(**repository, private=args.private or None, exist_ok=True)
-        refs = api.list_repo_refs(**repository, include_pull_requests=True)
-    branches = _branches(refs)
-    head = branches.get(branch, branches["main"])
-    if branch not in branches:
+        refs = read_refs(api, release)
+    head = refs.branches.get(branch, refs.branches["main"])
+    if branch not in refs.branches:
         api.create_branch(**repository, branch=branch, revision=head, exist_ok=True)
     additions = [CommitOperationAdd(name, content) for name, content in release.files.items()]
     left = [
@@ -302,9 +324,11 @@ def push(api: HfApi, release: Release, refs: GitRefs | None, args: Namespace) ->
     content = fingerprint([[addition.path_in_repo, addition.upload_info.sha256.hex()] for addition in additions])
     title = f"{release.title} {content[:8]}"
     if args.create_pr:
-        for proposal in refs.pull_requests:  # a lost answer hides whether the pull request was opened
-            if api.list_repo_commits(**repository, revision=proposal.ref)[0].title == title:
-                return f"{name}: {proposal.ref} proposes these files already; no other one was made"
+        for proposal in refs.branches:  # a lost answer hides whether the pull request was opened
+            if proposal.startswith("refs/pr/"):
+                [newest, *_] = api.list_repo_commits(**repository, revision=proposal)
+                if newest.title == title:
+                    return f"{name}: {proposal} proposes these files already; no other one was made"
     # drops files that have not changed, and makes no empty commit
     made = api.create_commit(
         **repository,
@@ -317,7 +341,7 @@ def push(api: HfApi, release: Release, refs: GitRefs | None, args: Namespace) ->
     if made.pr_url:
         return f"{name}: {made.pr_url}"
     if args.tag:
-        tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(args.tag)
+        tagged = refs.tags.get(args.tag)
         if tagged is None:
             api.create_tag(**repository, tag=args.tag, revision=made.oid)
         elif tagged != made.oid:

@@ -72,6 +72,7 @@ def read_evidence(
         pictures["ablation.png"] = ablations / "ablation.png"
     names = list(dict.fromkeys(own["dataset_name"] for stage in stages for own in stage["datasets"]))
     last = run_folder / stages[-1]["name"]
+    data = {name: provenance(Path(name)) for name in names}
     return {
         "recipe": read_yaml(path),
         "stages": stages,
@@ -82,7 +83,8 @@ def read_evidence(
         "metrics": metrics,
         "mteb": read_mteb(folders, model, commits),
         "ablation": read_ablation(ablations) if ablations else None,
-        "data": {name: provenance(Path(name)) for name in names},
+        "data": data,
+        "languages": sorted({entry["language"] for entry in data.values() if entry and entry["language"]}),
         "evaluated": provenance(with_metrics / metrics["data"] / "hub") if metrics else None,
         "pictures": pictures,
         "example": next(filter(None, map(read_example, map(Path, names))), None),
@@ -205,11 +207,6 @@ def disclosure(data: Mapping[str, Mapping[str, Any] | None], base: str | None = 
         return None
     benchmark = next(entry["benchmark"] for entry in data.values())
     return zero_shot([name for names in stated for name in names], benchmark, base)
-
-
-def languages(data: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """Codes of the languages that the data sets state."""
-    return sorted({entry["language"] for entry in data.values() if entry and entry.get("language")})
 
 
 def read_example(hub: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from common.cli import ArgumentParser, InputError, output_folder, run
 from common.models import hub_commit, resolve_model
 from common.steps import written_whole
 from dataset_builders.languages import MTEB_CODES
-from eval.evidence import base_model, disclosure, languages, other_files, read_evidence
+from eval.evidence import base_model, disclosure, other_files, read_evidence
 from eval.report import read_json
 from modeling.reference import REFERENCE
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     meta = make_meta(
         name=args.name,
         reference=f"{HUB}/{args.name}",
-        languages=[MTEB_CODES[code] for code in languages(evidence["data"])] or None,
+        languages=[MTEB_CODES[code] for code in evidence["languages"]] or None,
         public_training_code=args.code,
         training_datasets=set(disclosed["training_datasets"]) if disclosed else None,
         **read_folder(folder),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eval.evidence import base_model, hub_id, languages
+from eval.evidence import base_model, hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -26,9 +26,9 @@ def card_metadata(
     from huggingface_hub import ModelCardData
 
     base = base_model(evidence["recipe"])
-    results = evaluations(evidence, datasets)
+    results, example = evaluations(evidence, datasets), evidence["example"]
     return ModelCardData(
-        language=languages(evidence["data"]) or None,
+        language=evidence["languages"] or None,
         license=license,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
@@ -38,6 +38,7 @@ def card_metadata(
             *(["matryoshka"] if matryoshka_dims(evidence["stages"]) else []),
         ],
         datasets=list(dict.fromkeys([*datasets, *filter(None, map(hub_id, evidence["data"]))])) or None,
+        **({"widget": [{"source_sentence": example["query"], "sentences": example["documents"]}]} if example else {}),
         **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
         **({"model_name": repo_id.partition("/")[2], "eval_results": results} if results else {}),
     )

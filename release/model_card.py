@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.cli import InputError
+from common.tables import markdown_table
 from dataset_builders.card import BENCHMARK, public_name
 from dataset_builders.languages import language_name
 from eval.ablation_table import format_table as ablation_rows
-from eval.evidence import disclosure, hub_id, languages
+from eval.evidence import disclosure, hub_id
 from eval.leaderboard import Leaderboard, benchmark_tasks, format_means, format_tasks, make_leaderboard
 from eval.report import format_ledger
 from eval.retrieval import NEAR, format_table
@@ -34,16 +35,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = {"model": ROOT / "model_card.md", "adapter": Path(__file__).with_name("adapter_card.md")}
-# What the table of settings shows, in this order, where a stage has it; what belongs to LoRA only with LoRA.
+# Keys in the table of settings; recipe.yaml below it has all.
 _LORA = ("lora_r", "lora_alpha", "lora_target_modules", "lora_dropout")
-_SETTINGS = (
-    *("dataset_name", "dataset_config", "loss", "temperature", "alpha", "target_temperature", "num_negatives"),
-    *("in_batch_negatives", "false_negative_margin", "instruction", "prompted_columns", "shots"),
-    *("zero_shot_probability", "max_seq_length", "train_max_seq_length", "use_peft", *_LORA),
-    *("matryoshka_dims", "early_stopping_patience"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "mini_batch_size", "bf16", "seed"),
-)
+_SETTINGS = ("dataset_name", "loss", "temperature", "alpha", "num_negatives", "instruction", "shots")
+_SETTINGS += ("max_seq_length", "train_max_seq_length", "matryoshka_dims", *_LORA, "learning_rate", "num_train_epochs")
+_SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+_EXAMPLE = {"query": "a question", "documents": ["a text that answers it", "another text"]}  # without data at hand
 # Pooling modes of sentence-transformers -> how text-embeddings-inference and vLLM call them.
 SERVER_POOLING = {"lasttoken": ("last-token", "LAST"), "mean": ("mean", "MEAN"), "cls": ("cls", "CLS")}
 
@@ -56,6 +53,7 @@ def render_card(
     facts: Mapping[str, Any],
     evidence: Mapping[str, Any],
     *,
+    title: str | None = None,
     license: str | None = None,
     adapter_repo_id: str | None = None,
     datasets: Sequence[str] = (),
@@ -66,6 +64,7 @@ def render_card(
         repo_id: where it will lie.
         facts: of release.verify.verify_model.
         evidence: of eval.evidence.read_evidence.
+        title: heading of the card; None: repo_id.
         license: of the weights, as the Hub writes it.
         adapter_repo_id: the repository of the adapter, if it is published as well.
         datasets: Hub ids under which the training data are published.
@@ -73,33 +72,37 @@ def render_card(
     Raises:
         InputError: metadata that the Hub would read otherwise.
     """
-    recipe, stages, metrics = evidence["recipe"], evidence["stages"], evidence["metrics"]
+    recipe, metrics, ablation, mteb = (evidence[name] for name in ("recipe", "metrics", "ablation", "mteb"))
     metadata = card_metadata(repo_id, evidence, license, datasets)
-    own = [entry for stage in stages for entry in stage["datasets"]]
-    losses = dict.fromkeys(entry.get("loss") for entry in own)
-    board = in_benchmark(evidence["mteb"], repo_id)
+    trained = [entry for stage in evidence["stages"] for entry in stage["datasets"]]
+    losses = dict.fromkeys(entry.get("loss") for entry in trained)
+    board = in_benchmark(mteb, repo_id)
     values = {
         "repo_id": repo_id,
-        "languages": " and ".join(map(language_name, languages(evidence["data"]))),
+        "title": title or repo_id,
+        "languages": " and ".join(map(language_name, evidence["languages"])),
         "license": license,
         "adapter_repo_id": adapter_repo_id,
         "published": datasets,
         "base_model": metadata.base_model,
-        "base_revision": base_revision(recipe),
+        "base_revision": recipe.get("model_revision")
+        or (recipe.get("model_name_or_path") or "").partition("@")[2]
+        or None,
         "start": public_name(recipe.get("model_name_or_path") or ""),
+        "example": evidence["example"] or _EXAMPLE,
         "encode_lines": encode_lines(facts),
         "server_pooling": SERVER_POOLING,
-        "headline": headline(evidence),
+        "headline": headline(metrics, board),
         "table": format_table(metrics) if metrics else None,
         "cosines_table": cosines_table(metrics),
         "mteb_means": format_means(board) if board else None,
-        "mteb_table": format_tasks(make_leaderboard({"score": evidence["mteb"]})) if evidence["mteb"] else None,
-        "ablation_table": ablation_rows(evidence["ablation"]) if evidence["ablation"] else None,
-        "settings": settings_table(stages, evidence["ledger"]),
+        "mteb_table": format_tasks(make_leaderboard({"score": mteb})) if mteb else None,
+        "ablation_table": ablation_rows(ablation) if ablation else None,
+        "settings": settings_table(evidence["stages"], evidence["ledger"]),
         "cut_texts": cut_texts(evidence["ledger"]),
-        "matryoshka_dims": matryoshka_dims(stages),
+        "matryoshka_dims": matryoshka_dims(evidence["stages"]),
         "losses": {name: _summary(OBJECTIVES[name].function) for name in losses if name in OBJECTIVES},
-        "shots": max((entry.get("shots") or 0 for entry in own), default=0),
+        "shots": max((entry.get("shots") or 0 for entry in trained), default=0),
         "few_shot_prompts": few_shot_prompts(facts["prompts"]),
         "few_shot": few_shot_prompt("TASK", [("QUERY 1", "POSITIVE 1"), ("QUERY 2", "POSITIVE 2")]),
         "disclosure": disclosure(evidence["data"], metadata.base_model),
@@ -125,7 +128,7 @@ def render_adapter_card(
     from huggingface_hub import ModelCardData
 
     metadata = ModelCardData(
-        language=languages(evidence["data"]) or None,
+        language=evidence["languages"] or None,
         license=license,
         library_name="peft",
         pipeline_tag="sentence-similarity",
@@ -137,7 +140,7 @@ def render_adapter_card(
         "repo_id": repo_id,
         "model_repo_id": model_repo_id,
         "license": license,
-        "example": evidence["example"],
+        "example": evidence["example"] or _EXAMPLE,
         "encode_lines": encode_lines(facts, facts["adapter"]),
         "lora": [(name, text) for name in _LORA if (text := _setting(evidence["stages"][-1], name))],
     }
@@ -211,22 +214,16 @@ def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
     cosines = (final_row(metrics) or {}).get("cosines")
     if not cosines:
         return None
-    titles = {"relevant": "its relevant documents", "others": f"others among the first {NEAR}"}
     heads = [f"{quantile} % are below" for quantile in cosines["quantiles"]]
-    lines = [f"| cosine of a query and | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    lines += [
-        f"| {title} | {' | '.join(f'{value:.2f}' for value in cosines[name])} |"
-        for name, title in titles.items()
-        if cosines[name]
-    ]
-    return "\n".join(lines)
+    titles = {"relevant": "its relevant documents", "others": f"others among the first {NEAR}"}
+    rows = [[title, *(f"{value:.2f}" for value in cosines[name])] for name, title in titles.items() if cosines[name]]
+    return markdown_table(["cosine of a query and", *heads], rows)
 
 
-def headline(evidence: Mapping[str, Any]) -> str | None:
+def headline(metrics: Mapping[str, Any] | None, board: Leaderboard | None) -> str | None:
     """How good it is, in a sentence; None where nothing was measured."""
     parts = []
-    metrics, final = evidence["metrics"], final_row(evidence["metrics"])
-    if final:
+    if final := final_row(metrics):
         measure, baseline, counts = metrics["compared"], metrics["baseline"], metrics["counts"]
         [reference] = [row[measure] for row in metrics["systems"] if row["name"] == baseline]
         difference = final.get("difference")
@@ -235,13 +232,13 @@ def headline(evidence: Mapping[str, Any]) -> str | None:
             f"{measure} {final[measure]:.3f} on {counts['queries']:,} held-out queries over {counts['documents']:,} "
             f"documents, where {baseline} has {reference:.3f}{interval}"
         )
-    if board := in_benchmark(evidence["mteb"]):
+    if board:
         count = f"{len(board.tasks)} of the {len(benchmark_tasks())} tasks of {BENCHMARK}"
         parts.append(f"{100 * board.scores.mean():.2f} on average over {count}")
     return "; ".join(parts) or None
 
 
-def in_benchmark(results: Sequence[TaskResult], name: str = "") -> Leaderboard | None:
+def in_benchmark(results: Sequence[TaskResult], name: str) -> Leaderboard | None:
     """The model's results on tasks of BENCHMARK; None where there is none."""
     names = benchmark_tasks() if results else {}
     ours = [result for result in results if result.task_name in names]
@@ -253,14 +250,10 @@ def in_benchmark(results: Sequence[TaskResult], name: str = "") -> Leaderboard |
 
 def settings_table(stages: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any]) -> str:
     """What each stage was trained with, as a Markdown table under the recipe's own keys."""
-    steps = {row["stage"]: row["steps"] for row in ledger["stages"]}
-    lines = [f"| | {' | '.join(stage['name'] for stage in stages)} |", "|---" * (len(stages) + 1) + "|"]
-    for key in _SETTINGS:
-        cells = [_setting(stage, key) for stage in stages]
-        if any(cells):
-            lines.append(f"| {key} | {' | '.join(cells)} |")
-    counts = [f"{steps[stage['name']]:,}" if stage["name"] in steps else "" for stage in stages]
-    return "\n".join([*lines, f"| optimizer steps | {' | '.join(counts)} |"])
+    steps = {row["stage"]: f"{row['steps']:,}" for row in ledger["stages"]}
+    rows = [[key, *(_setting(stage, key) for stage in stages)] for key in _SETTINGS]
+    rows.append(["optimizer steps", *(steps.get(stage["name"], "") for stage in stages)])
+    return markdown_table(["", *(stage["name"] for stage in stages)], [row for row in rows if any(row[1:])])
 
 
 def _setting(stage: Mapping[str, Any], key: str) -> str:
@@ -287,24 +280,19 @@ def cut_texts(ledger: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def base_revision(recipe: Mapping[str, Any]) -> str | None:
-    """The commit or branch of the base model that training started from, where the recipe names it."""
-    return recipe.get("model_revision") or (recipe.get("model_name_or_path") or "").partition("@")[2] or None
-
-
 def public_recipe_text(recipe: Mapping[str, Any]) -> str:
-    """recipe.yaml as a stranger can use it: no folder of this machine, no token."""
+    """recipe.yaml as a stranger can use it: no folder of this machine."""
     return yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True, width=110).strip()
 
 
 def _public(value: Any) -> Any:
-    """Folders of this machine by their last part; keys that hold tokens are left out.
+    """Folders of this machine by their last part.
 
-    >>> _public({"hub_token": "hf_x", "dataset_name": ["/data/mine/hub", "org/data", "../sets/y"]})
-    {'dataset_name': ['hub', 'org/data', 'y']}
+    >>> _public({"eos_token": "</s>", "dataset_name": ["/data/mine/hub", "org/data", "../sets/y"]})
+    {'eos_token': '</s>', 'dataset_name': ['hub', 'org/data', 'y']}
     """
     if isinstance(value, Mapping):
-        return {key: _public(inner) for key, inner in value.items() if not str(key).endswith("token")}
+        return {key: _public(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_public(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and named_paths(value) else value

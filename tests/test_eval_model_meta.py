@@ -17,9 +17,10 @@ from tiny_release import BASE, save_adapted
 
 import push_to_hub
 from common.cli import InputError
-from common.steps import folder_step
+from common.steps import folder_step, write_json
 from eval import model_meta, run_mteb
 from eval.evidence import read_evidence
+from modeling.recipe import read_stages
 from release.model_card import card_metadata
 from release.verify import model_files
 
@@ -69,14 +70,15 @@ def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
     save_adapted(tiny_decoder, folder)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     del recipe["student"]
-    recipe |= {"model_name_or_path": BASE, "stages": []}
-    for name, task in {"sts": "ArguAna", "retrieval": "MSMARCO"}.items():
-        source = {"kind": "hub", "dataset": f"org/{name}", "split": "train", "training_datasets": [task]}
-        with folder_step(folder / "graded" / name / "hub", {"recipe": {"source": source}}) as step:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model_name_or_path": BASE}))
+    resolved = read_stages(folder)
+    for stage, task in zip(resolved["stages"], ("ArguAna", "MSMARCO"), strict=True):
+        hub = folder / "graded" / stage["name"] / "hub"
+        source = {"kind": "hub", "dataset": f"org/{stage['name']}", "split": "train", "training_datasets": [task]}
+        with folder_step(hub, {"recipe": {"source": source}}) as step:
             step.finish(counts=["rows"], rows={"train": 3})
-        recipe["stages"].append({"name": name, "dataset_name": str(folder / "graded" / name / "hub")})
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "stages.json").unlink()  # of the run that was copied
+        stage["datasets"] = {stage["name"]: {"dataset_name": str(hub)}}
+    write_json(folder / "stages.json", resolved)
     return folder
 
 

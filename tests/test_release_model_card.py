@@ -19,9 +19,11 @@ from common.steps import write_json
 from dataset_builders import build
 from eval import evidence as evidence_module
 from eval import report, retrieval
-from eval.evidence import plain_stages, provenance, read_evidence
+from eval.evidence import provenance, read_evidence
 from modeling.encoder import POOLING, build_encoder
 from modeling.prompts import baked_prompts
+from modeling.recipe import parse_recipe, read_stages, write_stages
+from modeling.start import settle
 from release import model_card
 from release.model_card import card_metadata, render_adapter_card, render_card, settings_table
 from release.usage import POOLED, read_settings
@@ -66,17 +68,19 @@ def run(tiny_run, data, tmp_path_factory):
     """The tiny run as train_st.py leaves it, evaluated and reported, trained on `data` by a full recipe."""
     run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("card") / "run")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe |= {"dataset_name": str(data / "hub"), "learning_rate": "1e-4", "hub_token": "hf_secret"}
+    recipe |= {"dataset_name": str(data / "hub"), "learning_rate": "1e-4"}
     recipe |= {"output_dir": str(run), "lora_r": 8, "shots": 2}
     recipe["stages"] = [
         {"name": "sts", "loss": "cosent", "dataset_config": "sts"},
         {"name": "retrieval", "use_peft": True, "loss": "soft_info_nce", "lora_target_modules": ["q_proj", "v_proj"]},
     ]
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    parsed = parse_recipe(recipe, "recipe")
+    settle(parsed.stages, None)
+    write_stages(parsed, read_stages(run)["start"])
     retrieval.main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
     report.main([str(run / "results"), "--output_dir", str(run / "report")])
     write_mteb(run / "results", run / "model", TASKS)
-    (run / "stages.json").unlink()  # of the run that was copied
     return run
 
 
@@ -102,9 +106,10 @@ def code_blocks(card):
 def plain(recipe, **changed):
     """Evidence of a run that has only its recipe."""
     empty = {"ledger": {"data": [], "stages": []}, "versions": {}, "commit": None, "metrics": None, "mteb": []}
-    empty |= {"ablation": None, "data": {}, "evaluated": None, "pictures": {}, "example": evidence_module._EXAMPLE}
-    empty["quantisation"] = None
-    return {"recipe": recipe, "stages": plain_stages(recipe), **empty, **changed}
+    empty |= {"ablation": None, "data": {}, "evaluated": None, "pictures": {}, "example": None, "quantisation": None}
+    stages = [{**recipe, **stage} for stage in recipe["stages"]]
+    stages = [{**stage, "datasets": [{**stage, **own} for own in stage.get("datasets", [{}])]} for stage in stages]
+    return {"recipe": recipe, "stages": stages, "languages": [], **empty, **changed}
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------
@@ -176,13 +181,14 @@ def test_card_has_recipe_costs_data_and_scores(card):
         "| retrieval | 20 | 4,000 | 61 | cpu | 3.00 GiB | 0.02 |",
         "| **all** | | 8,000 | **",
         "| loss | cosent | soft_info_nce |",
-        "| lora_r |  | 8 |",
-        "| lora_target_modules |  | q_proj, v_proj |",
-        "| learning_rate | 1e-4 | 1e-4 |",
+        "| lora_r | | 8 |",
+        "| lora_target_modules | | q_proj, v_proj |",
+        "| learning_rate | 0.0001 | 0.0001 |",
+        "| num_train_epochs | 3.0 | 3.0 |",
         "| optimizer steps | 20 | 20 |",
         "- `soft_info_nce`: InfoNCE whose target is made of soft labels",
         "| ArguAna | Retrieval | ndcg_at_10 | 50.00 |",
-        "| Retrieval | 1/10 | 50.00 |",
+        "| org/name | 2/2 | 62.50 | 62.50 | 50.00 | 75.00 |",
         "one block for each, in this form",
         "Decontamination: compared with the test texts of 1 evaluation task (SciFact); dropped: queries 0",
         "Negatives: 3 a row (`top`), only those whose label is below 0.95 times the positive's",
@@ -206,11 +212,11 @@ def test_the_example_is_of_the_training_data(card, data):
     [by_library, by_transformers] = code_blocks(card)
     for lines in (by_library, by_transformers):
         assert json.dumps(row["query"]) in lines and row["positive"][:40] in lines
-    assert "parse a date" not in card
+    [widget] = ModelCard(card).data.widget
+    assert widget["source_sentence"] == row["query"] and widget["sentences"][0] in by_library
 
 
-def test_no_secret_and_no_path_of_the_publisher(card, run, data):
-    assert "hf_secret" not in card and "hub_token" not in card
+def test_no_path_of_the_publisher(card, run, data):
     for folder in (run, data, ROOT, Path.home()):
         assert f"{folder}/" not in card
     assert "/tmp" not in card
@@ -305,17 +311,6 @@ def test_cut_texts_are_counted(card, facts, evidence):
     assert "cut in training, at `train_max_seq_length`: retrieval: positive 30 of 40, query 1 of 1,200." in shown
 
 
-def test_the_stages_are_those_that_were_resolved(copy):
-    keys = {"learning_rate": 3e-5, "loss": "soft_info_nce", "use_peft": False}
-    stages = [{"name": "only", "keys": keys, "datasets": {"a": {"loss": "kl", "dataset_name": "org/a"}}}]
-    write_json(copy / "stages.json", {"start": {"quantisation": {"type": "Q4_1"}}, "stages": stages})
-    found = read_evidence(copy)
-    assert found["quantisation"] == {"type": "Q4_1"}
-    assert list(found["data"]) == ["org/a"]
-    table = settings_table(found["stages"], found["ledger"])
-    assert "| loss | kl |" in table and "| learning_rate | 3e-05 |" in table
-
-
 def test_a_base_of_the_hub_is_linked_at_its_revision(facts):
     stage = {"name": "a", "dataset_name": "o/d"}
     recipe = {"model_name_or_path": "org/base", "model_revision": "abc", "stages": [stage]}
@@ -338,11 +333,10 @@ def test_a_base_of_the_hub_is_linked_at_its_revision(facts):
 
 def test_several_data_sets_of_a_stage_stand_in_one_cell():
     datasets = [{"name": "x", "loss": "kl"}, {"name": "y", "shots": 2, "loss": "bixse", "instruction": "a | b"}]
-    table = settings_table(
-        plain_stages({"shots": 0, "stages": [{"name": "one", "datasets": datasets}]}), {"stages": []}
-    )
+    found = plain({"shots": 0, "stages": [{"name": "one", "datasets": datasets}]})
+    table = settings_table(found["stages"], found["ledger"])
     assert "| loss | kl; bixse |" in table and "| shots | 0; 2 |" in table
-    assert "| instruction | a \\| b |" in table and "| optimizer steps |  |" in table
+    assert "| instruction | a \\| b |" in table
 
 
 def test_no_text_of_a_recipe_breaks_the_card(facts, tiny_encoder, capsys):
@@ -501,7 +495,7 @@ def test_pictures_of_other_results_are_refused(copy):
     ("name", "content", "message"),
     [
         ("recipe.yaml", None, "no such file; the card holds the recipe"),
-        ("recipe.yaml", "stages: 3\n", "no list of stages"),
+        ("stages.json", None, "not a training run"),
         ("ledger.json", None, "no such file"),
         ("results/metrics.json", "[]", "not written by eval.retrieval"),
         ("ArguAna.json", "{", r"ArguAna\.json: not a result that mteb can read"),
