@@ -200,22 +200,22 @@ BUILD_FILES = {
 TRAIN_KEYS = r"""
 learning_rat: 1                        | unknown key 'learning_rat'; did you mean 'learning_rate'
 datasets: [{name: a, lora_r: 2}]       | data set 'a': unknown key 'lora_r'
-datasets: [{name: a, weight: -1}]      | data set 'a': weight is -1.0
+datasets: [{name: a, weight: -1}]      | data set 'a': key 'weight' is -1
 datasets: [{name: a}, {name: a}]       | data set name 'a' is taken
 stages: [{name: true}]                 | stage {'name': True}: a stage is a mapping
 stages: {a: 1}                         | `stages` must be a list
 stages: [{loss: cosent}]               | a stage is a mapping with a name
 stages: [{name: ../x}]                 | stage {'name': '../x'}
 stages: [{name: model}]                | stage name 'model' is taken
-student: [1]                           | student is [1]; it must be a mapping
-student: {teacher: model}              | name the model to start from: one of the two
-total_steps: true                      | total_steps is True
-merge: {stages: [sts, retrieval], weights: [.nan, 1]} | merge: weights is nan
+student: [1]                           | key 'student' is [1]: write a mapping
+student: {teacher: model, corpus: x}   | one of the two alone
+total_steps: true                      | key 'total_steps' is 'true'
+merge: {stages: [sts, retrieval], weights: [.nan, 1]} | key 'merge.weights.0' is
 merge: {stages: [sts, retrieval], weights: [0, 0]}    | not all 0
-share_prefix: maybe                    | Truthy value expected: got maybe
+share_prefix: maybe                    | key 'share_prefix' is 'maybe'
 optim: sgdd                            | invalid choice: 'sgdd'
 lr_scheduler_kwargs: "{"               | stage 'sts': Expecting property name
-zero_shot_probability: 2               | zero_shot_probability is 2.0
+zero_shot_probability: 2               | key 'zero_shot_probability' is 2
 max_seq_length: 16                     | at least 8 are needed
 prompts: {query: "q: "}                | prompted_columns
 model_name_or_path: ../../x            | model '../../x': no such folder
@@ -231,16 +231,16 @@ stray                                  | stray
 --stages mining                        | no stage 'mining'; the recipe has sts, retrieval
 --stages sts,sts                       | a stage twice
 --output_dir ''                        | name one output_dir
---warmup_ratio .nan                    | is nan; it must be a finite number
+--warmup_ratio .nan                    | is nan: it must be a finite number
 --max_steps 10 --total_steps 5         | both say how long
-{ONE} --temperature 0                  | temperature is 0.0; it must
+{ONE} --temperature 0                  | stage 'retrieval': key 'temperature' is 0: 
 {ONE} --report_to nothing              | report_to: 'nothing' is not installed
-{ONE} --temperature .inf               | temperature is inf; it must
-{ONE} --alpha 2                        | alpha is 2.0; it must
-{ONE} --learning_rate 1e400            | learning_rate is inf; it must
-{ONE} --num_train_epochs 0             | num_train_epochs is 0.0; it must
-{ONE} --max_steps 99999999999          | max_steps is 99999999999; it must
-{ONE} --seed 4294967296                | seed is 4294967296; it must
+{ONE} --temperature .inf               | stage 'retrieval': key 'temperature' is inf: 
+{ONE} --alpha 2                        | stage 'retrieval': key 'alpha' is 2: 
+{ONE} --learning_rate 1e400            | stage 'retrieval': key 'learning_rate' is inf: 
+{ONE} --num_train_epochs 0             | stage 'retrieval': key 'num_train_epochs' is 0.0: 
+{ONE} --max_steps 99999999999          | stage 'retrieval': key 'max_steps' is 99999999999: 
+{ONE} --seed 4294967296                | stage 'retrieval': key 'seed' is 4294967296: 
 {ONE} --push_to_hub true               | push_to_hub.py
 {ONE} --neftune_noise_alpha 5          | neftune_noise_alpha needs embeddings
 {ONE} --lora_task_type CAUSAL_LM       | FEATURE_EXTRACTION
@@ -258,7 +258,7 @@ TRAIN_FILES = {
     "student without its corpus": (keys(model_name_or_path=None, student=STUDENT), "documents.arrow: no such file"),
     "student of odd size": (
         keys(model_name_or_path=None, student={**STUDENT, "hidden_size": 100}),
-        "hidden_size is 100",
+        "key 'student.hidden_size' is 100",
     ),
     "rows are cut": (cut(ROWS, 99), "config 'train' of dataset 'hub'"),
     "no labels": (columns(ROWS, label=None), "no column 'label'"),
