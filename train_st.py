@@ -39,9 +39,6 @@ from modeling.processes import joint_step, launched_with, processes, refuse_shar
 from modeling.recipe import MergeArguments, Recipe, Stage, read_recipe, recipe_keys, write_recipe, write_stages
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-    from modeling.shared_prefix import TokenCounts
     from modeling.stages import StageData
     from modeling.start import Start
     from modeling.trainer import EmbedderTrainer
@@ -148,7 +145,12 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
         if processes().is_main_process:
             print(header(stage, data, trainer, cut), flush=True)
         encoder.max_seq_length = stage.own.train_max_seq_length
-        with sharing(stage, encoder) as counts, stopping(stage, trainer, checkpoints):
+        sharing = contextlib.nullcontext()
+        if stage.own.share_prefix:
+            from modeling.shared_prefix import share_prefix
+
+            sharing = share_prefix(encoder)
+        with sharing as counts, stopping(stage, trainer, checkpoints):
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
     cost = stage_cost(trainer, counts)
@@ -171,15 +173,6 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
     drop_checkpoints(checkpoints, logs / stage.name)
     step.finish(**cost, cut_texts=cut)
     print(closing_line(stage.name, cost, trainer, step.folder), flush=True)
-
-
-def sharing(stage: Stage, encoder: SentenceTransformer) -> contextlib.AbstractContextManager[TokenCounts | None]:
-    """Prompts shared within a batch are computed once, if the stage asks for it."""
-    if not stage.own.share_prefix:
-        return contextlib.nullcontext()
-    from modeling.shared_prefix import share_prefix
-
-    return share_prefix(encoder)
 
 
 @contextlib.contextmanager
@@ -238,7 +231,7 @@ def publish(result: Start, output_dir: Path) -> None:
 
 
 def publish_merge(merge: MergeArguments, results: Mapping[str, Start], output_dir: Path) -> None:
-    """model/: the average of stages. There is no adapter/, which would be that of one stage."""
+    """model/: the average of stages, without an adapter/, which would be that of one stage."""
     from modeling.merging import merge_models
 
     chosen = [results[name] for name in merge.stages]

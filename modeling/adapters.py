@@ -19,9 +19,7 @@ def quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
 
     Quantised weights are for training: merged into them, an adapter would be rounded to 4 bits too. Publish it merged
     into the weights as they were: `build_encoder` without `quantization_config`, `continue_adapter`, `save_merged`.
-
-    Raises:
-        InputError: quantised weights that nothing would train, or no bitsandbytes.
+    Raises InputError for quantised weights that nothing would train, or without bitsandbytes.
     """
     from transformers import utils
     from trl import get_quantization_config
@@ -61,10 +59,8 @@ def _train_in_float32(encoder: SentenceTransformer) -> None:
 def merge_adapter(encoder: SentenceTransformer) -> None:
     """Add the adapter to the weights it was injected into, and take its layers out again.
 
-    peft's `merge_and_unload` is a method of its own wrapper, which an injected adapter does not have.
-
-    Raises:
-        ValueError: the weights are quantised, see `quantization`.
+    peft's `merge_and_unload` is a method of its own wrapper, which an injected adapter does not have. Raises
+    ValueError for quantised weights, see `quantization`.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

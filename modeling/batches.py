@@ -26,18 +26,9 @@ LABEL = "label"
 class EpochBatchSampler(DefaultBatchSampler):
     """The batches of one data set: one pass over its rows an epoch, each in an order of its own.
 
-    The steps of a pass are equally large, up to one row: no small last step counts as much as a full one.
-
-    Args:
-        dataset: its rows; only their number matters here.
-        batch_size: rows of a batch on one device, at most.
-        drop_last: make complete batches alone, and leave out the rows that remain.
-        seed: of the orders.
-        world_size: devices. Each step takes one batch for each, all complete: losses that gather embeddings need
-            equal numbers of rows on all devices.
-
-    Raises:
-        InputError: too few rows for one step.
+    The steps of a pass are equally large, up to one row: no small last step counts as much as a full one. With
+    `drop_last` or several devices (`world_size`), all batches are complete and the rows that remain are left out:
+    losses that gather embeddings need equal numbers of rows. Raises InputError with too few rows for one step.
     """
 
     def __init__(
@@ -81,14 +72,8 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
     later goes on with them in the next epoch. So the shares hold from the first step to the last, and no row is
     favoured over others of its set.
 
-    Args:
-        dataset: the rows of all data sets.
-        batch_samplers: one for each data set, in the same order, with the same batch_size and world_size.
-        weights: share of steps, relative to the others'; all above 0.
-        seed: of the order.
-
-    Raises:
-        InputError: a weight that is not above 0, or too small for a single step of an epoch.
+    `batch_samplers` has one for each data set, of equal batch_size and world_size; `weights` are shares of steps.
+    Raises InputError for a weight too small for a single step of an epoch.
     """
 
     def __init__(
@@ -120,10 +105,6 @@ def steps_by_weight(weights: Mapping[str, float], steps: int) -> list[int]:
     >>> steps_by_weight({"a": 1, "b": 1, "c": 0.5}, 12)
     [5, 5, 2]
     """
-    if min(weights.values()) <= 0:
-        raise InputError(
-            f"data set {min(weights, key=weights.get)!r}: weight must be above 0; leave the set out instead"
-        )
     exact = np.array(list(weights.values()), dtype=float) / sum(weights.values()) * steps
     counts = np.floor(exact).astype(int)
     largest = np.argsort(counts - exact, kind="stable")[: steps - counts.sum()]

@@ -30,29 +30,15 @@ _TRIES_TO_FREEZE = 1000  # rows tried for all shots of a saved prompt
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Where the batches of a data set get demonstrations from.
+    """Where the batches of a data set get demonstrations from. Raises InputError without query and positive."""
 
-    Args:
-        rows: the training rows, with columns query and positive.
-        instruction: one sentence, of the prompt that the shots stand before.
-        shots: the most in a prompt; a batch that has any gets 1 to `shots`, each number as often as the others.
-        shots_budget: the most tokens of a prompt, instruction and special tokens included; None = as many as leave the
-            texts of a batch whole.
-        zero_shot_probability: of a batch without shots, in [0, 1].
-        seed: of all this.
-        template: of the instruction's prompt, see modeling.prompts.
-
-    Raises:
-        InputError: no columns query and positive.
-    """
-
-    rows: Dataset
-    instruction: str
-    shots: int
-    shots_budget: int | None = None
-    zero_shot_probability: float = 0.0
+    rows: Dataset  # for training
+    instruction: str  # of the prompt that the shots stand before
+    shots: int  # the most in a prompt; a batch that has any gets 1 to `shots`, each number as often as the others
+    shots_budget: int | None = None  # the most tokens of a whole prompt; None = as leave the texts of a batch whole
+    zero_shot_probability: float = 0.0  # of a batch without shots
     seed: int = 0
-    template: str = QUERY_TEMPLATE
+    template: str = QUERY_TEMPLATE  # of the instruction's prompt, see modeling.prompts
 
     def __post_init__(self) -> None:
         missing = {"query", "positive"} - set(self.rows.column_names)
@@ -142,25 +128,13 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
     All prompted columns of a batch get the same prompt, of its own where its data set has demonstrations. The query
     column gets text keys of the known positives of its queries, (B, P), by which `modeling.losses.GradedLoss` tells
     what is no negative; they are made of the same tokens as those of the positive column.
-
-    Args:
-        model: tells what fits: its tokenizer, and its max_seq_length at the time of the batch.
-        demonstrations: by name of the data set; the trainer takes its data sets by name, too.
-        positives: by name of the data set, texts of all positives by query (`modeling.training_data.known_positives`).
-        prompts: zero-shot, by name of the data set and column, as in the training arguments.
-
-    Raises:
-        InputError: demonstrations for a data set without prompts.
     """
 
+    # tells what fits: its tokenizer, and its max_seq_length at the time of the batch
     model: SentenceTransformer | None = field(default=None, repr=False)
-    demonstrations: Mapping[str, Demonstrations] = field(default_factory=dict, repr=False)
+    demonstrations: Mapping[str, Demonstrations] = field(default_factory=dict, repr=False)  # by data set
+    # by data set, texts of all positives by query: modeling.training_data.known_positives
     positives: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        for name in self.demonstrations:
-            if not (self.prompts or {}).get(name):
-                raise InputError(f"data set {name!r}: shots stand before an instruction; name it and prompted_columns")
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompts_of_batch = self.choose_prompts(features)

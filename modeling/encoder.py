@@ -60,17 +60,15 @@ def build_encoder(
     """A start as an embedder; where nothing else is asked for, a finished one gives its published vectors.
 
     Args:
-        model_name_or_path: any model reference (common.models): a Hub id, a folder, package:NAME, a GGUF file.
-        revision: of the Hub id.
+        model_name_or_path: any model reference (common.models): a Hub id (`revision`), a folder, package:NAME, a GGUF
+            file.
         max_seq_length: longest text in tokens, prompt, BOS and EOS included; longer ones are truncated before EOS.
             None: the embedder's own; 512 for a bare model.
-        prompts: baked into the model by name, beside those that it has.
+        prompts: baked into the model by name, beside those that it has; each leaves `min_text_tokens` for the text.
         pooling: a key of POOLING. None: the embedder's own; "eos" for a bare model.
-        dtype: of the weights; None keeps that of the checkpoint.
-        attn_implementation: as in transformers.
+        dtype, attn_implementation: as in transformers; None keeps the checkpoint's.
         quantization_config: of the frozen weights, see modeling.adapters.quantization.
         peft_config: an adapter to inject and train; its weights are kept in float32, which bfloat16 updates need.
-        min_text_tokens: least number of tokens that every prompt has to leave for the text.
         num_hidden_layers: keep the first so many layers alone.
 
     Raises:
@@ -87,7 +85,7 @@ def build_encoder(
     loading = {"dtype": dtype, "attn_implementation": attn_implementation, "quantization_config": quantization_config}
     loading = {key: value for key, value in loading.items() if value is not None}
     published = read_published(model)
-    encoder = _load_finished(model, loading) if published else _load_bare(model, loading, pooling or "eos")
+    encoder = _load(model, published, loading, pooling or "eos")
     if published and pooling not in (None, published.pooling_name):
         encoder[1] = Pooling(encoder[0].get_embedding_dimension(), **POOLING[pooling])
     transformer = encoder[0]
@@ -175,26 +173,21 @@ def read_setting(model: ModelReference, name: str) -> Any:
         raise InputError(f"{path}: not readable as JSON: {error}; fetch or save the model again") from None
 
 
-def _load_finished(model: ModelReference, loading: Mapping[str, Any]) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-
-    with _one_line(model):
-        encoder = SentenceTransformer(model.name_or_path, revision=model.revision, model_kwargs=dict(loading))
-    use_plain_text(encoder, model.name_or_path, model.revision)
-    return encoder
-
-
-def _load_bare(model: ModelReference, loading: Mapping[str, Any], pooling: str) -> SentenceTransformer:
+def _load(
+    model: ModelReference, published: Published | None, loading: Mapping[str, Any], pooling: str
+) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     where = {"revision": model.revision} if model.revision else {}
+    kwargs = {"model_kwargs": {**where, **loading}, "processor_kwargs": {**where}, "config_kwargs": {**where}}
     with _one_line(model):
-        transformer = Transformer(
-            model.name_or_path, model_kwargs={**where, **loading}, processor_kwargs={**where}, config_kwargs={**where}
-        )
-    pooled = Pooling(transformer.get_embedding_dimension(), **POOLING[pooling])
-    encoder = SentenceTransformer(modules=[transformer, pooled, Normalize()], similarity_fn_name="cosine")
+        if published:
+            encoder = SentenceTransformer(model.name_or_path, revision=model.revision, model_kwargs=dict(loading))
+        else:
+            transformer = Transformer(model.name_or_path, **kwargs)
+            pooled = Pooling(transformer.get_embedding_dimension(), **POOLING[pooling])
+            encoder = SentenceTransformer(modules=[transformer, pooled, Normalize()], similarity_fn_name="cosine")
     use_plain_text(encoder, model.name_or_path, model.revision)
     return encoder
 
@@ -271,8 +264,7 @@ def check_widths(model: PreTrainedModel) -> None:
 def save_merged(encoder: SentenceTransformer, folder: Path) -> None:
     """Merge the adapter, if there is one, into the weights (in place) and write a plain SentenceTransformer folder.
 
-    Raises:
-        InputError: when the tokenizer read back from the folder gives other ids.
+    Raises InputError when the tokenizer read back from the folder gives other ids.
     """
     merge_adapter(encoder)
     save(encoder, folder)

@@ -113,10 +113,12 @@ def parse_library_keys(
             raise InputError(f"{where}: {message}")
 
     parser = Parser([ModelConfig, SentenceTransformerTrainingArguments], allow_abbrev=False)
-    empty = {key: [] for key, value in values.items() if value == []}  # no flag says that
-    parser.set_defaults_with_config(**DEFAULTS, **empty)
-    # as flags, so that a recipe's values are checked and converted as those of the command line are
-    flags = [part for key, value in values.items() if value is not None for part in _as_flags(key, value)]
+    # what no flag says: an empty list, and several of a key that is text or a list
+    values = {key: value for key, value in values.items() if value is not None}
+    unsaid = {key: value for key, value in values.items() if value == [] or key == "report_to"}
+    parser.set_defaults_with_config(**DEFAULTS, **unsaid)
+    # the rest as flags, so that a recipe's values are checked and converted as those of the command line are
+    flags = [part for key, value in values.items() if key not in unsaid for part in _as_flags(key, value)]
     try:
         model, training = parser.parse_args_and_config(args=flags)
         rates = training.learning_rate_mapping  # YAML reads 1e-5 as a text
@@ -145,8 +147,6 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _as_flags(key: str, value: Any) -> list[str]:
-    if value == []:
-        return []
     if value is False and key.endswith("_strategy"):
         value = "no"  # which YAML reads as false
     if isinstance(value, list):

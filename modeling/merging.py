@@ -59,10 +59,8 @@ def merge_weights(
 ) -> dict[str, Tensor]:
     """State dicts of equal names and shapes as one, tensor by tensor, in the dtypes of the first.
 
-    What is not a floating-point number (a buffer of positions) must be equal in all and is kept.
-
-    Raises:
-        ValueError: names, shapes or whole numbers differ.
+    What is not a floating-point number (a buffer of positions) must be equal in all and is kept. Raises ValueError
+    where names, shapes or whole numbers differ.
     """
     first = states[0]
     for other in states[1:]:
@@ -84,10 +82,8 @@ def merge_weights(
 def merge_models(folders: Sequence[Path], weights: Sequence[float], method: str, target: Path) -> None:
     """Write into `target` the average of plain SentenceTransformer folders (no adapters), all in memory at once.
 
-    Prompts and lengths are those of the last folder.
-
-    Raises:
-        InputError: architectures or tokenizers that differ: an average of their weights would mean nothing.
+    Prompts and lengths are those of the last folder. Raises InputError for architectures or tokenizers that differ: an
+    average of their weights would mean nothing.
     """
     from sentence_transformers import SentenceTransformer
 

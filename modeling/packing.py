@@ -36,28 +36,18 @@ class Packing:
 
     No dataclass: in half precision FSDP2 casts the arguments of layers and copies dataclasses, so `keeps` would be
     filled in a copy.
-
-    Args:
-        prefix: number of tokens that all texts begin with; they lie first.
-        rests: number of tokens of each text after them, at least one.
-        tokens: (N - known,) index of each token to compute in the flattened batch.
-        positions: (N - known,) of each in its own text, from 0.
-        places: in the shape of the batch, the index of each of its tokens in the row; 0 for padding. Or (B, 1): that
-            of each text's last token.
-        kept: prefix of the batches before this one; it begins with the known tokens.
-        keeps: prefix of this batch, for those after it: the layers fill it in.
     """
 
     def __init__(
         self,
-        prefix: int,
-        rests: list[int],
-        tokens: Tensor,
-        positions: Tensor,
-        places: Tensor,
+        prefix: int,  # number of tokens that all texts begin with; they lie first
+        rests: list[int],  # number of tokens of each text after them, at least one
+        tokens: Tensor,  # (N - known,) index of each token to compute in the flattened batch
+        positions: Tensor,  # (N - known,) of each in its own text, from 0
+        places: Tensor,  # as the batch: index of each token in the row, 0 for padding; or (B, 1): of the last tokens
         known: int = 0,
-        kept: Prefix | None = None,
-        keeps: Prefix | None = None,
+        kept: Prefix | None = None,  # of the batches before this one; it begins with the known tokens
+        keeps: Prefix | None = None,  # of this batch, for those after it: the layers fill it in
     ) -> None:
         self.prefix, self.rests = prefix, rests
         self.tokens, self.positions, self.places = tokens, positions, places
@@ -102,10 +92,8 @@ def pack(
 ) -> Packing | None:
     """The packing of a batch, padded on either side or flattened; None if that would save nothing.
 
-    Args:
-        last_only: lay out the last tokens of a padded batch alone.
-        kept: what batches before this one have computed.
-        keeping: this batch's prefix is to be kept, if it goes beyond that.
+    `last_only` lays out the last tokens of a padded batch alone; `kept` is what batches before this one have computed,
+    and with `keeping` this batch's prefix is to be kept, if it goes beyond that.
     """
     texts = texts_of(features)
     if texts is None:

@@ -9,13 +9,12 @@ The prefix is the longest common prefix of the batch's token ids, after the usua
 tokenised on its own would end in other tokens. All but attention works on tokens one by one, so this is exact up to
 rounding, forward and backward, with LoRA, gradient checkpointing and GradCache. Only dropout draws other masks.
 
-The batches of one call of `encode` share their prefix too: the first one's keys and values are kept for the others
-until the call ends. Weights, adapters, autocast, device and config cannot change within a call, so what is kept is
-never stale.
+The batches of one call of `encode` share their prefix too: the first one's keys and values are kept until the call
+ends, within which weights, adapters, autocast, device and config cannot change.
 
-sentence-transformers' losses and trainer, transformers' modules and all that is saved stay as they are: two hooks on
-the first module pack a batch and unpack the states, one attention function runs between them, and `encode` is wrapped.
-transformers' key-value cache would not do: gradient checkpointing drops it, and the model trains on, wrongly.
+Two hooks on the first module pack a batch and unpack the states, one attention function runs between them, `encode` is
+wrapped; all else stays as it is. transformers' key-value cache would not do: gradient checkpointing drops it, and the
+model trains on, wrongly.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ class TokenCounts:
 def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
     """Within the context, `model` computes once what the texts of a batch or a call of `encode` share, and no padding.
 
-    Vectors and gradients are those of the plain path up to rounding, in `encode` and in training. A model that this
-    cannot be done for runs as before, and a warning says why, once; so does a batch without padding or prefix. With
-    last-token pooling, `token_embeddings` holds the last tokens' states alone. Run the backward pass in the context of
-    its forward pass: gradient checkpointing computes the layers again, and fails outside.
+    Vectors and gradients are those of the plain path up to rounding. A model that this cannot be done for runs as
+    before, and a warning says why, once; so does a batch without padding or prefix. With last-token pooling,
+    `token_embeddings` holds the last tokens' states alone. Run the backward pass in the context of its forward pass:
+    gradient checkpointing computes the layers again, and fails outside.
 
     >>> with share_prefix(model) as counts:                                                        # doctest: +SKIP
     ...     vectors = model.encode(texts, prompt=prompt)
@@ -83,11 +82,8 @@ def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
     attention = backbone.config._attn_implementation
     encode = vars(model).get("encode")  # of a context around this one
     backbone.set_attn_implementation(_ATTENTION)
-    hooks = [
-        transformer.register_forward_pre_hook(packer.pack),
-        transformer.register_forward_hook(packer.unpack),
-    ]
-    model.encode = functools.partial(_encode, model.encode, packer)
+    hooks = transformer.register_forward_pre_hook(packer.pack), transformer.register_forward_hook(packer.unpack)
+    model.encode = functools.partial(packer.encode, model.encode)
     try:
         yield packer.counts
     finally:
@@ -186,14 +182,13 @@ class _Packer:
         features[name] = rows.view(*packing.places.shape, -1)
         return features
 
-
-def _encode(encode: Callable[..., Any], packer: _Packer, *args: Any, **kwargs: Any) -> Any:
-    """`encode(*args, **kwargs)`, whose batches share their prefix; it is freed in the end."""
-    packer.encoding = True
-    try:
-        return encode(*args, **kwargs)
-    finally:
-        packer.encoding, packer.kept = False, None
+    def encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`encode(*args, **kwargs)`, whose batches share their prefix; it is freed in the end."""
+        self.encoding = True
+        try:
+            return encode(*args, **kwargs)
+        finally:
+            self.encoding, self.kept = False, None
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

@@ -35,10 +35,8 @@ def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
     The rule is written into the post-processor, where truncation makes room for it and saving keeps it. Appending the
     EOS string to texts is lost to truncation; `add_eos_token` is not saved. What the base puts before a text (BOS for
-    Mistral and Llama, nothing for Qwen and SmolLM2, CLS for BERT) stays.
-
-    Raises:
-        InputError: no EOS token, or no fast tokenizer.
+    Mistral and Llama, nothing for Qwen and SmolLM2, CLS for BERT) stays. Raises InputError without an EOS token, or
+    without a fast tokenizer.
     """
     from tokenizers.processors import TemplateProcessing
 
@@ -79,10 +77,7 @@ def check_text(encoder: SentenceTransformer) -> None:
     """Assert that the encoder reads the tokenizer's own ids of prompt + text: short, long, and with each prompt.
 
     What sentence-transformers infers from files beside the weights (a chat template, a processor) changes the input
-    without a word; a comparison of it with itself would not tell.
-
-    Raises:
-        InputError: when it reads anything else.
+    without a word; a comparison of it with itself would not tell. Raises InputError when it reads anything else.
     """
     tokenizer, length = encoder.tokenizer, encoder.max_seq_length
     end = tokenizer("a")["input_ids"][-1]

@@ -43,19 +43,11 @@ _PEFT_PREFIX = "base_model.model."  # transformers saves adapters under the name
 
 
 class EmbedderTrainer(SentenceTransformerTrainer):
-    """Trains on one data set, or on several by name, with their losses by name.
+    """Trains on data sets by name, with losses, `weights` (shares of steps), `demonstrations` and known `positives` by
+    name; it ends after `patience` evaluations without a better `metric_for_best_model`.
 
-    `seconds` and `tokens` so far go with every entry of the log; both go on after a resume.
-
-    Args:
-        weights: of the data sets by name, their share of steps; None gives all the same.
-        demonstrations: of the data sets by name, for those that have any.
-        positives: of the data sets by name, all positives of their queries, see `DemonstrationCollator`.
-        patience: evaluations without a better `metric_for_best_model`, after which training ends; None = never.
-        *args, **kwargs: as sentence-transformers takes them.
-
-    Raises:
-        InputError: in training, when the loss or the gradient is not finite.
+    `seconds` and `tokens` so far go with every entry of the log; both go on after a resume. Raises InputError in
+    training when the loss or the gradient is not finite.
     """
 
     seconds_before = 0.0
@@ -341,3 +333,6 @@ def logs_in(folder: Path, stage: str) -> Iterator[None]:
             del os.environ[name]
         if "wandb" in sys.modules:  # transformers would log the next stage into this one's run
             sys.modules["wandb"].finish()
+        with contextlib.suppress(OSError):  # where nothing was written
+            (folder / stage).rmdir()
+            folder.rmdir()

@@ -47,11 +47,7 @@ def data_key(name: str, revision: str | None, where: str) -> str:
 
 
 def load_config(name: str, config: str, revision: str | None, key: str, where: str) -> Dataset:
-    """One config of a dataset, a Hub id or a folder, whose contents have `key`.
-
-    Raises:
-        InputError: when there is none.
-    """
+    """One config of a dataset, a Hub id or a folder, whose contents have `key`. Raises InputError without one."""
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
@@ -74,19 +70,13 @@ def training_rows(
 ) -> Dataset:
     """The columns that `loss` reads, in its order, after a check of every row; the first `num_negatives` of a row.
 
-    Rows may have fewer negatives than there are columns: a null one comes out as "" in the column and NaN in the
-    label, which is what `modeling.losses.GradedLoss` leaves out. The label may end before the nulls at the end.
-
-    Args:
-        rows: query, positive, negative_1, ... and a list `label` of as many soft labels as documents; or graded pairs,
-            sentence1, sentence2 and a number `label`, for "cosent" and for objectives that learn from one document.
-        loss: "cosent", or a name in `modeling.objectives.OBJECTIVES`.
-        prompted: columns that are to get a prompt.
-        where: names the data set in errors.
-        num_negatives: None = all.
+    Rows are query, positive, negative_1, ... and a list `label` of as many soft labels as documents; or graded pairs,
+    sentence1, sentence2 and a number `label`, for "cosent" and for objectives that learn from one document. Rows may
+    have fewer negatives than there are columns: a null one comes out as "" and NaN in the label, which
+    `modeling.losses.GradedLoss` leaves out. The label may end before the nulls at the end.
 
     Raises:
-        InputError: a missing column, a prompted column that is not there, no rows, an empty text, a bad label.
+        InputError: a missing column (`prompted` ones, too), no rows, an empty text, a bad label.
     """
     objective = OBJECTIVES.get(loss)  # None is CoSENT
     labelled = objective is None or "labels" in objective.needs
@@ -202,9 +192,7 @@ def known_positives(rows: Dataset, name: str, revision: str | None, key: str, wh
     what is published beside them: the config `positives` (query, positive) or, without it, `qrels` with `queries` and
     `documents`.
 
-    Args:
-        rows: what `training_rows` returned; graded pairs have no positives.
-        name, revision, key, where: of the dataset, as `load_config` takes them.
+    `rows` are those of `training_rows` (graded pairs have no positives), the rest as `load_config` takes it.
     """
     from datasets import get_dataset_config_names
 
@@ -244,12 +232,9 @@ def count_cut(
     prompts: Mapping[str, str],
     max_rows: int = 10_000,
 ) -> dict[str, CutTexts]:
-    """Column -> texts that are cut at `max_seq_length`, prompt and special tokens included.
+    """Column -> texts that are cut at `max_seq_length`, prompt (by column) and special tokens included.
 
-    Args:
-        rows: text columns, and `label`; of more than `max_rows`, so many are read, at equal distances.
-        tokenizer: ends texts as the model's does.
-        prompts: by column, before each of its texts; columns without one are bare.
+    Of more than `max_rows` rows, so many are read, at equal distances.
     """
     if len(rows) > max_rows:
         rows = rows.select(np.linspace(0, len(rows) - 1, max_rows).astype(int))
@@ -300,8 +285,7 @@ def search_sample(
 ) -> SearchSample:
     """A seeded sample of the validation queries, and of documents with all of their relevant ones in it.
 
-    Raises:
-        InputError: no validation split, or qrels with ids that are not in the other two.
+    Raises InputError without a validation split, or for qrels with ids that are not in the other two.
     """
     relevant: dict[str, set[str]] = {}
     for row in qrels:

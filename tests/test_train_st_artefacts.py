@@ -33,6 +33,7 @@ def read(dtype):
     strings = [prompt + text for text in texts]
     batch = tokenizer(strings, padding=True, truncation=True, max_length=64, return_tensors="pt")
     last = batch["attention_mask"].sum(1) - 1
+    assert (batch["input_ids"][range(len(texts)), last] == tokenizer.eos_token_id).all()
 
     def vectors(model):
         with torch.no_grad():
@@ -46,6 +47,8 @@ def read(dtype):
     merged = model.encode(texts, prompt_name="query").astype(float).tolist()
     return before, adapted, merged, config.base_model_name_or_path, config.revision
 
+rooms = ("common", "modeling", "dataset_builders", "train_st", "eval")
+assert not [name for name in sys.modules if name.split(".")[0] in rooms]
 print(json.dumps({dtype: read(dtype) for dtype in dtypes}))
 """
 TRAIN = "import json, sys, train_st; [train_st.main(argv) for argv in json.loads(sys.argv[1])]"
