@@ -13,8 +13,8 @@ any selection of stages costs the same.
 Result in output_dir: recipe.yaml (what was run), stages.json (all keys of every stage as they hold), STAGE/ for each
 stage (a plain SentenceTransformer folder), model/ (the last one, or what `merge:` makes of them), adapter/ (peft
 format, when the last stage trained LoRA and nothing is merged), logs/STAGE.json (the trainer's log history),
-logs/STAGE/ (what the libraries of `report_to` write: tensorboard, wandb, trackio) and ledger.json (what it cost, the
-data included).
+logs/ (what the libraries of `report_to` write: tensorboard in logs/STAGE/, wandb, trackio) and ledger.json (what it
+cost, the data included).
 
 An adapter names the Hub id and revision it was trained from when all LoRA stages up to the last have equal settings:
 they then train one adapter. On top of a stage that trained all weights, or other LoRA settings, there is no Hub model

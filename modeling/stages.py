@@ -72,22 +72,19 @@ def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSa
         samples[title] = search_sample(*tables, **size, where=where)
     if not samples:
         raise InputError(f"stage {stage.name!r}: no data set to evaluate on has qrels; set eval_strategy: 'no'")
-    metric = (stage.training.metric_for_best_model or "").removeprefix("eval_")
-    if metric and not any(re.match(rf"{title}_cosine", metric) for title in samples):
-        found = f"evaluations here are {', '.join(samples)}"
-        raise InputError(f"stage {stage.name!r}: metric_for_best_model is {metric!r}; {found}")
+    metric = stage.training.metric_for_best_model
+    if metric and not any(re.fullmatch(rf"(eval_)?{title}_cosine_\w+@10", metric) for title in samples):
+        measured = " or ".join(f"eval_{title}_cosine_ndcg@10" for title in samples)
+        raise InputError(
+            f"stage {stage.name!r}: metric_for_best_model is {metric!r}; evaluations measure {measured}, or mrr, map, "
+            "recall, precision and accuracy instead of ndcg"
+        )
     return samples
 
 
 def location(stage: Stage, dataset: str) -> str:
     """How messages call a data set of a stage."""
     return f"stage {stage.name!r}" if dataset == stage.name else f"stage {stage.name!r}: data set {dataset!r}"
-
-
-def text_columns(rows: Dataset) -> list[str]:
-    from modeling.batches import LABEL
-
-    return [name for name in rows.column_names if name != LABEL]
 
 
 def stage_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -214,7 +211,7 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
     arguments.output_dir = str(checkpoints)
     arguments.run_name = arguments.run_name or stage.name
     arguments.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it only warns, at every epoch
-    arguments.prompts = {name: column_prompts(stage, name, text_columns(rows)) for name, rows in data.train.items()}
+    arguments.prompts = {name: column_prompts(stage, name, rows.column_names) for name, rows in data.train.items()}
     batch_size = arguments.per_device_eval_batch_size
     evaluators = [build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
     try:
@@ -239,7 +236,7 @@ def cut_texts(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase)
 
     length = stage.own.train_max_seq_length
     return {
-        name: count_cut(rows, tokenizer, length, column_prompts(stage, name, text_columns(rows)))
+        name: count_cut(rows, tokenizer, length, column_prompts(stage, name, rows.column_names))
         for name, rows in data.train.items()
     }
 

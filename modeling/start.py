@@ -149,12 +149,14 @@ def column_prompts(stage: Stage, dataset: str, columns: Sequence[str]) -> dict[s
     """Column -> prompt in training: `prompted_columns` get the query's (the instruction, or the start's own query
     prompt), the others the document's; bare ones none.
     """
+    from modeling.batches import LABEL
+
     own = stage.datasets[dataset]
     query = stage.published.prompts.get("query", "") if stage.published else ""
     if own.instruction is not None:
         query = instruction_prompt(own.instruction, own.query_template)
     prompts = {name: query if name in own.prompted_columns else own.document_prompt for name in columns}
-    return {name: prompt for name, prompt in prompts.items() if prompt}
+    return {name: prompt for name, prompt in prompts.items() if prompt and name != LABEL}
 
 
 def saved_prompts(stage: Stage, shots: Sequence[tuple[str, str]] = ()) -> dict[str, str]:

@@ -317,13 +317,12 @@ def drop_checkpoints(folder: Path, logs: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def logs_in(folder: Path, stage: str) -> Iterator[None]:
-    """Let tensorboard, wandb and trackio write into `folder`, where the environment names no other.
-
-    Without this they write beside the checkpoints, or into the current folder.
+    """Let tensorboard (in a folder for each stage), wandb and trackio write into `folder`, where the environment names
+    no other. Without this they write beside the checkpoints, or into the current folder.
     """
-    (folder / stage).mkdir(parents=True, exist_ok=True)  # wandb passes over a folder that is not there
-    # trackio keeps all runs in one database, whose place it reads once
-    places = {"TENSORBOARD_LOGGING_DIR": folder / stage, "WANDB_DIR": folder / stage, "TRACKIO_DIR": folder}
+    folder.mkdir(parents=True, exist_ok=True)  # wandb passes over a folder that is not there
+    # wandb and trackio read theirs once, whatever stage it is
+    places = {"TENSORBOARD_LOGGING_DIR": folder / stage, "WANDB_DIR": folder, "TRACKIO_DIR": folder}
     ours = {name: str(place) for name, place in places.items() if name not in os.environ}
     os.environ |= ours
     try:
@@ -333,6 +332,5 @@ def logs_in(folder: Path, stage: str) -> Iterator[None]:
             del os.environ[name]
         if "wandb" in sys.modules:  # transformers would log the next stage into this one's run
             sys.modules["wandb"].finish()
-        with contextlib.suppress(OSError):  # where nothing was written
-            (folder / stage).rmdir()
+        with contextlib.suppress(OSError):  # unless anything was written
             folder.rmdir()
