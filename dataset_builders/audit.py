@@ -36,6 +36,7 @@ RANKINGS = {
     "bm25": pl.col("bm25_rank"),
     "dense": pl.col("dense_rank"),
     "rrf": pl.col("rrf_rank"),
+    "convex": pl.col("convex_rank"),
     "graded": pl.when(pl.col("rrf_rank").is_not_null()).then(-pl.col("teacher_score")),
 }
 
@@ -46,15 +47,16 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
     changed = [{"strategy": "random" if mining.strategy == "top" else "top"}, {"margin": 1.0}]
     others = [mining.model_copy(update=update) for update in changed]
     strategies = [mining, *(other for other in others if other != mining)]
-    margins = [mining.model_copy(update={"margin": margin}) for margin in sorted({*MARGINS, mining.margin})]
+    plain = {"margin_type": "ratio", "skip": 0}
+    margins = [mining.model_copy(update={**plain, "margin": margin}) for margin in sorted({*MARGINS, mining.margin})]
     mined = pl.scan_parquet(build.mined / "mined.parquet")
     qrels = pl.scan_parquet(build.corpus / "qrels.parquet").filter(pl.col("split") == build.splits.split)
     sums: dict[str, list[pl.DataFrame]] = defaultdict(list)
-    for block in graded.blocks(SCORES.names, "audit"):
+    for block in graded.blocks(mining.relabel, SCORES.names, "audit"):
         first, last = (pl.lit(query_id) for query_id in (block["query_id"].first(), block["query_id"].last()))
         in_block = pl.col("query_id").is_between(first, last)
         negatives = negatives_of(mined.filter(in_block).collect(), block)
-        sums["rules"].append(count_broken_rules(negatives, mining.margin))
+        sums["rules"].append(count_broken_rules(negatives, mining))
         uses = negatives.group_by("query_id", "document_id").len("uses")
         block = block.join(uses, on=["query_id", "document_id"], how="left", maintain_order="left")
         sums["queries"].append(block.select(queries=pl.col("query_id").n_unique()))
@@ -100,15 +102,17 @@ def negatives_of(mined: pl.DataFrame, block: pl.DataFrame) -> pl.DataFrame:
     return negatives.join(block, on=["query_id", "document_id"], how="left", maintain_order="left")
 
 
-def count_broken_rules(negatives: pl.DataFrame, margin: float) -> pl.DataFrame:
+def count_broken_rules(negatives: pl.DataFrame, mining: Mining) -> pl.DataFrame:
     """Negatives that break a rule of mining: every count should be 0. One that was not graded is above any margin."""
-    limit = pl.lit(margin, pl.Float32) * pl.col("positive_label")
-    other, duplicate, of_class = ((pl.col("ruled_out") == name).sum() for name in REASONS)
+    below = (pl.col("label") < mining.threshold(pl.col("positive_label"))).fill_null(False)
+    is_right = {"flipped_control": ~below, "none": pl.col("label").is_not_null()}.get(mining.margin_type, below)
+    other, duplicate, of_class, above_positive = ((pl.col("ruled_out") == name).sum() for name in REASONS)
     return negatives.select(
-        above_margin=(~(pl.col("label") < limit).fill_null(False)).sum(),
+        above_margin=(~is_right).sum(),
         labelled_positive=other,
         near_duplicate=duplicate,
         same_class=of_class,
+        graded_above_positive=above_positive,
         repeated_in_row=(~pl.struct("row", "document_id").is_first_distinct()).sum(),
     )
 

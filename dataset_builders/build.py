@@ -116,8 +116,7 @@ def plan_graded(build: Build) -> list[PlannedStep]:
         "source": describe_source(recipe.source, recipe.data_root),
         "decontamination": describe_decontamination(recipe.decontamination, recipe.data_root),
     }
-    search = {"bm25": keys["bm25"], "dense": dense, "fusion": keys["fusion"], "symmetric": build.symmetric}
-    search |= {"language": recipe.source.language}
+    search = {"bm25": keys["bm25"], "dense": dense, "fusion": keys["fusion"], "language": recipe.source.language}
     mining, sts = {"mining": keys["mining"]}, {"sts": keys["sts"], "dense": dense, "teacher": teacher}
 
     def corpus(folder: Path) -> dict[str, Any]:

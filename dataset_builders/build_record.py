@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import pyarrow as pa
 
 from common.steps import read_arrow, read_manifest, read_parquet
-from dataset_builders.columns import TextColumn
+from dataset_builders.columns import TextColumn, positions_of
 from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.engines import LOCAL, Engine
 
@@ -55,11 +56,6 @@ class Build:
         return self.recipe.source
 
     @property
-    def symmetric(self) -> bool:
-        """Queries and documents are texts of one kind: a query's own text is no candidate for it."""
-        return self.recipe.task_type != "retrieval"
-
-    @property
     def calibration(self) -> dict[str, Any]:
         """Constants and figures of the finished scores/."""
         return read_manifest(self.scores)["calibration"]
@@ -82,6 +78,16 @@ class Build:
         table = read_parquet(self.corpus / "queries.parquet")
         rows = zip(*(table[name].to_pylist() for name in ("query_id", "text", "split")), strict=True)
         return {query_id: text for query_id, text, split in rows if split in splits}
+
+    @cached_property
+    def positives(self) -> pl.DataFrame:
+        """query (its place in `queries`), document (its position), gain (above 0) and split of labelled positives."""
+        judged = pl.from_arrow(read_parquet(self.corpus / "qrels.parquet"))
+        judged = judged.filter((pl.col("score") > 0) & pl.col("split").is_in(list(self.splits.searched)))
+        places = pl.DataFrame({"query_id": list(self.queries), "query": range(len(self.queries))})
+        judged = judged.join(places, on="query_id")
+        documents = positions_of(judged["document_id"].to_arrow().cast(pa.string()), self.document_ids, "qrels")
+        return judged.select("query", document=pl.Series(documents, dtype=pl.Int32), gain="score", split="split")
 
     @cached_property
     def query_vectors(self) -> Vectors:

@@ -59,7 +59,10 @@ TABLES = {
 }
 STEPS = sorted({file.partition("/")[0] for file, _ in TABLES.values()})
 _PATTERN = re.compile(r"[\w.-]+/train-\*-[0-9a-f]{8}\.parquet")  # of a published config's shards
-_MINED = re.compile(r"train-n(?P<num_negatives>\d+)(-m(?P<margin>[\d.]+))?(-(?P<strategy>random)(-s(?P<seed>\d+))?)?")
+_MINED = re.compile(
+    r"train-n(?P<num_negatives>\d+)(-m(?P<margin>[\d.]+))?(-(?P<margin_type>absolute|none|flipped_control))?"
+    r"(-skip(?P<skip>\d+))?(-(?P<relabel>exclude|promote))?(-(?P<strategy>random)(-s(?P<seed>\d+))?)?"
+)
 
 
 @dataclass
@@ -72,8 +75,11 @@ class GradedConfig(datasets.BuilderConfig):
 
     name: str = "train"
     margin: float | None = None
+    margin_type: str | None = None
     num_negatives: int | None = None
     strategy: str | None = None
+    skip: int | None = None
+    relabel: str | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -41,43 +41,50 @@ class Calibration:
 def calibrate(positives: np.ndarray, others: np.ndarray) -> tuple[Calibration, dict[str, Any]]:
     """Platt scaling of a teacher's scores for positives and for other documents, both of them retrieved.
 
-    Also returns constants, AUC, counts, the reliability table and its expected calibration error. Raises InputError
-    when the scores cannot be calibrated: NaN, all equal, one side missing, or positives scored below the others.
+    Also returns a, b and what `describe_labels` tells. Raises InputError when the scores cannot be calibrated: NaN,
+    all equal, one side missing, or positives scored below the others.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
 
     scores = np.concatenate([positives, others]).astype(np.float64)
+    check_both_sides(len(positives), len(others))
     check_finite(scores, "teacher scores")
-    if not len(positives) or not len(others):
-        raise InputError(
-            f"teacher scores: the retrievers found {len(positives)} positives and {len(others)} other candidates; "
-            "calibration needs both, retrieve more with --fusion.top_k"
-        )
     check_spread(scores, "teacher scores")
     mean, deviation = scores.mean(), scores.std()
     is_positive = np.arange(len(scores)) < len(positives)
-    auc = float(roc_auc_score(is_positive, scores))
     fit = LogisticRegression(class_weight="balanced").fit(((scores - mean) / deviation)[:, None], is_positive)
     a = float(fit.coef_[0, 0] / deviation)
-    b = float(fit.intercept_[0] - a * mean)
+    calibration = Calibration(a, float(fit.intercept_[0] - a * mean))
+    facts = describe_labels(calibration(scores), is_positive)
     if a <= 0:
         raise InputError(
-            f"teacher scores run against the labels (AUC {auc:.3f}): positives score below other candidates; "
-            "use another teacher, or check its prompts"
+            f"teacher scores run against the labels (AUC {1 - facts['auc']:.3f}): positives score below other "
+            "candidates; use another teacher, or check its prompts"
         )
-    calibration = Calibration(a, b)
-    table = reliability(calibration(scores), is_positive)
-    facts = {
-        "a": a,
-        "b": b,
-        "auc": round(auc, 4),
-        "positives": len(positives),
-        "others": len(others),
+    return calibration, {"a": a, "b": calibration.b, **facts}
+
+
+def check_both_sides(positives: int, others: int) -> None:
+    """Raises InputError where retrieval found no positive, or nothing else."""
+    if not positives or not others:
+        raise InputError(
+            f"teacher scores: the retrievers found {positives} positives and {others} other candidates; "
+            "calibration needs both, retrieve more with a higher bm25.top_k and dense.top_k"
+        )
+
+
+def describe_labels(labels: np.ndarray, is_positive: np.ndarray) -> dict[str, Any]:
+    """AUC, counts, the reliability table and its expected calibration error."""
+    from sklearn.metrics import roc_auc_score
+
+    table = reliability(labels, is_positive)
+    return {
+        "auc": round(float(roc_auc_score(is_positive, labels)), 4),
+        "positives": int(is_positive.sum()),
+        "others": int((~is_positive).sum()),
         "expected_calibration_error": round(calibration_error(table), 4),
         "reliability": table,
     }
-    return calibration, facts
 
 
 def check_spread(scores: np.ndarray, what: str) -> None:

@@ -158,7 +158,8 @@ def public_recipe(recipe: Mapping[str, Any], commit: str | None, models: Mapping
     if commit and "revision" in recipe["source"]:
         cleaned["source"]["revision"] = commit
     for section, model in models.items():
-        cleaned[section]["model"] = model
+        name, _, number = section.partition(" ")
+        (cleaned[name]["teachers"][int(number)] if number else cleaned[name])["model"] = model
     return cleaned
 
 
@@ -185,9 +186,15 @@ def public_name(reference: str) -> str:
 
 
 def used_models(made: Mapping[str, Any]) -> dict[str, str]:
-    """Section of the recipe -> ORG/NAME@COMMIT, of those models that came from the Hub."""
-    read = {"dense": made["candidates"], "teacher": made["scores"]}
-    models = {section: step["inputs"][section]["model"] for section, step in read.items() if step}
+    """Section of the recipe ("teacher 0": the first of a hybrid) -> ORG/NAME@COMMIT, of models from the Hub."""
+    sections = {}
+    if made["candidates"]:
+        sections["dense"] = made["candidates"]["inputs"]["dense"]
+    if made["scores"]:
+        teacher = made["scores"]["inputs"]["teacher"]
+        named = {f"teacher {number}": section for number, section in enumerate(teacher.get("teachers", ()))}
+        sections |= named if teacher["kind"] == "hybrid" else {"teacher": teacher}
+    models = {name: section["model"] for name, section in sections.items()}
     return {section: model for section, model in models.items() if "@" in model}
 
 

@@ -21,7 +21,7 @@ from dataset_builders.build_record import Build
 from dataset_builders.calibration import check_spread
 from dataset_builders.embeddings import load_model
 from dataset_builders.schema import check_finite
-from dataset_builders.scores import pairs_to_grade
+from dataset_builders.scores import scorer_of, write_pairs
 from dataset_builders.teachers import Teacher, load_reranker, take_texts
 
 # Of the reference scores' standard deviation: how far the build may be from the reference. bfloat16 stays below;
@@ -39,10 +39,12 @@ def check_teacher(build: Build, sample: int) -> dict[str, Any]:
     if sample < 2:
         raise InputError(f"--check_teacher {sample}: the teacher is compared on 2 pairs or more; 200 tell enough")
     teacher = build.recipe.teacher
+    if teacher.kind == "hybrid":
+        raise InputError("--check_teacher: a hybrid teacher has no reference scorer; check those it names")
     build.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build.cache) as name:  # beside the vectors: every worker of a cluster sees it
         folder = Path(name)
-        scorer, pairs = pairs_to_grade(build, folder / "pairs.arrow")
+        scorer, pairs = scorer_of(build, teacher), write_pairs(build, folder / "pairs.arrow")
         rows = np.random.default_rng(0).choice(len(pairs), min(sample, len(pairs)), replace=False)
         drawn = pairs.take(np.sort(rows))
         queries, documents = drawn["query"].to_numpy(), drawn["document"].to_numpy()

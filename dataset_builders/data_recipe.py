@@ -12,14 +12,14 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from common.cli import InputError
 from common.recipes import Section, key_lines, list_keys, parse_recipe, read_yaml
 from dataset_builders.bm25 import Bm25
-from dataset_builders.candidates import Fusion
 from dataset_builders.decontamination import Decontamination
 from dataset_builders.dense import Dense
 from dataset_builders.engines import Ray
+from dataset_builders.fusion import Fusion
 from dataset_builders.mine import Mining
 from dataset_builders.sources import Source, check_task_type, registry
 from dataset_builders.sts import Sts
-from dataset_builders.teachers import Teacher
+from dataset_builders.teachers import Hybrid, Teacher
 
 
 def _with_unit(size: Any) -> str:
@@ -52,7 +52,8 @@ class Graders(Section):
     bm25: Bm25 = Bm25()  # search by words
     dense: Dense  # search by vectors
     fusion: Fusion = Fusion()  # of both rankings
-    teacher: Teacher  # grades the candidates
+    # Without a model of its own, the teacher is what both retrievers and the labels know together.
+    teacher: Annotated[Teacher | Hybrid, Field(discriminator="kind")] = Hybrid(kind="hybrid")  # grades the candidates
     mining: Mining = Mining()  # of the training set
     publish: Published = ()  # further training sets, mined from the same grades
     max_shard_size: ShardSize = "500MB"  # of a published file

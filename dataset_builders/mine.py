@@ -39,14 +39,32 @@ READ = ("query_id", "document_id", "label", "is_positive")
 ROWS = 1024  # mined rows in a row group: their texts are held together
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 # Why a candidate cannot be a negative of its query; the first that holds is counted.
-REASONS = ("is_other_positive", "is_duplicate_of_positive", "shares_class")
+REASONS = ("is_other_positive", "is_duplicate_of_positive", "shares_class", "graded_above_positive")
+MARGIN_TYPES = Literal["ratio", "absolute", "none", "flipped_control"]
 
 
 class Mining(Section):
+    """Which graded candidates become a row's negatives. See `threshold` and `select_negatives`.
+
+    margin_type: ratio, below margin * positive's label (the report's); absolute, below positive's label - margin;
+    none, whatever the label; flipped_control, the inequality as the report prints it, the wrong way round, which is no
+    data to train on. relabel: candidates graded above all labelled positives are most likely relevant themselves;
+    exclude makes them no negatives of their query in a batch either, promote makes them positives with rows of their
+    own, as ARHN (arXiv 2604.11092) relabels.
+    """
+
     margin: float = Field(0.95, gt=0, le=1)  # a negative's label is below so much of the positive's
+    margin_type: MARGIN_TYPES = "ratio"  # of that label, or absolute: so far below it; none: whatever the label
     num_negatives: int = Field(7, ge=1, le=1000)  # each is a column of the training set
     strategy: Literal["top", "random"] = "top"  # the highest labels, or any below the margin
+    skip: int = Field(0, ge=0)  # so many candidates that qualify, highest label first, are passed over
+    relabel: Literal["none", "exclude", "promote"] = "none"  # of candidates graded above every labelled positive
     seed: int = Field(0, ge=0)  # of strategy random
+
+    def threshold(self, positive_label: Any) -> Any:
+        """The label that a negative stays below; for an array, a float or an expression of polars."""
+        margin = pl.lit(self.margin, pl.Float32) if isinstance(positive_label, pl.Expr) else self.margin
+        return positive_label - margin if self.margin_type == "absolute" else margin * positive_label
 
     def config_name(self) -> str:
         """The name of the published training set that is mined with these settings.
@@ -55,9 +73,12 @@ class Mining(Section):
         'train-n15-m90-random'
         """
         margin = "" if self.margin == 0.95 else f"-m{100 * self.margin:.10g}"
+        kind = "" if self.margin_type == "ratio" else f"-{self.margin_type}"
+        skip = f"-skip{self.skip}" if self.skip else ""
+        relabel = "" if self.relabel == "none" else f"-{self.relabel}"
         seed = f"-s{self.seed}" if self.seed else ""
         strategy = f"-random{seed}" if self.strategy == "random" else ""
-        return f"train-n{self.num_negatives}{margin}{strategy}"
+        return f"train-n{self.num_negatives}{margin}{kind}{skip}{relabel}{strategy}"
 
 
 def select_negatives(
@@ -66,16 +87,19 @@ def select_negatives(
     forbidden: np.ndarray | None = None,
     *,
     margin: float = 0.95,
+    margin_type: str = "ratio",
     num_negatives: int = 7,
     strategy: str = "top",
+    skip: int = 0,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
     """Positions of one row's negatives among its candidates, highest label first; fewer when fewer qualify.
 
-    A candidate qualifies iff label < margin * positive_label (NV-Retriever's TopK-PercPos) and it is not
-    `forbidden` (labelled positives, exact and near duplicates of one, documents of its class). `top` takes the
-    highest labels, ties in the order given; `random` draws evenly with `rng`. Labels are calibrated, in (0, 1): the
-    margin as a ratio means nothing for raw scores, which may be negative, so those raise ValueError.
+    A candidate qualifies iff label < margin * positive_label (NV-Retriever's TopK-PercPos; `margin_type` has others,
+    see `Mining`) and it is not `forbidden` (labelled positives, exact and near duplicates of one, documents of its
+    class). The `skip` highest that qualify are passed over; of the others `top` takes the highest labels, ties in the
+    order given, and `random` draws evenly with `rng`. Labels are calibrated, in (0, 1): the margin as a ratio means
+    nothing for raw scores, which may be negative, so those raise ValueError.
 
     >>> select_negatives(np.array([0.9, 0.2, 0.7, 0.86, 0.8]), 0.9, num_negatives=2)
     array([4, 2])
@@ -83,8 +107,12 @@ def select_negatives(
     labels = np.asarray(labels)
     if not 0 < positive_label < 1 or np.any(~((labels > 0) & (labels < 1))):
         raise ValueError("labels must lie in (0, 1); calibrate raw teacher scores first")
-    qualifies = labels < margin * positive_label
-    positions = np.flatnonzero(qualifies if forbidden is None else qualifies & ~np.asarray(forbidden, bool))
+    allowed = np.ones(len(labels), bool) if forbidden is None else ~np.asarray(forbidden, bool)
+    below = labels < Mining(margin=margin, margin_type=margin_type).threshold(positive_label)
+    if margin_type != "none":
+        allowed &= ~below if margin_type == "flipped_control" else below
+    positions = np.flatnonzero(allowed)
+    positions = np.sort(positions[np.argsort(-labels[positions], kind="stable")][skip:])
     if strategy == "random" and len(positions) > num_negatives:
         if rng is None:
             raise ValueError("strategy 'random' needs an rng")
@@ -94,11 +122,12 @@ def select_negatives(
 
 def write_mined(build: Build, folder: Path) -> dict[str, Any]:
     """Write mined.parquet and positives.parquet into `folder`; returns the counts for the manifest."""
-    graded, mining, tally = read_graded(build.corpus, build.scores), build.recipe.mining, Tally()
+    mining, tally = build.recipe.mining, Tally()
+    graded = read_graded(build.corpus, build.scores)
     with parquet_writer(folder / "mined.parquet", mined_schema(mining.num_negatives)) as writer:
         for table in mine(graded, mining, tally):
             writer.write(table)
-    positives = known_positives(graded, build.corpus / "qrels.parquet", build.splits.split)
+    positives = known_positives(graded, build.corpus / "qrels.parquet", build.splits.split, mining)
     if len(positives):
         write_parquet(folder / "positives.parquet", positives)
     return tally.facts()
@@ -114,8 +143,8 @@ class Graded:
     groups: pl.DataFrame  # document_id, group: documents that share one are near duplicates
     classes: pl.DataFrame  # document_id, class: documents that share one are positives of each other
 
-    def blocks(self, columns: Sequence[str] = READ, description: str = "mine") -> Iterator[pl.DataFrame]:
-        """The candidates of some queries at a time: `columns`, and `ruled_out` (see `rule_out`)."""
+    def blocks(self, relabel: str, columns: Sequence[str] = READ, description: str = "mine") -> Iterator[pl.DataFrame]:
+        """The candidates of some queries at a time, relabelled: `columns`, and `ruled_out` (see `rule_out`)."""
         last = ""
         with tqdm(total=_count_rows(self.scores), desc=description, unit=" candidates", unit_scale=True) as progress:
             for path in self.scores:
@@ -124,7 +153,7 @@ class Graded:
                     _check(block, last, path)
                     last = block["query_id"].last() or last
                     if len(block):  # retrievers may have found nothing for all queries of a row group
-                        yield rule_out(block, self.groups, self.classes)
+                        yield relabelled(block, self.groups, self.classes, relabel)
                     progress.update(len(block))
 
 
@@ -172,10 +201,22 @@ def rule_out(
         positives = named.filter("is_positive").select(by, group)
         return pl.int_range(pl.len()).is_in(named.join(positives, on=[by, group], how="semi")["place"].implode())
 
-    is_other, is_duplicate, is_of_class = REASONS
+    is_other, is_duplicate, is_of_class, _ = REASONS
     reason = pl.when("is_positive").then(pl.lit(is_other))
     reason = reason.when(shares(groups)).then(pl.lit(is_duplicate)).when(shares(classes)).then(pl.lit(is_of_class))
     return candidates.with_columns(ruled_out=reason)
+
+
+def relabelled(block: pl.DataFrame, groups: pl.DataFrame, classes: pl.DataFrame, relabel: str) -> pl.DataFrame:
+    """`rule_out`, after what `Mining.relabel` makes of candidates that are graded above all of a query's positives."""
+    block = rule_out(block, groups, classes)
+    if relabel == "none":
+        return block
+    highest = pl.col("label").filter(pl.col("is_positive")).max().over("query_id")
+    is_above = pl.col("ruled_out").is_null() & (pl.col("label") > highest)
+    if relabel == "promote":
+        return rule_out(block.with_columns(is_positive=pl.col("is_positive") | is_above), groups, classes)
+    return block.with_columns(ruled_out=pl.when(is_above).then(pl.lit(REASONS[-1])).otherwise("ruled_out"))
 
 
 def mine_block(block: pl.DataFrame, mining: Mining, by: str = "query_id") -> tuple[np.ndarray, np.ndarray]:
@@ -187,17 +228,23 @@ def mine_block(block: pl.DataFrame, mining: Mining, by: str = "query_id") -> tup
     """
     count, labels, is_positive = mining.num_negatives, block["label"].to_numpy(), block["is_positive"].to_numpy()
     is_ruled_out = block["ruled_out"].is_not_null().to_numpy()
-    settings = mining.model_dump(exclude={"seed"})
+    settings = mining.model_dump(exclude={"seed", "relabel"})
     qualifying, rows = [np.empty(0, np.int64)], [np.empty((0, 1 + count), np.int64)]
     for start, stop in pairwise(np.append(0, block[by].rle().struct.field("len").cum_sum()).tolist()):
         positives = start + np.flatnonzero(is_positive[start:stop])
         candidates = start + np.flatnonzero(~is_ruled_out[start:stop])
         candidates = candidates[np.argsort(-labels[candidates], kind="stable")]
-        # candidates that fail the margin, label >= margin * positive's label, come first
-        failing = np.searchsorted(-labels[candidates], -np.float32(mining.margin) * labels[positives], side="right")
-        qualifying.append(len(candidates) - failing)
+        # candidates that fail the margin come first
+        failing = np.searchsorted(-labels[candidates], -mining.threshold(labels[positives]), side="right")
+        first, last = np.zeros_like(failing), np.full_like(failing, len(candidates))
+        if mining.margin_type == "flipped_control":
+            last = failing
+        elif mining.margin_type != "none":
+            first = failing
+        first = first + mining.skip
+        qualifying.append(np.maximum(last - first, 0))
         enough = qualifying[-1] >= count
-        negatives = candidates[np.minimum(failing[enough, None] + np.arange(count), len(candidates) - 1)]
+        negatives = candidates[np.minimum(first[enough, None] + np.arange(count), len(candidates) - 1)]
         if mining.strategy == "random":
             for row, place in enumerate(positives[enough].tolist()):
                 ids = block["query_id"][place], block["document_id"][place]
@@ -213,7 +260,7 @@ def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
 
     Raises InputError when no row is left, and for candidates that are not as `Graded` says.
     """
-    for block in graded.blocks():
+    for block in graded.blocks(mining.relabel):
         qualifying, rows = mine_block(block, mining)
         tally.add(block, qualifying, rows)
         for start in range(0, len(rows), ROWS):
@@ -221,7 +268,8 @@ def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
     if not tally.counts["rows"]:
         raise InputError(
             f"{graded.scores[0].parent}: none of {len(tally.qualifying)} rows has {mining.num_negatives} negatives "
-            f"below margin {mining.margin}; raise --margin, lower --num_negatives or raise the candidates' top_k"
+            f"below margin {mining.margin}{f' after the first {mining.skip}' if mining.skip else ''}; raise --margin, "
+            "lower --num_negatives or raise the retrievers' top_k"
         )
 
 
@@ -250,10 +298,15 @@ def texts_of(table: pa.Table, ids: pl.Series) -> pa.Array:
     return take(table["text"], positions_of(ids.to_arrow().cast(pa.string()), table[0], "graded candidates"))
 
 
-def known_positives(graded: Graded, qrels: Path, split: str) -> pa.Table:
-    """POSITIVES: the labelled positives of the queries of `split` that have two or more."""
+def known_positives(graded: Graded, qrels: Path, split: str, mining: Mining) -> pa.Table:
+    """POSITIVES: the positives of the queries of `split` that have two or more, labelled or (`relabel`) graded so."""
     judged = pl.from_arrow(read_parquet(qrels)).filter((pl.col("split") == split) & (pl.col("score") > 0))
-    several = judged.filter(pl.len().over("query_id") > 1).sort("query_id", "document_id")
+    found = [judged.select("query_id", "document_id")]
+    if mining.relabel != "none":
+        for block in graded.blocks(mining.relabel):
+            is_positive = pl.col("is_positive") | (pl.col("ruled_out") == REASONS[-1]).fill_null(False)
+            found.append(block.filter(is_positive).select("query_id", "document_id"))
+    several = pl.concat(found).unique().filter(pl.len().over("query_id") > 1).sort("query_id", "document_id")
     texts = texts_of(graded.queries, several["query_id"]), texts_of(graded.documents, several["document_id"])
     return pa.table(texts, schema=POSITIVES)
 

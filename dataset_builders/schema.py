@@ -22,6 +22,8 @@ QUERIES = pa.schema([("query_id", pa.string()), ("text", pa.string()), ("split",
 QRELS = pa.schema(
     [("query_id", pa.string()), ("document_id", pa.string()), ("score", pa.int32()), ("split", pa.string())]
 )
+# Documents that are a query's own text: no candidates for it, and in no ranking that is scored.
+OWN = pa.schema([("query_id", pa.string()), ("document_id", pa.string())])
 # Texts of a query and of a document labelled as relevant: no such document is a negative of the query.
 POSITIVES = pa.schema([("query", pa.string()), ("positive", pa.string())])
 STS = pa.schema([("sentence1", pa.string()), ("sentence2", pa.string()), ("label", pa.float32())])
@@ -36,6 +38,8 @@ CANDIDATES = pa.schema(
         ("dense_score", pa.float32()),
         ("rrf_score", pa.float64()),
         ("rrf_rank", pa.int32()),
+        ("convex_score", pa.float64()),
+        ("convex_rank", pa.int32()),
     ]
 )
 SCORES = pa.schema(

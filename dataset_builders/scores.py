@@ -6,26 +6,35 @@ pairs), so memory does not grow with the number of queries.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator
-from itertools import chain
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.steps import parquet_writer, read_arrow, read_parquet, row_groups, write_arrow
+from common.steps import parquet_writer, read_arrow, read_manifest, read_parquet, row_groups, write_arrow
 from dataset_builders.build_record import Build
-from dataset_builders.calibration import calibrate, count_flat_and_one_hot, warnings_of
+from dataset_builders.calibration import (
+    Calibration,
+    calibrate,
+    check_both_sides,
+    count_flat_and_one_hot,
+    describe_labels,
+    warnings_of,
+)
 from dataset_builders.columns import positions_of
 from dataset_builders.embeddings import warn_of_cut_texts
 from dataset_builders.engines import Shards
+from dataset_builders.fusion import FEW
+from dataset_builders.hybrid import FOLDS, cross_fit, features, folds_of
 from dataset_builders.schema import CANDIDATES, SCORES, check_rows
-from dataset_builders.teachers import PAIRS, PairScorer
+from dataset_builders.teachers import PAIRS, PairScorer, Teacher, as_teacher, teacher_name
 
 # Of a cross-encoder: counts of the manifest, and the fields of its grades that are summed.
 PAIR_COUNTS = {
@@ -38,19 +47,27 @@ LENGTH_KEYS = {"model", "max_seq_length", "document_prompt"}  # that decide whic
 MAX_OTHERS = 1_000_000  # other documents that calibration reads, at an even stride; it reads every positive
 
 
+class Grades(NamedTuple):
+    """A teacher's grades of all pairs, and what to tell of them."""
+
+    # a block of graded pairs, and the place of its first among all -> (rows,) scores and labels
+    of: Callable[[pa.Table, int], tuple[np.ndarray, np.ndarray]]
+    calibration: dict[str, Any]
+    counts: dict[str, int]
+    warnings: list[str]
+
+
 def write_scores(build: Build, folder: Path) -> dict[str, Any]:
     """Write scores.parquet into `folder`; returns counts, calibration and warnings for the manifest."""
-    teacher = build.recipe.teacher
-    scorer, pairs = pairs_to_grade(build, folder / "pairs.arrow")
-    grades = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
-    calibration, facts = calibrate(*_positives_and_others(pairs, grades))
+    teacher, pairs = build.recipe.teacher, write_pairs(build, folder / "pairs.arrow")
+    grades = (grade_by_features if teacher.kind == "hybrid" else grade_by_model)(build, folder, pairs)
+    facts = grades.calibration
     facts["positives_not_retrieved"] = (pc.sum(pairs["is_positive"]).as_py() or 0) - facts["positives"]
     counts = {"queries": 0, "graded": 0, "judged_not_retrieved": 0, "flat_rows": 0, "one_hot_rows": 0}
     with parquet_writer(folder / "scores.parquet", SCORES) as stream:
         for block in graded_blocks(build):
             start = counts["graded"]
-            scores = grades.rows(start, start + len(block))["score"]
-            labels = calibration(scores)
+            scores, labels = grades.of(block, start)
             block = block.append_column("teacher_score", pa.array(scores, pa.float32()))
             block = block.append_column("label", pa.array(labels, pa.float32()))
             stream.write(block.select(SCORES.names).cast(SCORES))
@@ -61,19 +78,93 @@ def write_scores(build: Build, folder: Path) -> dict[str, Any]:
             for name, count in count_flat_and_one_hot(labels, starts).items():
                 counts[name] += count
     (folder / "pairs.arrow").unlink()
-    if teacher.kind == "cross_encoder":
-        counts |= {name: sum(int(grade[field].sum()) for grade in grades) for name, field in PAIR_COUNTS.items()}
-        warnings = []
-    else:
-        queries, documents = scorer.vectors
-        counts |= {"queries_cut": queries.count_cut, "documents_cut": documents.count_cut}
-        reads_as_retriever = teacher.model_dump(include=LENGTH_KEYS) == build.recipe.dense.model_dump(
-            include=LENGTH_KEYS
-        )
-        warnings = [] if reads_as_retriever else warn_of_cut_texts(documents, teacher)
+    counts |= grades.counts
     for warning in (found := warnings_of(counts, facts)):
-        print(f"warning: teacher {teacher.model}: {warning}", file=sys.stderr, flush=True)
-    return {**counts, "calibration": facts, "warnings": [*warnings, *found]}
+        print(f"warning: teacher {teacher_name(teacher)}: {warning}", file=sys.stderr, flush=True)
+    return {**counts, "calibration": facts, "warnings": [*grades.warnings, *found]}
+
+
+def grade_by_model(build: Build, folder: Path, pairs: pa.Table) -> Grades:
+    """A cross-encoder's or bi-encoder's scores, calibrated."""
+    scorer = scorer_of(build, build.recipe.teacher)
+    grades = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
+    calibration, facts = calibrate(*(_scores_at(grades, rows) for rows in rows_to_fit(pairs)))
+
+    def of(block: pa.Table, start: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = grades.rows(start, start + len(block))["score"]
+        return scores, calibration(scores)
+
+    return Grades(of, facts, *_counts_of(build, scorer, grades))
+
+
+def grade_by_features(build: Build, folder: Path, pairs: pa.Table) -> Grades:
+    """The hybrid's cross-fitted log odds; where FEW queries have a positive, the convex sum of candidates/ instead."""
+    recipe = build.recipe
+    named = [scorer_of(build, teacher) for teacher in recipe.teacher.teachers]
+    grades = [
+        scorer.grade(folder / "pairs.arrow", folder / f"teacher-{number}.shards")
+        for number, scorer in enumerate([scorer_of(build, as_teacher(recipe.dense)), *named])
+    ]
+    counts, warnings = Counter(), []
+    for scorer, graded in zip(named, grades[1:], strict=True):
+        found, told = _counts_of(build, scorer, graded)
+        counts.update(found)
+        warnings += told
+
+    def rows_of(block: pa.Table, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features and folds."""
+        table, stop = pl.from_arrow(block), start + len(block)
+        scores = [graded.rows(start, stop)["score"] for graded in grades]
+        depths = recipe.bm25.top_k, recipe.dense.top_k
+        return features(table, scores, depths), folds_of(table["query_id"])
+
+    positives, others = rows_to_fit(pairs)
+    check_both_sides(len(positives), len(others))
+    fitted, start = np.sort(np.concatenate([positives, others])), 0
+    parts: list[tuple[np.ndarray, ...]] = []
+    for block in graded_blocks(build):
+        here = fitted[(fitted >= start) & (fitted < start + len(block))] - start
+        convex = block["convex_score"].fill_null(0.0).to_numpy()
+        parts.append(tuple(column[here] for column in (*rows_of(block, start), convex)))
+        start += len(block)
+    rows, folds, convex = (np.concatenate(part) for part in zip(*parts, strict=True))
+    is_positive = np.isin(fitted, positives)
+    if len(np.unique(pairs["query"].to_numpy()[positives])) <= FEW:
+        weight = read_manifest(build.candidates)["bm25_weight"]
+        few = f"{len(positives)} retrieved positives are too few to fit on"
+        warnings.append(f"{few}: labels come from the convex sum of BM25 (weight {weight}) and the dense model")
+        print(f"warning: hybrid teacher: {warnings[-1]}", file=sys.stderr, flush=True)
+        calibration, facts = calibrate(convex[is_positive], convex[~is_positive])
+
+        def of(block: pa.Table, start: int) -> tuple[np.ndarray, np.ndarray]:
+            scores = block["convex_score"].fill_null(0.0).to_numpy()
+            return scores, calibration(scores)
+
+        return Grades(of, {**facts, "convex_weight": weight}, dict(counts), warnings)
+    model, probability = cross_fit(rows, is_positive, folds), Calibration(1.0, 0.0)
+
+    def of(block: pa.Table, start: int) -> tuple[np.ndarray, np.ndarray]:
+        logits = model.logits(*rows_of(block, start))
+        return logits, probability(logits)
+
+    facts = describe_labels(probability(model.logits(rows, folds)), is_positive)
+    facts = {"a": 1.0, "b": 0.0, **facts, "folds": FOLDS, "weights": model.weights(len(named))}
+    return Grades(of, facts, dict(counts), warnings)
+
+
+def scorer_of(build: Build, teacher: Teacher) -> PairScorer:
+    return PairScorer(teacher, build.cache, build.engine, list(build.queries.values()), build.documents)
+
+
+def _counts_of(build: Build, scorer: PairScorer, grades: Shards) -> tuple[dict[str, int], list[str]]:
+    """Cut texts and computed tokens of a model's grades, for the manifest; and a warning where most texts are cut."""
+    teacher = scorer.teacher
+    if teacher.kind == "cross_encoder":
+        return {name: sum(int(grade[field].sum()) for grade in grades) for name, field in PAIR_COUNTS.items()}, []
+    queries, documents = scorer.vectors
+    counts = {"queries_cut": queries.count_cut, "documents_cut": documents.count_cut}
+    reads_as_retriever = teacher.model_dump(include=LENGTH_KEYS) == build.recipe.dense.model_dump(include=LENGTH_KEYS)
+    return counts, [] if reads_as_retriever else warn_of_cut_texts(documents, teacher)
 
 
 def graded_blocks(build: Build) -> Iterator[pa.Table]:
@@ -113,8 +204,8 @@ def _asked_about(corpus: Path) -> pa.Array:
     return rows.filter((pc.field("side") == "document") & ~pc.field("dropped"))["id"].combine_chunks()
 
 
-def pairs_to_grade(build: Build, path: Path) -> tuple[PairScorer, pa.Table]:
-    """The scorer, and the pairs of all graded blocks (PAIRS), written to `path` and memory-mapped."""
+def write_pairs(build: Build, path: Path) -> pa.Table:
+    """The pairs of all graded blocks (PAIRS), written to `path` and memory-mapped."""
     query_ids = pa.chunked_array([list(build.queries)], pa.string())
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -129,8 +220,7 @@ def pairs_to_grade(build: Build, path: Path) -> tuple[PairScorer, pa.Table]:
     write_arrow(path, batches(), PAIRS)
     pairs = read_arrow(path)
     check_rows(pairs, f"{build.candidates}: nothing to grade for split {build.splits.split!r}")
-    queries = list(build.queries.values())
-    return PairScorer(build.recipe.teacher, build.cache, build.engine, queries, build.documents), pairs
+    return pairs
 
 
 def positives_and_their_class(block: pa.Table, corpus: Path) -> np.ndarray:
@@ -146,20 +236,19 @@ def positives_and_their_class(block: pa.Table, corpus: Path) -> np.ndarray:
     return joined.select(pl.col("is_positive") | pl.col("same_class").fill_null(False))["is_positive"].to_numpy()
 
 
-def _positives_and_others(pairs: pa.Table, grades: Shards) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of all retrieved positives, and of at most MAX_OTHERS other candidates at an even stride.
+def rows_to_fit(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Places of all retrieved positives, and of at most MAX_OTHERS other candidates at an even stride.
 
     Positives that no retriever found are left out: others are here only if one found them, so like would be compared
     with unlike, and where retrieval finds few of many positives, a good teacher would seem to turn labels round.
     """
-    others_in_all = pc.sum(pc.and_not(pairs["is_retrieved"], pairs["is_positive"])).as_py() or 0
-    stride = max(math.ceil(others_in_all / MAX_OTHERS), 1)
-    positives, others, seen = [], [], 0
-    for grade, start in zip(grades, grades.starts, strict=False):
-        part = pairs.slice(start, len(grade))
-        is_positive, is_retrieved = (part[name].to_numpy() for name in ("is_positive", "is_retrieved"))
-        rest = grade["score"][is_retrieved & ~is_positive]
-        positives.append(grade["score"][is_retrieved & is_positive])
-        others.append(rest[-seen % stride :: stride])
-        seen += len(rest)
-    return np.concatenate(positives), np.concatenate(others)
+    is_positive, is_retrieved = (pairs[name].to_numpy() for name in ("is_positive", "is_retrieved"))
+    others = np.flatnonzero(is_retrieved & ~is_positive)
+    return np.flatnonzero(is_retrieved & is_positive), others[:: max(-(-len(others) // MAX_OTHERS), 1)]
+
+
+def _scores_at(grades: Shards, rows: np.ndarray) -> np.ndarray:
+    """The scores of sorted `rows`."""
+    bounds = pairwise(np.searchsorted(rows, grades.starts).tolist())
+    parts = zip(grades, grades.starts, bounds, strict=False)
+    return np.concatenate([grade["score"][rows[low:high] - start] for grade, start, (low, high) in parts])

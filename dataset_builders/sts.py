@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from pydantic import Field
 
 from common.cli import InputError
 from common.recipes import Section
 from common.steps import write_parquet
-from dataset_builders.calibration import Calibration
+from dataset_builders.calibration import Calibration, calibrate
 from dataset_builders.decontamination import clean_pairs, read_probes
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Vectors
 from dataset_builders.schema import STS, check_rows
 from dataset_builders.sources import read_sts
-from dataset_builders.teachers import PairScorer
+from dataset_builders.teachers import PairScorer, Teacher, as_teacher
 
 if TYPE_CHECKING:
     from dataset_builders.build_record import Build
@@ -61,13 +62,22 @@ def write_sts(build: Build, folder: Path) -> dict[str, Any]:
         raise InputError(f"sts: split {split!r} has {len(rows)} query; a pair needs two")
     texts = list(build.queries.values())
     pool = rows[pairs_to_grade(_Selected(build.query_vectors, rows), sts)]
-    teacher = build.recipe.teacher
+    teacher, calibration = teacher_of_pairs(build)
     scores = PairScorer(teacher, build.cache, build.engine, texts, texts, symmetric=True).scores(pool, folder)
-    labels = Calibration(build.calibration["a"], build.calibration["b"])(scores)
+    labels = calibration(scores)
     chosen = spread_over_bins(labels, sts.num_rows, np.random.default_rng(sts.seed))
     left, right = ([texts[query] for query in side] for side in pool[chosen].T)
     write_parquet(folder / "sts.parquet", pa.table([left, right, pa.array(labels[chosen])], schema=STS))
     return {"rows": len(chosen), "pairs_graded": len(pool), "rows_by_label_bin": count_by_bin(labels[chosen])}
+
+
+def teacher_of_pairs(build: Build) -> tuple[Teacher, Calibration]:
+    """What grades two queries: the teacher; for a hybrid one, which grades documents alone, the dense model."""
+    if build.recipe.teacher.kind != "hybrid":
+        return build.recipe.teacher, Calibration(build.calibration["a"], build.calibration["b"])
+    found = pl.scan_parquet(build.scores / "scores.parquet").filter(pl.col("dense_score").is_not_null())
+    scores, is_positive = (column.to_numpy() for column in found.select("dense_score", "is_positive").collect())
+    return as_teacher(build.recipe.dense), calibrate(scores[is_positive], scores[~is_positive])[0]
 
 
 @dataclass(frozen=True)

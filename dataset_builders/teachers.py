@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import ValidationInfo, field_validator
 
 from common.cli import InputError
+from common.recipes import Section
 from common.steps import read_arrow, write_arrow
 from dataset_builders.columns import TextColumn, take
 from dataset_builders.embeddings import (
@@ -71,6 +72,25 @@ class Teacher(EncoderSection):
         if prompt is not None and info.data.get("kind") == "bi_encoder":
             raise ValueError("a bi_encoder has a query_prompt and a document_prompt instead")
         return prompt
+
+
+class Hybrid(Section):
+    """A cross-fitted logistic regression on what retrieval knows, and on further teachers' scores (hybrid.py)."""
+
+    kind: Literal["hybrid"]
+    teachers: tuple[Teacher, ...] = ()  # a hybrid's: models whose scores join what retrieval knows
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "hybrid", "teachers": [teacher.describe() for teacher in self.teachers]}
+
+
+def teacher_name(teacher: Teacher | Hybrid) -> str:
+    return "hybrid" if teacher.kind == "hybrid" else teacher.model
+
+
+def as_teacher(section: EncoderSection) -> Teacher:
+    """A dense model as a bi-encoder: its vectors are computed once."""
+    return Teacher(kind="bi_encoder", **section.model_dump(include=set(EncoderSection.model_fields)))
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,9 @@ def provenance(hub: Path) -> dict[str, Any] | None:
     entry = registry()[source["name"]] if source["kind"] == "registry" else None
     first = made.get("corpus") or made.get("sts") or {}
     commit = first.get("inputs", {}).get("source", {}).get("commit")  # what was read from the Hub has one
-    models = {section: public_name(recipe[section]["model"]) for section in ("dense", "teacher") if section in recipe}
+    named = {section: recipe[section] for section in ("dense", "teacher") if "model" in recipe.get(section, {})}
+    named |= {f"teacher {n}": own for n, own in enumerate(recipe.get("teacher", {}).get("teachers", ()))}
+    models = {section: public_name(own["model"]) for section, own in named.items()}
     models |= used_models({step: made.get(step) for step in BUILD_FOLDERS})  # with the commit that was read
     return {
         "title": public_name(source_title(source)),

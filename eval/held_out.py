@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import polars as pl
 
 from common.cli import InputError
 from common.steps import MANIFEST, read_arrow, read_manifest, read_parquet
-from dataset_builders.schema import DOCUMENTS, QRELS, QUERIES, to_schema
+from dataset_builders.schema import DOCUMENTS, OWN, QRELS, QUERIES, to_schema
 
 DEPTH = 100  # documents ranked per query
-RETRIEVERS = {"BM25": "bm25", "dense teacher": "dense", "RRF": "rrf"}  # row -> prefix of its columns
+# row -> prefix of its columns
+RETRIEVERS = {"BM25": "bm25", "dense retriever": "dense", "RRF": "rrf", "convex sum": "convex"}
 
 Ranking = dict[str, dict[str, float]]  # query id -> document id -> score, best first
 
@@ -34,6 +36,7 @@ class Queries:
     ids: list[str]
     texts: list[str]
     qrels: dict[str, dict[str, int]]
+    own: dict[str, list[str]] = field(default_factory=dict)  # documents that are a query's own text: in no ranking
 
 
 def load_documents(data: Path) -> Documents:
@@ -65,7 +68,10 @@ def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
         splits = ", ".join(sorted({row["split"] for row in queries}))
         raise InputError(f"{data / 'corpus'}: split {split!r} has no query with a relevant document; splits: {splits}")
     ids = _unique([row["query_id"] for row in asked], queries_path)
-    return Queries(split, ids, [row["text"] for row in asked], {query_id: grades[query_id] for query_id in ids})
+    own: dict[str, list[str]] = {}
+    for row in read_parquet(data / "candidates" / "own.parquet", OWN.names).to_pylist():
+        own.setdefault(row["query_id"], []).append(row["document_id"])
+    return Queries(split, ids, [row["text"] for row in asked], {query_id: grades[query_id] for query_id in ids}, own)
 
 
 def _unique(ids: list[str], path: Path) -> list[str]:
@@ -81,14 +87,14 @@ def count(documents: Documents, queries: Queries) -> dict[str, int]:
 
 
 def candidate_rankings(data: Path, queries: Queries, document_ids: set[str]) -> dict[str, tuple[Ranking, int]]:
-    """The rankings of BM25, of the dense teacher and of their fusion, as the candidates folder holds them.
+    """The rankings of RETRIEVERS, as the candidates folder holds them.
 
-    With each comes the rank down to which it is complete: the folder keeps the first `fusion.top_k` documents of the
-    fused list, and one that BM25 ranks 90th may not be among them.
+    With each comes the rank down to which it is complete: with `fusion.top_k` the folder keeps the first documents of
+    the fused list, and one that BM25 ranks 90th may not be among them.
     """
     try:
-        top_k = int(read_manifest(data / "candidates")["inputs"]["fusion"]["top_k"])
-    except (KeyError, TypeError, ValueError):
+        top_k = read_manifest(data / "candidates")["inputs"]["fusion"]["top_k"] or math.inf
+    except (KeyError, TypeError):
         where = data / "candidates" / MANIFEST
         raise InputError(f"{where}: no inputs.fusion.top_k in it; build the data again") from None
     path = data / "candidates" / "candidates.parquet"

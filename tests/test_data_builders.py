@@ -112,6 +112,8 @@ COLUMNS = {
         "dense_score": "float32",
         "rrf_score": "float64",
         "rrf_rank": "int32",
+        "convex_score": "float64",
+        "convex_rank": "int32",
         "teacher_score": "float32",
         "label": "float32",
         "is_positive": "bool",

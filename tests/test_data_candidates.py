@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import ir_measures
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,12 +17,12 @@ from tiny_data import SHARED_DATA
 from common.steps import write_arrow
 from dataset_builders import dense
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise
-from dataset_builders.candidates import Fusion, fuse
+from dataset_builders.candidates import fuse
 from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, dense_top_k, search_dense
 from dataset_builders.embeddings import Vectors, vector_shard
 from dataset_builders.engines import LOCAL, compute_shards
-from dataset_builders.fusion import reciprocal_rank_fusion
+from dataset_builders.fusion import Fusion, best_weight, convex_fusion, reciprocal_rank_fusion
 from dataset_builders.top_k import FOUND, NOTHING, best, merge, ranges
 
 # --- fusion ---------------------------------------------------------------------------------------------------------
@@ -44,17 +45,47 @@ def test_queries_fused_together_are_fused_as_each_alone(queries, top_k):
             rows["score"][row, : len(query[side])] = [1 / (1 + rank) for rank in range(len(query[side]))]
         return rows
 
-    own = np.array([query[2] for query in queries])
-    table = fuse(found(0), found(1), own, Fusion(rrf_k=5, top_k=top_k)).to_dicts()
+    own, scores = np.array([[query[2]] for query in queries]), [1 / (1 + rank) for rank in range(8)]
+    table = fuse(found(0), found(1), own, Fusion(rrf_k=5, top_k=top_k), 0.3).to_dicts()
+    whole = fuse(found(0), found(1), own, Fusion(kind="convex"), 0.3).to_dicts()
     for number, (*lists, own_document) in enumerate(queries):
         rows = [row for row in table if row["query"] == number]
-        lists = [[document for document in one if document != own_document] for one in lists]
+        scored = [{d: score for d, score in zip(one, scores, strict=False) if d != own_document} for one in lists]
+        lists = [list(one) for one in scored]
+        convex = [(row["document"], row["convex_score"]) for row in whole if row["query"] == number]
+        expected = convex_fusion(*scored, 0.3)
+        assert dict(convex) == pytest.approx(dict(expected)) and len(convex) == len(expected)
         assert [(row["document"], row["rrf_score"]) for row in rows] == reciprocal_rank_fusion(lists, 5, top_k)
         assert [row["rrf_rank"] for row in rows] == list(range(1, len(rows) + 1))
         for name, one in zip(("bm25", "dense"), lists, strict=True):
             ranks = {row["document"]: row[f"{name}_rank"] for row in rows}
             assert ranks == {document: one.index(document) + 1 if document in one else None for document in ranks}
             assert all((row[f"{name}_score"] is None) == (row[f"{name}_rank"] is None) for row in rows)
+
+
+def test_the_weight_is_the_one_whose_fusion_has_the_best_ndcg():
+    rng = np.random.default_rng(0)
+    names = ["query", "document", "bm25", "dense", "gain"]
+    rows = [(q, d, *rng.random(2), int(rng.random() < 0.1)) for q in range(30) for d in range(40)]
+    table = pl.DataFrame(rows, schema=names, orient="row")
+    # relevance mostly follows one of the two, so the best weight is no end of the range
+    table = table.with_columns(
+        bm25=pl.col("bm25") + 0.4 * pl.col("gain"), dense=pl.col("dense") + 0.7 * pl.col("gain")
+    )
+    gains = table.filter(pl.col("gain") > 0).select("query", "document", "gain")
+    weight = best_weight(table.drop("gain"), gains)
+
+    def ndcg(weight):
+        run = [
+            ir_measures.ScoredDoc(str(q), str(d), weight * bm25 + (1 - weight) * dense)
+            for q, d, bm25, dense, _ in table.iter_rows()
+        ]
+        qrels = [ir_measures.Qrel(str(q), str(d), gain) for q, d, gain in gains.iter_rows()]
+        return ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run)[ir_measures.nDCG @ 10]
+
+    best = max(map(ndcg, np.linspace(0, 1, 21).tolist()))
+    assert 0 < weight < 1 and ndcg(weight) == pytest.approx(best) and best > max(ndcg(0), ndcg(1))
+    assert best_weight(table.drop("gain"), gains.with_columns(document=pl.lit(99))) == 0.35
 
 
 # --- the best of a matrix, and of parts -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataset_builders import card
 from dataset_builders.card import LICENSES, Config, card_for, card_metadata, license_fields, public_recipe, render_card
 
 MODEL = {"max_seq_length": 128, "dtype": "float32", "batch_tokens": 1024, "vector_dtype": "float16"}
+KINDS = {"margin_type": "ratio", "skip": 0, "relabel": "none"}
 
 
 def config_of(name, rows, *columns):
@@ -48,9 +49,9 @@ def facts():
         "decontamination": None,
         "bm25": {"backend": "bm25s", "top_k": 101, "k1": 1.5, "b": 0.75},
         "dense": {"model": "package:encoder", "top_k": 102, **MODEL, "query_prompt": "query: "},
-        "fusion": {"rrf_k": 60, "top_k": 103},
+        "fusion": {"kind": "rrf", "rrf_k": 60, "weight": None, "norm": "min_max", "top_k": 103},
         "teacher": {"kind": "cross_encoder", "model": "/home/me/private/reranker", **MODEL, "prompt": None},
-        "mining": {"margin": 0.95, "num_negatives": 7, "strategy": "top", "seed": 4},
+        "mining": {"margin": 0.95, "num_negatives": 7, "strategy": "top", "seed": 4, **KINDS},
         "publish": [],
         "corpus": {
             "inputs": {"source": {"kind": "local", "files": {}}},
@@ -67,12 +68,13 @@ def facts():
         },
         "candidates": {
             "inputs": {"dense": {"model": "f1f1f1"}},
+            "bm25_weight": 0.35,
             "candidates": 1012,
             "queries": 1013,
             "warnings": ["60 % of the documents are cut"],
         },
         "scores": {
-            "inputs": {"teacher": {"model": "e2e2e2"}},
+            "inputs": {"teacher": {"kind": "cross_encoder", "model": "e2e2e2"}},
             "graded": 1014,
             "queries": 1015,
             "calibration": {
@@ -91,7 +93,12 @@ def facts():
         "mined": {
             "rows": 1234,
             "rows_dropped": {"too_few_negatives": 1020, "no_qualifying_candidate": 1021},
-            "candidates": {"is_other_positive": 1022, "is_duplicate_of_positive": 1023, "shares_class": 1024},
+            "candidates": {
+                "is_other_positive": 1022,
+                "is_duplicate_of_positive": 1023,
+                "shares_class": 1024,
+                "graded_above_positive": 1037,
+            },
             "yield": {"qualifying_per_row": {"min": 0, "max": 1025}, "rows_per_query": {"min": 0, "max": 1026}},
         },
         "audit": {
@@ -140,7 +147,7 @@ def facts():
                     },
                 ],
             },
-            "ndcg_at_10": {"queries": 1034, "bm25": None, "dense": 0.7, "rrf": 0.8, "graded": 0.9},
+            "ndcg_at_10": {"queries": 1034, "bm25": None, "dense": 0.7, "rrf": 0.8, "convex": 0.85, "graded": 0.9},
             "cut_texts": [{"model": "dense", "texts": "documents", "cut": 1035, "of": 1036}],
             "plots": ["labels.png", "false_negatives.png", "reliability.png"],
         },
@@ -173,7 +180,7 @@ def test_every_count_is_told(facts):
         assert words in text
     for words in ("label < 0.95", "seed 4", "query_prompt 'query: '", "20.0 % (10.0 % to 40.0 %)", "not ECI"):
         assert words in text
-    assert "| - | 0.7000 | 0.8000 | 0.9000 |" in text
+    assert "| - | 0.7000 | 0.8000 | 0.8500 | 0.9000 |" in text
     assert "**Warning of the grading step:** 30 % of the queries are one-hot" in text
     assert "**Warning of the search:** 60 % of the documents are cut" in text
     for name in facts["audit"]["plots"]:
@@ -358,6 +365,21 @@ def test_models_of_the_hub_are_pinned_and_private_ones_named(facts):
     facts["teacher"]["model"] = "package:mine"
     text = render_card(CONFIGS, facts)
     assert "not public" not in text and "`package:` names a model inside a Python package" in text
+
+
+def test_a_hybrid_teacher_is_told_with_its_weights_and_models(facts):
+    """Its models are pinned as any other; with few labels the card says what stood in for it."""
+    commit = "c" * 40
+    facts["teacher"] = {"kind": "hybrid", "teachers": [{"kind": "cross_encoder", "model": "org/one@main", **MODEL}]}
+    facts["scores"]["inputs"]["teacher"] = {"kind": "hybrid", "teachers": [{"model": f"org/one@{commit}"}]}
+    facts["scores"]["calibration"] |= {"folds": 5, "weights": {"bm25": 1.23, "teacher_1": -0.5}}
+    text = render_card(CONFIGS, facts)
+    assert "bm25 +1.23, teacher_1 -0.50" in text and f"teacher_1 is `org/one@{commit}`, cross-encoder" in text
+    recipe = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert recipe["teacher"]["teachers"][0]["model"] == f"org/one@{commit}"
+    facts["teacher"]["teachers"], facts["scores"]["inputs"]["teacher"]["teachers"] = [], []
+    del facts["scores"]["calibration"]["weights"]
+    assert "too few labelled positives to fit on, so the convex sum" in render_card(CONFIGS, facts)
 
 
 def test_what_was_read_is_identified(facts):

@@ -111,14 +111,46 @@ def table_of(rows, schema):
     return pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema)
 
 
+MININGS = [
+    Mining(num_negatives=3),
+    Mining(num_negatives=11, margin=0.5),
+    Mining(num_negatives=3, margin=0.1, margin_type="absolute"),
+    Mining(num_negatives=3, margin_type="none", skip=2),
+    Mining(num_negatives=2, margin_type="flipped_control"),
+    Mining(num_negatives=3, relabel="exclude"),
+    Mining(num_negatives=3, relabel="promote"),
+]
+
+
+def passes(margin_type, label, limit):
+    return {"none": True, "flipped_control": not label < limit}.get(margin_type, label < limit)
+
+
 def mined_by_hand(data, mining):
     """The rows that contract 3 asks for, one candidate at a time, and why each candidate was left out."""
     texts, groups, classes, queries, scores = data
     found, reasons, dropped = [], Counter(), Counter()
     for query_id, rows in scores.items():
+        highest = max(np.float32(row["label"]) for row in rows if row["is_positive"])
+        if mining.relabel == "promote":  # those that are neither near duplicates nor of the class of a positive
+            positives = {row["document_id"] for row in rows if row["is_positive"]}
+            of_positives = {c for d, c in classes if d in positives}
+            rows = [
+                row
+                | {
+                    "is_positive": row["is_positive"]
+                    or (
+                        np.float32(row["label"]) > highest
+                        and not any(groups.get(row["document_id"], 0) == groups.get(other, 1) for other in positives)
+                        and not {c for d, c in classes if d == row["document_id"]} & of_positives
+                    )
+                }
+                for row in rows
+            ]
         positives = {row["document_id"] for row in rows if row["is_positive"]}
         for positive in [row for row in rows if row["is_positive"]]:
-            limit = np.float32(mining.margin) * np.float32(positive["label"])
+            label, margin = np.float32(positive["label"]), np.float32(mining.margin)
+            limit = label - margin if mining.margin_type == "absolute" else margin * label
             allowed = []
             for row in rows:
                 name = row["document_id"]
@@ -130,15 +162,19 @@ def mined_by_hand(data, mining):
                     reasons["is_duplicate_of_positive"] += 1
                 elif {c for d, c in classes if d == name} & {c for d, c in classes if d in positives}:
                     reasons["shares_class"] += 1
-                elif not np.float32(row["label"]) < limit:
+                elif mining.relabel == "exclude" and np.float32(row["label"]) > highest:
+                    reasons["graded_above_positive"] += 1
+                elif not passes(mining.margin_type, np.float32(row["label"]), limit):
                     reasons["fails_margin"] += 1
                 else:
                     reasons["qualifies"] += 1
                     allowed.append(row)
+            allowed.sort(key=lambda row: -np.float32(row["label"]))
+            skipped, allowed = allowed[: mining.skip], allowed[mining.skip :]
+            reasons.update(fails_margin=len(skipped), qualifies=-len(skipped))
             if len(allowed) < mining.num_negatives:
                 dropped["too_few_negatives" if allowed else "no_qualifying_candidate"] += 1
                 continue
-            allowed.sort(key=lambda row: -np.float32(row["label"]))
             chosen = [positive, *allowed[: mining.num_negatives]]
             ids = [row["document_id"] for row in chosen]
             named = {f"negative_{rank}": texts[name] for rank, name in enumerate(ids[1:], start=1)}
@@ -154,15 +190,16 @@ def mined(folder, mining, name="mined"):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("mining", [Mining(num_negatives=3), Mining(num_negatives=11, margin=0.5)], ids=str)
+@pytest.mark.parametrize("mining", MININGS, ids=Mining.config_name)
 def test_mined_rows_are_those_of_plain_python(tmp_path, seed, mining):
     data = write_graded(tmp_path, seed=seed, row_groups=((0, 5), (5, 5), (5, 6), (6, 12)))
     rows, reasons, dropped = mined_by_hand(data, mining)
     table, facts = mined(tmp_path, mining)
     assert table.schema.equals(mined_schema(mining.num_negatives))
     assert rows and table.to_pylist() == rows
-    assert set(reasons) == set(facts["candidates"]) and min(reasons.values()) > 0
-    assert facts["candidates"] == reasons
+    always = {"is_other_positive", "is_duplicate_of_positive", "shares_class", "qualifies"}
+    assert always <= {name for name, count in reasons.items() if count}
+    assert {name: count for name, count in facts["candidates"].items() if count} == +reasons
     assert facts["rows_dropped"] == {name: dropped[name] for name in ("too_few_negatives", "no_qualifying_candidate")}
     assert facts["rows"] == len(rows) and facts["negatives"] == len(rows) * mining.num_negatives
     labels = np.array([row["label"] for row in rows])
@@ -189,6 +226,28 @@ def test_all_positives_of_a_query_go_along(tmp_path):
     ]
     assert table.schema.equals(POSITIVES) and 0 < len(expected) < 36
     assert list(zip(*table.to_pydict().values(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("relabel", ["exclude", "promote"])
+def test_candidates_graded_above_every_positive_are_no_in_batch_negatives(tmp_path, relabel):
+    texts, _, _, queries, rows = write_graded(tmp_path)
+    mined(tmp_path, Mining(num_negatives=3), "plain")
+    mined(tmp_path, Mining(num_negatives=3, relabel=relabel))
+    plain, more = (
+        set(zip(*pq.read_table(tmp_path / name / "positives.parquet").to_pydict().values(), strict=True))
+        for name in ("plain", "mined")
+    )
+    known = {query: max(row["label"] for row in found if row["is_positive"]) for query, found in rows.items()}
+    above = {
+        (queries[query], texts[row["document_id"]])
+        for query, found in rows.items()
+        for row in found
+        if row["label"] > known[query]
+    }
+    labelled = {
+        (queries[q], texts[row["document_id"]]) for q, found in rows.items() for row in found if row["is_positive"]
+    }
+    assert plain < more and more - labelled and more - labelled <= above
 
 
 def test_without_several_positives_no_file_tells_of_them(tmp_path):

@@ -395,7 +395,8 @@ def graded_set(tmp_path) -> Path:
                 if number not in (2, 8):  # two more positives that were not retrieved
                     found = np.unique([*found[:8], 5 * number])
                 for rank, document in enumerate(found, start=1):
-                    rows.append((query_id, document_ids[document], rank, 1.5, None, None, 1 / (60 + rank), rank))
+                    found_by = (rank, 1.5, None, None, 1 / (60 + rank), rank, 0.35 / rank, rank)
+                    rows.append((query_id, document_ids[document], *found_by))
             if number % 4 == 3 or query_id == "q99":
                 if rows:
                     stream.write(pa.table(list(zip(*rows, strict=True)), schema=CANDIDATES))

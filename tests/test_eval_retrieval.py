@@ -86,7 +86,7 @@ def test_rows_are_in_the_order_in_which_systems_came_to_be(metrics, rows):
     """The last stage's files are the final model's: one row, not two."""
     final = "after retrieval (final)"
     models = ["untrained", "after sts", final, f"{final}, 2-shot"]
-    assert list(rows) == ["BM25", "dense teacher", "RRF", *models, f"BM25 + {final}"]
+    assert list(rows) == ["BM25", "dense retriever", "RRF", "convex sum", *models, f"BM25 + {final}"]
     assert [row["kind"] for row in metrics["systems"][-2:]] == ["model", "fusion"]
     assert metrics["counts"] == {"documents": 6, "queries": 3, "relevant": 3}
     assert metrics["not_evaluated"] == []
@@ -98,9 +98,9 @@ def test_retriever_rows_by_hand(rows):
     assert rows["BM25"]["nDCG@10"] == pytest.approx((1 + second) / 3, abs=1e-4)
     assert rows["BM25"]["RR"] == pytest.approx((1 + 1 / 2) / 3, abs=1e-4)
     assert rows["BM25"]["R@100"] == pytest.approx(2 / 3, abs=1e-4)
-    assert rows["dense teacher"]["nDCG@10"] == pytest.approx((second + 1) / 3, abs=1e-4)
+    assert rows["dense retriever"]["nDCG@10"] == pytest.approx((second + 1) / 3, abs=1e-4)
     assert rows["BM25"]["difference"] is None
-    assert rows["dense teacher"]["difference"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert rows["dense retriever"]["difference"]["mean"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(("shots", "suffix"), [("", ""), ("-2-shot", ", 2-shot")])
@@ -179,7 +179,15 @@ def test_any_models_are_compared_without_a_run(run, tiny_decoder, tmp_path, held
     found = evaluate(run, tmp_path / "out", "--model", *names, "--truncate_dim", "8", "--precision", "int8", "binary")
     fused = [f"BM25 + {name}" for name in names]
     cut = [f"{name}, {how}" for name in names for how in ("8 dimensions", "int8", "binary")]
-    assert [row["name"] for row in found["systems"]] == ["BM25", "dense teacher", "RRF", *names, *cut, *fused]
+    assert [row["name"] for row in found["systems"]] == [
+        "BM25",
+        "dense retriever",
+        "RRF",
+        "convex sum",
+        *names,
+        *cut,
+        *fused,
+    ]
     assert found["run"] is None and all(row["difference"] for row in found["systems"][1:])
     scores = {row["name"]: row["nDCG@10"] for row in found["systems"]}
     truncated = sentence_transformers_scores(run / "model", held_out, query_prompt_name="query", truncate_dim=8)
@@ -286,8 +294,8 @@ def test_a_cut_candidates_file_gives_no_recall(tiny_run, tmp_path, top_k, known,
     write_parquet(path, pa.concat_tables([table, pa.Table.from_pylist(lost_second, table.schema)]))
     write_json(data / "candidates" / "manifest.json", {"inputs": {"fusion": {"top_k": top_k}}})
     documents, queries = held_out
-    ranking = candidate_rankings(data, queries, set(documents.ids))["dense teacher"]
-    row = retriever_row("dense teacher", queries, *ranking)
+    ranking = candidate_rankings(data, queries, set(documents.ids))["dense retriever"]
+    row = retriever_row("dense retriever", queries, *ranking)
     assert {measure: row[measure] is not None for measure in known} == known
 
 
