@@ -33,8 +33,8 @@ from dataset_builders.decontamination import (
     find_matches,
     read_probes,
 )
-from dataset_builders.near_duplicates import band_keys, near_duplicate_groups, text_keys
-from dataset_builders.readers import Rows, stable_hash
+from dataset_builders.near_duplicates import band_keys, near_duplicate_groups, stable_hash, text_keys
+from dataset_builders.readers import Rows
 from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES
 from dataset_builders.sources import Splits
 

@@ -29,8 +29,8 @@ from common.recipes import Section
 from common.steps import file_sha256
 from dataset_builders.near_duplicates import NEAR_DUPLICATE, band_keys, near_matches, text_keys
 from dataset_builders.readers import read_asked
-from dataset_builders.sources import find_folder
-from dataset_builders.tables import FolderTables
+from dataset_builders.sources import find_source
+from dataset_builders.tables import FileTables
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -101,7 +101,7 @@ def describe_decontamination(section: Decontamination | None, data_root: str | N
         for task in mteb_tasks(section)
     }
     local = {
-        name: {path.name: file_sha256(path) for path in _local_tables(folder, data_root).files}
+        name: {name: file_sha256(path) for name, path in _local_tables(folder, data_root).files.items()}
         for name, folder in section.local.items()
     }
     return {"similarity": section.similarity, "tasks": tasks, "local": local}
@@ -301,5 +301,5 @@ def _searched_keys(corpus: pl.DataFrame) -> pl.Series:
     return pl.concat([text_keys(part) for part in texts]).unique()
 
 
-def _local_tables(folder: str, data_root: str | None) -> FolderTables:
-    return FolderTables(find_folder(folder, data_root), (TEST,))
+def _local_tables(folder: str, data_root: str | None) -> FileTables:
+    return FileTables(find_source(folder, data_root), (TEST,))

@@ -45,6 +45,12 @@ def normalised(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+def stable_hash(*parts: object) -> int:
+    """64 bits that depend on nothing but `parts`: the same in every process, on every machine."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
 def text_keys(texts: pl.Series) -> pl.Series:
     """128 bits of hash of each normalised text: equal keys mean equal texts."""
     keys = (hashlib.blake2b(normalised(text).encode(), digest_size=16).digest() for text in in_blocks(texts))

@@ -6,20 +6,21 @@ that is not there is an error in a folder, and left out of a set from the Hub.
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
-import pyarrow as pa
 from tqdm import tqdm
 
 from common.cli import InputError
-from dataset_builders.near_duplicates import in_blocks, text_keys
+from dataset_builders.near_duplicates import in_blocks, stable_hash, text_keys
 from dataset_builders.schema import QRELS, check_rows
-from dataset_builders.tables import COLUMNS, TEXT, Tables, to_frame
+from dataset_builders.tables import COLUMNS, Tables
 
+TWO_TEXTS = (
+    "{where}: id {id!r} stands for two texts; make ids unique, or leave the column out: --columns '{{id: null}}'"
+)
 # What an evaluation asks about.
 ASKED = {
     "pairs": ("query",),
@@ -62,7 +63,9 @@ class Draw:
 def read_layout(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     """What a set holds for `splits`; of the first one, which is trained on, what `draw` keeps."""
     readers = {"corpus": _read_corpus, "pairs": _read_pairs, "texts": _read_texts, "text_pairs": _read_pairs}
-    return readers[tables.layout](tables, splits, draw)
+    rows = readers[tables.layout](tables, splits, draw)
+    tables.tell()
+    return rows
 
 
 def read_graded_pairs(tables: Tables, split: str, draw: Draw) -> pl.DataFrame:
@@ -77,30 +80,16 @@ def read_asked(tables: Tables, split: str) -> tuple[pl.Series, pl.DataFrame | No
     if tables.layout != "corpus":
         table = tables.read(split)
         return pl.concat([_exploded(table, name)[name].rename("text") for name in ASKED[tables.layout]]), None
-    qrels = to_frame(tables.load_part("qrels", (split,)), _columns_of("query_id", "split"), tables.where("qrels"))
-    queries = _read_part(tables, "queries", (split,), "query_id")
-    table, where = tables.load_part("corpus", (split,)), tables.where("corpus")
-    names = [name for name in ("title", "text") if name == "text" or name in table.column_names]
-    corpus = tables.whole_rows(to_frame(table, _columns_of(*names), where), ["text"], where)
+    qrels, queries = tables.read_part("qrels"), _read_part(tables, "queries", "query_id")
+    corpus = tables.whole_rows(tables.read_part("corpus"), ["text"], tables.where("corpus"))
     return queries.join(qrels.filter(split=split), on="query_id", how="semi")["text"], corpus
 
 
-def stable_hash(*parts: object) -> int:
-    """64 bits that depend on nothing but `parts`: the same in every process, on every machine."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
 def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
-    documents, queries = (
-        _read_part(tables, "corpus", splits, "document_id"),
-        _read_part(tables, "queries", splits, "query_id"),
-    )
-    where = tables.where("qrels")
-    table = tables.load_part("qrels", splits)
-    theirs = ("query_id", "corpus_id", "score", "split")
-    columns = {field.name: (name, field.type) for field, name in zip(QRELS, theirs, strict=True)}
-    qrels = tables.whole_rows(to_frame(table, columns, where), QRELS.names, where).select(QRELS.names)
+    documents = _read_part(tables, "corpus", "document_id")
+    queries = _read_part(tables, "queries", "query_id")
+    where, table = tables.where("qrels"), tables.read_part("qrels").rename({"corpus_id": "document_id"})
+    qrels = tables.whole_rows(table, QRELS.names, where).select(QRELS.names)
     seen = len(table)
     for texts, part in ((queries, "queries"), (documents, "corpus")):
         column = texts.columns[0]
@@ -115,18 +104,24 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
             tqdm.write(f"{where}: {len(unknown):,} rows whose {column} is not in {part} left out", file=sys.stderr)
         qrels = known
     is_train = pl.col("split") == splits[0]
+    if tables.made:
+        asked = queries.join(qrels.filter(is_train), on="query_id", how="semi")
+        dealt = asked.select("query_id", dealt=tables.deal(text_keys(asked["text"])))
+        qrels = qrels.join(dealt, on="query_id", how="left", maintain_order="left")
+        qrels = qrels.with_columns(split=pl.when(is_train).then("dealt").otherwise("split")).drop("dealt")
     qrels = pl.concat([draw.keeps(qrels.filter(is_train)), qrels.filter(~is_train)])
     if tables.published or draw.num_pairs:  # the judgements of other splits were not read
         queries = queries.join(qrels, on="query_id", how="semi", maintain_order="left")
     return Rows(documents, queries, qrels, seen)
 
 
-def _read_part(tables: Tables, part: str, splits: Sequence[str], id_name: str) -> pl.DataFrame:
+def _read_part(tables: Tables, part: str, id_name: str) -> pl.DataFrame:
     """`id_name`, text (title and text). The ids are unique."""
-    table, where = tables.load_part(part, splits), tables.where(part)
-    sides = ("title", "text") if part == "corpus" and "title" in table.column_names else ("text",)
-    found = to_frame(table, {"id": ("_id", TEXT), "text": (sides, TEXT)}, where)
-    found = tables.whole_rows(found, ["id", "text"], where)
+    found, where = tables.read_part(part), tables.where(part)
+    if "title" in found.columns:
+        text = pl.concat_str("title", "text", separator=" ", ignore_nulls=True).str.strip_chars()
+        found = found.with_columns(text=text)
+    found = tables.whole_rows(found.rename({"_id": "id"}), ["id", "text"], where)
     twice = found.filter(pl.col("id").is_duplicated())["id"]
     if len(twice):
         raise InputError(f"{where}: id {twice[0]!r} occurs twice; ids must be unique")
@@ -139,50 +134,76 @@ def _read_pairs(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     for split in splits:
         judged = tables.read(split)
         seen += len(judged)
-        judged = (
-            _labelled_pairs(tables, split, judged) if tables.layout == "text_pairs" else _pairs(tables, split, judged)
+        judged = (_labelled_pairs if tables.layout == "text_pairs" else _pairs)(tables, split, judged)
+        own = [f"own_{name}" for name in ("query", "positive") if f"own_{name}" in judged.columns]
+        judged = judged.sort("score", descending=True).unique(["query_key", "document_key", *own], keep="first")
+        parts.append(
+            (draw.keeps(judged, "query_key") if split == splits[0] else judged).with_columns(split=pl.lit(split))
         )
-        judged = judged.sort("score", descending=True).unique(["query_id", "document_id"], keep="first")
-        parts.append((draw.keeps(judged) if split == splits[0] else judged).with_columns(split=pl.lit(split)))
-    found = pl.concat(parts)
-    found = found.with_columns(_ids("q", found["query_id"]), _ids("d", found["document_id"]))
+    found = pl.concat(parts, how="diagonal")
+    where = tables.where(splits[0])
+    found = _with_ids(_with_ids(found, "query", "own_query", where), "document", "own_positive", where)
     documents = found.select("document_id", text="document").unique("document_id")
     queries = found.select("query_id", text="query").unique("query_id")
-    return Rows(documents, queries, found.select(QRELS.names), seen)
+    qrels = found.group_by("query_id", "document_id", "split").agg(pl.col("score").max())
+    return Rows(documents, queries, qrels.select(QRELS.names), seen)
+
+
+def _with_ids(found: pl.DataFrame, side: str, own: str, where: str) -> pl.DataFrame:
+    """With `side`_id: the smallest of the source's own ids of a text (a column of `found`, if it has some), else one
+    made of its hash.
+    """
+    key, name = f"{side}_key", f"{side}_id"
+    found = found.with_columns(_ids(side[0], found[key]).alias(name))
+    if own in found.columns:
+        found = found.with_columns(pl.coalesce(pl.col(own).min().over(key), name).alias(name))
+        twice = found.filter(pl.col(key).n_unique().over(name) > 1)[name]
+        if len(twice):
+            raise InputError(TWO_TEXTS.format(where=where, id=twice[0]))
+    return found
 
 
 def _pairs(tables: Tables, split: str, table: pl.DataFrame) -> pl.DataFrame:
-    """query, document, score, and the hashes of the texts as query_id and document_id."""
+    """query, document, score, the hashes of the texts as query_key and document_key, and the source's own ids."""
     where = tables.where(split)
     table = tables.whole_rows(table, ["query"], where)
-    table = table.with_columns(query_id=_text_hashes(table["query"]))
+    own_query = next((name for name in ("query_id", "id") if name in table.columns), None)
+    own_positive = next((name for name in ("positive_id", "id") if name in table.columns), None)
+    if table.schema["positive"] == pl.List and own_positive == "id":
+        own_positive = None  # of one text alone
+    table = table.with_columns(query_key=_text_hashes(table["query"]))
     judged = []
-    for side, score in (("positive", 1), ("negative", 0)):
-        if side in table.columns:
-            found = tables.whole_rows(_exploded(table, side), [side], where)
-            judged.append(
-                found.select(
-                    "query",
-                    "query_id",
-                    document=side,
-                    document_id=_text_hashes(found[side]),
-                    score=pl.lit(score, pl.Int32),
-                )
+    for side, score in (("positive", pl.col("relevance") if "relevance" in table.columns else 1), ("negative", 0)):
+        if side not in table.columns:
+            continue
+        found = _exploded(table, side)
+        if side == "negative":  # a row need not have one
+            found = found.filter(pl.col(side).str.strip_chars() != "")
+        else:
+            found = tables.whole_rows(found, [side], where)
+        own = {"own_query": own_query, "own_positive": own_positive if side == "positive" else None}
+        own = {name: pl.col(column) for name, column in own.items() if column}
+        score = pl.lit(score, pl.Int32) if isinstance(score, int) else score
+        judged.append(
+            found.select(
+                "query", "query_key", document=side, document_key=_text_hashes(found[side]), score=score, **own
             )
-    return pl.concat(judged)
+        )
+    return pl.concat(judged, how="diagonal")
 
 
 def _labelled_pairs(tables: Tables, split: str, table: pl.DataFrame) -> pl.DataFrame:
     """The same of pairs whose label says whether they are positives."""
     where = tables.where(split)
-    score = table["label"].replace_strict(tables.label_scores, default=None, return_dtype=pl.Int32)
+    score = table["label"].replace_strict(tables.keys.label_scores, default=None, return_dtype=pl.Int32)
     if score.null_count() == len(score):
         found = ", ".join(map(str, table["label"].unique(maintain_order=True)[:9]))
-        raise InputError(f"{where}: no label is one of {', '.join(tables.label_scores)}; found: {found}")
+        known = ", ".join(tables.keys.label_scores)
+        raise InputError(f"{where}: no label is one of {known}; found: {found}; say which are 1 or 0: --label_scores")
     table = table.with_columns(score=score).filter(score.is_not_null())
     table = tables.whole_rows(table, ["text1", "text2"], where)
     table = table.filter(text_keys(table["text1"]) != text_keys(table["text2"]))
-    hashes = {"query_id": _text_hashes(table["text1"]), "document_id": _text_hashes(table["text2"])}
+    hashes = {"query_key": _text_hashes(table["text1"]), "document_key": _text_hashes(table["text2"])}
     return table.select("score", query="text1", document="text2", **hashes)
 
 
@@ -202,28 +223,41 @@ def _read_texts(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
         table = table.with_columns(query_id=pl.Series(hashes, dtype=pl.UInt64), split=pl.lit(split))
         table = table.unique("query_id", keep="first", maintain_order=True).with_columns(score=1)
         parts.append(draw.keeps(table) if split == splits[0] else table)
-    texts = pl.concat(parts)
+    texts = pl.concat(parts, how="diagonal")
     texts = texts.with_columns(text_keys(texts["text"]))
     is_train = pl.col("split") == splits[0]
     inside = texts.filter(is_train).join(texts.filter(~is_train), on="key", how="anti", maintain_order="left")
     check_rows(inside, f"{tables.where(splits[0])}: every text also stands in {', '.join(splits[1:])}")
     qrels = draw_of_class(texts, inside.select("label", document_id="query_id"), draw.seed)
-    qrels = qrels.with_columns(
-        _ids("q", qrels["query_id"]), _ids("d", qrels["document_id"]), score=pl.lit(1, pl.Int32)
-    )
+    ids = _ids_of_texts(texts, tables.where(splits[0]))
+    qrels = qrels.with_columns(ids("q", qrels["query_id"]), ids("d", qrels["document_id"]), score=pl.lit(1, pl.Int32))
     documents = inside.select(
-        _ids("d", inside["query_id"]).alias("document_id"), "text", pl.col("label").alias("class")
+        ids("d", inside["query_id"]).alias("document_id"), "text", pl.col("label").alias("class")
     )
     queries = texts.unique("query_id", keep="first", maintain_order=True)
-    queries = queries.select(_ids("q", queries["query_id"]), "text")
+    queries = queries.select(ids("q", queries["query_id"]), "text")
     return Rows(documents, queries, qrels.select(QRELS.names), seen)
+
+
+def _ids_of_texts(texts: pl.DataFrame, where: str) -> Callable[[str, pl.Series], pl.Series]:
+    """(prefix, hashes of `texts`) -> their ids: the source's own, or made of the prefix and the hash."""
+    if "id" not in texts.columns:
+        return _ids
+    named = texts.group_by("query_id").agg(pl.col("id").min(), pl.col("key", "label").first()).sort("query_id")
+    twice = named.filter(pl.col("key").n_unique().over("id") > 1)["id"]
+    if len(twice):
+        raise InputError(TWO_TEXTS.format(where=where, id=twice[0]))
+    # a text of several classes is merged again in the corpus, where it keeps the smallest id
+    further = pl.int_range(pl.len()).over("id") > 0
+    named = named.with_columns(pl.when(further).then(pl.concat_str("id", "label", separator=" ")).otherwise("id"))
+    return lambda prefix, hashes: hashes.replace_strict(named["query_id"], named["id"], return_dtype=pl.String)
 
 
 def _labelled_texts(tables: Tables, split: str) -> pl.DataFrame:
     """row, text, label; a text of several classes has a row for each."""
     table = tables.read(split)
-    if tables.label_separator:
-        table = table.with_columns(pl.col("label").str.split(tables.label_separator))
+    if tables.keys.label_separator:
+        table = table.with_columns(pl.col("label").str.split(tables.keys.label_separator))
     if table.schema["text"] != pl.List:
         return _exploded(table, "label")
     lengths = table.select(pl.col("text", "label").list.len())
@@ -249,10 +283,6 @@ def draw_of_class(texts: pl.DataFrame, documents: pl.DataFrame, seed: int) -> pl
     texts = texts.with_columns(place=pl.col("drawn") % pl.col("others"))
     texts = texts.with_columns(pl.col("place") + (pl.col("place") >= pl.col("own")).fill_null(False).cast(pl.UInt64))
     return texts.join(documents.drop("size"), on=["label", "place"], maintain_order="left")
-
-
-def _columns_of(*names: str) -> dict[str, tuple[str, pa.DataType]]:
-    return {name: (name, TEXT) for name in names}
 
 
 def _exploded(table: pl.DataFrame, name: str) -> pl.DataFrame:

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,10 +26,10 @@ from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
 from dataset_builders.languages import Language
+from dataset_builders.near_duplicates import stable_hash as stable_hash  # for mining
 from dataset_builders.readers import Draw, Rows, read_graded_pairs, read_layout
-from dataset_builders.readers import stable_hash as stable_hash  # for mining
 from dataset_builders.schema import LABEL_FLOOR, STS
-from dataset_builders.tables import COLUMNS, FolderTables, HubTables, Layout, TableKeys, Tables
+from dataset_builders.tables import COLUMNS, HELD_OUT, PARTS, FileTables, HubTables, Layout, TableKeys, Tables
 
 REGISTRY = Path(__file__).with_name("sources.yaml")
 TaskType = Literal["retrieval", "classification", "clustering", "duplicates", "nli", "sts"]
@@ -84,6 +84,15 @@ class SetKeys(TableKeys):
         if score_range and not score_range[0] < score_range[1]:
             raise ValueError("score_range is written [lowest, highest]")
         return score_range
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out(cls, values: Any) -> Any:
+        """A set that is split by `holdout` is evaluated on the splits that this makes, unless it names others."""
+        if not values.get("holdout"):
+            return values
+        made = [name for name in HELD_OUT if name != values.get("split")]
+        return {"eval_splits": made, **values}
 
 
 class HubSet(SetKeys):
@@ -140,10 +149,19 @@ class PydocsSource(Splits):
 
 
 class LocalSource(Splits, SetKeys):
-    """A folder of Parquet files, whose layout shows in its columns; see readers.py."""
+    """A file or a folder, whose layout shows in its columns; see tables.py."""
 
     kind: Literal["local"]  # whose keys these are
     path: str  # below data_root, or absolute
+
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        known = {name for layout in (*COLUMNS.values(), *PARTS.values()) for name in layout}
+        for name in columns:
+            if name not in known:
+                raise ValueError(f"our names come first, and {name!r} is none of {', '.join(sorted(known))}")
+        return columns
 
 
 class HubSource(Splits, HubSet):
@@ -196,7 +214,10 @@ def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
         parser = file_sha256(Path(pydocs.__file__))
         return {**keys, "python": platform.python_version(), "packages": packages, "parser": parser}
     if source.kind == "local":  # the same files are the same source wherever they lie
-        return {**keys, "files": {path.name: file_sha256(path) for path in open_tables(source, data_root).files}}
+        return {
+            **keys,
+            "files": {name: file_sha256(path) for name, path in open_tables(source, data_root).files.items()},
+        }
     found = _set_keys(source)
     keys |= {"set": found.model_dump(mode="json", include={*HubSet.model_fields})}
     if Path(found.dataset).is_dir():
@@ -222,6 +243,8 @@ def check_task_type(task_type: str, source: Source, data_root: str | None) -> No
         raise InputError("key 'source.eval_splits': task_type 'sts' reads one split; leave it out")
     if source.kind == "registry" and source.entry.task_type != task_type:
         raise InputError(f"source.name {source.name!r} is for task_type {source.entry.task_type!r}, not {task_type!r}")
+    if task_type == "sts" and getattr(source, "holdout", None):
+        raise InputError("key 'source.holdout': task_type 'sts' reads one split; leave it out")
     if source.kind != "pydocs" and (task_type == "sts") != (_set_keys(source).score_range is not None):
         raise InputError("key 'source.score_range' goes with task_type 'sts', which needs it, and with no other")
     if source.kind == "local":
@@ -257,23 +280,25 @@ def read_sts(source: Source, data_root: str | None) -> pa.Table:
 def open_tables(source: Source, data_root: str | None) -> Tables:
     """The tables of a source that has some. Raises InputError when there is no such folder or data set."""
     if source.kind == "local":
-        return FolderTables(find_folder(source.path, data_root), source.searched, source)
+        return FileTables(find_source(source.path, data_root), source.searched, source)
     found = _set_keys(source)
     revision = found.revision
     if revision is None and not Path(found.dataset).is_dir():
         revision = hub_commit(found.dataset, None, repo_type="dataset")
-    return HubTables(found.dataset, found.config, revision, found.layout, found)
+    return HubTables(found.dataset, found.config, revision, found.layout, source.searched, found)
 
 
-def find_folder(path: str, data_root: str | None) -> Path:
-    """A local set's folder: under `data_root`, else under $DATA_ROOT, else as written. Raises InputError."""
+def find_source(path: str, data_root: str | None) -> Path:
+    """A local set's file or folder: under `data_root`, else $DATA_ROOT, else as written. Raises InputError."""
     roots = [root for root in (data_root, os.environ.get("DATA_ROOT")) if root]
     places = [*(expand_user(root) / path for root in roots), expand_user(path)]
     for place in places:
-        if place.is_dir():
+        if place.exists():
             return place
     searched = ", ".join(map(str, places))
-    raise InputError(f"source.path {path!r}: no such folder (searched: {searched}); set data_root or $DATA_ROOT")
+    raise InputError(
+        f"source.path {path!r}: no such folder or file (searched: {searched}); set data_root or $DATA_ROOT"
+    )
 
 
 def sources_table() -> str:

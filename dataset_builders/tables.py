@@ -1,36 +1,39 @@
-"""Tables of raw data in a folder or on the Hugging Face Hub, in one of five layouts.
+"""Tables of raw data in files or on the Hugging Face Hub, in one of five layouts.
 
 | layout | columns | task types |
 |---|---|---|
 | corpus | a corpus, its queries and qrels, as BEIR and mteb publish them | retrieval |
-| pairs | query, positive, negative (on the Hub only where `columns` names it); texts or lists of texts | retrieval |
-| texts | text, label (in a folder: label_text); texts or lists of texts | classification, clustering |
-| text_pairs | text1, text2, label (in a folder: label_text) | duplicates, nli |
+| pairs | query, positive; negative, relevance, ids; texts or lists of texts | retrieval |
+| texts | text, label; texts or lists of texts; id | classification, clustering |
+| text_pairs | text1, text2, label | duplicates, nli |
 | graded_pairs | sentence1, sentence2, score | sts |
 
-A list of texts may be written as JSON. A row without text is an error in a folder, and left out of a set from the
-Hub: whoever builds from that cannot mend it.
+Columns are known by the names in NAMES; `columns` names others. A list of texts may be written as JSON. A row without
+text is an error in a file, and left out of a set from the Hub: whoever builds from that cannot mend it.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 from tqdm import tqdm
 
 from common.cli import InputError
 from common.models import datasets_cache
 from common.recipes import Section
-from common.steps import files_of, fingerprint, read_parquet
+from common.steps import files_of, fingerprint
+from dataset_builders.files import FORMATS, column_names, read_file
+from dataset_builders.near_duplicates import in_blocks, stable_hash, text_keys
 from dataset_builders.schema import cast_column, check_rows
 
 Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]
@@ -38,14 +41,53 @@ TEXT = pa.string()
 # Column -> type; None: texts or lists of texts.
 COLUMNS: dict[str, dict[str, pa.DataType | None]] = {
     "corpus": {},  # its three tables have the columns of PARTS
-    "pairs": {"query": TEXT, "positive": None, "negative": None},
-    "texts": {"text": None, "label": None},
+    "pairs": {
+        "query": TEXT,
+        "positive": None,
+        "negative": None,
+        "relevance": pa.int32(),
+        **dict.fromkeys(("id", "query_id", "positive_id"), TEXT),
+    },
+    "texts": {"text": None, "label": None, "id": TEXT},
     "text_pairs": {"text1": TEXT, "text2": TEXT, "label": TEXT},
     "graded_pairs": {"sentence1": TEXT, "sentence2": TEXT, "score": pa.float64()},
 }
-PARTS = ("corpus", "queries", "qrels")
-# What a part's columns are called on the Hub, where they have another name than in a folder.
-HUB_PARTS = {"id": "_id", "query-id": "query_id", "corpus-id": "corpus_id"}
+# Read where they are there; those of pairs and texts on the Hub only where `columns` names them. A row's id stands for
+# its query, and for its positive where that is one text.
+OPTIONAL = {"negative", "relevance", "id", "query_id", "positive_id", "title", "split"}
+PARTS = {
+    "corpus": {"_id": TEXT, "title": TEXT, "text": TEXT},
+    "queries": {"_id": TEXT, "text": TEXT},
+    "qrels": {"query_id": TEXT, "corpus_id": TEXT, "score": pa.int32(), "split": TEXT},
+}
+# Our name -> what it may be called, the first of them that is there; capitals, spaces and hyphens make no difference.
+NAMES = {
+    "query": "query question anchor prompt",
+    "positive": "positive positives pos answer answers response document passage context text body abstract",
+    "negative": "negative negatives neg hard_negative hard_negatives",  # and negative_1, negative_2, ...
+    "relevance": "relevance relevant is_relevant judgement judgment",
+    "id": "id",
+    "query_id": "query_id qid question_id topic_id",
+    "positive_id": "positive_id document_id doc_id docid passage_id pid answer_id corpus_id",
+    "text": "text sentence sentences utterance content contents body passage document query question",
+    "label": "label_text label labels class category intent topic",
+    "text1": "text1 sentence1 sentence_a question1 premise",
+    "text2": "text2 sentence2 sentence_b question2 hypothesis",
+    "sentence1": "sentence1 sentence_a text1",
+    "sentence2": "sentence2 sentence_b text2",
+    "score": "score similarity_score similarity relatedness relevance rel",
+    "_id": "id docid doc_id document_id corpus_id pid passage_id query_id qid topic_id",
+    "title": "title",
+    "corpus_id": "corpus_id document_id doc_id docid pid passage_id",
+    "split": "split",
+}
+_NUMBERED = re.compile(r"(hard_)?neg(ative)?_\d+")
+# The splits of a set by the names of its files, and by what else they are called.
+SPLIT_NAMES = {"dev": "validation", "valid": "validation", "val": "validation"}
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|dev|valid|val)(?![a-z])")
+_FOLDER = re.compile(r"data|corpus|queries|qrels|train|test|validation|dev|valid|val")  # below a set's own
+HELD_OUT = ("validation", "test")
+PART_FILES = {"corpus": r"(corpus|collection|documents)\b", "queries": r"(queries|topics)\b", "qrels": r".*qrels\b"}
 # The score of a pair with this label. Pairs with any other label (neutral), and of a text with itself, are left out.
 LABEL_SCORES = {"entailment": 1, "contradiction": 0, "duplicate": 1, "not_duplicate": 0}
 _JSON_LIST = r'(?s)^\[(".*")?\]$'
@@ -54,32 +96,125 @@ _JSON_LIST = r'(?s)^\[(".*")?\]$'
 class TableKeys(Section):
     """How the tables of a set are read."""
 
-    columns: Mapping[str, str | tuple[str, ...]] = {}  # our name -> theirs; several are joined by a space
+    # our name -> theirs; several are joined by a space (of negative: are several texts); null: is not read
+    columns: Mapping[str, str | tuple[str, ...] | None] = {}
     label_separator: str | None = Field(None, min_length=1)  # of texts: a label is several classes with this between
     label_scores: Mapping[str, int] = LABEL_SCORES  # of text_pairs: pairs with another label are left out
+    # share of the rows of `split` that become validation, and as many test, where the set has no such split
+    holdout: float | None = Field(None, gt=0, lt=0.5)
 
 
 class Tables:
     """A set that can be read. Its two kinds have:
 
-    where(name): a split or a part, as messages name it; load(split): its table; load_part(part, splits): _id, text
-    and, where there is one, title; of the qrels query_id, corpus_id, score, split.
+    layout; splits (a set's own); where(name): a split or a part, as messages name it; load(split): its table;
+    load_part(part): the tables of a part, each with a column `split` where that is known.
     """
 
     published: bool  # rows that cannot be used are left out, not refused
+    layout: Layout
 
-    def __init__(self, layout: Layout, keys: TableKeys, columns: Mapping[str, str | Sequence[str]]) -> None:
-        self.layout = layout
-        self.label_separator, self.label_scores = keys.label_separator, keys.label_scores
-        self.columns = columns  # our name -> theirs, where that is another
+    def __init__(self, asked: Sequence[str], keys: TableKeys) -> None:
+        self.asked, self.keys = asked, keys  # the first of the splits asked for is trained on
+        self.read_as: dict[str, str] = {}  # their columns -> ours, as far as they were read
+        self.unread: set[str] = set()
 
     def read(self, split: str) -> pl.DataFrame:
         """The layout's columns: texts or lists of texts, a score as float64; and `row`."""
-        table, columns = self.load(split), {}
-        for name, type_ in COLUMNS[self.layout].items():
-            is_read = name != "negative" or name in self.columns or (not self.published and name in table.column_names)
-            columns |= {name: (self.columns.get(name, name), type_)} if is_read else {}
-        return to_frame(table, columns, self.where(split))
+        if split not in self.made:
+            return self._read(split)
+        table = self._read(self.asked[0])
+        return table.filter(self.deal(self._asked_keys(table)) == split)
+
+    @cached_property
+    def made(self) -> tuple[str, ...]:
+        """The splits that are made of the one trained on, which is one of them; empty without `holdout`."""
+        missing = [name for name in HELD_OUT if name not in map(canonical, (*self.splits, self.asked[0]))]
+        return (self.asked[0], *missing) if self.keys.holdout and missing else ()
+
+    def deal(self, keys: pl.Series) -> pl.Series:
+        """The split of each text, decided by its key and no other text. Raises InputError where one stays empty."""
+        first, *missing = self.made
+        place = pl.Series([stable_hash("holdout", key.hex()) / 2**64 for key in in_blocks(keys)], dtype=pl.Float64)
+        sides = pl.Series([first], dtype=pl.String).new_from_index(0, len(keys))
+        for name, share in zip(HELD_OUT, (place < self.keys.holdout, place >= 1 - self.keys.holdout), strict=True):
+            if name in missing:
+                sides = sides.zip_with(~share, pl.Series([name]))
+        for name in self.made:
+            if name not in sides:
+                raise InputError(
+                    f"{self.where(first)}: holdout {self.keys.holdout} of {keys.n_unique():,} queries leaves none for "
+                    f"{name!r}; choose another share, or give a file for each split"
+                )
+        return sides
+
+    def _asked_keys(self, table: pl.DataFrame) -> pl.Series:
+        """What decides a row's split: its query, or the least of the texts that a chain of pairs connects."""
+        if self.layout != "text_pairs":
+            name = next(iter(COLUMNS[self.layout]))
+            texts = table[name] if table.schema[name] != pl.List else table[name].list.join(" ")
+            return text_keys(texts.fill_null(""))
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        sides = pl.concat([text_keys(table[name].fill_null("")) for name in ("text1", "text2")])
+        nodes = sides.rank("dense").to_numpy() - 1
+        graph = coo_matrix((np.ones(len(table)), np.split(nodes, 2)), shape=(nodes.max() + 1,) * 2)
+        groups = pl.DataFrame({"key": sides, "group": connected_components(graph)[1][nodes]})
+        return groups.with_columns(pl.col("key").min().over("group"))["key"].head(len(table))
+
+    def _read(self, split: str) -> pl.DataFrame:
+        table = self.load(split)
+        found = self.find(COLUMNS[self.layout], table.column_names)
+        types = {name: (theirs, COLUMNS[self.layout][name]) for name, theirs in found.items()}
+        return to_frame(table, types, self.where(split))
+
+    def read_part(self, part: str) -> pl.DataFrame:
+        """row and the columns of PARTS that are there. Raises InputError where one that is needed is not."""
+        frames = []
+        for table in self.load_part(part):
+            found = self.find(PARTS[part], table.column_names)
+            types = {name: (theirs, PARTS[part][name]) for name, theirs in found.items()}
+            frames.append(to_frame(table, types, self.where(part)))
+        frame = pl.concat(frames, how="diagonal")
+        if part == "qrels":
+            self.splits = frame["split"].drop_nulls().unique().to_list()
+            asked = {name: self.asked_as(name) for name in self.splits}
+            frame = frame.with_columns(pl.col("split").replace(asked))
+        return frame
+
+    def asked_as(self, split: str) -> str:
+        """A split of the set by the name that it is asked for with: `validation` may be `dev`."""
+        return next((name for name in self.asked if canonical(name) == canonical(split)), split)
+
+    def find(self, wanted: Iterable[str], there: Sequence[str]) -> dict[str, str | Sequence[str]]:
+        """Our name -> theirs, of the columns to read. One that is needed and not there keeps our name."""
+        found = {}
+        for name in wanted:
+            theirs = self.keys.columns[name] if name in self.keys.columns else self._named(name, there)
+            if theirs or name not in OPTIONAL:
+                found[name] = theirs or name
+        self.read_as |= {theirs: name for name, several in found.items() for theirs in _names(several)}
+        self.unread = (self.unread | {*there}) - {*self.read_as}
+        return found
+
+    def _named(self, name: str, there: Sequence[str]) -> str | Sequence[str] | None:
+        if self.published and self.layout != "corpus" and name in OPTIONAL:
+            return None
+        if self.published and name in there:
+            return name
+        known = {plain(other): other for other in reversed(there)}
+        if named := [known[other] for other in NAMES[name].split() if other in known]:
+            return named[0]
+        return [other for other in there if name == "negative" and _NUMBERED.fullmatch(plain(other))] or None
+
+    def tell(self) -> None:
+        """Print one line on how columns were read, where that is not by our names."""
+        others = [f"{theirs} as {name}" for theirs, name in self.read_as.items() if plain(theirs) != plain(name)]
+        unread = f"; not read: {', '.join(sorted(self.unread))}" if self.unread else ""
+        if others or unread:
+            line = f"{self}: reads {', '.join(others or ['the columns of our names'])}{unread}"
+            print(f"{line}; --columns changes that", file=sys.stderr, flush=True)
 
     def whole_rows(self, table: pl.DataFrame, names: Sequence[str], where: str) -> pl.DataFrame:
         """The rows in which none of `names` is null or blank. Raises InputError for others, unless `published`."""
@@ -97,40 +232,114 @@ class Tables:
         return table
 
 
-class FolderTables(Tables):
-    """A folder of Parquet files: SPLIT.parquet, or corpus.parquet, queries.parquet and qrels.parquet."""
+def canonical(split: str) -> str:
+    """
+    >>> canonical("dev"), canonical("test")
+    ('validation', 'test')
+    """
+    return SPLIT_NAMES.get(split.lower(), split)
+
+
+def plain(name: str) -> str:
+    """
+    >>> plain("Query ID"), plain("corpus-id"), plain("_id")
+    ('query_id', 'corpus_id', 'id')
+    """
+    return re.sub(r"\W+", "_", name.strip().lower()).strip("_")
+
+
+class FileTables(Tables):
+    """A file, or a folder with one for each split, or with a corpus, its queries and qrels.
+
+    A file's split is told by its name or its folder's (train.csv, data/dev-00000-of-00002.parquet, qrels/test.tsv);
+    one that has no such name, and is alone, holds what is trained on.
+    """
 
     published = False
 
-    def __init__(self, folder: Path, splits: Sequence[str], keys: TableKeys | None = None) -> None:
-        keys = keys or TableKeys()
-        self.folder = folder
-        columns = {"label": "label_text", **keys.columns}
-        is_corpus = (folder / "corpus.parquet").is_file()
-        super().__init__("corpus" if is_corpus else self._find_layout(splits[0], columns), keys, columns)
-        self.files = [folder / f"{name}.parquet" for name in (PARTS if is_corpus else splits)]
-        for path in self.files:
-            _read_schema(path)
+    def __init__(self, path: Path, asked: Sequence[str], keys: TableKeys | None = None) -> None:
+        super().__init__(asked, keys or TableKeys())
+        self.path = path
+        found = [path]
+        if path.is_dir():
+            found = [*path.iterdir(), *(file for file in path.glob("*/*") if _FOLDER.fullmatch(file.parent.name))]
+        found = sorted(file for file in found if file.suffix in FORMATS and file.exists())
+        if len({file.suffix for file in found}) > 1:  # beside other files, JSON holds settings
+            found = [file for file in found if file.suffix != ".json"]
+        self._files: dict[str | None, list[Path]] = {
+            part: [file for file in found if re.match(name, self._name(file))] for part, name in PART_FILES.items()
+        }
+        if path.is_dir() and self._files["corpus"]:
+            self.layout = "corpus"
+        else:
+            found, self._files = [file for file in found if file.suffix not in (".txt", ".qrels")], {}
+            for file in found:
+                self._files.setdefault(self._split_of(file), []).append(file)
+            if len(self._files) == 1 and (path.is_file() or None in self._files):
+                self._files = {asked[0]: found}
+            self.layout = self._find_layout(asked[0])
+        self.splits = [] if self.layout == "corpus" else [name for name in self._files if name]
 
-    def _find_layout(self, split: str, columns: Mapping[str, str | Sequence[str]]) -> Layout:
-        found = set(_read_schema(self.folder / f"{split}.parquet").names)
-        for layout in ("pairs", "texts", "text_pairs", "graded_pairs"):
-            needed = {name for ours in COLUMNS[layout] for name in _names(columns.get(ours, ours))}
-            if needed - {"negative"} <= found:
-                return layout
-        raise InputError(
-            f"{self.where(split)}: columns {', '.join(sorted(found))}; a split has query and positive, text and "
-            "label_text, text1, text2 and label_text, or sentence1, sentence2 and score"
-        )
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What is read, by its name below the set's folder. Raises InputError for what is not there."""
+        names = PARTS if self.layout == "corpus" else [name for name in self.asked if name not in self.made[1:]]
+        return {self._name(file): file for name in names for file in self._of(name)}
 
     def where(self, name: str) -> str:
-        return str(self.folder / f"{name}.parquet")
+        files = self._of(self.asked[0] if name in self.made else name)
+        return str(files[0])
 
     def load(self, split: str) -> pa.Table:
-        return read_parquet(Path(self.where(split)))
+        return pa.concat_tables([read_file(file) for file in self._of(split)], promote_options="permissive")
 
-    def load_part(self, part: str, splits: Sequence[str]) -> pa.Table:
-        return read_parquet(Path(self.where(part)))
+    def load_part(self, part: str) -> list[pa.Table]:
+        tables = []
+        for file in self._of(part):
+            table, split = read_file(file), self._split_of(file) or self.asked[0]
+            if part == "qrels" and "split" not in table.column_names:
+                table = table.append_column("split", pa.repeat(split, len(table)))
+            tables.append(table)
+        return tables
+
+    def _of(self, name: str) -> list[Path]:
+        files = self._files.get(name) or self._files.get(canonical(name))
+        if files:
+            return files
+        there = ", ".join(str(name) for name, files in self._files.items() if files and name) or "none"
+        others = "as " + ", ".join(suffix.removeprefix(".") for suffix in FORMATS[1:])
+        raise InputError(f"{self.path / name}.parquet: no such file, nor {others}; there are: {there}")
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.path).as_posix() if file != self.path else file.name
+
+    def _split_of(self, file: Path) -> str | None:
+        """A split that is asked for by the file's very name, or a usual one."""
+        if file.stem in self.asked:
+            return file.stem
+        named = _SPLIT.search(self._name(file).lower())
+        return canonical(named[1]) if named else None
+
+    def _find_layout(self, split: str) -> Layout:
+        file = self._of(split)[0]
+        there = column_names(file)
+        for self.layout in ("pairs", "texts", "text_pairs", "graded_pairs"):
+            needed = {name for theirs in self.find(COLUMNS[self.layout], there).values() for name in _names(theirs)}
+            self.read_as, self.unread = {}, set()
+            if needed <= {*there} and {*self.keys.columns} <= {*COLUMNS[self.layout]}:
+                return self.layout
+        one = (
+            ": is its separator a comma, semicolon, tab or |?"
+            if len(there) == 1 and file.suffix in (".csv", ".tsv")
+            else ""
+        )
+        raise InputError(
+            f"{file}: columns {', '.join(sorted(there))}{one}; a split has query and positive, text and label, text1, "
+            "text2 and label, or sentence1, sentence2 and score; say which yours are: --columns '{query: THEIRS, ...}'"
+        )
 
 
 class HubTables(Tables):
@@ -139,10 +348,26 @@ class HubTables(Tables):
     published = True
 
     def __init__(
-        self, dataset: str, config: str | None, revision: str | None, layout: Layout, keys: TableKeys
+        self,
+        dataset: str,
+        config: str | None,
+        revision: str | None,
+        layout: Layout,
+        asked: Sequence[str],
+        keys: TableKeys,
     ) -> None:
-        super().__init__(layout, keys, keys.columns)
-        self.dataset, self.config, self.revision = dataset, config, revision
+        super().__init__(asked, keys)
+        self.dataset, self.config, self.revision, self.layout = dataset, config, revision, layout
+
+    def __str__(self) -> str:
+        return self.dataset
+
+    @cached_property
+    def splits(self) -> Sequence[str]:
+        from datasets import get_dataset_split_names
+
+        with self._one_line(self.asked[0]):
+            return get_dataset_split_names(self.dataset, self.config, revision=self.revision)
 
     @cached_property
     def _cache(self) -> str | None:
@@ -161,7 +386,7 @@ class HubTables(Tables):
             )
         return dataset.with_format("arrow")[:]
 
-    def load_part(self, part: str, splits: Sequence[str]) -> pa.Table:
+    def load_part(self, part: str) -> list[pa.Table]:
         """A part is a config, as mteb's loader reads it. Corpus and queries have a single split, or one for each."""
         from datasets import get_dataset_config_names, load_dataset
 
@@ -171,17 +396,15 @@ class HubTables(Tables):
                 name = "default"
             loaded = load_dataset(self.dataset, name, revision=self.revision, cache_dir=self._cache)
         if part != "qrels" and len(loaded) == 1:
-            splits = list(loaded)
-        tables = []
-        for split in splits:
-            if split not in loaded:
+            return [table.with_format("arrow")[:] for table in loaded.values()]
+        there = {self.asked_as(split): table.with_format("arrow")[:] for split, table in loaded.items()}
+        asked = [self.asked[0], *(name for name in self.asked[1:] if name in there or not self.keys.holdout)]
+        for split in asked:
+            if split not in there:
                 raise InputError(f"{self.where(part)}: no split {split!r}; it has {', '.join(loaded)}")
-            table = loaded[split].with_format("arrow")[:]
-            table = table.rename_columns([HUB_PARTS.get(column, column) for column in table.column_names])
-            if part == "qrels":
-                table = table.append_column("split", pa.repeat(split, len(table)))
-            tables.append(table)
-        return pa.concat_tables(tables, promote_options="default")
+        if part != "qrels":
+            return [there[split] for split in asked]
+        return [there[split].append_column("split", pa.repeat(split, len(there[split]))) for split in asked]
 
     @contextmanager
     def _one_line(self, name: str) -> Iterator[None]:
@@ -211,10 +434,14 @@ def to_frame(
             if column not in table.column_names:
                 raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
             values = table[column]
+            if pa.types.is_integer(type_ or TEXT) and pa.types.is_large_string(values.type):  # 1.0, of a text file
+                values = cast_column(values, name, pa.float64(), where)
             if type_ is None and not pa.types.is_list(values.type) and not pa.types.is_large_list(values.type):
                 type_ = TEXT
             parts.append(pl.Series(name, pl.from_arrow(cast_column(values, name, type_ or pa.list_(TEXT), where))))
-        if len(parts) > 1:
+        if len(parts) > 1 and name == "negative":
+            parts = [pl.select(pl.concat_list(parts)).to_series()]
+        elif len(parts) > 1:
             parts = [pl.select(pl.concat_str(parts, separator=" ", ignore_nulls=True).str.strip_chars()).to_series()]
         found[name] = _decoded(parts[0]) if columns[name][1] is None else parts[0]
     return pl.DataFrame(found)
@@ -229,12 +456,3 @@ def _decoded(column: pl.Series) -> pl.Series:
     if column.dtype == pl.String and column.count() and column.str.contains(_JSON_LIST).all():
         return column.str.json_decode(pl.List(pl.String))
     return column
-
-
-def _read_schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a set has one for each split, or for {', '.join(PARTS)}") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None

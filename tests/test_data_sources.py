@@ -24,7 +24,7 @@ from dataset_builders.sources import (
     RegistrySource,
     check_task_type,
     describe_source,
-    find_folder,
+    find_source,
     read_rows,
     read_sts,
     registry,
@@ -116,8 +116,9 @@ def test_pairs_come_from_load_dataset_with_their_columns_renamed(tmp_path):
     assert judged(rows) == [("what", "it", 1, "train"), ("who", "he", 1, "train"), ("who", "she", 1, "train")]
     assert rows.seen == 4 and texts(rows.queries) == ["what", "who"]
     assert judged(read_rows(local(folder, columns=source.columns), None)) == judged(rows)
+    assert judged(read_rows(hub(folder), None)) == judged(rows), "known by their names"
     with pytest.raises(InputError, match="no column 'query'"):
-        read_rows(hub(folder), None)
+        read_rows(hub(folder, columns={"query": "query"}), None)
     with pytest.raises(InputError, match="dev"):
         read_rows(source.model_copy(update={"split": "dev"}), None)
 
@@ -246,13 +247,13 @@ def test_local_folders_are_found_under_data_root_then_the_variable_then_here(tmp
     for name in ("one", "two"):
         (tmp_path / name / "set").mkdir(parents=True)
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "two"))
-    assert find_folder("set", str(tmp_path / "one")) == tmp_path / "one" / "set"
-    assert find_folder("set", None) == tmp_path / "two" / "set"
+    assert find_source("set", str(tmp_path / "one")) == tmp_path / "one" / "set"
+    assert find_source("set", None) == tmp_path / "two" / "set"
     monkeypatch.delenv("DATA_ROOT")
     monkeypatch.chdir(tmp_path / "one")
-    assert find_folder("set", None) == Path("set")
+    assert find_source("set", None) == Path("set")
     with pytest.raises(InputError, match="data_root"):
-        find_folder("nothing", None)
+        find_source("nothing", None)
 
 
 def test_sts_scores_are_moved_into_the_open_interval(tmp_path):

@@ -1,0 +1,112 @@
+"""Reads a table from a file as people have it: Parquet, Arrow, CSV, TSV, JSON lines, JSON, TREC qrels.
+
+Text files are streamed into a temporary Arrow file, which is mapped into memory: memory does not grow with the file.
+Values of CSV and TSV are texts (007 stays 007); of JSON a column has the type that fits all of its values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.cli import InputError
+from common.steps import read_arrow, read_parquet
+
+FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".qrels")
+SEPARATORS = ",;\t|"
+_TREC = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d+)\s*")
+_JSON = (".jsonl", ".ndjson", ".json")
+
+
+def read_file(path: Path) -> pa.Table:
+    """The rows of a file, memory-mapped where they were text. Raises InputError for what cannot be read."""
+    if path.suffix == ".parquet":
+        return read_parquet(path)
+    if path.suffix == ".arrow":
+        return _read_arrow(path)
+    with TemporaryDirectory() as folder:
+        try:
+            _scan(path, None).sink_ipc(Path(folder) / "rows.arrow", compat_level=pl.CompatLevel.oldest())
+        except (pl.exceptions.PolarsError, ValueError) as error:
+            raise InputError(_reason(path, error)) from None
+        return read_arrow(Path(folder) / "rows.arrow")  # the map outlives the file's name
+
+
+def column_names(path: Path) -> list[str]:
+    """Of a file's columns; of JSON lines those of the first thousand rows. Raises InputError as `read_file` does."""
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_schema(path).names
+        if path.suffix == ".arrow":
+            return _read_arrow(path).column_names
+        return _scan(path, 1000).collect_schema().names()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pl.exceptions.PolarsError, ValueError, OSError) as error:
+        raise InputError(_reason(path, error)) from None
+
+
+def _read_arrow(path: Path) -> pa.Table:
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()  # as `datasets` writes it
+    except (pa.ArrowInvalid, OSError):
+        return read_arrow(path)
+
+
+def _scan(path: Path, rows: int | None) -> pl.LazyFrame:
+    """The rows of a text file; types of JSON are those of the first `rows` (None: of all)."""
+    with path.open("rb") as stream:
+        first = stream.readline().decode("utf-8-sig")
+    if path.suffix in _JSON:
+        return pl.scan_ndjson(path if path.suffix != ".json" else _lines(path, first), infer_schema_length=rows)
+    if _TREC.fullmatch(first):
+        parts = pl.col("line").str.extract_groups(_TREC.pattern).struct
+        lines = pl.scan_csv(path, has_header=False, new_columns=["line"], separator="\x1f", quote_char=None)
+        return lines.select(query_id=parts.field("1"), corpus_id=parts.field("2"), score=parts.field("3"))
+    separator = "\t" if path.suffix == ".tsv" else max(SEPARATORS, key=first.count)
+    return pl.scan_csv(path, separator=separator, infer_schema=False)
+
+
+def _lines(path: Path, first: str) -> Path | bytes:
+    """The rows of a JSON file as JSON lines: it holds lines, rows in a list (perhaps below a key), or a list by column."""
+    try:
+        if isinstance(json.loads(first), dict) and first.endswith("\n"):
+            return path
+    except ValueError:
+        pass
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(rows, dict) and len(rows) == 1:
+        (rows,) = rows.values()
+    elif isinstance(rows, dict) and all(isinstance(values, list) for values in rows.values()):
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it holds no list of rows, such as [{...}, {...}]")
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What is wrong with a text file, and in which line as far as that can be told."""
+    number = 1
+    try:
+        with path.open("rb") as stream:
+            for line in stream:
+                text = line.decode()
+                if path.suffix in (".jsonl", ".ndjson") and text.strip():
+                    json.loads(text)
+                number += 1
+    except UnicodeDecodeError as found:
+        bad = found.object[found.start]
+        return f"{path}: line {number} is not UTF-8 (byte 0x{bad:02x}); save the whole file as UTF-8"
+    except ValueError as found:
+        return f"{path}: line {number} is no JSON ({found}); mend it or leave it out"
+    except OSError:
+        pass
+    kind = path.suffix.removeprefix(".")
+    reason = str(error).splitlines()[0]
+    return f"{path}: not a readable {kind.capitalize() if kind == 'parquet' else kind.upper()} file: {reason}"
