@@ -19,6 +19,7 @@ from common.cli import InputError
 from common.steps import read_arrow, read_parquet
 
 FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".qrels")
+BATCH = 10_000  # rows of a text file in memory at a time
 SEPARATORS = ",;\t|"
 _TREC = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d+)\s*")
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -32,7 +33,8 @@ def read_file(path: Path) -> pa.Table:
         return _read_arrow(path)
     with TemporaryDirectory() as folder:
         try:
-            _scan(path, None).sink_ipc(Path(folder) / "rows.arrow", compat_level=pl.CompatLevel.oldest())
+            oldest = pl.CompatLevel.oldest()
+            _scan(path, None).sink_ipc(Path(folder) / "rows.arrow", compat_level=oldest, record_batch_size=BATCH)
         except (pl.exceptions.PolarsError, ValueError) as error:
             raise InputError(_reason(path, error)) from None
         return read_arrow(Path(folder) / "rows.arrow")  # the map outlives the file's name
@@ -74,7 +76,7 @@ def _scan(path: Path, rows: int | None) -> pl.LazyFrame:
 
 
 def _lines(path: Path, first: str) -> Path | bytes:
-    """The rows of a JSON file as JSON lines: it holds lines, rows in a list (perhaps below a key), or a list by column."""
+    """The rows of a JSON file as JSON lines: lines, a list of rows (perhaps below a key), or lists by column."""
     try:
         if isinstance(json.loads(first), dict) and first.endswith("\n"):
             return path

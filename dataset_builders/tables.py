@@ -70,7 +70,7 @@ NAMES = {
     "query_id": "query_id qid question_id topic_id",
     "positive_id": "positive_id document_id doc_id docid passage_id pid answer_id corpus_id",
     "text": "text sentence sentences utterance content contents body passage document query question",
-    "label": "label_text label labels class category intent topic",
+    "label": "label_text label labels class category intent topic is_duplicate",
     "text1": "text1 sentence1 sentence_a question1 premise",
     "text2": "text2 sentence2 sentence_b question2 hypothesis",
     "sentence1": "sentence1 sentence_a text1",
@@ -210,11 +210,13 @@ class Tables:
 
     def tell(self) -> None:
         """Print one line on how columns were read, where that is not by our names."""
-        others = [f"{theirs} as {name}" for theirs, name in self.read_as.items() if plain(theirs) != plain(name)]
-        unread = f"; not read: {', '.join(sorted(self.unread))}" if self.unread else ""
-        if others or unread:
-            line = f"{self}: reads {', '.join(others or ['the columns of our names'])}{unread}"
-            print(f"{line}; --columns changes that", file=sys.stderr, flush=True)
+        others = [
+            f"{theirs} as {plain(name)}" for theirs, name in self.read_as.items() if plain(theirs) != plain(name)
+        ]
+        told = [f"reads {', '.join(others)}"] if others else []
+        told += [f"does not read {', '.join(sorted(self.unread))}"] if self.unread else []
+        if told:
+            print(f"{self}: {'; '.join(told)}; --columns changes that", file=sys.stderr, flush=True)
 
     def whole_rows(self, table: pl.DataFrame, names: Sequence[str], where: str) -> pl.DataFrame:
         """The rows in which none of `names` is null or blank. Raises InputError for others, unless `published`."""

@@ -1,0 +1,257 @@
+"""Files as people have them: what is read from each format, and what is told about the others."""
+
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from datasets import Dataset, DatasetDict
+from tiny_data import write_table
+
+from common.cli import InputError
+from dataset_builders.corpus import write_corpus
+from dataset_builders.files import read_file
+from dataset_builders.sources import LocalSource, read_rows
+
+ROWS = [
+    {"id": "T-1", "question": "how, to pay?", "answer": "by\ncard"},
+    {"id": "T-2", "question": "who", "answer": "we"},
+]
+
+
+def write(path: Path, content: str | bytes | list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(path: Path, **keys):
+    return read_rows(LocalSource(kind="local", path=str(path), **keys), None)
+
+
+def judged(path: Path, **keys) -> set[tuple]:
+    """(query, document, score, split) in texts."""
+    rows = read(path, **keys)
+    queries, documents = (dict(table.rows()) for table in (rows.queries, rows.documents.drop("class", strict=False)))
+    return {(queries[query], documents[document], *rest) for query, document, *rest in rows.qrels.iter_rows()}
+
+
+def as_csv(separator: str, start: str = "") -> str:
+    lines = [separator.join(ROWS[0]), *(separator.join(f'"{value}"' for value in row.values()) for row in ROWS)]
+    return start + "\n".join(lines) + "\n"
+
+
+def write_format(folder: Path, name: str) -> Path:
+    path, columns = folder / name, {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    folder.mkdir(parents=True)
+    if name == "stream.arrow":
+        DatasetDict({"train": Dataset.from_dict(columns)}).save_to_disk(str(folder / "saved"))
+        return folder / "saved"
+    if name == "rows.arrow":
+        pl.DataFrame(columns).write_ipc(path)
+    elif name == "rows.parquet":
+        write_table(path, **columns)
+    else:
+        texts = {
+            "rows.csv": as_csv(","),
+            "excel.csv": as_csv(";", "\ufeff"),
+            "rows.tsv": as_csv("\t"),
+            "rows.jsonl": ROWS,
+        }
+        texts |= {"rows.json": json.dumps(ROWS, indent=1), "columns.json": json.dumps(columns), "lines.json": ROWS}
+        write(path, texts[name])
+    return path
+
+
+FORMATS = [
+    "rows.csv",
+    "excel.csv",
+    "rows.tsv",
+    "rows.jsonl",
+    "rows.json",
+    "columns.json",
+    "lines.json",
+    "rows.parquet",
+]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "rows.arrow", "stream.arrow"])
+def test_a_file_of_every_format_gives_the_same_rows_with_their_ids(tmp_path, capsys, name):
+    path = write_format(tmp_path / "set", name)
+    for place in {path, path.parent if path.is_file() else path}:  # a folder with one file is that file
+        rows = read(place)
+        assert sorted(rows.documents.rows()) == [("T-1", "by\ncard"), ("T-2", "we")]
+        assert sorted(rows.queries.rows()) == [("T-1", "how, to pay?"), ("T-2", "who")]
+        assert sorted(rows.qrels.rows()) == [("T-1", "T-1", 1, "train"), ("T-2", "T-2", 1, "train")]
+        told = f"{place}: reads question as query, answer as positive; --columns changes that\n"
+        assert capsys.readouterr().err.endswith(told)
+
+
+LAYOUTS = {
+    "triplets": ([{"anchor": "q", "positive": "p", "negative": "n"}], {("q", "p", 1), ("q", "n", 0)}),
+    "numbered": (
+        [{"query": "q", "positive": "p", "negative_1": "n", "negative_2": "m"}],
+        {("q", "p", 1), ("q", "n", 0), ("q", "m", 0)},
+    ),
+    "no negative": (
+        [{"query": "q", "pos": ["p"], "neg": ["n"]}, {"query": "r", "pos": ["s"], "neg": []}],
+        {("q", "p", 1), ("q", "n", 0), ("r", "s", 1)},
+    ),
+    "judged": (
+        [{"query": "q", "passage": "p", "relevance": 2}, {"query": "q", "passage": "n", "relevance": 0}],
+        {("q", "p", 2), ("q", "n", 0)},
+    ),
+    "labelled": ([{"Text": "a", "Category": 1}, {"Text": "b", "Category": 1}], {("a", "b", 1), ("b", "a", 1)}),
+    "labelled pairs": ([{"premise": "a", "hypothesis": "b", "label": "entailment"}], {("a", "b", 1)}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_columns_are_known_by_their_names(tmp_path, name):
+    rows, expected = LAYOUTS[name]
+    assert judged(write(tmp_path / "rows.jsonl", rows)) == {(*row, "train") for row in expected}
+
+
+def write_beir(folder: Path) -> Path:
+    write(
+        folder / "corpus.jsonl",
+        [{"_id": f"d{row}", "title": "T", "text": f"text {row}", "metadata": {}} for row in (1, 2)],
+    )
+    write(folder / "queries.jsonl", [{"_id": f"q{row}", "text": f"ask {row}", "metadata": {}} for row in (1, 2)])
+    write(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    write(folder / "qrels" / "dev.tsv", "query-id\tcorpus-id\tscore\nq2\td2\t1\n")
+    return folder
+
+
+def test_a_folder_of_beir_is_read_as_it_lies_on_disk_and_dev_is_validation(tmp_path):
+    folder = write_beir(tmp_path / "beir")
+    rows = read(folder, eval_splits=["validation"])
+    assert sorted(rows.documents.rows()) == [("d1", "T text 1"), ("d2", "T text 2")]
+    assert sorted(rows.qrels.rows()) == [("q1", "d1", 1, "train"), ("q2", "d2", 1, "validation")]
+    assert {split for *_, split in read(folder, eval_splits=["dev"]).qrels.rows()} == {"train", "dev"}
+    write(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n")
+    with pytest.raises(InputError, match=r"qrels/dev\.tsv: document_id 'd9' \(and 0 more\) is not in .*corpus\.jsonl"):
+        read(folder)
+
+
+def test_qrels_of_trec_and_tables_of_any_format_are_a_collection(tmp_path):
+    write(tmp_path / "collection.tsv", "docid\ttext\n1\tone\n2\ttwo\n")
+    write(tmp_path / "topics.csv", "qid,query\n7,uno\n8,due\n")
+    write(tmp_path / "qrels.trec.txt", "7 0 1 2\n8  Q0\t2 1\n8 0 1 -1\n")
+    found = {("uno", "one", 2, "train"), ("due", "two", 1, "train"), ("due", "one", -1, "train")}
+    assert judged(tmp_path) == found
+
+
+def sides(folder: Path, rows, splits) -> dict[str, set[str]]:
+    folder.mkdir()
+    write_corpus(rows, splits, folder)
+    table = pl.read_parquet(folder / "queries.parquet")
+    return {split: set(part["text"]) for (split,), part in table.group_by("split")}
+
+
+def test_a_hold_out_is_a_stable_tenth_for_each_and_no_text_is_on_both_sides(tmp_path):
+    rows = [
+        {"question": f"Question  {row % 900}" if row % 2 else f"question {row % 900}", "answer": f"answer {row}"}
+        for row in range(1000)
+    ]
+    source = LocalSource(kind="local", path=str(write(tmp_path / "rows.jsonl", rows)), holdout=0.1)
+    assert source.eval_splits == ("validation", "test")
+    found = sides(tmp_path / "a", read_rows(source, None), source)
+    folded = {split: {" ".join(text.lower().split()) for text in texts} for split, texts in found.items()}
+    assert sum(map(len, folded.values())) == len(set().union(*folded.values())) == 900
+    assert {split: round(len(texts) / 90) for split, texts in folded.items()} == {
+        "train": 8,
+        "validation": 1,
+        "test": 1,
+    }
+    write(tmp_path / "rows.jsonl", rows[::-1][:-1])  # another order, and one row less: every other stays where it was
+    again = sides(tmp_path / "b", read_rows(source, None), source)
+    assert all(
+        {text.lower() for text in again[split]} <= {text.lower() for text in found[split]} | {""} for split in found
+    )
+
+
+def test_a_hold_out_makes_what_is_missing_and_keeps_texts_of_pairs_together(tmp_path):
+    write(tmp_path / "set" / "train.csv", "question,answer\n" + "".join(f"q{row},a{row}\n" for row in range(50)))
+    write(tmp_path / "set" / "test.csv", "question,answer\nasked,said\n")
+    found = judged(tmp_path / "set", holdout=0.2)
+    assert {query for query, *_, split in found if split == "test"} == {"asked"}
+    assert 2 < sum(split == "validation" for *_, split in found) < 25
+    pairs = [
+        {"question1": f"a{row}", "question2": f"{'bc'[row % 2]}{row // 2}", "label": "duplicate"} for row in range(200)
+    ]
+    split_of = {}
+    for one, other, _, split in judged(write(tmp_path / "pairs.jsonl", pairs), holdout=0.2):
+        assert {split_of.setdefault(text, split) for text in (one, other)} == {split}
+    assert {*split_of.values()} == {"train", "validation", "test"}
+    beir = write_beir(tmp_path / "beir")
+    write(beir / "queries.jsonl", [{"_id": f"q{row}", "text": f"ask {row}"} for row in range(40)])
+    write(
+        beir / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\n" + "".join(f"q{row}\td1\t1\n" for row in range(40))
+    )
+    assert {split for *_, split in judged(beir, holdout=0.3)} == {"train", "validation", "test"}
+
+
+PAIR = "question,answer\n"
+BAD = {
+    "one column": ("x.csv", "question\nwhy\n", {}, r"x\.csv: columns question: is its separator a comma"),
+    "mixed encodings": ("x.csv", f"{PAIR}çà,b\n".encode() + b"caf\xe9,c\n", {}, r"line 3 is not UTF-8 \(byte 0xe9\)"),
+    "UTF-16": ("x.csv", f"{PAIR}a,b\n".encode("utf-16"), {}, "line 1 is not UTF-8"),
+    "broken JSON": ("x.jsonl", '{"query": "a", "positive": "b"}\n{"query": \n', {}, r"x\.jsonl: line 2 is no JSON"),
+    "no rows": ("x.json", "3", {}, "it holds no list of rows"),
+    "ragged": ("x.csv", f"{PAIR}a,b,c\n", {}, "found more fields"),
+    "ids twice": ("x.csv", "id,query,answer\n1,a,b\n1,c,d\n", {}, "id '1' stands for two texts; make ids unique, or"),
+    "ids of texts": ("x.csv", "id,text,label\n1,a,b\n1,c,b\n2,d,b\n", {}, "id '1' stands for two texts"),
+    "nothing held out": ("x.csv", f"{PAIR}a,b\nc,d\n", {"holdout": 0.01}, "of 2 queries leaves none for 'validation'"),
+    "no such split": ("train.csv", f"{PAIR}a,b\n", {"eval_splits": ["test"]}, "no such file, nor as .* are: train"),
+    "unknown columns": (
+        "x.csv",
+        "frage,antwort\na,b\n",
+        {},
+        "columns antwort, frage; .* say which yours are: --columns",
+    ),
+    "no files": ("README.md", "x", {}, r"train\.parquet: no such file, nor as arrow, csv, .* there are: none"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path, name):
+    file, content, keys, message = BAD[name]
+    write(tmp_path / file, content)
+    with pytest.raises(InputError, match=message) as raised:
+        read(tmp_path, **keys)
+    assert "\n" not in str(raised.value)
+
+
+def test_memory_does_not_grow_with_a_file_of_json_lines(tmp_path):
+    """Its texts stay on disk, mapped. (2.1 GB take about 100 MB; of a small file most is buffers of a fixed size.)"""
+    line = json.dumps({"query": "why", "positive": "because of that " * 100}) + "\n"
+    path = tmp_path / "large.jsonl"
+    with path.open("w") as stream:
+        for _ in range(120):
+            stream.write(line * 1000)
+    before, most, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.is_set():
+            most = max(most, anonymous_bytes())
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    table = read_file(path)
+    done.set()
+    watcher.join()
+    assert len(table) == 120_000 and table.nbytes > 1.5e8 and isinstance(table, pa.Table)
+    assert most - before < table.nbytes
+
+
+def anonymous_bytes() -> int:
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
