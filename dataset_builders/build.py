@@ -1,6 +1,7 @@
 """Raw text -> graded training data, step by step; finished steps are skipped, a killed one is resumed.
 
     python -m dataset_builders.build --config recipes/data/scifact.yaml --output_dir runs/scifact/data
+    python -m dataset_builders.build --inspect faq.csv --output faq.yaml    # what it would read, and a recipe
     python -m dataset_builders.build --list_sources
     python -m dataset_builders.build --list_keys
 
@@ -26,6 +27,7 @@ from dataset_builders.corpus import write_corpus
 from dataset_builders.data_recipe import GradedRecipe, StsRecipe, load_recipes, recipe_keys
 from dataset_builders.decontamination import describe_decontamination
 from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
+from dataset_builders.inspect_source import inspect
 from dataset_builders.mine import Tally, mine, read_graded, write_mined
 from dataset_builders.scores import write_scores
 from dataset_builders.sources import describe_source, read_rows, sources_table
@@ -47,6 +49,9 @@ class PlannedStep(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     if "--list_sources" in argv:
         print(sources_table())
+        return
+    if any(flag.partition("=")[0] == "--inspect" for flag in argv):
+        inspect(argv)
         return
     if "--list_keys" in argv:
         print("\n".join(recipe_keys()))

@@ -63,9 +63,7 @@ class Draw:
 def read_layout(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     """What a set holds for `splits`; of the first one, which is trained on, what `draw` keeps."""
     readers = {"corpus": _read_corpus, "pairs": _read_pairs, "texts": _read_texts, "text_pairs": _read_pairs}
-    rows = readers[tables.layout](tables, splits, draw)
-    tables.tell()
-    return rows
+    return readers[tables.layout](tables, splits, draw)
 
 
 def read_graded_pairs(tables: Tables, split: str, draw: Draw) -> pl.DataFrame:

@@ -271,16 +271,14 @@ class FileTables(Tables):
         self._files: dict[str | None, list[Path]] = {
             part: [file for file in found if re.match(name, self._name(file))] for part, name in PART_FILES.items()
         }
-        if path.is_dir() and self._files["corpus"]:
-            self.layout = "corpus"
-        else:
+        self._is_corpus = path.is_dir() and bool(self._files["corpus"])
+        if not self._is_corpus:
             found, self._files = [file for file in found if file.suffix not in (".txt", ".qrels")], {}
             for file in found:
                 self._files.setdefault(self._split_of(file), []).append(file)
             if len(self._files) == 1 and (path.is_file() or None in self._files):
                 self._files = {asked[0]: found}
-            self.layout = self._find_layout(asked[0])
-        self.splits = [] if self.layout == "corpus" else [name for name in self._files if name]
+        self.splits = [] if self._is_corpus else [name for name in self._files if name]
 
     def __str__(self) -> str:
         return str(self.path)
@@ -325,14 +323,17 @@ class FileTables(Tables):
         named = _SPLIT.search(self._name(file).lower())
         return canonical(named[1]) if named else None
 
-    def _find_layout(self, split: str) -> Layout:
-        file = self._of(split)[0]
+    @cached_property
+    def layout(self) -> Layout:
+        if self._is_corpus:
+            return "corpus"
+        file = self._of(self.asked[0])[0]
         there = column_names(file)
-        for self.layout in ("pairs", "texts", "text_pairs", "graded_pairs"):
-            needed = {name for theirs in self.find(COLUMNS[self.layout], there).values() for name in _names(theirs)}
+        for layout in ("pairs", "texts", "text_pairs", "graded_pairs"):
+            needed = {name for theirs in self.find(COLUMNS[layout], there).values() for name in _names(theirs)}
             self.read_as, self.unread = {}, set()
-            if needed <= {*there} and {*self.keys.columns} <= {*COLUMNS[self.layout]}:
-                return self.layout
+            if needed <= {*there} and {*self.keys.columns} <= {*COLUMNS[layout]}:
+                return layout
         one = (
             ": is its separator a comma, semicolon, tab or |?"
             if len(there) == 1 and file.suffix in (".csv", ".tsv")
