@@ -35,7 +35,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 DATA_RECIPES = [path for path in RECIPES if path.parent.name == "data" or path.name == "data.yaml"]
 
 
-@pytest.mark.parametrize("path", DATA_RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DATA_RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_that_ships_is_read(path):
     local = read_yaml(path).get("source", {}).get("kind") == "local"
     if local and not SHARED_DATA.is_dir():
@@ -49,7 +49,7 @@ def test_every_recipe_that_ships_is_read(path):
 def test_recipes_cover_every_task_type_and_every_set_of_the_registry():
     values = [read_yaml(path) for path in DATA_RECIPES]
     assert len(values) >= 9 and {value["task_type"] for value in values if "source" in value} == set(TASK_LAYOUTS)
-    (path,) = (path for path in DATA_RECIPES if path.name == "lg-anna.yaml")
+    (path,) = (path for path in DATA_RECIPES if path.parent.name == "lg-anna")
     recipes = load_recipes(str(path), [], Path("data"))
     assert {folder.name for folder in recipes} == {name for name, entry in registry().items() if entry.split}
     assert all(recipe.task_type == registry()[folder.name].task_type for folder, recipe in recipes.items())

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from transformers import AutoModel, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 from trl import get_quantization_config
 
+from dataset_builders.sources import registry
 from modeling.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def read(path: Path) -> Recipe:
 
 def test_all_recipes_are_here():
     names = {path.parent.name for path in TRAIN}
-    assert names == {"demo", "mistral-7b", "llama-3", "qwen3", "gemma-3", "qlora", "smollm2", *ONE_STAGE}
+    assert names == {"demo", "mistral-7b", "llama-3", "qwen3", "gemma-3", "qlora", "smollm2", "lg-anna", *ONE_STAGE}
     assert {path.stem for path in ACCELERATE} == {"ddp", "fsdp", "zero3"}
 
 
@@ -49,6 +50,18 @@ def test_recipes_are_read(path):
     assert {stage.name: stage.own.loss for stage in recipe.stages} == stages
     assert recipe.output_dir.parts[0] == "runs"
     assert f"--config recipes/{path.parent.name}/train.yaml" in path.read_text()  # the command at its top is its own
+
+
+def test_the_whole_systems_recipe_trains_on_every_set_that_its_data_recipe_builds():
+    """Each under its own instruction, and rows that share classes without in-batch negatives."""
+    built = yaml.safe_load((RECIPES / "lg-anna" / "data.yaml").read_text())["sources"]
+    sts, retrieval = read(RECIPES / "lg-anna" / "train.yaml").stages
+    assert len(built) == 33 and {*sts.datasets, *retrieval.datasets} == set(built)
+    for name, own in {**sts.datasets, **retrieval.datasets}.items():
+        entry = registry()[name]
+        assert (own.instruction, own.dataset_name) == (entry.instruction, f"runs/lg-anna/data/{name}/hub")
+        assert own.dataset_config == ("sts" if entry.task_type == "sts" else "train")
+        assert name in sts.datasets or own.in_batch_negatives == entry.in_batch_negatives
 
 
 @pytest.mark.parametrize("name", ["llama-3", "qwen3", "gemma-3", "qlora"])
