@@ -1,0 +1,73 @@
+"""How well do BM25, the dense model, both ways of fusing them and the teacher rank a build's candidates?
+
+    python -m dataset_builders.build --config recipes/data/scifact.yaml --data_root DATA --output_dir runs/scifact/data
+    python -m benchmarks.bench_fusion runs/scifact/data runs/demo/data
+
+Over the queries that were graded. A hybrid teacher is cross-fitted, so no query has a part in its own ranking; the
+weight of the convex sum is one number, chosen on these queries (at most 1,000 of them).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import ir_measures
+import numpy as np
+import polars as pl
+
+from benchmarks.measure import environment
+from common.steps import read_manifest
+from common.tables import markdown_table
+from eval.intervals import bootstrap_interval, format_interval
+
+MEASURES = (ir_measures.nDCG @ 10, ir_measures.R @ 100)
+RANKINGS = {
+    "BM25": -pl.col("bm25_rank"),
+    "dense": -pl.col("dense_rank"),
+    "RRF": -pl.col("rrf_rank"),
+    "convex": -pl.col("convex_rank"),
+    "teacher": pl.when(pl.col("rrf_rank").is_not_null()).then(pl.col("teacher_score")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", type=Path, help="folders that dataset_builders.build wrote")
+    rows = []
+    for folder in parser.parse_args().data:
+        values = scores(folder)
+        difference = values["teacher"][MEASURES[0]] - values["RRF"][MEASURES[0]]
+        interval = format_interval(*bootstrap_interval(difference[None]), "+.3f")
+        means = [" / ".join(f"{values[name][measure].mean():.3f}" for measure in MEASURES) for name in RANKINGS]
+        weight = read_manifest(folder / "candidates")["bm25_weight"]
+        rows.append(
+            [str(folder), f"{len(difference):,}", *means, f"{weight:.2f}", f"{difference.mean():+.3f} {interval}"]
+        )
+    print(environment("bm25s", "sentence-transformers", "scikit-learn"))
+    print("nDCG@10 / R@100")
+    print(markdown_table(["data", "queries", *RANKINGS, "BM25's weight", "teacher - RRF, nDCG@10 [95 %]"], rows))
+
+
+def scores(folder: Path) -> dict[str, dict[object, np.ndarray]]:
+    """Ranking -> measure -> its value for each graded query, in order."""
+    split = read_manifest(folder / "hub")["inputs"]["recipe"]["source"]["split"]
+    judged = pl.read_parquet(folder / "corpus" / "qrels.parquet").filter(pl.col("split") == split)
+    qrels: dict[str, dict[str, int]] = {}
+    for query, document, gain in judged.select("query_id", "document_id", "score").iter_rows():
+        qrels.setdefault(query, {})[document] = gain
+    table, found = pl.read_parquet(folder / "scores" / "scores.parquet"), {}
+    for name, key in RANKINGS.items():
+        ranked = table.select("query_id", "document_id", key=key.cast(pl.Float64)).drop_nulls("key")
+        run: dict[str, dict[str, float]] = {query: {} for query in qrels}
+        for query, document, score in ranked.iter_rows():
+            run[query][document] = score
+        values = {measure: dict.fromkeys(qrels, 0.0) for measure in MEASURES}
+        for metric in ir_measures.iter_calc(MEASURES, qrels, run):
+            values[metric.measure][metric.query_id] = metric.value
+        found[name] = {measure: np.array(list(by_query.values())) for measure, by_query in values.items()}
+    return found
+
+
+if __name__ == "__main__":
+    main()
