@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import InputError, run
 from common.steps import MANIFEST, Step, link_files
-from modeling.ledger import closing_line, stage_cost, write_ledger, write_log
+from modeling.ledger import closing_line, write_ledger, write_log
 from modeling.processes import joint_step, launched_with, processes, refuse_shards
 from modeling.recipe import MergeArguments, Recipe, Stage, read_recipe, recipe_keys, write_recipe, write_stages
 
@@ -153,7 +153,7 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
         with sharing as counts, stopping(stage, trainer, checkpoints):
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
-    cost = stage_cost(trainer, counts)
+    cost = trainer.cost(counts)
     weights = trainer.whole_weights()
     if not processes().is_main_process:
         return

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
+from torch.utils.data import ConcatDataset
 
 from common.cli import InputError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch.utils.data import ConcatDataset
 
 LABEL = "label"
 

@@ -10,19 +10,17 @@ import itertools
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from common.cli import InputError
 from modeling.batches import LABEL
 from modeling.losses import MISSING, POSITIVES, text_keys
 from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, instruction_prompt
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformer
 
 _TRIES = 100  # rows tried for one shot, before a batch goes with fewer
 _TRIES_TO_FREEZE = 1000  # rows tried for all shots of a saved prompt

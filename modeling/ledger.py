@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,22 +10,7 @@ from common.steps import BUILD_FOLDERS, MANIFEST, read_manifest, write_json
 
 if TYPE_CHECKING:
     from modeling.recipe import Stage
-    from modeling.shared_prefix import TokenCounts
     from modeling.trainer import EmbedderTrainer
-
-
-def stage_cost(trainer: EmbedderTrainer, counts: TokenCounts | None) -> dict[str, Any]:
-    """The trainer's cost, the seconds of it that went into evaluation and those before a resume, and what
-    `share_prefix` made of the tokens of this process since it started (all forward passes, evaluations among them);
-    None without it.
-    """
-    evaluations = [entry.get("eval_runtime", 0.0) for entry in trainer.state.log_history]
-    return {
-        **trainer.cost(),
-        "evaluation_seconds": round(sum(evaluations), 2),
-        "seconds_before_resume": round(trainer.seconds_before, 2),
-        "share_prefix": counts and dataclasses.asdict(counts),
-    }
 
 
 def write_log(history: list[dict[str, Any]], path: Path) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from common.cli import InputError
+from modeling.encoder import save_merged
+from modeling.reference import write_reference
 
 # Above this cosine two tensors count as parallel: sin(angle) is then too small to divide by in float32.
 _PARALLEL = 0.9995
@@ -85,11 +88,6 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], method: str,
     Prompts and lengths are those of the last folder. Raises InputError for architectures or tokenizers that differ: an
     average of their weights would mean nothing.
     """
-    from sentence_transformers import SentenceTransformer
-
-    from modeling.encoder import save_merged
-    from modeling.reference import write_reference
-
     last = folders[-1]
     for folder in folders[:-1]:
         for what, read in (("architecture", _architecture), ("tokenizer", _tokenizer)):

@@ -6,25 +6,40 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from datasets import Dataset, get_dataset_config_names
+from huggingface_hub.errors import HTTPError
+from peft import PeftConfig
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.util import cos_sim
+from torch import nn
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 
 from common.cli import InputError
+from modeling.adapters import continue_adapter, quantization
+from modeling.demonstrations import Demonstrations
+from modeling.encoder import build_encoder
+from modeling.losses import CachedCoSENTLoss, GradedLoss
 from modeling.processes import processes
 from modeling.prompts import instruction_prompt
 from modeling.recipe import Stage
 from modeling.start import Start, column_prompts, saved_prompts
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftConfig
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-    from torch import nn
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-
-    from modeling.demonstrations import Demonstrations
-    from modeling.trainer import EmbedderTrainer
-    from modeling.training_data import CutTexts, SearchSample
+from modeling.tokens import check_prompts
+from modeling.trainer import EmbedderTrainer
+from modeling.training_data import (
+    CutTexts,
+    SearchSample,
+    count_cut,
+    cut_line,
+    data_key,
+    known_positives,
+    load_config,
+    search_sample,
+    training_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,6 @@ class StageData:
 
 def load_data(stage: Stage) -> StageData:
     """A stage's rows and, if it evaluates while it trains, its validation samples; all checked before training."""
-    from modeling.training_data import data_key, known_positives, load_config, training_rows
-
     train, keys, positives = {}, {}, {}
     for name, own in stage.datasets.items():
         where = location(stage, name)
@@ -54,10 +67,6 @@ def load_data(stage: Stage) -> StageData:
 
 def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSample]:
     """A sample of searches of each data set that publishes any, once where several entries read one data set."""
-    from datasets import get_dataset_config_names
-
-    from modeling.training_data import load_config, search_sample
-
     own = stage.own
     size = {"max_queries": own.eval_queries, "max_documents": own.eval_documents, "seed": stage.training.seed}
     samples = {}
@@ -109,8 +118,6 @@ def stage_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrai
 
 def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demonstrations]:
     """Where batches get their shots from, by data set; those without shots are left out."""
-    from modeling.demonstrations import Demonstrations
-
     return {
         name: Demonstrations(
             train[name],
@@ -132,8 +139,6 @@ def load_encoder(
     quantization_config: BitsAndBytesConfig | None = None,
     peft_config: PeftConfig | None = None,
 ) -> SentenceTransformer:
-    from modeling.encoder import build_encoder
-
     own = stage.own
     return build_encoder(
         base.name_or_path,
@@ -152,10 +157,6 @@ def load_encoder(
 
 def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]:
     """The encoder to train (all weights, a new adapter, or that of the stage before), and what it was loaded from."""
-    from transformers import set_seed
-
-    from modeling.adapters import continue_adapter, quantization
-
     adapter = start.adapter_for(stage)
     base = adapter.base if adapter else start
     set_seed(stage.training.seed)  # a new adapter starts at random
@@ -166,27 +167,24 @@ def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]
 
 
 def build_loss(stage: Stage, dataset: str, encoder: SentenceTransformer) -> nn.Module:
-    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-
-    from modeling.losses import CachedCoSENTLoss, GradedLoss
-
-    own = stage.datasets[dataset]
-    everywhere = {"mini_batch_size": own.mini_batch_size, "gather_across_devices": processes().num_processes > 1}
+    own, dims, parallel = stage.datasets[dataset], stage.own.matryoshka_dims, processes().num_processes > 1
+    size = own.mini_batch_size
+    if dims and parallel and size is None:
+        # without GradCache MatryoshkaLoss asks the model, then in DDP's wrapper, for its dimensions: AttributeError
+        size = stage.training.per_device_train_batch_size
+    everywhere = {"mini_batch_size": size, "gather_across_devices": parallel}
     if own.loss == "cosent":
         loss = CachedCoSENTLoss(encoder, scale=1 / own.temperature, **everywhere)
     else:
         settings = ("temperature", "target_temperature", "alpha", "in_batch_negatives", "false_negative_margin")
         loss = GradedLoss(encoder, own.loss, **{name: getattr(own, name) for name in settings}, **everywhere)
-    return MatryoshkaLoss(encoder, loss, stage.own.matryoshka_dims) if stage.own.matryoshka_dims else loss
+    return MatryoshkaLoss(encoder, loss, dims) if dims else loss
 
 
 def build_evaluator(
     name: str, sample: SearchSample, encoder: SentenceTransformer, batch_size: int
 ) -> InformationRetrievalEvaluator:
     """nDCG@10 (and MRR@10, recall@10, MAP) of the model as it stands, by sentence-transformers."""
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-    from sentence_transformers.util import cos_sim
-
     return InformationRetrievalEvaluator(
         sample.queries,
         sample.documents,
@@ -203,10 +201,6 @@ def build_evaluator(
 
 
 def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, checkpoints: Path) -> EmbedderTrainer:
-    import torch
-
-    from modeling.trainer import EmbedderTrainer
-
     arguments = stage.training
     arguments.output_dir = str(checkpoints)
     arguments.run_name = arguments.run_name or stage.name
@@ -232,8 +226,6 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
 
 def cut_texts(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, CutTexts]]:
     """By data set and column, how many texts are longer than what is read of them in training."""
-    from modeling.training_data import count_cut
-
     length = stage.own.train_max_seq_length
     return {
         name: count_cut(rows, tokenizer, length, column_prompts(stage, name, rows.column_names))
@@ -243,8 +235,6 @@ def cut_texts(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase)
 
 def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping[str, Mapping[str, CutTexts]]) -> str:
     """What a stage is about to train on, a line for each data set: rows, loss, steps, batch, tokens, cut texts."""
-    from modeling.training_data import cut_line
-
     arguments = trainer.args
     steps = arguments.max_steps if arguments.max_steps > 0 else None
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -263,8 +253,6 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
 
 def check_lengths(stages: Sequence[Stage], data: Mapping[str, StageData], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse prompts that are too long for any stage now, not after the stages before it."""
-    from modeling.tokens import check_prompts
-
     for stage in stages:
         own = stage.own
         prompts = stage_prompts(stage, data[stage.name].train, tokenizer)
@@ -279,10 +267,6 @@ def check_lengths(stages: Sequence[Stage], data: Mapping[str, StageData], tokeni
 
 def check_layers(stages: Sequence[Stage], start: Start) -> None:
     """Refuse now what no stage could be built of, on a model without weights."""
-    import torch
-    from huggingface_hub.errors import HTTPError
-    from transformers import AutoConfig, AutoModel
-
     where = f"model {start.reference!r}"
     for stage in stages:
         try:

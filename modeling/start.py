@@ -7,20 +7,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub.errors import HTTPError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from common.cli import InputError
 from common.models import fetch_settings, hub_commit, resolve_model
 from common.steps import files_of, fingerprint
+from modeling.batches import LABEL
 from modeling.encoder import DEFAULT_LENGTH, Published, read_published
 from modeling.processes import joint_step, processes
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, instruction_prompt, template_of
 from modeling.recipe import DatasetArguments, Recipe, Stage
+from modeling.student import build_student
 from modeling.tokens import finish_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-    from trl import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,6 @@ def first_start(recipe: Recipe) -> tuple[Start, Published | None]:
     config = recipe.student
     if config is None:
         return published_start(recipe.stages[0].model)
-    from modeling.student import build_student
-
     instruction = recipe.values.get("instruction")
     if instruction and "prompt" not in config.model_fields_set:
         config = config.model_copy(update={"prompt": instruction_prompt(instruction)})
@@ -125,9 +125,6 @@ def settle(stage: Stage, published: Published | None) -> Stage:
 
 def load_tokenizer(start: Start, stage: Stage) -> PreTrainedTokenizerBase:
     """The tokenizer as the first stage's encoder will have it. Raises InputError when there is none."""
-    from huggingface_hub.errors import HTTPError
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(start.name_or_path, revision=start.revision)
     except (HTTPError, OSError, ValueError, KeyError) as error:
@@ -149,8 +146,6 @@ def column_prompts(stage: Stage, dataset: str, columns: Sequence[str]) -> dict[s
     """Column -> prompt in training: `prompted_columns` get the query's (the instruction, or the start's own query
     prompt), the others the document's; bare ones none.
     """
-    from modeling.batches import LABEL
-
     own = stage.datasets[dataset]
     query = stage.published.prompts.get("query", "") if stage.published else ""
     if own.instruction is not None:

@@ -5,10 +5,10 @@ positives, the cost of training, readable log lines, a stop at the first non-fin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -29,14 +31,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.cli import InputError
+from common.steps import peak_memory_bytes
 from modeling.batches import EpochBatchSampler, WeightedBatchSampler
 from modeling.demonstrations import DemonstrationCollator, Demonstrations
 from modeling.encoder import without_bars
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-    from torch.utils.data import ConcatDataset, DataLoader
+    from modeling.shared_prefix import TokenCounts
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."  # transformers saves adapters under the names that peft's own wrapper gives
@@ -166,19 +167,22 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         """Seconds of training and of the evaluations in it, those before a resume (up to its last log) included."""
         return self.seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
-    def cost(self) -> dict[str, Any]:
-        """Cost of training so far. Memory is the high-water mark of the process, and of its accelerator."""
+    def cost(self, counts: TokenCounts | None) -> dict[str, Any]:
+        """Cost of training so far, seconds before a resume included. Memory is the high-water mark of the process, and
+        of its accelerator; `counts` is what share_prefix made of the tokens of this process since it started.
+        """
         on_gpu = torch.cuda.is_available()
-        high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "steps": self.state.global_step,
             "tokens": self.state.num_input_tokens_seen,
             "training_seconds": round(self.seconds, 2),
+            "evaluation_seconds": round(sum(entry.get("eval_runtime", 0.0) for entry in self.state.log_history), 2),
+            "seconds_before_resume": round(self.seconds_before, 2),
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "device_seconds": round(self.seconds * self.args.world_size, 2),
-            # Linux counts in KiB, macOS in bytes
-            "peak_memory_bytes": high_water * (1 if sys.platform == "darwin" else 1024),
+            "peak_memory_bytes": peak_memory_bytes(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+            "share_prefix": counts and dataclasses.asdict(counts),
         }
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

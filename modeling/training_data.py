@@ -8,21 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import polars as pl
 import pyarrow.compute as pc
+from datasets import Dataset, get_dataset_config_names
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError
+from transformers import PreTrainedTokenizerBase
 
 from common.cli import InputError
 from common.models import datasets_cache, hub_commit
 from common.steps import files_of, fingerprint
 from modeling.batches import LABEL
 from modeling.objectives import OBJECTIVES
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 Rule = tuple[pl.Expr, str]  # true for a row that is refused, and what is wrong with it
 VALIDATION = "validation"
@@ -48,10 +49,6 @@ def data_key(name: str, revision: str | None, where: str) -> str:
 
 def load_config(name: str, config: str, revision: str | None, key: str, where: str) -> Dataset:
     """One config of a dataset, a Hub id or a folder, whose contents have `key`. Raises InputError without one."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
-
     cache = None
     if Path(name).is_dir():
         datasets.disable_progress_bars()  # of downloads; reading a folder takes no time to speak of
@@ -194,8 +191,6 @@ def known_positives(rows: Dataset, name: str, revision: str | None, key: str, wh
 
     `rows` are those of `training_rows` (graded pairs have no positives), the rest as `load_config` takes it.
     """
-    from datasets import get_dataset_config_names
-
     if "query" not in rows.column_names:
         return {}
     configs = get_dataset_config_names(name, revision=revision)

@@ -185,22 +185,6 @@ def test_duplicated_texts_and_known_positives_by_hand(encoder):
     assert compared({0: ["date"], 2: ["file", "read"]}) == [3, 5, 3]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_without_in_batch_negatives_rows_do_not_meet(encoder, objective):
-    """The loss of a batch is the mean of its rows', each trained alone with the documents it has."""
-    loss = GradedLoss(encoder, objective, in_batch_negatives=False, **SETTINGS)
-    alone = []
-    for row in range(6):
-        kept = [k for k in range(3) if COLUMNS[k + 1][row]]
-        columns = [COLUMNS[0], *(COLUMNS[k + 1] for k in kept)]
-        encoder.zero_grad()
-        value = loss(features(encoder, columns, [row]), LABELS[row : row + 1, kept])
-        value.backward()
-        alone.append((value.item(), gradient_of(encoder)))
-    mean = sum(value for value, _ in alone) / 6, sum(gradient for _, gradient in alone) / 6
-    assert_same(value_and_gradient(encoder, loss, features(encoder), LABELS), mean)
-
-
 @pytest.mark.parametrize("objective", ["soft_info_nce", "lambda_loss"])
 def test_alpha_mixes_with_info_nce(encoder, objective):
     def run(name, **settings):

@@ -84,18 +84,11 @@ class Failure(TrainerCallback):
             raise RuntimeError("struck by lightning")
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_encoder, tmp_path_factory):
-    batches = []
-    run = trainer(tiny_encoder, tmp_path_factory.mktemp("whole"), batches)
-    run.train()
-    return run, batches
-
-
-@pytest.mark.parametrize("struck", [18])
-def test_a_resumed_run_has_the_batches_of_a_whole_one(whole, tiny_encoder, tmp_path, struck):
+def test_a_resumed_run_has_the_batches_of_a_whole_one(tiny_encoder, tmp_path):
     """Rows, their order and their prompts, in the second epoch (after step 12) and in the third."""
-    run, expected = whole
+    expected, struck = [], 18
+    run = trainer(tiny_encoder, tmp_path / "whole", expected)
+    run.train()
     assert len(expected) == 36
     assert [len({str(batch[0]) for batch in expected[begin : begin + 12]}) for begin in (0, 12, 24)] == [12] * 3
     assert expected[:12] != expected[12:24] != expected[24:]
@@ -154,20 +147,6 @@ def test_a_non_finite_number_stops_training(tiny_encoder, tmp_path, what):
 
 
 # --- what a person reads --------------------------------------------------------------------------------------------
-
-
-def test_lines_say_what_matters_and_the_history_says_all(tiny_encoder, tmp_path, capsys):
-    run = trainer(tiny_encoder, tmp_path, [], max_steps=8)
-    run.train()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    history = [entry for entry in run.state.log_history if "loss" in entry]
-    assert len(history) == 2
-    assert lines == [log_line(entry["step"], 8, entry) for entry in history]
-    assert lines[0].startswith(
-        f"step 4/8: loss {history[0]['loss']:.4f} (plain {history[0]['loss_plain']:.4f}, shown "
-    )
-    assert lines[1].endswith(f" s, {run.state.num_input_tokens_seen:,} tokens")
-    assert {"grad_norm", "epoch", "seconds", "tokens"} <= set(history[0])
 
 
 def test_evaluations_show_ndcg_alone():

@@ -60,32 +60,6 @@ def test_info_nce_on_ragged_rows_is_told_what_is_missing():
     ]
 
 
-def test_the_loss_leaves_them_out(tiny_encoder):
-    """Collated and computed: the row without negatives has the loss of a row with its positive alone."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-
-    from modeling.losses import GradedLoss
-
-    model = SentenceTransformer(str(tiny_encoder), device="cpu")
-    collate = SentenceTransformerDataCollator(model.preprocess)
-    texts = ["parse a date", "read a file", "sort a list", "open", "close", "write"]
-    rows = [
-        {"query": texts[0], "positive": texts[1], "negative_1": texts[2], "negative_2": None, "label": [0.9, 0.4]},
-        {"query": texts[3], "positive": texts[4], "negative_1": texts[5], "negative_2": None, "label": [0.8, 0.1]},
-    ]
-
-    def loss(rows: list[dict]) -> float:
-        batch = collate(rows)
-        names = [name for name in rows[0] if name != "label"]
-        columns = [{key: batch[f"{name}_{key}"] for key in ("input_ids", "attention_mask")} for name in names]
-        return GradedLoss(model)(columns, batch["label"]).item()
-
-    whole = made([{key: value for key, value in row.items() if key != "negative_2"} for row in rows])
-    assert loss(made(rows)) == pytest.approx(loss(whole), abs=1e-6)
-    assert loss(whole) > 0.01
-
-
 @pytest.mark.parametrize("loss", [*OBJECTIVES, "cosent"])
 def test_every_objective_gets_its_columns(loss):
     """Graded triples for all of them but CoSENT; pairs for those that learn from one document's label."""

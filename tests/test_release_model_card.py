@@ -287,6 +287,20 @@ def test_the_card_says_how_to_use_a_few_shot_prompt(card, facts, evidence):
     assert "| final, 2-shot | 0.999 |" in shown and "nDCG@10 0.999" not in shown
 
 
+def test_the_lengths_that_vectors_may_be_cut_to_are_named(card, facts, evidence):
+    assert "truncate_dim" not in card
+    stages = [*evidence["stages"][:-1], {**evidence["stages"][-1], "matryoshka_dims": [16, 32]}]
+    systems = evidence["metrics"]["systems"]
+    cut = {**systems[-1], "name": "final, 16 dimensions", "dimensions": 16, "nDCG@10": 0.123}
+    metrics = {**evidence["metrics"], "systems": [*systems, cut]}
+    shown = render_card("org/name", facts, {**evidence, "stages": stages, "metrics": metrics})
+    assert "trained at 32, 16 dimensions" in shown and "truncate_dim=16" in shown
+    data = ModelCard(shown).data
+    assert "matryoshka" in data.tags
+    scores = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert scores["nDCG@10, 16 dimensions"] == 0.123 != scores["nDCG@10"]
+
+
 def test_an_undefined_name_in_the_template_is_an_error(facts, evidence):
     """huggingface_hub's own renderer would leave a hole in the card without a word."""
     for name in ("end_token", "backbone", "dimensions"):

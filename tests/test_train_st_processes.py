@@ -121,12 +121,15 @@ def test_two_processes_train_as_one(recipe, one, tmp_path):
     two = tmp_path / "two"
     command = ["--output_dir", str(two)]
     wrong = ["--output_dir", str(tmp_path / "wrong"), "--lora_rr", "4"]
-    done = run_two(recipe, tmp_path, [(command, {}, None), (command, {}, None), (wrong, {}, None)])
+    nested = ["--output_dir", str(tmp_path / "nested"), "--stages", "full", "--max_steps", "1"]
+    nested += ["--matryoshka_dims", "32", "16", "--mini_batch_size", "null"]
+    done = run_two(recipe, tmp_path, [(argv, {}, None) for argv in (command, command, nested, wrong)])
     lines = [line.split(",")[0] for line in done.stdout.splitlines() if line.startswith(("stage ", "codes"))]
     # one process writes; when nothing is left to do both end; bad input ends both, and before anything is written
-    first, again, refused = lines[:3], lines[3:6], lines[6:]
+    first, again, nested, refused = lines[:3], lines[3:6], lines[6:8], lines[8:]
     assert first == ["stage full: 12 steps", "stage lora: 12 steps", "codes [0"], done.stderr[-3000:]
     assert again == ["stage full: done before", "stage lora: done before", "codes [0"]
+    assert nested == ["stage full: 1 steps", "codes [0"]
     assert refused == ["codes [2"] and done.stdout.endswith("codes [2, 2]\n")
     assert "did you mean 'lora_r'?" in done.stderr and not (tmp_path / "wrong").exists()
 
