@@ -25,11 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 
 def soft_info_nce(
-    scores: Tensor,
-    own: Tensor,
-    labels: Tensor,
-    target_temperature: float = 1.0,
-    mask: Tensor | None = None,
+    scores: Tensor, own: Tensor, labels: Tensor, target_temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
     """InfoNCE whose target is made of soft labels: `cross_entropy_on_own` with the targets of `soft_targets`.
 
@@ -60,11 +56,7 @@ def info_nce(scores: Tensor, own: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def weighted_soft_info_nce(
-    scores: Tensor,
-    own: Tensor,
-    labels: Tensor,
-    target_temperature: float = 1.0,
-    mask: Tensor | None = None,
+    scores: Tensor, own: Tensor, labels: Tensor, target_temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
     """Soft-InfoNCE (arXiv 2310.08069): InfoNCE in which a negative weighs less the more relevant it may be.
 
@@ -291,11 +283,7 @@ def soft_targets(labels: Tensor, target_temperature: float = 1.0, present: Tenso
 
 
 def cross_entropy_on_own(
-    scores: Tensor,
-    own: Tensor,
-    targets: Tensor,
-    mask: Tensor | None = None,
-    log_weights: Tensor | None = None,
+    scores: Tensor, own: Tensor, targets: Tensor, mask: Tensor | None = None, log_weights: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy between a target on each row's own documents and the softmax over the documents of the batch.
 

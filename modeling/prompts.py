@@ -94,10 +94,7 @@ def baked_prompts(
     for task_type, instructions in task_instructions().items():
         for task, text in instructions.items():
             if task_type in _ASYMMETRIC:
-                prompts |= {
-                    f"{task}-query": instruction_prompt(text, template),
-                    f"{task}-document": document_prompt,
-                }
+                prompts |= {f"{task}-query": instruction_prompt(text, template), f"{task}-document": document_prompt}
             else:
                 prompts[task] = instruction_prompt(text, template)
     return prompts

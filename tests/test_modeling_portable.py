@@ -24,11 +24,7 @@ CASES = {
     "qwen3": (Qwen3Config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), {"rope_theta": 1e6}),
     "gemma3": (
         Gemma3TextConfig(rope_parameters=GEMMA3),
-        {
-            "rope_theta": 2e6,
-            "rope_local_base_freq": 2e4,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
+        {"rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ),
 }
 

@@ -5,13 +5,7 @@ import doctest
 import pytest
 
 from modeling import prompts
-from modeling.prompts import (
-    baked_prompts,
-    few_shot_prompt,
-    instruction_prompt,
-    task_instructions,
-    with_demonstrations,
-)
+from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt, task_instructions, with_demonstrations
 
 
 @pytest.fixture(scope="module")

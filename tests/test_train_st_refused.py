@@ -72,16 +72,8 @@ BAD_RECIPES = {
         [],
         "lora_target_modules: model",
     ),
-    "a module's rate is a word": (
-        {"learning_rate_mapping": {"norm": "fast"}},
-        [],
-        "string to float: 'fast'",
-    ),
-    "a module's rate is no number": (
-        {"learning_rate_mapping": {"norm": "nan"}},
-        [],
-        "learning_rate_mapping' is nan",
-    ),
+    "a module's rate is a word": ({"learning_rate_mapping": {"norm": "fast"}}, [], "string to float: 'fast'"),
+    "a module's rate is no number": ({"learning_rate_mapping": {"norm": "nan"}}, [], "learning_rate_mapping' is nan"),
     "revision of a folder": ({"model_revision": "v1"}, [], "is a folder, which has none"),
     "two revisions": ({"model_name_or_path": "org/name@v1", "model_revision": "v2"}, [], "names another"),
     "model in a stage": (
