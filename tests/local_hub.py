@@ -6,215 +6,36 @@
         hub.fail(r"POST .*/commit/", "lost")                      # the next commit lands, its answer does not arrive
 
 Written after what huggingface_hub 2.4, datasets 5.2, sentence-transformers 6.2 and transformers 5.23 send and read.
-`hub.asked` lists the requests in order, as "METHOD path". It models what the tests need: not Xet storage, which
-`environment` switches off, multipart uploads, signed URLs, pages of long lists, git, organisations, fine-grained
-tokens, limits, scans, the viewer, or the validation of cards beyond their YAML, licence and ids.
+`hub.asked` lists the requests in order, as "METHOD path". No Xet storage, multipart uploads, signed URLs, pages of
+long lists, git, organisations or limits; of cards only their YAML, licence, language and ids are checked.
 """
 
 import base64
-import fnmatch
 import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
-import yaml
+from hub_http import ROUTES, Answer, Fault, Refused, Request, Server, answer_json, handler, route
+from hub_storage import ATTRIBUTES, LICENSES, Blob, Commit, Refs, Repository, blobs, card_problems, is_lfs
 
+__all__ = ["LICENSES", "ROOT", "LocalHub", "card_problems"]
 ROOT = Path(__file__).parents[1]
 DATE = "2026-01-01T00:00:00.000Z"
-LFS_PATTERNS = ["*.arrow", "*.bin", "*.model", "*.npy", "*.parquet", "*.pt", "*.safetensors", "*.png"]
-ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
-# https://github.com/huggingface/huggingface_hub/issues/4218 quotes the list
-LICENSE_NAMES = """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
-bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
-cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0
-cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
-lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0
-openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
-fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
-other"""
-LICENSES = LICENSE_NAMES.split()
-
-
-class Blob(NamedTuple):
-    """A file's content, and whether git holds it or a pointer to it."""
-
-    content: bytes
-    lfs: bool
-
-    @property
-    def etag(self) -> str:
-        return hashlib.sha256(self.content).hexdigest() if self.lfs else git_hash("blob", self.content)
-
-
-class Commit(NamedTuple):
-    id: str
-    parent: str | None
-    title: str
-    files: Mapping[str, Blob]
-
-
-class Refs(NamedTuple):
-    """Commit ids by name; the names of pull requests are refs/pr/1, refs/pr/2, ..."""
-
-    branches: dict[str, str]
-    tags: dict[str, str]
-    pull_requests: dict[str, str]
-
-
-@dataclass
-class Repository:
-    repo_type: str
-    id: str
-    private: bool = False
-    commits: dict[str, Commit] = field(default_factory=dict)
-    refs: Refs = field(default_factory=lambda: Refs({}, {}, {}))
-    objects: dict[str, bytes] = field(default_factory=dict)  # uploaded LFS files by SHA-256
-
-    @property
-    def path(self) -> str:
-        """Of its page, without a slash before."""
-        return ("datasets/" if self.repo_type == "dataset" else "") + self.id
-
-    def __setitem__(self, commit_id: str, files: Mapping[str, bytes]) -> None:
-        """Add a commit of a known id to main, with these files and no other."""
-        self.commit("main", blobs(files), commit_id=commit_id)
-
-    def find(self, revision: str) -> Commit | None:
-        """The commit of a branch, tag, pull request or full id."""
-        name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
-        for names in self.refs:
-            revision = names.get(name, revision)
-        return self.commits.get(revision)
-
-    def history(self, revision: str) -> list[Commit]:
-        """Newest first."""
-        commit, found = self.find(revision), []
-        while commit:
-            found.append(commit)
-            commit = self.commits.get(commit.parent)
-        return found
-
-    def commit(
-        self, ref: str, files: Mapping[str, Blob], title: str = "Upload", parent: Commit | None = None, commit_id=None
-    ) -> Commit:
-        """Point a branch or pull request to a new commit after `parent` (without one: after the ref's last)."""
-        parent = parent or self.find(ref)
-        content = [(name, blob.etag) for name, blob in sorted(files.items())]
-        commit_id = commit_id or git_hash("commit", repr([parent and parent.id, title, content]).encode())
-        commit = self.commits[commit_id] = Commit(commit_id, parent and parent.id, title, dict(files))
-        (self.refs.pull_requests if ref.startswith("refs/pr/") else self.refs.branches)[ref] = commit_id
-        self.objects |= {blob.etag: blob.content for blob in files.values() if blob.lfs}
-        return commit
-
-
-def git_hash(kind: str, content: bytes) -> str:
-    return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).hexdigest()
-
-
-def blobs(files: Mapping[str, bytes]) -> dict[str, Blob]:
-    return {name: Blob(content, is_lfs(name, content[:512])) for name, content in files.items()}
-
-
-def is_lfs(path: str, sample: bytes) -> bool:
-    """Whether the Hub asks for a file as LFS: by its name, or because it is not text."""
-    name = path.rpartition("/")[2]
-    return bool(sample) and (b"\0" in sample or any(fnmatch.fnmatchcase(name, pattern) for pattern in LFS_PATTERNS))
-
-
-def card_problems(card: str) -> list[str]:
-    """Errors in the YAML of a README.md, in the Hub's words."""
-    found = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:[\r\n]|$)", card, re.DOTALL)
-    try:
-        metadata = (yaml.safe_load(found[1]) if found else None) or {}
-    except yaml.YAMLError as error:
-        return [f"bad indentation or mapping: {error}"]
-    rules = {"license": LICENSES.__contains__, "language": re.compile("[a-z]{2,3}|code|multilingual").fullmatch}
-    rules |= dict.fromkeys(("base_model", "datasets"), re.compile(r"\w[\w.-]*(/[\w.-]+)?").fullmatch)
-    return [
-        f'"{key}" with value "{item}" is not valid'
-        for key, is_right in rules.items()
-        for item in (metadata[key] if isinstance(metadata.get(key), list) else [metadata.get(key, None)])
-        if item is not None and not is_right(str(item))
-    ]
-
-
-class Answer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    content: bytes
-
-
-class Refused(Exception):
-    """An answer with an error, as the Hub words it: its code where it has one, and its message."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, url: str = "", **headers: str) -> None:
-        headers |= {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.answer = answer_json({"error": message, "url": url}, status, headers)
-
-
-def answer_json(value, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    headers = {"Content-Type": "application/json; charset=utf-8", **(headers or {})}
-    return Answer(status, headers, json.dumps(value).encode())
-
-
-@dataclass
-class Fault:
-    """What the next `times` requests that match get."""
-
-    pattern: re.Pattern
-    kind: str | Callable[[], object]
-    times: int
-    happened: int = 0  # so often
-
-
-@dataclass
-class Request:
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: Mapping[str, str]
-    body: bytes
-    role: str | None = None  # read, write, or None without a token
-    names: dict[str, str] = field(default_factory=dict)  # what the route took from the path
-    repo: Repository | None = None
-    commit: Commit | None = None
-
-    def json(self) -> dict:
-        return json.loads(self.body)
-
-
-ROUTES: list[tuple[list[str], re.Pattern, Callable, bool]] = []
 API = r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+(?:/[^/]+)?)"
 FILES = r"/(?:(?P<type>dataset)s/)?(?P<repo>[^/]+(?:/[^/]+)?)"
-
-
-def route(methods: str, pattern: str, write: bool = False) -> Callable:
-    """The method below answers these requests. Paths with `repo` (and `rev`) arrive with them found."""
-
-    def register(function: Callable) -> Callable:
-        ROUTES.append((methods.split(), re.compile(pattern + "$"), function, write))
-        return function
-
-    return register
 
 
 class LocalHub:
     def __init__(
         self,
         repos: Mapping[str, Mapping[str, Mapping[str, bytes]]] | None = None,
-        *,
         tokens: Mapping[str, str] | None = None,
     ) -> None:
         """`repos`: public data sets as {id: {commit id: {name: content}}}, the last commit being `main`.
@@ -226,7 +47,7 @@ class LocalHub:
         self.stored: dict[str, dict[str, Repository]] = {"model": {}, "dataset": {}}
         self.repos = self.stored["dataset"]
         for repo_id, commits in (repos or {}).items():
-            self.repos[repo_id] = Repository("dataset", repo_id)
+            self.repos[repo_id] = Repository(f"datasets/{repo_id}")
             for commit_id, files in commits.items():
                 self.repos[repo_id][commit_id] = files
         self._faults: list[Fault] = []
@@ -236,21 +57,15 @@ class LocalHub:
     # --- what tests use
 
     def __enter__(self) -> "LocalHub":
-        return self.start()
+        self._server = Server(("127.0.0.1", 0), handler(self))
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        return self
 
     def __exit__(self, *error) -> None:
         self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
-
-    def start(self, port: int = 0) -> "LocalHub":
-        self._server = Server(("127.0.0.1", port), handler(self))
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, folder: Path, token: str | None = None) -> dict[str, str]:
         """Variables for a client's process; the clients read most of them when they are imported."""
@@ -277,7 +92,8 @@ class LocalHub:
         """A new repository, with a second commit where there are files. Returns the id of main."""
         with self._lock:
             assert repo_id not in self.stored[repo_type], f"{repo_id} exists"
-            repo = self.stored[repo_type][repo_id] = Repository(repo_type, repo_id, private)
+            path = repo_id if repo_type == "model" else f"datasets/{repo_id}"
+            repo = self.stored[repo_type][repo_id] = Repository(path, private)
             repo.commit("main", {".gitattributes": Blob(ATTRIBUTES, lfs=False)}, "initial commit")
             return self.commit(repo_id, files, repo_type) if files else repo.refs.branches["main"]
 
@@ -368,10 +184,12 @@ class LocalHub:
     def _create(self, request: Request) -> Answer:
         asked = request.json()
         repo_type, repo_id = asked.get("type") or "model", f"{asked.get('organization') or 'tester'}/{asked['name']}"
-        url = f"{self.endpoint}/{Repository(repo_type, repo_id).path}"
-        if repo_id in self.stored[repo_type]:
+        is_new = repo_id not in self.stored[repo_type]
+        if is_new:
+            self.create(repo_id, repo_type, asked.get("visibility") == "private")
+        url = f"{self.endpoint}/{self.stored[repo_type][repo_id].path}"
+        if not is_new:
             raise Refused(409, f"You already created this {repo_type} repo: {repo_id}", url=url)
-        self.create(repo_id, repo_type, asked.get("visibility") == "private")
         return answer_json({"url": url, "name": repo_id, "id": "0" * 24})
 
     @route("POST", "/api/validate-yaml")
@@ -383,8 +201,14 @@ class LocalHub:
     @route("GET", API + "/revision/(?P<rev>[^/]+)")
     def _info(self, request: Request) -> Answer:
         repo, commit = request.repo, request.commit or request.repo.find("main")
-        facts = {"_id": "0" * 24, "id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.id}
-        facts |= {"createdAt": DATE, "lastModified": DATE, "private": repo.private, "gated": False, "disabled": False}
+        facts = {
+            "_id": "0" * 24,
+            "id": request.names["repo"],
+            "sha": commit.id,
+            "createdAt": DATE,
+            "lastModified": DATE,
+        }
+        facts |= {"private": repo.private, "gated": False, "disabled": False}
         siblings = [{"rfilename": name} for name in sorted(commit.files)]
         return answer_json({**facts, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings})
 
@@ -488,17 +312,17 @@ class LocalHub:
         for entry in request.json()["objects"]:
             answered = {"oid": entry["oid"], "size": entry["size"], "authenticated": True}
             if entry["oid"] not in request.repo.objects:
-                href = f"{self.endpoint}/lfs/{request.repo.repo_type}s/{request.repo.id}/{entry['oid']}"
-                answered["actions"] = {"upload": {"href": href}}
+                answered["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{request.repo.path}/{entry['oid']}"}}
             objects.append(answered)
         headers = {"Content-Type": "application/vnd.git-lfs+json; charset=utf-8"}
         return answer_json({"transfer": "basic", "objects": objects}, 200, headers)
 
-    @route("PUT", "/lfs/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})")
+    @route("PUT", "/lfs/(?P<page>.+)/(?P<oid>[0-9a-f]{64})")
     def _lfs_put(self, request: Request) -> Answer:
         """Without a token: on the Hub this is a signed URL."""
         assert hashlib.sha256(request.body).hexdigest() == request.names["oid"]
-        self.stored[request.names["type"]][request.names["id"]].objects[request.names["oid"]] = request.body
+        [repo] = [repo for of in self.stored.values() for repo in of.values() if repo.path == request.names["page"]]
+        repo.objects[request.names["oid"]] = request.body
         return Answer(200, {}, b"")
 
     @route("POST", API + "/commit/(?P<rev>[^/]+)", write=True)
@@ -530,68 +354,3 @@ class LocalHub:
         if pull_request:
             answered["pullRequestUrl"] = f"{page}/discussions/{pull_request.rpartition('/')[2]}"
         return answer_json(answered)
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 64
-
-    def handle_error(self, request, client_address) -> None:
-        """A client that went away is no error of ours."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
-def handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def respond(self) -> None:
-            body = self.read_body()
-            planned = hub.receive(f"{self.command} {self.path}")
-            fault = planned and planned.kind
-            if fault == "stall":
-                hub._stopped.wait()
-            if fault in ("stall", "drop"):
-                return self.hang_up()
-            if callable(fault):
-                fault()
-            if fault in ("429", "503"):
-                limits = {"RateLimit": '"api";r=0;t=1', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
-                answer = answer_json({"error": "Not now"}, int(fault), limits if fault == "429" else {})
-            else:
-                url = urlsplit(self.path)
-                query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-                answer = hub.answer(Request(self.command, url.path, query, self.headers, body))
-            if fault == "lost":
-                return self.hang_up()
-            self.send_response(answer.status)
-            for name, value in {**answer.headers, "X-Request-Id": f"Root=1-{len(hub.asked):08x}"}.items():
-                self.send_header(name, " ".join(value.split()).encode("latin-1", "replace").decode("latin-1"))
-            self.send_header("Content-Length", str(len(answer.content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.content[: len(answer.content) // 2] if fault == "cut" else answer.content)
-            if fault == "cut":
-                self.hang_up()
-
-        do_GET = do_HEAD = do_POST = do_PUT = respond
-
-        def read_body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-
-        def hang_up(self) -> None:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-        def log_message(self, *args) -> None:
-            pass
-
-    return Handler

@@ -118,8 +118,7 @@ def publish(hub: LocalHub, source: Path, folder: Path) -> None:
 def check_commits(hub: LocalHub, name: str, kind: str) -> None:
     commits, files = hub.commits(name, kind), hub.files(name, kind)
     if len(commits) != 2:  # the one that makes the repository, and ours
-        changed = [f"{commit.title}: {', '.join(commit.changed)}" for commit in commits]
-        sys.exit(f"error: {name} must have two commits, not\n" + "\n".join(changed))
+        sys.exit(f"error: {name} must have two commits, not {[commit.title for commit in commits]}")
     size = sum(map(len, files.values()))
     print(f"{name}: {len(files)} files, {size:,} bytes, one commit after that of its making", flush=True)
 

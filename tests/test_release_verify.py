@@ -45,8 +45,9 @@ def model(run, tmp_path):
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
+def in_this_process(monkeypatch, tmp_path):
     """Which is quicker; that a clean one sees the same is tested below."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verify, "in_clean_process", lambda describe, *paths, library: describe(*map(str, paths)))
 
 
@@ -71,14 +72,20 @@ def test_a_clean_process_sees_what_this_one_sees(run, monkeypatch):
 
 
 def test_the_clean_process_has_neither_this_repository_nor_a_token(run, monkeypatch):
+    """And what fails there is one line."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr("inspect.getsource", lambda function: "def describe_model(path):\n    import modeling.prompts")
-    with pytest.raises(InputError, match="plain sentence-transformers cannot use it: ModuleNotFoundError"):
-        in_clean_process(describe_model, run / "model", library="sentence-transformers")
-    source = "def describe_model(path):\n    import os\n    return dict(os.environ)\n"
+    source = """
+def describe_model(path):
+    import os
+    try:
+        import modeling.prompts
+    except ModuleNotFoundError:
+        if "HF_TOKEN" not in os.environ:
+            raise ValueError("neither")
+"""
     monkeypatch.setattr("inspect.getsource", lambda function: source)
-    environment = in_clean_process(describe_model, run / "model", library="sentence-transformers")
-    assert environment["HF_HUB_OFFLINE"] == "1" and "hf_secret" not in environment.values()
+    with pytest.raises(InputError, match="plain sentence-transformers cannot use it: ValueError: neither$"):
+        in_clean_process(describe_model, run / "model", library="sentence-transformers")
 
 
 def test_reference_vectors_are_those_of_the_model(run):
@@ -164,13 +171,9 @@ def test_what_is_broken_is_refused(case, model):
         verify_model(model)
 
 
-def test_what_was_altered_or_does_not_load_is_refused(model):
-    weights = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(weights[:-100])
+def test_what_was_altered_is_refused(model):
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model\.safetensors was altered; make it again"):
-        verify_model(model)
-    sign(model)
-    with pytest.raises(InputError, match=r"plain sentence-transformers cannot use it: .*afetensor"):
         verify_model(model)
 
 
@@ -200,8 +203,8 @@ def test_an_end_token_is_asked_of_last_token_pooling_alone(tiny_decoder, tmp_pat
 
 
 @pytest.fixture
-def cached(run, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(run / "cache"))
+def cached(run, monkeypatch, in_this_process):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(run / "cache"))
 
 
 @pytest.fixture
@@ -303,15 +306,17 @@ def test_files_that_are_not_as_they_were_made_are_refused(case, data):
     assert "\n" not in str(caught.value)
 
 
-def test_what_datasets_reads_is_compared_with_manifest_and_card(data):
-    manifest = read_manifest(data)
-    rows = manifest["rows"]["candidates"]
-    write_json(data / MANIFEST, {**manifest, "rows": {**manifest["rows"], "candidates": rows + 1}})
-    with pytest.raises(InputError, match=f"reads .*'candidates': {rows}.* manifest says .*'candidates': {rows + 1}"):
-        verify_dataset(data)
+def test_what_datasets_reads_is_compared_with_card_and_manifest(data, monkeypatch, tmp_path, in_this_process):
+    rows = read_manifest(data)["rows"]["candidates"]
     edit("README.md", f"num_examples: {rows}\n", f"num_examples: {rows + 1}\n")(data)
     sign(data)
-    with pytest.raises(InputError, match=r"plain datasets cannot use it: .*NonMatchingSplitsSizes"):
+    with pytest.raises(Exception, match=f"expected.*num_examples={rows + 1}"):
+        verify_dataset(data)
+    edit("README.md", f"num_examples: {rows + 1}\n", f"num_examples: {rows}\n")(data)
+    manifest = read_manifest(data)
+    write_json(data / MANIFEST, {**manifest, "rows": {**manifest["rows"], "candidates": rows + 1}})
+    sign(data)
+    with pytest.raises(InputError, match=f"reads .*'candidates': {rows}.* manifest says .*'candidates': {rows + 1}"):
         verify_dataset(data)
 
 
@@ -341,6 +346,7 @@ def test_rows_that_would_train_wrongly_are_refused(case, data, published):
     assert any(message in problem for problem in verify._wrong_rows(data, configs))
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("where", ["card", "plot", "notes in Parquet"])
 def test_folders_of_the_publisher_are_not_published(where, data):
     if where == "card":
