@@ -115,51 +115,43 @@ def read_variants(ablation: Ablation, config: str) -> list[Variant]:
     if ablation.baseline is not None and ablation.baseline not in combined:
         raise InputError(f"{config}: no variant {ablation.baseline!r} for a baseline; there are {'; '.join(combined)}")
     base = read_yaml(ablation.base)
-    parse_training_recipe(base, ablation.base, overrides={"output_dir": ablation.output_dir})
-    shared = override(base, ablation.shared, f"{config}: shared")
     variants = []
     for name, overrides in combined.items():
         where = f"{config}: variant {name!r}"
-        values = override(shared, overrides, where)
-        recipe = parse_training_recipe(values, where, overrides={"output_dir": ablation.output_dir})
+        # what a variant says of all stages is stronger than what is shared by single ones
+        shared = {key: value for key, value in ablation.shared.items() if key.rpartition(".")[2] not in overrides}
+        recipe = override(base, {**shared, **overrides}, where, ablation.output_dir)
         key = input_key(recipe, where)
-        mining = read_mining({**ablation.shared, **overrides}, where)
+        mining = read_mining({**shared, **overrides}, where)
         mined = []
         if mining:
+            values = copy.deepcopy(recipe.values)
             mined = use_mined_rows(values, recipe, mining, Path(ablation.output_dir) / "mined", where)
-            recipe = parse_training_recipe(values, where, overrides={"output_dir": ablation.output_dir})
+            recipe = parse_training_recipe(values, where)
         variants.append(Variant(name, overrides, recipe, mined, fingerprint([key, mining])))
     return variants
 
 
-def override(values: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+def override(base: Mapping[str, Any], overrides: Mapping[str, Any], where: str, output_dir: str) -> Recipe:
     """A recipe of train_st.py with `overrides`: a KEY holds for all stages, as a flag does; STAGE.KEY is stronger."""
-    values = copy.deepcopy(dict(values))
-    stages = {stage["name"]: stage for stage in values["stages"]}
-    for key, value in sorted(overrides.items(), key=lambda item: "." in item[0]):
+    values, flags = dict(base), {"output_dir": output_dir}
+    names = [str(stage.get("name")) for stage in base.get("stages") or () if isinstance(stage, dict)]
+    selected = overrides.get("stages", names)
+    selected = selected if isinstance(selected, str) else ",".join(map(str, selected))
+    for key, value in overrides.items():
         owner, _, name = key.rpartition(".")
         if name in OF_THE_ABLATION and owner != "student":
             raise InputError(f"{where}: {key} is not a variant's to set; seeds: and output_dir say it for all of them")
-        if key == "stages":
-            selected = value.split(",") if isinstance(value, str) else value
-            if not isinstance(selected, list) or not selected or not all(name in stages for name in selected):
-                raise InputError(f"{where}: stages {value!r}: name some of {', '.join(stages)}")
-            values["stages"] = [stages[name] for name in selected]
-        elif owner == "student":
-            values["student"] = {**(values.get("student") or {}), name: value}
-            values.pop("model_name_or_path", None)
-        elif owner in stages:
-            stages[owner][name] = value
-        elif not owner:
-            values[key] = value
-            if key == "model_name_or_path":
-                values.pop("student", None)
-            for stage in stages.values():
-                for mapping in (stage, *(stage.get("datasets") or [])):
-                    mapping.pop(key, None)
-        elif owner != "mining":  # of the data: see use_mined_rows
-            raise InputError(f"{where}: {key}: no stage {owner!r}; there are {', '.join(stages)}")
-    return values
+        if owner and owner not in (*names, "student", "mining"):
+            raise InputError(f"{where}: {key}: no stage {owner!r}; there are {', '.join(names)}")
+        if owner in (*selected.split(","), "student"):
+            flags[owner] = {**flags.get(owner, {}), name: value}
+        elif not owner and key != "stages":
+            flags[key] = value
+    for start, other in (("student", "model_name_or_path"), ("model_name_or_path", "student")):
+        if start in flags:
+            values.pop(other, None)
+    return parse_training_recipe(values, where, selected, flags)
 
 
 def input_key(recipe: Recipe, where: str) -> str:

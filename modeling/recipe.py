@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -216,10 +216,7 @@ def parse_recipe(
         overrides["student"] = {**(values.get("student") or {}), **overrides["student"]}
     by_stage = {name: overrides.pop(name) for name in stages if isinstance(overrides.get(name), dict)}
     values |= overrides
-    stages = {
-        name: {**{key: value for key, value in keys.items() if key not in overrides}, **by_stage.get(name, {})}
-        for name, keys in stages.items()
-    }
+    stages = {name: {**_without(keys, overrides), **by_stage.get(name, {})} for name, keys in stages.items()}
     whole = {key: values[key] for key in RecipeArguments.model_fields if key in values}
     whole = parse_section(RecipeArguments, whole, where)
     shared = {key: value for key, value in values.items() if key not in RecipeArguments.model_fields}
@@ -240,7 +237,7 @@ def parse_recipe(
             raise InputError(f"{where}: merge: no stage {name!r} is run; there are {', '.join(stages)}")
     budgets = _budgets(whole.total_steps, shared, stages, where)
     keys_of = {name: {**shared, **keys, **budgets.get(name, {})} for name, keys in stages.items()}
-    owns = {name: _read_own(keys, overrides, name, f"{where}: stage {name!r}") for name, keys in keys_of.items()}
+    owns = {name: _read_own(keys, name, f"{where}: stage {name!r}") for name, keys in keys_of.items()}
     # only now what takes seconds: importing the libraries that check their own keys
     parsed = [_read_stage(name, keys_of[name], *owns[name], f"{where}: stage {name!r}") for name in stages]
     values["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
@@ -259,9 +256,17 @@ def _check_names(values: Mapping[str, Any], kind: type[Section], where: str) -> 
             raise InputError(f"{where}: unknown key {key!r}; {hint}")
 
 
-def _read_own(
-    values: Mapping[str, Any], overrides: Mapping[str, Any], name: str, where: str
-) -> tuple[StageArguments, dict[str, DatasetArguments]]:
+def _without(keys: Mapping[str, Any], overrides: Collection[str]) -> dict[str, Any]:
+    """A stage's keys, and those of its data sets, that no flag overrides."""
+    kept = {key: value for key, value in keys.items() if key not in overrides}
+    if isinstance(kept.get("datasets"), list):
+        kept["datasets"] = [
+            _without(entry, overrides) if isinstance(entry, dict) else entry for entry in kept["datasets"]
+        ]
+    return kept
+
+
+def _read_own(values: Mapping[str, Any], name: str, where: str) -> tuple[StageArguments, dict[str, DatasetArguments]]:
     """A stage's keys that are ours, and those of its data sets."""
     own = parse_section(StageArguments, {k: v for k, v in values.items() if k in StageArguments.model_fields}, where)
     datasets: dict[str, DatasetArguments] = {name: own}
@@ -269,8 +274,7 @@ def _read_own(
         shared = {key: value for key, value in values.items() if key in DatasetArguments.model_fields}
         datasets = {}
         for entry, keys in _named(values["datasets"], "data set", "datasets", where).items():
-            keys = {**shared, **{key: value for key, value in keys.items() if key not in overrides}}
-            datasets[entry] = parse_section(DatasetArguments, keys, f"{where}: data set {entry!r}")
+            datasets[entry] = parse_section(DatasetArguments, {**shared, **keys}, f"{where}: data set {entry!r}")
     for entry, dataset in datasets.items():
         place = where if dataset is own else f"{where}: data set {entry!r}"
         if dataset.dataset_name is None:

@@ -65,15 +65,6 @@ def test_variances_of_seeds_and_queries_add_up(seeds=3):
     assert (low, high) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.04 * (high - low))
 
 
-def test_pairs_cancel_what_is_common():
-    generator = np.random.default_rng(5)
-    one = generator.normal(size=(3, 200)) * 10
-    other = one + 0.1
-    assert bootstrap_interval(other - one) == (0.1, 0.1)
-    wide = bootstrap_interval(one)
-    assert wide[1] - wide[0] > 1
-
-
 def test_what_the_method_says_of_few_seeds():
     """Two draws of three are both the least one in one of nine: the interval spans the seeds, and misses the truth
     when all of them lie on one side of it.
@@ -95,20 +86,18 @@ def test_combinations_are_variants_times_grid():
 
 
 def test_overrides_are_those_of_flags_and_of_single_stages():
-    base = {
-        "loss": "kl",
-        "student": {"sif": 1},
-        "stages": [{"name": "a", "loss": "cosent"}, {"name": "b", "alpha": 1}],
-    }
+    base = {"loss": "kl", "dataset_name": "x", "instruction": "y", "student": {"teacher": "t", "corpus": "c"}}
+    base["stages"] = [{"name": "a", "loss": "cosent"}, {"name": "b", "alpha": 1.0}]
     base["stages"][1]["datasets"] = [{"name": "x", "loss": "ranknet"}]
-    changed = override(base, {"b.loss": "bixse", "loss": "info_nce", "stages": "b,a", "student.sif": 2}, "here")
+    overrides = {"b.loss": "bixse", "loss": "info_nce", "stages": "b,a", "student.sif": 2.0}
+    changed = override(base, overrides, "here", "out").values
     assert changed["stages"] == [
-        {"name": "b", "alpha": 1, "datasets": [{"name": "x"}], "loss": "bixse"},
+        {"name": "b", "alpha": 1.0, "datasets": [{"name": "x"}], "loss": "bixse"},
         {"name": "a"},
     ]
-    assert (changed["loss"], changed["student"]) == ("info_nce", {"sif": 2})
+    assert (changed["loss"], changed["student"]["sif"]) == ("info_nce", 2.0)
     assert base["stages"][0] == {"name": "a", "loss": "cosent"}  # the next variant starts from it
-    assert "student" not in override(base, {"model_name_or_path": "org/name"}, "here")
+    assert "student" not in override(base, {"model_name_or_path": "org/name"}, "here", "out").values
 
 
 # --- tiny ablation --------------------------------------------------------------------------------------------------
@@ -259,18 +248,16 @@ def test_what_is_finished_is_only_tabled(folder, result, tmp_path, capsys):
 
 
 def test_a_run_has_a_process_of_its_own(folder, tmp_path, monkeypatch):
-    """Its output is in run.log; what is wrong is its last line."""
+    """Its output is in run.log; what is wrong is its last line, or the signal that ended it."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    recipe = yaml.safe_load((folder / "ablation.yaml").read_text())
-    del recipe["variants"]["one-hot"]
-    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(recipe | {"seeds": [0]}, sort_keys=False))
-    with pytest.raises(InputError, match=r"1 of 2 runs failed, first broken, seed 0: .*rows have 3 negatives"):
-        main(arguments(tmp_path))
-    assert [len(row["seeds"]) for row in json.loads((tmp_path / "out" / "ablation.json").read_text())["rows"]] == [
-        1,
-        0,
-    ]
-    assert "stage retrieval" in (tmp_path / "out" / "runs" / "soft_labels" / "seed-0" / "run.log").read_text()
+    recipe = yaml.safe_load((folder / "ablation.yaml").read_text()) | {"seeds": [0], "variants": {"soft labels": {}}}
+    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    main(arguments(tmp_path))
+    run = tmp_path / "out" / "runs" / "soft_labels" / "seed-0"
+    assert "stage retrieval" in (run / "run.log").read_text() and (run / "scores-validation.json").is_file()
+    (run / "run.log").write_text("going on\nerror: no such data\n")
+    assert ablate.reason(run, 2) == "no such data"
+    assert ablate.reason(run, -9) == "ended by signal SIGKILL, out of memory?"
 
 
 ORPHAN = """
@@ -369,22 +356,13 @@ def test_seeds_are_taken_as_people_write_them(written):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"varaints": {}}, "unknown key 'varaints'; did you mean 'variants'"),
-        ({"variants": {}}, "nothing to compare"),
-        ({"seeds": [1, 1]}, "a seed is there twice"),
-        ({"baseline": "ours"}, "no variant 'ours' for a baseline; there are kl"),
-        ({"base": "no.yaml"}, "no.yaml: no such recipe"),
         ({"data": "no/data"}, "no/data/corpus/documents.arrow: no such file"),
         ({"split": "dev"}, "split 'dev' has no query"),
-        ({"variants": {"kl": {"los": "kl"}}}, "variant 'kl': unknown key 'los'; did you mean 'loss'?"),
-        ({"variants": {"kl": {"ret.loss": "kl"}}}, "variant 'kl': ret.loss: no stage 'ret'; there are sts, retrieval"),
-        ({"variants": {"kl": {"retrieval.alpha": 2}}}, "variant 'kl': stage 'retrieval': alpha is 2"),
+        ({"variants": {"kl": {"retrieval.alpha": 2}}}, "variant 'kl': stage 'retrieval': key 'alpha' is 2"),
         ({"variants": {"kl": {"seed": 3}}}, "seed is not a variant's to set"),
-        ({"variants": {"kl": {"stages": "sts,rte"}}}, "stages 'sts,rte': name some of sts, retrieval"),
+        ({"variants": {"kl": {"stages": "sts,rte"}}}, "no stage 'rte'; the recipe has sts, retrieval"),
         ({"variants": {"kl": {"max_steps": 3}}}, "max_steps and total_steps"),
         ({"variants": {"a b": {}, "a/b": {}}}, "variants are also folders"),
-        ({"variants": {"kl": {"dataset_name": "./no"}}}, "no such folder"),
-        ({"variants": {"kl": {"model_name_or_path": "package:no"}}}, "no installed package"),
         ({"variants": {"kl": {"student.teacher": "x", "student.corpus": "no"}}}, "student.corpus no: no such folder"),
         ({"variants": {"kl": {"mining.margin": 2}}}, "mining: key 'margin' is 2"),
         ({"variants": {"kl": {"mining.margin": 0.9, "stages": "sts"}}}, "no stage trains on mined rows"),

@@ -266,11 +266,14 @@ def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, m
 
 def test_a_card_with_a_local_folder_is_refused(run_folder, monkeypatch):
     monkeypatch.setattr(verify, "verify_model", lambda folder: {})
-    named = [
+    scores = "task: {type: x}, metrics: [{type: x, value: 1}]"
+    named = (
+        f"data: {run_folder}/data/hub",
+        "see https://huggingface.co/datasets/../pairs",
         "---\nbase_model: ./models/x\n---\n",
-        "---\nmodel-index: [{results: [{dataset: {type: ../pairs}}]}]\n---\n",
-    ]
-    for card in (f"data: {run_folder}/data/hub", "see https://huggingface.co/datasets/../pairs", *named):
+        f"---\nmodel-index: [{{name: x, results: [{{dataset: {{type: ../pairs, name: x}}, {scores}}}]}}]\n---\n",
+    )
+    for card in named:
         monkeypatch.setattr(model_card, "render_card", lambda *args, card=card, **kwargs: card)
         with pytest.raises(InputError, match=f"the card of {NAME} would publish the local folder"):
             push_to_hub.main(["model", str(run_folder / "model"), NAME, "--dry_run"])

@@ -84,7 +84,7 @@ def describe_model(path):
             raise ValueError("neither")
 """
     monkeypatch.setattr("inspect.getsource", lambda function: source)
-    with pytest.raises(InputError, match="plain sentence-transformers cannot use it: ValueError: neither$"):
+    with pytest.raises(InputError, match=r"plain sentence-transformers cannot use it: ValueError: neither$"):
         in_clean_process(describe_model, run / "model", library="sentence-transformers")
 
 
