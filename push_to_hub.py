@@ -1,4 +1,4 @@
-"""Publish a trained model or graded data on the Hugging Face Hub, verified first as a stranger would load it.
+"""Publish a trained model or graded data on the Hugging Face Hub, verified first as its users would load it.
 
     python push_to_hub.py model runs/demo/model org/name --dry_run
     python push_to_hub.py model runs/mistral-7b/model org/name --license apache-2.0 --adapter --tag v1
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD = "README.md"
-# Files of a repository that a new version without them deletes, by name and depth. What is not named here is somebody
-# else's: LICENSE, .gitattributes, evaluation results, other formats of the weights.
+# Files that are deleted from a repository when the new version lacks them, by name and depth. All others stay:
+# LICENSE, .gitattributes, evaluation results, other formats of the weights.
 REPLACED = {
     "model": (
         "*.safetensors",
@@ -203,7 +203,7 @@ def prepare_dataset(args: Namespace) -> Release:
 
 
 def _check_no_local_path(release: Release, run_folder: Path, evidence: Mapping) -> None:
-    """A card quotes recipes, and a recipe may name folders of this machine. Raises InputError."""
+    """Raises InputError where a card names a folder of this machine, which a quoted recipe may."""
     from huggingface_hub import ModelCard
 
     from release.verify import local_paths, named_paths
@@ -229,7 +229,7 @@ def write_cards(releases: Sequence[Release], folder: Path) -> None:
 
 
 def publish(releases: Sequence[Release], args: Namespace) -> None:
-    """Look at every repository before anything is written to the first; then one commit each, and a line about it.
+    """Check every repository before anything is written to the first; then make one commit each and print a line.
 
     Raises InputError: what went wrong and what to do.
     """
@@ -359,7 +359,7 @@ def _is_replaced(name: str, repo_type: str) -> bool:
 
 @contextmanager
 def hub_errors(repo_id: str, before: str = "") -> Iterator[None]:
-    """What the Hub, its storage or the network answers, as one line; `before` says what is finished."""
+    """Turn errors of the Hub, its storage or the network into one line; `before` says what is finished."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:

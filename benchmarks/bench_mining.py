@@ -25,45 +25,42 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.measure import environment, in_child, markdown, median_and_range, peak_memory
-from benchmarks.synthetic import write_cross_encoder, write_encoder, zipf_texts
+from benchmarks.measure import environment, in_child, median_and_range, peak_memory
+from benchmarks.mining_inputs import (
+    BLOCK,
+    PART,
+    Given,
+    GivenModel,
+    Texts,
+    cross_encoder,
+    grade,
+    ndcg,
+    read_texts,
+    whole,
+)
+from benchmarks.synthetic import write_cross_encoder
 from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.steps import write_arrow
+from common.tables import markdown_table
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise
 from dataset_builders.columns import TextColumn
-from dataset_builders.dense import Dense, search_dense
-from dataset_builders.embeddings import SHARD, Vectors, vector_shard
-from dataset_builders.engines import LOCAL, compute_shards
+from dataset_builders.engines import LOCAL
 from dataset_builders.mine import select_negatives
 from dataset_builders.schema import LABEL_FLOOR
-from dataset_builders.sources import LocalSource, read_rows
-from dataset_builders.teachers import PairScorer, Teacher
-from dataset_builders.top_k import Ranking, ranges
+from dataset_builders.top_k import ranges
 
 DEPTH = 100  # documents retrieved for a query
-PART = 16_384  # documents in a part; a build's parts are larger, which favours it
-BLOCK = 8192  # queries that a part answers at a time
 OKAPI_QUERIES = 20  # that rank_bm25 answers of a synthetic set; its time is scaled to all
 NEGATIVES, MARGIN = 7, 0.95
 SCRIPT_RANKS, SCRIPT_NEGATIVES = (10, 210), 15  # hn_mine.py's defaults
 
 Seconds = dict[str, float]  # of the parts of a side's work
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Queries and documents, all different, and what is relevant to which: position of the document -> score."""
-
-    documents: list[str]
-    queries: list[str]
-    judged: list[dict[int, int]]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -107,7 +104,7 @@ def format_table(rounds: Sequence[Mapping[str, Seconds]], memory: Mapping[str, t
         rows.append([side, *middles, *written, f"{peak - before:,.0f}", f"{before:,.0f}"])
     names = [*parts, "all"] if len(parts) > 1 else parts
     header = [*(f"{part}, s" for part in parts), *(f"{name}, ratio" for name in names)]
-    return markdown(["side", *header, "memory, MiB", "on top of"], rows)
+    return markdown_table(["side", *header, "memory, MiB", "on top of"], rows)
 
 
 def _timed(name: str, args: Namespace) -> tuple[list[dict[str, Seconds]], str, list[str]]:
@@ -133,32 +130,6 @@ def cpu_seconds(seconds: Seconds, name: str, scale: float = 1.0) -> Iterator[Non
     start = time.process_time()
     yield
     seconds[name] = scale * (time.process_time() - start)
-
-
-def read_texts(args: Namespace, queries: int) -> Texts:
-    """Up to `queries` queries of the set with a relevant document; or synthetic ones, eight words out of theirs."""
-    if not args.set:
-        documents = zipf_texts(args.documents, (40, 120), seed=0)
-        rows = np.linspace(0, len(documents), min(queries, len(documents)), endpoint=False).astype(np.int64).tolist()
-        rng = np.random.default_rng(1)
-        asked = [" ".join(rng.permutation(documents[row].split())[:8]) for row in rows]
-        return Texts(documents, asked, [{row: 1} for row in rows])
-    rows = read_rows(LocalSource(kind="local", path=str(args.set), split=args.split), None)
-    positions: dict[str, int] = {}  # text -> position: the first of equal documents stands for all
-    ids, texts = (rows.documents[name].to_list() for name in ("document_id", "text"))
-    position_of = {name: positions.setdefault(text, len(positions)) for name, text in zip(ids, texts, strict=True)}
-    query_texts = dict(zip(*(rows.queries[name].to_list() for name in ("query_id", "text")), strict=True))
-    judged: dict[str, dict[int, int]] = {}
-    for row in rows.qrels.to_dicts():
-        if row["split"] == args.split and row["score"] > 0:
-            judged.setdefault(query_texts[row["query_id"]], {})[position_of[row["document_id"]]] = row["score"]
-    kept = list(judged)[:queries]
-    return Texts(list(positions), kept, [judged[query] for query in kept])
-
-
-def whole(ranking: Ranking, queries: int) -> np.ndarray:
-    """FOUND (queries, k): each query's best documents."""
-    return np.concatenate([ranking[rows] for rows in ranges(queries, BLOCK)])
 
 
 class Bm25Search:
@@ -214,79 +185,6 @@ class Bm25Search:
             scores = [f"{side} {ndcg(found, judged):.4f}" for side, found in results.items()]
             remarks.append(f"nDCG@10: {', '.join(scores)}")
         return remarks
-
-
-def ndcg(found: np.ndarray, judged: Sequence[Mapping[int, int]]) -> float:
-    """nDCG@10, by ir_measures, of (queries, k) positions, best first (-1: none)."""
-    import ir_measures
-
-    run = {
-        str(row): {str(position): float(-rank) for rank, position in enumerate(positions) if position >= 0}
-        for row, positions in enumerate(found.tolist())
-    }
-    qrels = {str(row): {str(position): score for position, score in one.items()} for row, one in enumerate(judged)}
-    [value] = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run).values()
-    return value
-
-
-@dataclass(frozen=True)
-class Given:
-    """The vectors of a SentenceTransformer that has made them already, for both sides of a comparison."""
-
-    documents: np.ndarray
-    queries: np.ndarray
-
-    @classmethod
-    def of(cls, texts: Texts, folder: Path) -> Given:
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(str(write_encoder(folder, texts.documents[:10_000])))
-        sides = (texts.documents, texts.queries)
-        return cls(*(model.encode(side, batch_size=256, normalize_embeddings=True) for side in sides))
-
-    def search(self, folder: Path, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Our dense search, from vectors on disk as a build's are."""
-        shutil.rmtree(folder, ignore_errors=True)
-        queries, documents = (
-            on_disk(vectors, folder / side) for side, vectors in (("q", self.queries), ("d", self.documents))
-        )
-        parts, blocks = ranges(len(documents), PART), ranges(len(queries), BLOCK)
-        ranking = search_dense(Dense(model="given", top_k=top_k), queries, blocks, documents, parts, folder, LOCAL)
-        found = whole(ranking, len(queries))
-        return found["document"], found["score"]
-
-
-def on_disk(vectors: np.ndarray, folder: Path) -> Vectors:
-    sizes = [len(rows) for rows in ranges(len(vectors), SHARD)]
-    return Vectors(compute_shards(_Rows(vectors), sizes, folder, LOCAL, description="vectors", unit="texts"))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    vectors: np.ndarray
-
-    def __call__(self, number: int) -> np.ndarray:
-        vectors = self.vectors[number * SHARD : (number + 1) * SHARD]
-        return vector_shard(vectors, np.zeros(len(vectors)))
-
-
-class GivenModel:
-    """What mine_hard_negatives asks of a SentenceTransformer, answered from vectors. Dot products, the faster way."""
-
-    def __init__(self, given: Given) -> None:
-        import torch
-        from sentence_transformers import util
-
-        self.given, self.device = given, torch.device("cpu")
-        self.similarity, self.similarity_pairwise = util.dot_score, util.pairwise_dot_score
-
-    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
-        assert len(texts) == len(self.given.documents)
-        return self.given.documents
-
-    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
-        assert len(texts) == len(self.given.queries)
-        return self.given.queries
 
 
 class Negatives:
@@ -389,16 +287,12 @@ class Script:
             drawn = self._draw(positions.tolist())
         with cpu_seconds(seconds, "grade"):
             pairs = np.array([(query, place) for query, places in enumerate(drawn) for place in places])
-            teacher = Teacher(kind="cross_encoder", model=str(self.reranker))
-            scorer = PairScorer(teacher, work, LOCAL, self.texts.queries, self.texts.documents)
-            scores = iter(scorer.scores(pairs, work).tolist())
+            scores = iter(grade(self.reranker, self.texts, pairs, self.folder / "grades").tolist())
             graded = [{place: next(scores) for place in places} for places in drawn]
         return graded
 
     def _script(self, seconds: Seconds) -> list[dict[int, float]]:
         import faiss
-        import torch
-        from sentence_transformers import CrossEncoder
 
         with cpu_seconds(seconds, "search"):
             index = faiss.IndexFlatIP(self.given.documents.shape[1])
@@ -413,8 +307,7 @@ class Script:
                 for query, places in enumerate(drawn)
                 for place in places
             ]
-            model = CrossEncoder(str(self.reranker), activation_fn=torch.nn.Identity())
-            scores = iter(model.predict(pairs, batch_size=128).tolist())
+            scores = iter(cross_encoder(self.reranker).predict(pairs, batch_size=128).tolist())
             graded = [{place: next(scores) for place in places} for places in drawn]
             lines = []
             for query, row in zip(self.texts.queries, graded, strict=True):
@@ -450,30 +343,19 @@ class Grading:
         self.title = f"{len(self.pairs):,} pairs, a BERT cross-encoder 128x2, predict's batches of 32"
 
     def _ours(self, seconds: Seconds) -> np.ndarray:
-        work = self.folder / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        teacher = Teacher(kind="cross_encoder", model=str(self.reranker))
-        scorer = PairScorer(teacher, work, LOCAL, self.texts.queries, self.texts.documents)
         with cpu_seconds(seconds, "grade"), self._counted("ours"):
-            return scorer.scores(self.pairs, work)
+            return grade(self.reranker, self.texts, self.pairs, self.folder / "work")
 
     def _all(self, seconds: Seconds) -> np.ndarray:
         with cpu_seconds(seconds, "grade"), self._counted("predict(all pairs)"):
-            return self._model().predict(self._texts(self.pairs), batch_size=32)
+            return cross_encoder(self.reranker).predict(self._texts(self.pairs), batch_size=32)
 
     def _by_query(self, seconds: Seconds) -> np.ndarray:
         with cpu_seconds(seconds, "grade"), self._counted("predict query by query"):
-            model = self._model()
+            model = cross_encoder(self.reranker)
             blocks = np.split(self.pairs, np.flatnonzero(np.diff(self.pairs[:, 0])) + 1)
             found = [model.predict(self._texts(block), batch_size=32, show_progress_bar=False) for block in blocks]
             return np.concatenate(found)
-
-    def _model(self):
-        import torch
-        from sentence_transformers import CrossEncoder
-
-        return CrossEncoder(str(self.reranker), activation_fn=torch.nn.Identity())
 
     def _texts(self, pairs: np.ndarray) -> list[tuple[str, str]]:
         return [(self.texts.queries[query], self.texts.documents[place]) for query, place in pairs.tolist()]

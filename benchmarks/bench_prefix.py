@@ -41,13 +41,13 @@ from benchmarks.measure import (
     counted_tokens,
     environment,
     live_memory,
-    markdown,
     matmul_rate,
     median_and_range,
     timed,
 )
 from benchmarks.synthetic import word_tokenizer, zipf_texts
 from common.cli import ArgumentParser, at_least_1, run
+from common.tables import markdown_table
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     texts = Texts(model, docstrings() if args.model else zipf_texts(300, (50, 100), seed=1))
     for name in args.parts or PARTS:
         rows = [row for prompt in args.prompts for row in PARTS[name](models, texts, prompt, args, rate)]
-        print(f"\n{name}, {args.rounds} rounds\n\n{markdown(HEADER, rows)}", flush=True)
+        print(f"\n{name}, {args.rounds} rounds\n\n{markdown_table(HEADER, rows)}", flush=True)
 
 
 def _parse(argv: Sequence[str]) -> Namespace:

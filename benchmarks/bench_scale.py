@@ -23,13 +23,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.measure import environment, in_child, markdown, status_mib
+from benchmarks.measure import environment, in_child, status_mib
 from benchmarks.synthetic import write_encoder, write_set
 from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.steps import MANIFEST, read_manifest
+from common.tables import markdown_table
 
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "hub")
-INTERVAL = 0.05  # seconds between two looks at the process
+INTERVAL = 0.05  # seconds between two samples
 
 
 @dataclass
@@ -78,13 +79,13 @@ def prepare(folder: Path, documents: int, queries: int) -> None:
 
 
 def build(folder: Path, last_step: str, found: Measured) -> None:
-    """Run the build until `last_step` is done, and look at its process all the while."""
+    """Run the build until `last_step` is done, and sample its memory."""
     output = folder / "build"
     command = [sys.executable, "-m", "dataset_builders.build", "--config", str(folder / "recipe.yaml")]
     with subprocess.Popen([*command, "--output_dir", str(output)]) as process:
         while process.poll() is None and not (output / last_step / MANIFEST).exists():
             step = next((name for name in STEPS if not (output / name / MANIFEST).exists()), last_step)
-            look(process.pid, step, found)
+            sample_memory(process.pid, step, found)
             time.sleep(INTERVAL)
         process.terminate()  # the build would go on with the next step
     steps = STEPS[: STEPS.index(last_step) + 1]
@@ -96,12 +97,12 @@ def build(folder: Path, last_step: str, found: Measured) -> None:
     found.disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 2**20
 
 
-def look(process: int, step: str, found: Measured) -> None:
+def sample_memory(process: int, step: str, found: Measured) -> None:
     try:
         found.resident = max(found.resident, status_mib(process, "VmHWM"))
         found.anonymous[step] = max(found.anonymous.get(step, 0.0), status_mib(process, "RssAnon"))
     except (FileNotFoundError, StopIteration, ProcessLookupError):
-        pass  # it has just ended: then there is nothing left to see
+        pass  # it has just ended
 
 
 def format_table(runs: Sequence[Measured]) -> str:
@@ -121,7 +122,9 @@ def format_table(runs: Sequence[Measured]) -> str:
             ]
         )
     header = ["documents", "queries", *(f"{step}, s" for step in steps), *(f"{step}, MiB" for step in steps)]
-    return markdown([*header, "with mapped files, MiB", "disk, MiB", "s for 1,000 more", "MiB for 1,000 more"], rows)
+    return markdown_table(
+        [*header, "with mapped files, MiB", "disk, MiB", "s for 1,000 more", "MiB for 1,000 more"], rows
+    )
 
 
 def slopes(above: Measured, one: Measured) -> list[str]:

@@ -70,12 +70,6 @@ def median_and_range(values: Sequence[float], digits: int = 1) -> str:
     return f"{middle} [{lowest}-{highest}]"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
-
-
 @contextmanager
 def counted_tokens(model: SentenceTransformer) -> Iterator[list[int]]:
     """Tokens that go through the layers, padding included, by forward pass."""

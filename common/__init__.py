@@ -1,1 +1,1 @@
-"""What every room stands on: command lines, finished folders, recipes, model references."""
+"""Foundations of all packages: command lines, finished folders, recipes, model references."""

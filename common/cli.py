@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _OTHER_FOLDER = "choose another folder"
-# What the user can mend about the disk; any other OSError is a defect and keeps its traceback.
+# Disk errors that the user can fix; any other OSError is a defect and keeps its traceback.
 _DISK_ADVICE = {
     errno.ENOSPC: f"the disk is full; free space or {_OTHER_FOLDER}",
     errno.EDQUOT: f"the disk quota is used up; free space or {_OTHER_FOLDER}",
@@ -38,7 +38,7 @@ class InputError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that raises InputError, so that every error of every command looks the same."""
+    """argparse that raises InputError, so that all commands report errors alike."""
 
     def __init__(self, **kwargs) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -70,7 +70,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main([arg for arg in argv if arg != "--debug"])
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except Exception as error:
@@ -86,7 +86,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
 
 def _user_message(error: Exception) -> str | None:
-    """What to tell the user about bad input or the disk; None for a defect."""
+    """The message about bad input or the disk; None for a defect."""
     if isinstance(error, InputError):
         return str(error)
     advice = _DISK_ADVICE.get(error.errno) if isinstance(error, OSError) else None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-RULES = 1  # raise it when this module makes another folder of the same file
+RULES = 1  # increase when this module writes another folder for the same file
 FACTS = "gguf.json"  # what the folder was made from
 # How llama.cpp splits a text before byte-level BPE, by the name in `tokenizer.ggml.pre`, where transformers (5.23)
 # knows no rule and falls back to GPT-2's: `llm_tokenizer_bpe` in llama.cpp's src/llama-vocab.cpp.
@@ -77,7 +77,7 @@ def dequantise(path: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # let go of by the system when its process ends, however it ends
+    with FileLock(f"{folder}.lock"):  # released by the system when the process ends, however it ends
         if not folder.is_dir():  # another process may have made it meanwhile
             partial = Path(f"{folder}.partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -158,7 +158,7 @@ def _facts(path: Path, reader: GGUFReader) -> dict[str, Any]:
 
 
 def _restore_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> None:
-    """Cut texts as the model was trained. Raises InputError for a rule that is not known here.
+    """Split texts as the model was trained. Raises InputError for a rule that is not known here.
 
     transformers takes GPT-2's rule for each that it does not know: numbers would be cut into other tokens.
     """

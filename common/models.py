@@ -19,7 +19,7 @@ from common.cli import InputError
 from common.gguf import dequantise, gguf_sha256, is_gguf, quantisation
 from common.steps import files_of, fingerprint
 
-SILENCE = 120  # seconds without a byte, after which a connection counts as lost
+HUB_TIMEOUT = 120  # seconds without a byte, after which a connection counts as lost
 _SETTINGS = (".json", ".txt", ".model", ".jinja")  # all that loaders read of a model but its weights
 
 
@@ -86,14 +86,14 @@ def resolve_model(reference: str) -> ModelReference:
 
 
 def expand_user(path: str) -> Path:
-    """`path` with its ~ written out; as it is where nobody of that name has a home (pathlib raises RuntimeError)."""
+    """`path` with ~ expanded; unchanged for an unknown user, where pathlib raises RuntimeError."""
     return Path(os.path.expanduser(path))
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises InputError for a folder whose files no loader could read: better now than after an hour of BM25.
+    """Raises InputError for a folder that cannot be loaded: better now than after an hour of BM25.
 
-    Looks at what can be told without loading: JSON that is none, weights cut off, modules that are not there or not
+    Checks what needs no loading: JSON that does not parse, truncated weights, modules that are missing or not
     sentence-transformers' own.
     """
     from safetensors import SafetensorError, safe_open
@@ -153,19 +153,19 @@ def datasets_cache(content: str) -> str:
 
 @functools.cache
 def limit_waiting() -> None:
-    """Requests of huggingface_hub that would wait for ever for a Hub that stays silent get a limit, `SILENCE`.
+    """Give requests of huggingface_hub that have no timeout one of HUB_TIMEOUT.
 
-    A limit of its client alone would not do: the library's calls ask for none, which is stronger. Those with a limit
-    of their own keep it.
+    Setting it on the client is not enough: the library's calls pass timeout=None, which overrides it. Calls that have
+    a timeout keep it.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
     def limit(request: Any) -> None:
         limits = request.extensions["timeout"]
-        request.extensions["timeout"] = {kind: limits[kind] or SILENCE for kind in limits}
+        request.extensions["timeout"] = {kind: limits[kind] or HUB_TIMEOUT for kind in limits}
 
-    def make_client() -> Any:  # the library makes another one after a connection that failed
+    def make_client() -> Any:  # called again after a connection that failed
         client = default_client_factory()
         client.event_hooks["request"].append(limit)
         return client
@@ -182,7 +182,7 @@ def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> 
     """
     limit_waiting()  # every command that reads from the Hub comes here first
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        return revision  # a commit is what it is: nothing to ask, also offline
+        return revision  # a commit never changes: nothing to ask
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import (
         HFValidationError,
@@ -207,10 +207,10 @@ def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> 
 
 
 def fetch_settings(model: ModelReference) -> str | None:
-    """Bring a Hub model's settings into the cache and return the commit they are of, to load it by; None of a folder.
+    """Download a Hub model's settings and return their commit, to load it by; None for a folder.
 
-    Loaders take a settings file that they could not get for one that is not there: a Hub that fails at modules.json
-    or at the prompts' file would otherwise give a model that pools in another way, or has no prompts, without a word.
+    Loaders treat a settings file that failed to download as missing: a Hub that fails at modules.json or at the
+    prompts' file would silently give a model that pools in another way, or has no prompts.
 
     Raises InputError in one line when the Hub does not serve them.
     """

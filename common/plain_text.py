@@ -16,8 +16,8 @@ def use_plain_text(model: SentenceTransformer, name_or_path: str, revision: str 
     """Pin `model`, as loaded from `name_or_path`, to plain text; a folder that is saved from it stays pinned.
 
     sentence-transformers (6.2) renders every text as a chat message, and its prompt as a system message, as soon as
-    the tokenizer has a chat template. For an embedder that template is an accident of the base model's repository,
-    and some write today's date: vectors would change overnight. Modules that read no tokens stay as they are.
+    the tokenizer has a chat template. For an embedder that template is a leftover of its base model, and some write
+    today's date: vectors would change overnight. Modules that read no tokens stay as they are.
 
     Raises InputError for an embedder whose own sentence_bert_config.json says that it was made with chat messages:
     read as plain text it would be another model, and no vector of its own could be cached or reproduced elsewhere.

@@ -6,8 +6,8 @@
             step.finish(rows=len(table))
 
 A folder whose manifest has the same inputs and lists the files that are there is kept, and the step skipped. A killed
-step leaves `NAME.partial`, which is resumed if the inputs are still the same and deleted otherwise. A folder in the
-way that has no manifest is moved aside to `NAME.unknown`.
+step leaves `NAME.partial`, which is resumed if the inputs are still the same and deleted otherwise. A folder of
+that name without a manifest is moved to `NAME.unknown`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _read(path: Path, columns: list[str] | None, read: Callable[[], pa.Table]) -
 
 
 def row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """A Parquet file of ours, one row group at a time: memory does not grow with the file."""
+    """A Parquet file, one row group at a time: memory does not grow with the file."""
     with pq.ParquetFile(path) as file:
         for number in range(file.num_row_groups):
             yield file.read_row_group(number, columns)
@@ -157,7 +157,7 @@ class Step:
             self.discard()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # the answer of file systems such as /proc
+        except FileNotFoundError as error:  # as file systems such as /proc answer
             raise InputError(f"{error.filename}: no folder can be made here; choose another") from None
         inputs.write_text(self.key, encoding="utf-8")
         self.commit = code_commit()  # now: the code may be edited while the step runs
@@ -233,7 +233,7 @@ def link_files(source: Path, target: Path, without: Sequence[str] = ()) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The most resident memory that this process has had."""
+    """Peak resident memory of this process."""
     high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return high_water if sys.platform == "darwin" else high_water * 1024
 
@@ -244,7 +244,7 @@ def stack_versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The git commit of this code, with -dirty behind it where files differ; None outside a repository."""
+    """The git commit of this code, with -dirty appended where files differ; None outside a repository."""
     root = Path(__file__).parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""Does a setting matter? Train a recipe's variants with several seeds, score them, and tell how sure one can be.
+"""Does a setting matter? Train a recipe's variants with several seeds and score them, with confidence intervals.
 
     python -m eval.ablate --config recipes/ablations/objectives.yaml --output_dir runs/ablations/objectives
     python -m eval.ablate --config ... --output_dir ... --report_split test     # the choice was made on validation
@@ -14,7 +14,7 @@ A recipe of an ablation (`Ablation` says what each key means; all of them are fl
       soft_info_nce: {}
       kl: {retrieval.loss: kl}              # KEY as a flag of train_st.py has it, or STAGE.KEY, or student.KEY
     grid: {stages: ["sts,retrieval", retrieval]}      # times every variant: all combinations
-    # mining.margin, mining.num_negatives, mining.strategy, mining.seed: train on rows mined anew from the same grades
+    # mining.margin, mining.num_negatives, mining.strategy, mining.seed: train on rows mined again from the same grades
 
 Every variant and seed is trained and scored in a process of its own, in OUTPUT_DIR/runs/VARIANT/seed-N: its recipe,
 stages, model/, ledger.json, run.log and scores-SPLIT.json. What is finished is skipped, so a killed ablation resumes;
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_evaluation(data: Path, splits: Sequence[str]) -> tuple[dict[str, int], dict[str, str]]:
-    """Counts of what the last split's scores are about; and for each split a key that changes when they could."""
+    """Counts of queries and documents of the last split; and for each split a key that changes with its data."""
     documents = load_documents(data)
     files = [file_sha256(data / "corpus" / name) for name in ("documents.arrow", "queries.parquet", "qrels.parquet")]
     counts = [count(documents, load_queries(data, split, set(documents.ids))) for split in splits]
@@ -146,7 +146,7 @@ def read_evaluation(data: Path, splits: Sequence[str]) -> tuple[dict[str, int], 
 
 
 def train_and_score(runs: Sequence[Run], data: Path) -> list[dict[str, Any]]:
-    """Do what is not done yet, one run after the other, each in a process of its own; return the failed ones."""
+    """Run what is not finished, one run after the other, each in a new process; return the failed ones."""
     waiting = [run for run in runs if not run.is_scored]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done before", flush=True)
@@ -156,7 +156,7 @@ def train_and_score(runs: Sequence[Run], data: Path) -> list[dict[str, Any]]:
         settings = {"seed": run_.seed, "data_seed": None, "output_dir": str(run_.folder), "disable_tqdm": True}
         settings["resume_from_checkpoint"] = "true"
         write_recipe(parse_recipe(run_.variant.recipe.values, run_.name, overrides=settings))
-        exit_code = run_apart(run_.folder, data, run_.keys)
+        exit_code = run_in_new_process(run_.folder, data, run_.keys)
         if exit_code == 0:
             outcome = ", ".join(f"{COMPARED} {run_.scores(split)[COMPARED]:.4f} ({split})" for split in run_.keys)
         else:
@@ -168,9 +168,9 @@ def train_and_score(runs: Sequence[Run], data: Path) -> list[dict[str, Any]]:
     return failed
 
 
-def run_apart(folder: Path, data: Path, keys: Mapping[str, str]) -> int:
+def run_in_new_process(folder: Path, data: Path, keys: Mapping[str, str]) -> int:
     """Train and score the recipe in `folder` in a process of its own; its exit code, negative for a signal."""
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(folder, data, keys))
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(folder, data, keys))
     process.start()
     try:
         process.join()
@@ -180,8 +180,8 @@ def run_apart(folder: Path, data: Path, keys: Mapping[str, str]) -> int:
     return process.exitcode
 
 
-def _work(folder: Path, data: Path, keys: Mapping[str, str]) -> None:
-    """`run_apart`'s process: it ends with its parent, writes run.log, and exits as every command does."""
+def _child(folder: Path, data: Path, keys: Mapping[str, str]) -> None:
+    """`run_in_new_process`'s process: it ends with its parent, writes run.log, and exits as every command does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with (folder / "run.log").open("w", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
@@ -200,7 +200,7 @@ def train_and_score_one(folder: Path, data: Path, keys: Mapping[str, str]) -> No
     rows = {}
     for split in keys:
         queries = load_queries(data, split, set(documents.ids))
-        # vectors go under the run's folder: nobody asks for them again
+        # under the run's folder: these vectors are not needed again
         rows[split] = model_row(System("model", str(folder / "model")), folder / "embeddings", documents, queries)
     shutil.rmtree(folder / "embeddings")
     for split, row in rows.items():  # last: with these the run counts as finished
@@ -208,7 +208,7 @@ def train_and_score_one(folder: Path, data: Path, keys: Mapping[str, str]) -> No
 
 
 def _end_with_parent() -> None:
-    """Without this, a run whose ablation was killed would go on beside the one that is started again."""
+    """Without this, a killed ablation's run would go on beside the one that is started again."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""An ablation's recipe: its variants as recipes of train_st.py, and rows mined anew for them."""
+"""An ablation's recipe: its variants as recipes of train_st.py, and rows mined again for them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Ablation(Section):
 
 @dataclass(frozen=True)
 class MinedRows:
-    """Training rows mined anew from the candidates that `source`, a published folder, holds."""
+    """Training rows mined again from the candidates in `source`, a published folder."""
 
     source: str
     mining: dict[str, Any]
@@ -155,7 +155,7 @@ def override(base: Mapping[str, Any], overrides: Mapping[str, Any], where: str, 
 
 
 def input_key(recipe: Recipe, where: str) -> str:
-    """Changes when a run of `recipe` could come out differently. Raises InputError when it reads what is not there."""
+    """A hash of all that decides a run of `recipe`. Raises InputError when its data or models are missing."""
     settings = [{key: value for key, value in stage.values.items() if key != "output_dir"} for stage in recipe.stages]
     data = {
         own.dataset_name: data_content(own.dataset_name, own.dataset_revision)
@@ -189,7 +189,7 @@ def corpus_content(folder: str) -> str:
     return fingerprint(files_of(Path(folder)))
 
 
-# --- rows mined anew ------------------------------------------------------------------------------------------------
+# --- rows mined again -----------------------------------------------------------------------------------------------
 
 
 def read_mining(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What an ablation found: means with intervals, and the table, page and picture of them.
+"""The results of an ablation: means with intervals, and the table, page and picture of them.
 
-Works on what eval.ablate hands over and keeps as ablation.json (its docstring has the fields), nothing else.
+Reads only what eval.ablate keeps as ablation.json (its docstring has the fields).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table has to know, in sentences."""
+    """Caveats for readers of the table, in sentences."""
     rows = [row for row in result["rows"] if row["seeds"]]
     lines = []
     if any(len(row["seeds"]) == 1 for row in rows):
@@ -55,7 +55,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"Budgets differ: {min(values):,.0f} to {max(values):,.0f} {title}.")
     if result["split"] != result["chosen_on"]:
         lines.append(
-            f"{result['chosen']} is best on split {result['chosen_on']}; split {result['split']} had no say in that."
+            f"{result['chosen']} is best on split {result['chosen_on']}; split {result['split']} was not used to choose."
         )
     else:
         lines.append(

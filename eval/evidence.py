@@ -1,8 +1,8 @@
-"""What a run left behind, as far as it can be proved: the evidence that its model's card is made of.
+"""Read a run's files: the evidence that its model's card is made of.
 
     evidence = read_evidence(run_folder)                    # recipe, stages, ledger, scores, data, ablation, pictures
 
-Nothing here loads the model: release.verify finds out what it is and does.
+Nothing here loads the model; release.verify does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _UNPUBLISHED = {"README.md", MANIFEST}
 def read_evidence(
     run_folder: Path, results: Path | None = None, ablations: Path | None = None, commits: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """All that a run's folder can prove about its model.
+    """What a run's folder says about its model.
 
     Args:
         run_folder: what train_st.py wrote, with eval.report's pictures in report/ if there are any.

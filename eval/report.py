@@ -26,7 +26,7 @@ from modeling.recipe import read_stages
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by every reader, in grey print as well.
+# Okabe and Ito's palette: safe for colour-blind readers, and in grey print.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 KINDS = (("retriever", "retrievers", BLUE), ("model", "models", ORANGE), ("fusion", "both, fused", GREEN))
 KEY = "Results"  # the text chunk of a PNG that holds metrics.json's `key`
@@ -34,6 +34,17 @@ VALIDATION_KEY = "eval_validation_cosine_ndcg@10"
 MTEB_NOT_RUN = (
     "MTEB and other collections: the table is about held-out queries of the run's own data. "
     "`python -m eval.run_mteb` runs the others."
+)
+COSTS = (
+    "step",
+    "made",
+    "steps",
+    "tokens",
+    "saved by share_prefix",
+    "seconds",
+    "device",
+    "peak memory",
+    "device hours",
 )
 OTHER_SEEDS = "Other seeds: this is one training run. The intervals cover the choice of queries, not that of the seed."
 
@@ -66,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         if logs:
             figures["training.png"] = plot_training(logs)
             parts += ["## Training", "![Training curves](training.png)"]
-        parts += ["## What each step made and took", format_costs(manifests, read_ledger(run_folder), metrics)]
+        parts += ["## What each step made and took", format_costs(read_ledger(run_folder), metrics, manifests)]
         missing = [*not_run(metrics, manifests, logs, stages), *([] if board else [MTEB_NOT_RUN]), OTHER_SEEDS]
         parts += ["## Not run", "\n".join(f"- {line}" for line in missing), "## Settings"]
         parts += [f"```yaml\n{(run_folder / 'recipe.yaml').read_text(encoding='utf-8').strip()}\n```"]
@@ -113,82 +124,66 @@ def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
     return {name: read_manifest(data / name) for name in BUILD_FOLDERS if (data / name / MANIFEST).is_file()}
 
 
-def format_ledger(ledger: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
+def format_costs(
+    ledger: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    manifests: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
     """What the data, each stage of training (with its evaluations) and the evaluation in `metrics` cost, as Markdown.
 
-    A device hour is one hour of one device. Tokens are those of the batches, each counted once; what share_prefix
-    saves is of all forward passes of the main process (GradCache's second ones, evaluations, padding).
+    Steps of the data are those of `manifests`, with what they made, or else those in the ledger. A device hour is one
+    hour of one device. Tokens are those of the batches, each counted once; what share_prefix saves is of all forward
+    passes of the main process (GradCache's second ones, evaluations, padding).
     """
-    titles = ["step", "steps", "tokens", "saved by share_prefix", "seconds", "device", "peak memory", "device hours"]
-    rows = [
-        [f"data: {row['step']}", "", "", "", f"{row['seconds']:,.0f}", "", _gib(row["peak_memory_bytes"]), ""]
-        for row in ledger["data"]
+    data = ledger["data"]
+    if manifests:
+        data = [{"step": name, "peak_memory_bytes": None, **manifest} for name, manifest in manifests.items()]
+    steps = [
+        (f"data: {row['step']}", {name: row[name] for name in row.get("counts", ())}, row["seconds"], row)
+        for row in data
     ]
+    rows = [_cost(*step) for step in steps]
     for row in ledger["stages"]:
         devices = round(row["device_seconds"] / max(row["training_seconds"], 1e-9))
+        memory = {"peak_memory_bytes": row["peak_device_memory_bytes"] or row["peak_memory_bytes"]}
         rows.append(
-            [
-                row["stage"],
-                f"{row['steps']:,}",
-                f"{row['tokens']:,}",
-                _saved(row.get("share_prefix")),
-                f"{row['training_seconds']:,.0f}",
-                f"{f'{devices} x ' if devices > 1 else ''}{row['device']}",
-                _gib(row["peak_device_memory_bytes"] or row["peak_memory_bytes"]),
-                f"{row['device_seconds'] / 3600:.2f}",
-            ]
+            _cost(f"training: {row['stage']}", {}, row["training_seconds"], memory)
+            | {"steps": f"{row['steps']:,}", "tokens": f"{row['tokens']:,}", "saved by share_prefix": _saved(row)}
+            | {"device": f"{f'{devices} x ' if devices > 1 else ''}{row['device']}"}
+            | {"device hours": f"{row['device_seconds'] / 3600:.2f}"}
         )
-    took = evaluation_seconds(metrics) if metrics else 0
+    seconds = sum(step[2] for step in steps) + sum(row["training_seconds"] for row in ledger["stages"])
     if metrics:
-        rows.append(["evaluation", "", "", "", f"{took:,.0f}", "", _gib(metrics["peak_memory_bytes"]), ""])
-    tokens, seconds, device_seconds = (
-        sum(row[name] for row in ledger["stages"]) for name in ("tokens", "training_seconds", "device_seconds")
-    )
-    seconds += took + sum(row["seconds"] for row in ledger["data"])
-    rows.append(["**all**", "", f"{tokens:,}", "", f"**{seconds:,.0f}**", "", "", f"**{device_seconds / 3600:.2f}**"])
-    if not any(row.get("share_prefix") for row in ledger["stages"]):
-        titles, *rows = ([*row[:3], *row[4:]] for row in (titles, *rows))
-    return markdown_table(titles, rows)
+        took = sum(row["seconds"] for row in metrics["systems"])
+        rows.append(_cost("evaluation", metrics["counts"] if manifests else {}, took, metrics))
+        seconds += took
+    tokens, device_seconds = (sum(row[name] for row in ledger["stages"]) for name in ("tokens", "device_seconds"))
+    rows.append({"step": "**all**", "tokens": f"{tokens:,}", "seconds": f"**{seconds:,.0f}**"})
+    rows[-1]["device hours"] = f"**{device_seconds / 3600:.2f}**"
+    titles = [title for title in COSTS if any(row.get(title) for row in rows)]
+    cells = [[row.get(title, "") for title in titles] for row in rows]
+    return markdown_table(titles, cells, left=1 + ("made" in titles))
 
 
-def _saved(counts: Mapping[str, int] | None) -> str:
+def _cost(step: str, counts: Mapping[str, Any], seconds: float, memory: Mapping[str, Any]) -> dict[str, str]:
+    size = memory["peak_memory_bytes"]
+    shown = {"step": step, "made": in_words(counts), "seconds": f"{seconds:,.0f}"}
+    return shown | {"peak memory": f"{size / 2**30:.2f} GiB" if size else ""}
+
+
+def _saved(row: Mapping[str, Any]) -> str:
     """What share_prefix did not compute (modeling.shared_prefix.TokenCounts); empty where it was not asked for."""
+    counts = row.get("share_prefix")
     if not counts:
         return ""
     padded, saved = counts["tokens_padded"], counts["tokens_padded"] - counts["tokens_computed"]
     return f"{saved:,} of {padded:,} ({saved / max(padded, 1):.0%})"
 
 
-def format_costs(
-    manifests: Mapping[str, Mapping[str, Any]], ledger: Mapping[str, Any], metrics: Mapping[str, Any]
-) -> str:
-    """Counts, seconds and peak memory of every step, as a Markdown table."""
-    rows = []
-    for name, manifest in manifests.items():
-        counts = in_words({name: manifest[name] for name in manifest.get("counts", ())})
-        rows.append((f"data: {name}", counts, manifest["seconds"], manifest.get("peak_memory_bytes")))
-    for row in ledger["stages"]:
-        made = f"{row['steps']:,} steps, {row['tokens']:,} tokens on {row['device']}"
-        rows.append((f"training: {row['stage']}", made, row["training_seconds"], row["peak_memory_bytes"]))
-    made = in_words(metrics["counts"])
-    rows.append(("evaluation", made, evaluation_seconds(metrics), metrics["peak_memory_bytes"]))
-    cells = [[name, made, f"{seconds:,.0f}", _gib(memory)] for name, made, seconds, memory in rows]
-    cells.append(["**all**", "", f"**{sum(seconds for _, _, seconds, _ in rows):,.0f}**", ""])
-    return markdown_table(["step", "made", "seconds", "peak memory of its process"], cells, left=2)
-
-
-def evaluation_seconds(metrics: Mapping[str, Any]) -> float:
-    return sum(row["seconds"] for row in metrics["systems"])
-
-
-def _gib(size: int | None) -> str:
-    return f"{size / 2**30:.2f} GiB" if size else ""
-
-
 def not_run(
     metrics: Mapping[str, Any], manifests: Mapping[str, Any], logs: Mapping[str, Log], stages: Sequence[str]
 ) -> list[str]:
-    """What a reader could take for done and was not, in sentences."""
+    """What was not run, in sentences."""
     lines = [f"Stage {stage}: it is in the recipe, the run has no model of it." for stage in metrics["not_evaluated"]]
     lines += [f"Training curve of stage {stage}: there is no log of it." for stage in stages if stage not in logs]
     for row in metrics["systems"]:

@@ -111,7 +111,7 @@ def load_for_mteb(reference: str) -> MTEBModels:
     model = resolve_model(reference)
     if not model.is_local:
         commit = fetch_settings(model)
-        if model.name_or_path not in MODEL_REGISTRY:  # model_meta.json will hold mteb's guess of what is not stated
+        if model.name_or_path not in MODEL_REGISTRY:  # then model_meta.json holds mteb's guesses
             print(
                 f"{model.name_or_path}: mteb has no file about it; results for the leaderboard need one first, "
                 "see docs/leaderboard.md",
@@ -135,7 +135,7 @@ def load_for_mteb(reference: str) -> MTEBModels:
 
 
 def show_demonstrations(model: MTEBModels, shots: int) -> None:
-    """Let `model` show its frozen demonstrations in every prompt, and have a revision of its own for that.
+    """Put the model's saved demonstrations before every prompt, under a revision of its own.
 
     Raises InputError when it was saved without so many.
     """
@@ -175,7 +175,7 @@ def evaluate(
 
 
 def _drop_if_broken(path: Path) -> None:
-    """mteb writes results in place: a process killed while writing leaves a file that mteb can not read again."""
+    """mteb writes results in place: a kill while writing leaves a file that mteb cannot read."""
     if path.exists():
         try:
             json.loads(path.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@
     python -m eval.search --model runs/demo/model --data runs/demo/data --hybrid 0.4 "how do I parse a date"
 
 The documents' vectors are kept under DATA/embeddings, by the hash of the model and of the texts: the first question
-waits for them, the next ones do not. --hybrid adds BM25, by the weight that `eval.retrieval` told.
+waits for them, the next ones do not. --hybrid adds BM25, with the weight that `eval.retrieval` printed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _METRIC_TYPES = {"nDCG@10": "ndcg_at_10", "R@100": "recall_at_100", "RR": "mrr_a
 def card_metadata(
     repo_id: str, evidence: Mapping[str, Any], license: str | None = None, datasets: Sequence[str] = ()
 ) -> ModelCardData:
-    """What the Hub searches by. A local folder is no base model and no data set for a reader elsewhere.
+    """The card's YAML. Local folders are left out: nobody else could open them.
 
     The Hub knows four relations to a base: adapter, merge (of several), quantized and finetune
     (https://huggingface.co/docs/hub/model-cards#specifying-a-base-model). LoRA merged into its base is a finetune.

@@ -1,4 +1,4 @@
-"""The model card: what a run left behind, for people who have nothing but its repository on the Hub.
+"""Render the model card from a run's files, for readers who have only its repository on the Hub.
 
 card = render_card("org/name", facts, evidence)         # README.md; of release.verify and of eval.evidence
 """
@@ -20,7 +20,7 @@ from dataset_builders.languages import language_name
 from eval.ablation_table import format_table as ablation_rows
 from eval.evidence import disclosure, hub_id
 from eval.leaderboard import Leaderboard, benchmark_tasks, format_means, format_tasks, make_leaderboard
-from eval.report import format_ledger
+from eval.report import format_costs
 from eval.retrieval import NEAR, format_table
 from modeling.objectives import OBJECTIVES
 from modeling.prompts import few_shot_prompt, few_shot_prompts
@@ -107,7 +107,7 @@ def render_card(
         "few_shot": few_shot_prompt("TASK", [("QUERY 1", "POSITIVE 1"), ("QUERY 2", "POSITIVE 2")]),
         "disclosure": disclosure(evidence["data"], metadata.base_model),
         "recipe_text": public_recipe_text(recipe),
-        "ledger_table": format_ledger(evidence["ledger"], metrics),
+        "ledger_table": format_costs(evidence["ledger"], metrics),
     }
     return _render("model", metadata, {**facts, **evidence, **values})
 
@@ -210,7 +210,7 @@ def fenced(text: str, language: str) -> str:
 
 
 def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
-    """What is a high score: the final model's cosines, as a Markdown table; None where they were not measured."""
+    """Quantiles of the final model's cosines, as a Markdown table; None where they were not measured."""
     cosines = (final_row(metrics) or {}).get("cosines")
     if not cosines:
         return None
@@ -221,7 +221,7 @@ def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
 
 
 def headline(metrics: Mapping[str, Any] | None, board: Leaderboard | None) -> str | None:
-    """How good it is, in a sentence; None where nothing was measured."""
+    """The scores in a sentence; None where nothing was measured."""
     parts = []
     if final := final_row(metrics):
         measure, baseline, counts = metrics["compared"], metrics["baseline"], metrics["counts"]
@@ -281,12 +281,12 @@ def cut_texts(ledger: Mapping[str, Any]) -> list[str]:
 
 
 def public_recipe_text(recipe: Mapping[str, Any]) -> str:
-    """recipe.yaml as a stranger can use it: no folder of this machine."""
+    """recipe.yaml without the folders of this machine."""
     return yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True, width=110).strip()
 
 
 def _public(value: Any) -> Any:
-    """Folders of this machine by their last part.
+    """Replace folders of this machine by their last part.
 
     >>> _public({"eos_token": "</s>", "dataset_name": ["/data/mine/hub", "org/data", "../sets/y"]})
     {'eos_token': '</s>', 'dataset_name': ['hub', 'org/data', 'y']}

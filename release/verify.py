@@ -1,5 +1,5 @@
-"""Check what is published as a stranger would meet it: the files are those that were made, stock libraries read them
-in a process that cannot import this repository, and what they give is what manifest, card and reference vectors say.
+"""Check what is published as its users would load it: the files are unchanged since they were written, and stock
+libraries, in a process that cannot import this repository, get what manifest, card and reference vectors say.
 
     facts = verify_model(Path("runs/demo/model"))
     facts = verify_dataset(Path("runs/demo/data/hub"))
@@ -32,7 +32,7 @@ _RUN_AS_CODE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
 # Euclidean distance of unit vectors (cosine = 1 - d^2 / 2) between two ways to compute them, by dtype of the weights.
 # Other devices, libraries and batches add up the same numbers in another order.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-# Not importable in the clean process, as on a stranger's machine.
+# Not importable in the clean process, as on other machines.
 _OUR_PACKAGES = ("common", "dataset_builders", "modeling", "train_st", "eval", "release", "push_to_hub")
 
 
@@ -43,7 +43,7 @@ def verify_model(folder: Path) -> dict[str, Any]:
     """The facts of a merged model that its card tells (see `describe_model`, `read_settings`).
 
     Raises:
-        InputError: what a stranger could not load, should not have to trust, or would get wrong vectors from.
+        InputError: the model does not load, needs code that others would have to trust, or gives wrong vectors.
     """
     model_files(folder)
     if not (folder / REFERENCE).is_file():
@@ -141,7 +141,7 @@ def describe_model(path: str, lines: str) -> dict:
 
 
 def _model_problems(facts: Mapping[str, Any]) -> Iterable[str]:
-    """What would silently give wrong vectors or scores, the first cause first."""
+    """What would silently give wrong vectors or scores, causes before their effects."""
     dtype = facts["reference_dtype"]
     if dtype not in TOLERANCE:
         yield f"its weights were {dtype}; publish a model in {', '.join(TOLERANCE)}"
@@ -250,7 +250,7 @@ def verify_dataset(folder: Path) -> dict[str, Any]:
     README.md among them is the card of no repository yet (see `dataset_builders.card.card_for`).
 
     Raises:
-        InputError: all that a stranger could not read, should not have to trust, or would train wrongly on.
+        InputError: files that do not load, hold local paths, or rows that would be trained on wrongly.
     """
     files, manifest = made_files(folder), read_manifest(folder)
     expected = manifest.get("rows")
@@ -335,8 +335,8 @@ def made_files(folder: Path) -> dict[str, Path]:
 
 
 def local_paths(text: str, references: Iterable[str | Path]) -> list[str]:
-    """What `text` gives away of the publisher's machine: the home or the current folder, one of `references` or a
-    folder above it, or a link to the Hub that was made of a path.
+    """Local paths in `text`: the home or the current folder, one of `references` or a folder above it, or a link to
+    the Hub that was made of a path.
     """
     places = {str(place) for place in (Path.home(), Path.cwd()) if len(place.parts) > 2}
     for reference in map(Path, references):

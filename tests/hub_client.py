@@ -20,14 +20,14 @@ import contextlib, importlib, io, json, os, re, sys, time, traceback
 import httpx2
 import push_to_hub
 from common.cli import run
-from common.models import SILENCE
+from common.models import HUB_TIMEOUT
 from huggingface_hub import HfFileSystem, close_session
 
 sleep, prepare, send = time.sleep, push_to_hub.prepare_model, httpx2.HTTPTransport.handle_request
 
 def send_with_a_limit(self, request):
     limits = request.extensions["timeout"]
-    assert all(limits[kind] and limits[kind] <= SILENCE for kind in ("connect", "read", "write", "pool")), request
+    assert all(limits[kind] and limits[kind] <= HUB_TIMEOUT for kind in ("connect", "read", "write", "pool")), request
     if job["stalled"] and re.search(job["stalled"], f"{request.method} {request.url.raw_path.decode()}"):
         request.extensions["timeout"] = {**limits, "read": 0.1}
     return send(self, request)

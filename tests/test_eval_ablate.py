@@ -139,7 +139,7 @@ def folder(tiny_decoder, tmp_path_factory) -> Path:
 
 
 def run_here(folder, data, keys):
-    """`run_apart` without the seconds that a new process takes."""
+    """`run_in_new_process` without the seconds that a new process takes."""
     try:
         ablate.train_and_score_one(folder, data, keys)
     except InputError as error:
@@ -163,12 +163,12 @@ def finished(folder):
         return run_here(run_folder, data, keys)
 
     with pytest.MonkeyPatch.context() as patch, own_cache(folder / "cache"):
-        patch.setattr(ablate, "run_apart", interrupted)
+        patch.setattr(ablate, "run_in_new_process", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(arguments(folder))
         trained = (first / "model" / "manifest.json").stat().st_mtime_ns
         assert not (folder / "out" / "ablation.json").exists()
-        patch.setattr(ablate, "run_apart", run_here)
+        patch.setattr(ablate, "run_in_new_process", run_here)
         with pytest.raises(InputError) as error:
             main(arguments(folder, "--report_split", "test"))
     assert (first / "model" / "manifest.json").stat().st_mtime_ns == trained

@@ -15,7 +15,6 @@ from eval.report import (
     KEY,
     VALIDATION_KEY,
     format_costs,
-    format_ledger,
     main,
     not_run,
     plot_systems,
@@ -103,25 +102,25 @@ def test_costs_add_up(metrics):
     ledger["stages"] = [stage()]
     manifests = {"corpus": {"seconds": 10.0, "peak_memory_bytes": 2**29, "counts": ["rows"], "rows": 1200}}
     metrics = {**metrics, "systems": [{"seconds": 5.0}, {"seconds": 0.0}], "peak_memory_bytes": 2**30}
-    costs = format_costs(manifests, ledger, metrics).splitlines()
-    assert costs[2] == "| data: corpus | rows 1,200 | 10 | 0.50 GiB |"
-    assert costs[3] == "| training: sts | 2 steps, 1,234 tokens on cpu | 90 | 1.00 GiB |"
-    assert costs[-1] == "| **all** | | **105** | |"
-    assert format_ledger(ledger).splitlines()[2:] == [
-        "| data: corpus | | | 10 | | 0.50 GiB | |",
-        "| sts | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
-        "| **all** | | 1,234 | **100** | | | **0.03** |",
+    assert format_costs(ledger, metrics, manifests).splitlines() == [
+        "| step | made | steps | tokens | seconds | device | peak memory | device hours |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| data: corpus | rows 1,200 | | | 10 | | 0.50 GiB | |",
+        "| training: sts | | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
+        "| evaluation | queries 3, documents 6 | | | 5 | | 1.00 GiB | |",
+        "| **all** | | | 1,234 | **105** | | | **0.03** |",
     ]
-    assert format_ledger(ledger, metrics).splitlines()[4:] == [
-        "| evaluation | | | 5 | | 1.00 GiB | |",
-        "| **all** | | 1,234 | **105** | | | **0.03** |",
+    assert format_costs(ledger).splitlines()[2:] == [
+        "| data: corpus | | | 10 | | 0.50 GiB | |",
+        "| training: sts | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
+        "| **all** | | 1,234 | **100** | | | **0.03** |",
     ]
 
 
 def test_eight_devices_for_an_hour_are_eight_device_hours():
     hour = stage(training_seconds=3600.0, device_seconds=8 * 3600.0, device="A100")
-    row = format_ledger({"data": [], "stages": [hour]}).splitlines()[2]
-    assert row == "| sts | 2 | 1,234 | 3,600 | 8 x A100 | 2.00 GiB | 8.00 |"
+    row = format_costs({"data": [], "stages": [hour]}).splitlines()[2]
+    assert row == "| training: sts | 2 | 1,234 | 3,600 | 8 x A100 | 2.00 GiB | 8.00 |"
 
 
 def test_what_is_no_ledger_is_one_line(tmp_path):

@@ -177,7 +177,7 @@ def test_card_has_recipe_costs_data_and_scores(card):
         "**Licence:** apache-2.0",
         "**Needs:** sentence-transformers 6.0.0 or newer, or transformers alone.",
         "32 dimensions",
-        "| retrieval | 20 | 4,000 | 61 | cpu | 3.00 GiB | 0.02 |",
+        "| training: retrieval | 20 | 4,000 | 61 | cpu | 3.00 GiB | 0.02 |",
         "| **all** | | 8,000 | **",
         "| loss | cosent | soft_info_nce |",
         "| lora_r | | 8 |",
