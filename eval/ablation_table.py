@@ -55,7 +55,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"Budgets differ: {min(values):,.0f} to {max(values):,.0f} {title}.")
     if result["split"] != result["chosen_on"]:
         lines.append(
-            f"{result['chosen']} is best on split {result['chosen_on']}; split {result['split']} was not used to choose."
+            f"{result['chosen']} is best on split {result['chosen_on']}; it was not chosen on split {result['split']}."
         )
     else:
         lines.append(
