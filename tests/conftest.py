@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import settings
 
 from common.steps import folder_step, write_arrow, write_json, write_parquet
@@ -134,4 +135,52 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
         write_parquet(step.path / "candidates.parquet", pa.Table.from_pylist(rows))
         write_parquet(step.path / "own.parquet", OWN.empty_table())
         step.finish(counts=["candidates"], candidates=len(rows))
+    return run
+
+
+@pytest.fixture(scope="session")
+def graded_data(tmp_path_factory):
+    """A data set of dataset_builders, compared with a held-out set."""
+    from tiny_data import write_encoder, write_recipe, write_set
+
+    from dataset_builders import build
+
+    folder = tmp_path_factory.mktemp("made")
+    write_encoder(folder / "teacher")
+    write_recipe(
+        folder / "data.yaml",
+        write_set(folder / "questions"),
+        folder / "teacher",
+        sts={"num_rows": 20},
+        decontamination={"local": {"SciFact": str(write_set(folder / "heldout", seed=1))}},
+    )
+    build.main(["--config", str(folder / "data.yaml"), "--output_dir", str(folder / "data")])
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def reported_run(tiny_run, graded_data, tmp_path_factory):
+    """The tiny run as train_st.py leaves it, evaluated and reported, trained on `graded_data` by a full recipe."""
+    from tiny_mteb import write_mteb
+
+    from eval import report, retrieval
+    from modeling.recipe import parse_recipe, read_stages, write_stages
+    from modeling.start import settle
+
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("card") / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe |= {"dataset_name": str(graded_data / "hub"), "learning_rate": "1e-4"}
+    recipe |= {"output_dir": str(run), "lora_r": 8, "shots": 2}
+    recipe["stages"] = [
+        {"name": "sts", "loss": "cosent", "dataset_config": "sts"},
+        {"name": "retrieval", "use_peft": True, "loss": "soft_info_nce", "lora_target_modules": ["q_proj", "v_proj"]},
+    ]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    stages = [settle(stage, None) for stage in parse_recipe(recipe, "recipe").stages]
+    write_stages(stages, read_stages(run)["start"], run)
+    retrieval.main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
+    report.main([str(run / "results"), "--output_dir", str(run / "report")])
+    # SciFact is none of the benchmark's tasks
+    tasks = {"ArguAna": ("test", "ndcg_at_10", 0.5), "STSBenchmark": ("test", "cosine_spearman", 0.75)}
+    write_mteb(run / "results", run / "model", tasks | {"SciFact": ("test", "ndcg_at_10", 0.9)})
     return run

@@ -89,16 +89,16 @@ def test_examples_in_the_benchmarks(module):
 
 
 def test_the_synthetic_set_is_built_with_its_duplicates_found(tmp_path):
-    bench_scale.prepare(tmp_path, documents=2000, queries=100)
+    bench_scale.prepare(tmp_path, documents=1000, queries=50)
     rows = read_rows(LocalSource(kind="local", path=str(tmp_path / "set"), eval_splits=("test",)), None)
-    assert (len(rows.documents), len(rows.queries), len(rows.qrels)) == (2000, 100, 100)
+    assert (len(rows.documents), len(rows.queries), len(rows.qrels)) == (1000, 50, 50)
     again = tmp_path / "again"
-    write_set(again, 2000, 100)
+    write_set(again, 1000, 50)
     for name in ("corpus", "queries", "qrels"):
         assert (again / f"{name}.parquet").read_bytes() == (tmp_path / "set" / f"{name}.parquet").read_bytes()
-    found = bench_scale.Measured(2000, 100)
-    bench_scale.build(tmp_path, "candidates", found)
-    assert list(found.seconds) == ["corpus", "candidates"] and found.anonymous["candidates"] > 50
+    found = bench_scale.Measured(1000, 50)
+    bench_scale.build(tmp_path, "corpus", found)
+    assert list(found.seconds) == ["corpus"] and found.anonymous["corpus"] > 50
     corpus = tmp_path / "build" / "corpus"
-    assert len(read_parquet(corpus / "groups.parquet")) == 4  # one document of a thousand, and what nearly repeats it
-    assert '"documents": 1998' in (corpus / "manifest.json").read_text()
+    assert len(read_parquet(corpus / "groups.parquet")) == 2  # one document of a thousand, and what nearly repeats it
+    assert '"documents": 999' in (corpus / "manifest.json").read_text()

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -119,26 +118,6 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(cached, monkeypatch):
     cached.write_bytes(b"GGUF of other weights")
     with pytest.raises(KeyboardInterrupt):
         gguf.dequantise(cached)
-
-
-def test_two_at_once_dequantise_once(cached, monkeypatch):
-    both_started, calls = threading.Barrier(2), []
-
-    def write(path, folder):
-        calls.append(path)
-        folder.mkdir()
-
-    def run():
-        both_started.wait()
-        gguf.dequantise(cached)
-
-    monkeypatch.setattr(gguf, "_write_model", write)
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert calls == [cached]
 
 
 # --- bad input

@@ -26,7 +26,6 @@ class Layout:
 IM = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 DATE = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
 LAYOUTS = {
-    "Qwen3 base": Layout("Qwen3", None, "<|endoftext|>", IM),
     "Qwen3 chat": Layout("Qwen3", None, "<|im_end|>", IM),
     "Llama 3 Instruct": Layout(
         "Llama", "<bos>", "<|eot_id|>", "<|turn|>{{ m.role }}\n\n{{ m.content | trim }}<|eot_id|>", "{{ bos_token }}"
@@ -74,7 +73,7 @@ def ids_of(model, prompt: str, text: str = TEXT) -> list[int]:
     return features["input_ids"][0][features["attention_mask"][0].bool()].tolist()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["Qwen3 chat", "Llama 3 Instruct", "Gemma-it", "Phi-3"])
 def test_ids_are_those_of_the_bare_tokenizer(name, tmp_path):
     from sentence_transformers import SentenceTransformer
     from transformers import AutoTokenizer

@@ -25,7 +25,7 @@ from modeling.merging import linear, merge_weights, slerp
 from modeling.objectives import OBJECTIVES, info_nce, soft_targets
 from modeling.prompts import few_shot_prompt, instruction_prompt
 from modeling.recipe import _budgets
-from modeling.student import principal_components, sif_log_weights
+from modeling.student import principal_components
 from modeling.training_data import search_sample
 
 words = st.text(max_size=20)
@@ -264,16 +264,6 @@ def test_samples_of_searches_are_whole(relevant, queries, documents, seed):
     needed = set().union(*sample.relevant.values())
     assert len(sample.documents) == max(len(needed), min(documents, 21))
     assert all(text == f"text {name[1:]}" for name, text in sample.documents.items())
-
-
-@given(hnp.arrays(np.int64, st.integers(1, 20), elements=st.integers(0, 10**6)), st.floats(1e-5, 1e-1))
-def test_weights_of_words_fall_with_their_frequency(counts, a):
-    weights = np.exp(sif_log_weights(counts, a))
-    assert np.all((weights > 0) & (weights <= 1 + 1e-12))
-    order = np.argsort(counts, kind="stable")
-    assert np.all(np.diff(weights[order]) <= 1e-12)
-    expected = [a / (a + count / max(counts.sum(), 1)) for count in counts.tolist()]
-    np.testing.assert_allclose(weights, expected)
 
 
 @settings(max_examples=40)

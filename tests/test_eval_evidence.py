@@ -1,0 +1,88 @@
+"""What a run's files say about its model: only its own results, pictures and data, and nothing of a broken run."""
+
+import doctest
+import json
+import shutil
+
+import pytest
+from tiny_mteb import write_mteb
+
+from common.cli import InputError
+from common.steps import write_json
+from eval import evidence
+from eval.evidence import provenance, read_evidence
+
+
+@pytest.fixture
+def copy(reported_run, tmp_path):
+    return shutil.copytree(reported_run, tmp_path / "run")
+
+
+def test_provenance_is_that_of_the_manifests(graded_data, tmp_path):
+    found = provenance(graded_data / "hub")
+    assert (found["title"], found["split"], found["commit"]) == ("questions", "train", None)
+    assert found["rows"]["train"] == 40 and found["compared"] == ["SciFact"] and found["mined"]
+    assert found["models"] == {"dense": "teacher", "teacher": "teacher"}
+    assert provenance(tmp_path) is None
+
+
+def test_zero_shot_share_needs_every_source_to_state_its_own():
+    entry = {"benchmark": "MTEB(eng, v2)"}
+    known = {"a": {**entry, "training_datasets": ["ArguAna"]}, "b": {**entry, "training_datasets": ["MSMARCO"]}}
+    found = evidence.disclosure(known)
+    assert found["training_datasets"] == ["ArguAna", "MSMARCO"] and found["trained_on"] == ["ArguAna"]
+    assert 90 < found["zero_shot_percentage"] < 100
+    on_e5 = evidence.disclosure(known, "intfloat/e5-mistral-7b-instruct")  # which mteb knows to have seen FEVER
+    assert on_e5["training_datasets"] == found["training_datasets"] and "FEVERHardNegatives" in on_e5["trained_on"]
+    private = evidence.disclosure({"a": {**entry, "training_datasets": []}})
+    assert (private["training_datasets"], private["zero_shot_percentage"]) == ([], 100)
+    assert evidence.disclosure({**known, "c": None}) is None
+    assert evidence.disclosure({**known, "c": {**entry, "training_datasets": None}}) is None
+    assert evidence.disclosure({}) is None
+
+
+def test_only_results_of_these_weights_are_the_models(reported_run, copy, tmp_path):
+    """They are found by the hash of the weights, or by a commit that has the same files."""
+    commits = ["a" * 40, "b" * 40]
+    written = write_mteb(tmp_path / "more", reported_run / "model", {"ArguAna": ("test", "ndcg_at_10", 0.25)})
+    scores = {found.task_name: found.get_score() for found in read_evidence(reported_run, tmp_path / "more")["mteb"]}
+    assert scores == {"ArguAna": 0.25, "STSBenchmark": 0.75, "SciFact": 0.9}  # a named folder comes first
+    written.rename(written.with_name(commits[0]))
+    [found] = read_evidence(reported_run, tmp_path / "more", commits=commits)["mteb"][:1]
+    assert (found.task_name, found.get_score()) == ("ArguAna", 0.25)
+    with pytest.raises(InputError, match=r"neither metrics\.json nor mteb's results"):
+        read_evidence(reported_run, tmp_path / "more", commits=commits[1:])
+    config = copy / "model" / "config_sentence_transformers.json"
+    config.write_text(config.read_text().replace("its answer", "an answer"))
+    assert read_evidence(reported_run)["mteb"] and not read_evidence(copy)["mteb"]
+
+
+def test_pictures_of_other_results_are_refused(copy):
+    """Evaluated anew and not reported anew: table and picture would disagree."""
+    metrics = json.loads((copy / "results" / "metrics.json").read_text())
+    write_json(copy / "results" / "metrics.json", {**metrics, "key": "another"})
+    with pytest.raises(InputError, match=r"systems.png: drawn from other results .*eval.report"):
+        read_evidence(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recipe.yaml", None, "no such file; the card holds the recipe"),
+        ("stages.json", None, "not a training run"),
+        ("ledger.json", None, "no such file"),
+        ("results/metrics.json", "[]", "not written by eval.retrieval"),
+        ("ArguAna.json", "{", r"ArguAna\.json: not a result that mteb can read"),
+    ],
+)
+def test_a_broken_run_is_one_line(copy, name, content, message):
+    path = next((copy / "results").rglob(name)) if name == "ArguAna.json" else copy / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_evidence(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_examples():
+    found = doctest.testmod(evidence)
+    assert found.attempted > 0 and found.failed == 0
