@@ -69,7 +69,6 @@ def test_pictures_of_other_results_are_refused(copy):
     ("name", "content", "message"),
     [
         ("recipe.yaml", None, "no such file; the card holds the recipe"),
-        ("stages.json", None, "not a training run"),
         ("ledger.json", None, "no such file"),
         ("results/metrics.json", "[]", "not written by eval.retrieval"),
         ("ArguAna.json", "{", r"ArguAna\.json: not a result that mteb can read"),

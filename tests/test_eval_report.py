@@ -86,7 +86,7 @@ def test_bars_are_as_long_as_the_scores(metrics):
     [axis] = plot_systems(metrics).axes
     bars = zip(axis.get_yticklabels(), axis.patches, strict=True)
     shown = {label.get_text(): bar.get_width() for label, bar in bars}
-    assert shown == {row["name"]: row["nDCG@10"] for row in metrics["systems"]} and len(shown) == 7
+    assert shown == {row["name"]: row["nDCG@10"] for row in metrics["systems"]} and len(shown) >= 7
 
 
 def test_curves_are_the_logged_points():
@@ -107,7 +107,7 @@ def test_costs_add_up(metrics):
         "|---|---|---:|---:|---:|---:|---:|---:|",
         "| data: corpus | rows 1,200 | | | 10 | | 0.50 GiB | |",
         "| training: sts | | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
-        "| evaluation | queries 3, documents 6 | | | 5 | | 1.00 GiB | |",
+        "| evaluation | documents 6, queries 3, relevant 3 | | | 5 | | 1.00 GiB | |",
         "| **all** | | | 1,234 | **105** | | | **0.03** |",
     ]
     assert format_costs(ledger).splitlines()[2:] == [
