@@ -282,7 +282,6 @@ RETRIEVAL_FILES = {
     "no data": (delete("data"), "documents.arrow: no such file"),
     "document without text": (columns(DOCUMENTS, text=["a", None]), "row 1 has no 'text'"),
     "ids are equal": (columns(DOCUMENTS, document_id="d0"), "id 'd0' occurs 6 times"),
-    "no stages": (delete("stages.json"), "not a training run"),
     "start of the run is gone": (delete("student"), "student"),
     "queries are one": (columns(ASKED, query_id="q0"), "id 'q0' occurs 3 times"),
     "judgements are halves": (columns(JUDGED, score=0.5), "'score' cannot be read as int32"),
@@ -292,6 +291,7 @@ RETRIEVAL_FILES = {
     "output is a file": (write("out", "x"), "a file stands where"),
 }
 RETRIEVAL_FLAGS = r"""
+--run none                | none: not a training run
 --split dev               | splits: test, train
 --split train             | source.eval_splits
 --top 5                   | unrecognized arguments
