@@ -13,6 +13,7 @@ import yaml
 from common.cli import ArgumentParser, InputError, output_folder
 from common.recipes import Section, parse_recipe
 from dataset_builders.dense import Dense
+from dataset_builders.embeddings import count_tokens, load_model
 from dataset_builders.files import column_names
 from dataset_builders.readers import Rows
 from dataset_builders.sources import LocalSource, find_source, read_rows
@@ -114,13 +115,11 @@ def judged_texts(rows: Rows, split: str) -> pl.DataFrame:
 def print_lengths(sides: Mapping[str, pl.Series], section: Dense) -> None:
     from sentence_transformers import SentenceTransformer
 
-    from dataset_builders.embeddings import load_model
-
     model = load_model(SentenceTransformer, section)
-    limit = section.max_seq_length or model.max_seq_length
+    limit = section.max_seq_length or model.max_seq_length  # none of static embeddings
     for name, texts in sides.items():
         texts = texts.gather_every(max(1, len(texts) // MEASURED))
-        lengths = np.array([len(model.tokenizer(text)["input_ids"]) for text in texts])
+        lengths = count_tokens(model.tokenizer, texts.to_list())
         half, most = np.quantile(lengths, [0.5, 0.95]).astype(int)
         cut = f"{np.mean(lengths > limit):.1%} would be cut to {limit}" if limit else "none would be cut"
         print(f"{name}: {half:,} tokens at the median, {most:,} at 95 %, {lengths.max():,} at most; {cut}")

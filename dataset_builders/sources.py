@@ -152,7 +152,7 @@ class LocalSource(Splits, SetKeys):
     """A file or a folder, whose layout shows in its columns; see tables.py."""
 
     kind: Literal["local"]  # whose keys these are
-    path: str  # below data_root, or absolute
+    path: str  # a file or a folder, below data_root or as written
 
     @field_validator("columns")
     @classmethod
