@@ -10,6 +10,7 @@ characters, as in Lucene's CJKAnalyzer: known by the characters, whatever the la
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -38,9 +39,6 @@ POSTING = np.dtype([("term", np.int32), ("document", np.int32), ("count", np.int
 # Thai and Lao, Burmese, Khmer; Japanese kana; Han characters with their iteration marks
 _SPACELESS = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\uff66-\uff9f"
 _SPACELESS += r"\u3005\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
-# `re` takes no combining mark for a part of a word, which would cut Hindi into pieces
-_MARKS = "".join(filter(lambda char: unicodedata.category(char)[0] == "M", map(chr, range(0xFFFF))))
-_TERM = rf"{_SPACELESS}|\w[\w{_MARKS}]+"
 
 
 class Bm25(Section):
@@ -50,6 +48,13 @@ class Bm25(Section):
     top_k: int = Field(100, ge=1)  # documents found for a query
     k1: float = Field(1.5, ge=0)  # how soon a repeated term stops to count
     b: float = Field(0.75, ge=0, le=1)  # how much long documents are marked down
+
+
+@functools.cache
+def _term() -> str:
+    """A pattern of words. `re` takes no combining mark for a part of a word, which would cut Hindi into pieces."""
+    marks = "".join(filter(lambda char: unicodedata.category(char)[0] == "M", map(chr, range(0xFFFF))))
+    return rf"{_SPACELESS}|\w[\w{marks}]+"
 
 
 def tokenise(texts: Sequence[str], language: str | None = None) -> list[list[str]]:
@@ -79,7 +84,7 @@ def _tokenised(texts: Sequence[str], language: str | None) -> bm25s.tokenization
     texts = [text if text.isascii() else re.sub(_SPACELESS, _bigrams, text) for text in texts]
     stop_words = language if language in STOP_WORDS else None
     stemmer = Stemmer.Stemmer(STEMMERS[language]) if language in STEMMERS else None
-    return bm25s.tokenize(texts, token_pattern=_TERM, stopwords=stop_words, stemmer=stemmer, show_progress=False)
+    return bm25s.tokenize(texts, token_pattern=_term(), stopwords=stop_words, stemmer=stemmer, show_progress=False)
 
 
 def _bigrams(run: re.Match) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from common.steps import parquet_writer, write_parquet
 from dataset_builders.bm25 import search_bm25
@@ -155,6 +154,8 @@ def own_documents(build: Build) -> np.ndarray:
     What ignore_identical_ids is in BEIR and mteb, decided by the data: equal ids alone mean nothing where queries and
     documents are numbered each on their own. A labelled positive is never a query's own text.
     """
+    import pyarrow.compute as pc  # slow to import: --help needs none
+
     texts = [normalised(text) for text in build.queries.values()]
     places = dict.fromkeys(texts, -1)
     for rows in ranges(len(build.documents), PART):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from common.cli import InputError
 from common.steps import read_arrow
@@ -56,6 +55,8 @@ def positions_of(ids: pa.Array, known: pa.ChunkedArray, where: str) -> np.ndarra
 
     Raises InputError for an id that is not there.
     """
+    import pyarrow.compute as pc  # slow to import: --help needs none
+
     positions = pc.search_sorted(known, ids).to_numpy().astype(np.int64)
     found = take(known, np.minimum(positions, len(known) - 1)) if len(known) else pa.nulls(len(ids), ids.type)
     unknown = pc.fill_null(pc.not_equal(found, ids), True)

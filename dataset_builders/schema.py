@@ -6,7 +6,6 @@ from collections.abc import Sized
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from common.cli import InputError
 
@@ -62,6 +61,8 @@ def mined_schema(num_negatives: int) -> pa.Schema:
 
 def to_schema(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
     """`table` with exactly the columns of `schema`, cast. Raises InputError for values of another type, or null."""
+    import pyarrow.compute as pc  # slow to import: --help needs none
+
     columns = []
     for field in schema:
         column = cast_column(table[field.name], field.name, field.type, where)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from common.steps import parquet_writer, read_arrow, read_manifest, read_parquet, row_groups, write_arrow
 from dataset_builders.build_record import Build
@@ -59,6 +58,8 @@ class Grades(NamedTuple):
 
 def write_scores(build: Build, folder: Path) -> dict[str, Any]:
     """Write scores.parquet into `folder`; returns counts, calibration and warnings for the manifest."""
+    import pyarrow.compute as pc  # slow to import: --help needs none
+
     teacher, pairs = build.recipe.teacher, write_pairs(build, folder / "pairs.arrow")
     grades = (grade_by_features if teacher.kind == "hybrid" else grade_by_model)(build, folder, pairs)
     facts = grades.calibration
@@ -174,6 +175,8 @@ def graded_blocks(build: Build) -> Iterator[pa.Table]:
     Documents that an evaluation task asks about, and that stay for another split's sake, are left out.
     A query's rows are together, queries in order of their ids. Raises InputError when there is nothing to grade.
     """
+    import pyarrow.compute as pc  # slow to import: --help needs none
+
     split = build.splits.split
     split_queries = pa.array(list(build.queries_of(split)), pa.string())
     judged = read_parquet(build.corpus / "qrels.parquet")
@@ -197,6 +200,8 @@ def graded_blocks(build: Build) -> Iterator[pa.Table]:
 
 def _asked_about(corpus: Path) -> pa.Array:
     """Ids of the documents in the corpus that match what an evaluation task asks about."""
+    import pyarrow.compute as pc  # slow to import: --help needs none
+
     log = corpus / "contamination.parquet"
     if not log.exists():
         return pa.array([], pa.string())
