@@ -17,6 +17,7 @@ import polars as pl
 import pyarrow as pa
 
 from common.steps import read_manifest
+from dataset_builders.audit_page import write_audit_page
 from dataset_builders.audit_plots import draw
 from dataset_builders.columns import positions_of
 from dataset_builders.mine import REASONS, Mining, mine_block, read_graded, rule_out
@@ -82,6 +83,7 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
     for name, plot in plots.items():
         # without the writing library's name and version the same figures give the same bytes
         plot.savefig(folder / name, metadata={"Software": None})
+    write_audit_page(build, folder, queries)
     return {**figures, "plots": list(plots)}
 
 

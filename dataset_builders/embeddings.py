@@ -97,6 +97,10 @@ class Vectors:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or np.float32, copy=False)
 
+    def is_cut(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) bool: whether a text was longer than the model reads."""
+        return np.concatenate([shard["is_cut"] for shard in self._shards])[rows] > 0
+
     @cached_property
     def count_cut(self) -> int:
         """How many of the texts were longer than the model reads."""
