@@ -201,7 +201,7 @@ def train_and_score_one(folder: Path, data: Path, keys: Mapping[str, str]) -> No
     for split in keys:
         queries = load_queries(data, split, set(documents.ids))
         # under the run's folder: these vectors are not needed again
-        rows[split] = model_row(System("model", str(folder / "model")), folder / "embeddings", documents, queries)
+        rows[split] = model_row(System("model", str(folder / "model")), folder / "embeddings", documents, queries)[0]
     shutil.rmtree(folder / "embeddings")
     for split, row in rows.items():  # last: with these the run counts as finished
         write_json(folder / f"scores-{split}.json", {**row, "model": "model", "key": keys[split]})

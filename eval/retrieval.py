@@ -5,7 +5,8 @@
     python -m eval.retrieval --model ... --data DIR --output_dir OUT --truncate_dim 256 128 --precision int8 binary
 
 Prints one table: the retrievers and both ways of fusing them, the models (of a run: untrained, after each stage,
-final), and the final model fused with BM25. Writes OUTPUT_DIR/metrics.json, unless it is there for the same files.
+final), and the final model fused with BM25. Writes OUTPUT_DIR/metrics.json, unless it is there for the same files, and
+queries.html: the queries that the last model wins and loses against BM25, or of several models against the first.
 Vectors are kept under DATA/embeddings, so a killed evaluation resumes and `eval.search` finds the documents' ready.
 """
 
@@ -31,6 +32,7 @@ from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.fusion import convex_fusion
 from eval.held_out import DEPTH, Documents, Queries, Ranking, candidate_rankings, count, load_documents, load_queries
 from eval.intervals import bootstrap_interval, format_interval
+from eval.queries_page import write_queries_page
 from eval.systems import System, compressed, encoder_section, named_systems, run_systems
 from modeling.recipe import read_stages
 
@@ -104,8 +106,22 @@ def main(argv: Sequence[str]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         cache = data / "embeddings"
         rows = [retriever_row(name, queries, *rankings[name]) for name in rankings]
-        rows += [model_row(system, cache, documents, queries) for system in systems]
+        for system in systems:
+            row, ranking = model_row(system, cache, documents, queries)
+            rows.append(row)
+            rankings[system.name] = ranking, DEPTH
         fused = [fused_row(system, data, documents, queries) for system in systems if system.with_bm25]
+        whole = [system.name for system in systems if system.with_bm25]
+        compared = (whole[0] if len(whole) > 1 else BASELINE, whole[-1])
+        per_query = {row["name"]: row["per_query"] for row in rows}
+        write_queries_page(
+            output / "queries.html",
+            documents,
+            queries,
+            compared,
+            tuple(rankings[name][0] for name in compared),
+            tuple(per_query[name] for name in compared),
+        )
         metrics = Metrics(
             key=key,
             command="python -m eval.retrieval " + shlex.join(argv),
@@ -190,8 +206,8 @@ def retriever_row(name: str, queries: Queries, ranking: Ranking, complete: int) 
     return {"name": name, "kind": "retriever"} | ranking_scores(queries, ranking) | unknown
 
 
-def model_row(system: System, cache: Path, documents: Documents, queries: Queries) -> dict[str, Any]:
-    """Scores of a model over all documents, and the seconds it took (0 for vectors that were found ready)."""
+def model_row(system: System, cache: Path, documents: Documents, queries: Queries) -> tuple[dict[str, Any], Ranking]:
+    """Scores of a model over all documents, and the seconds it took (0: vectors were ready); its ranking."""
     start = time.monotonic()
     vectors = embed(system, cache, documents, queries)
     positions, scores = ranked(vectors, documents, queries)
@@ -200,7 +216,8 @@ def model_row(system: System, cache: Path, documents: Documents, queries: Querie
     row |= {"dimensions": system.dimensions, "precision": system.precision}
     row |= {"seconds": round(time.monotonic() - start, 1)} | ranking_scores(queries, ranking)
     relevant = relevant_rows(documents, queries)
-    return row | {"cosines": {"quantiles": QUANTILES} | cosine_quantiles(*vectors, positions, scores, relevant)}
+    cosines = {"quantiles": QUANTILES} | cosine_quantiles(*vectors, positions, scores, relevant)
+    return row | {"cosines": cosines}, ranking
 
 
 def embed(system: System, cache: Path, documents: Documents, queries: Queries) -> tuple[np.ndarray | Vectors, ...]:

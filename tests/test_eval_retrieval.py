@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -188,6 +189,15 @@ def test_any_models_are_compared_without_a_run(run, tiny_decoder, tmp_path, held
         *cut,
         *fused,
     ]
+    page = (tmp_path / "out" / "queries.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert len(data["rows"]) == 3 and {"lost", "won", "equal"} & set(data["tags"])
+    for row in data["rows"]:  # the second model against the first, as the metrics have them
+        shown = {line["document"]: line for line in row["documents"]}
+        assert all(line[name] for line in shown.values() for name in names)
+        assert [line["document"] for line in shown.values() if line["relevant"]] == list(
+            held_out[1].qrels[held_out[1].ids[held_out[1].texts.index(row["title"])]]
+        )
     assert found["run"] is None and all(row["difference"] for row in found["systems"][1:])
     scores = {row["name"]: row["nDCG@10"] for row in found["systems"]}
     truncated = sentence_transformers_scores(run / "model", held_out, query_prompt_name="query", truncate_dim=8)
@@ -246,7 +256,7 @@ def test_evaluating_again_embeds_nothing(run, tmp_path, metrics, monkeypatch, he
 
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", refuse)
     moved = shutil.copytree(run, tmp_path / "moved")
-    again = model_row(System("final", str(moved / "model")), moved / "data" / "embeddings", *held_out)
+    again, _ = model_row(System("final", str(moved / "model")), moved / "data" / "embeddings", *held_out)
     assert again["nDCG@10"] == next(row for row in metrics["systems"] if "(final)" in row["name"])["nDCG@10"]
 
 
