@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING
 
 from common.cli import InputError, run
 from common.steps import MANIFEST, Step, link_files
+from modeling.arguments import MergeArguments, recipe_keys
 from modeling.ledger import closing_line, write_ledger, write_log
 from modeling.processes import joint_step, launched_with, processes, refuse_shards
-from modeling.recipe import MergeArguments, Recipe, Stage, read_recipe, recipe_keys, write_recipe, write_stages
+from modeling.recipe import Recipe, Stage, read_recipe, write_recipe, write_stages
 
 if TYPE_CHECKING:
     from modeling.stages import StageData

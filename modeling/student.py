@@ -32,8 +32,8 @@ from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel, 
 
 from common.models import resolve_model
 from common.steps import read_arrow, read_parquet
+from modeling.arguments import StudentConfig
 from modeling.encoder import without_bars
-from modeling.recipe import StudentConfig
 
 HEAD_SIZE = 128
 ROPE_THETA = 1e6

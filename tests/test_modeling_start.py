@@ -15,8 +15,9 @@ from trl import ModelConfig
 
 from common.cli import InputError
 from common.models import resolve_model
+from modeling.arguments import StageArguments
 from modeling.encoder import build_encoder, read_published, save_merged
-from modeling.recipe import Stage, StageArguments
+from modeling.recipe import Stage
 from modeling.start import Start, column_prompts, load_tokenizer, published_start, saved_prompts, settle, start_line
 
 TEXTS = ["how do i boil an egg", "the train leaves at noon", "a red kite over the hill"]

