@@ -12,6 +12,7 @@ again: files that were uploaded are not sent twice. Endpoint and token are huggi
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from argparse import Namespace
@@ -144,6 +145,7 @@ def _check_repo_id(repo_id: str) -> None:
 def prepare_model(args: Namespace) -> list[Release]:
     """The merged model and, if asked for, its adapter: verified, with their cards. Raises InputError."""
     from eval.evidence import read_evidence
+    from release.card_metadata import final_row
     from release.model_card import render_adapter_card, render_card
     from release.verify import model_files, verify_adapter, verify_model
 
@@ -158,6 +160,8 @@ def prepare_model(args: Namespace) -> list[Release]:
     shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
     card = render_card(args.repo_id, facts, evidence, **shown)
     files = {**files, **evidence["pictures"], CARD: card.encode()}
+    if relevance := (final_row(evidence["metrics"]) or {}).get("relevance"):
+        files["relevance.json"] = json.dumps(relevance, indent=2).encode()
     releases = [Release(args.repo_id, "model", "Merged model", files)]
     if args.adapter:
         adapter = run_folder / "adapter"

@@ -34,6 +34,7 @@ from eval.held_out import DEPTH, Documents, Queries, Ranking, candidate_rankings
 from eval.intervals import bootstrap_interval, format_interval
 from eval.queries_page import write_queries_page
 from eval.systems import System, compressed, encoder_section, named_systems, run_systems
+from eval.thresholds import relevance
 from modeling.recipe import read_stages
 
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
@@ -68,6 +69,7 @@ class SystemScores(BaseModel):
     shots: int = 0
     cosines: dict[str, list[int | float] | None] | None = None
     weight: float | None = None  # of BM25 in a fused row
+    relevance: dict[str, Any] | None = None  # of eval.thresholds
 
 
 class Metrics(BaseModel):
@@ -110,7 +112,11 @@ def main(argv: Sequence[str]) -> None:
             row, ranking = model_row(system, cache, documents, queries)
             rows.append(row)
             rankings[system.name] = ranking, DEPTH
-        fused = [fused_row(system, data, documents, queries) for system in systems if system.with_bm25]
+        fused = []
+        for system in (system for system in systems if system.with_bm25):
+            row, note, found = fused_row(system, data, documents, queries)
+            fused.append((row, note))
+            next(row for row in rows if row["name"] == system.name)["relevance"] = found
         whole = [system.name for system in systems if system.with_bm25]
         compared = (whole[0] if len(whole) > 1 else BASELINE, whole[-1])
         per_query = {row["name"]: row["per_query"] for row in rows}
@@ -270,8 +276,10 @@ def as_ranking(positions: np.ndarray, scores: np.ndarray, documents: Documents, 
     }
 
 
-def fused_row(system: System, data: Path, documents: Documents, queries: Queries) -> tuple[dict[str, Any], str]:
-    """Scores of BM25 fused with `system`, and a sentence on the weight, which validation queries choose."""
+def fused_row(
+    system: System, data: Path, documents: Documents, queries: Queries
+) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
+    """Scores of BM25 fused with `system`, and what validation queries choose: a sentence on the weight; thresholds."""
     ids = set(documents.ids)
     bm25 = {queries.split: (queries, candidate_rankings(data, queries, ids)[BASELINE][0])}
     with contextlib.suppress(InputError):  # a build without validation queries
@@ -281,14 +289,15 @@ def fused_row(system: System, data: Path, documents: Documents, queries: Queries
     for split, (asked, sparse) in bm25.items():
         nearest = ranked(embed(system, data / "embeddings", documents, asked), documents, asked)
         found[split] = sparse, as_ranking(*nearest, documents, asked)
-    weight, chosen = 0.5, "not chosen, there are no validation queries"
+    weight, chosen, cut = 0.5, "not chosen, there are no validation queries", None
     if "validation" in found:
+        cut = relevance(validation, found["validation"][1], queries, found[queries.split][1])
         weight = choose_weight(validation, *found["validation"])
         chosen = f"chosen on {len(validation.ids):,} validation queries"
     row = {"name": f"BM25 + {system.name}", "kind": "fusion", "model": system.model, "weight": weight}
     row |= ranking_scores(queries, fuse(*found[queries.split], weight, DEPTH))
     what = "sum of scores, each min-max normalised over a query's first 100 documents"
-    return row, f"BM25 + {system.name}: {what}; weight of BM25 {weight:.2f}, {chosen}."
+    return row, f"BM25 + {system.name}: {what}; weight of BM25 {weight:.2f}, {chosen}.", cut
 
 
 def fuse(sparse: Ranking, dense: Ranking, weight: float, top_k: int) -> Ranking:

@@ -95,6 +95,8 @@ def render_card(
         "headline": headline(metrics, board),
         "table": format_table(metrics) if metrics else None,
         "cosines_table": cosines_table(metrics),
+        "relevance": (final_row(metrics) or {}).get("relevance"),
+        "thresholds_table": thresholds_table(metrics),
         "mteb_means": format_means(board) if board else None,
         "mteb_table": format_tasks(make_leaderboard({"score": mteb})) if mteb else None,
         "ablation_table": ablation_rows(ablation) if ablation else None,
@@ -218,6 +220,19 @@ def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
     titles = {"relevant": "its relevant documents", "others": f"others among the first {NEAR}"}
     rows = [[title, *(f"{value:.2f}" for value in cosines[name])] for name, title in titles.items() if cosines[name]]
     return markdown_table(["cosine of a query and", *heads], rows)
+
+
+def thresholds_table(metrics: Mapping[str, Any] | None) -> str | None:
+    """What is kept and lost by cutting at a cosine, as a Markdown table; None where it was not measured."""
+    found = (final_row(metrics) or {}).get("relevance")
+    if not found:
+        return None
+    heads = ["cosine of at least", "relevant, of what is left", "left, of what is relevant", "queries with an answer"]
+    rows = [
+        [f"{row['cosine']:.2f}", *(f"{row[name]:.0%}" for name in ("precision", "recall", "answered"))]
+        for row in found["table"]
+    ]
+    return markdown_table(heads, rows, left=0)
 
 
 def headline(metrics: Mapping[str, Any] | None, board: Leaderboard | None) -> str | None:
