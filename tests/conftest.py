@@ -1,7 +1,12 @@
 """What several rooms' tests share: tiny real models, made on the spot."""
 
+import os
 import shutil
 from pathlib import Path
+
+# Before any library reads it: no test asks the real Hub, and none waits for its retries. The local Hub's clients are
+# processes of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import yaml

@@ -113,12 +113,8 @@ def run_inputs(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
-    """No network, and the cache of `datasets` not the user's."""
-    import huggingface_hub.constants
-
+    """The cache of `datasets` is not the user's."""
     with pytest.MonkeyPatch.context() as patch, own_cache(tmp_path_factory.mktemp("cache")):
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         patch.delenv("DATA_ROOT", raising=False)
         yield
 
@@ -167,7 +163,7 @@ def test_bad_input_is_refused_in_one_line(name, case, spoil, tmp_path, capsys, m
 
 
 def process(name, arguments, folder, **variables):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", **variables}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     command = [sys.executable, "-m", COMMANDS[name].module, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

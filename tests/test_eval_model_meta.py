@@ -154,7 +154,6 @@ def test_from_a_pushed_commit_to_what_mteb_takes(run_folder, tmp_path):
 
 
 def test_before_it_is_published_nobody_is_asked(run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model_meta.main([NAME, "--run", str(run_folder), "--dry_run"])
     shown = capsys.readouterr()
     (tmp_path / "shown.py").write_text(shown.out)

@@ -249,7 +249,6 @@ def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
 @pytest.mark.usefixtures("in_this_process")
 def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     flags = ["--adapter", "--datasets", "org/graded", "--dry_run", "--output_dir", str(tmp_path / "card")]
     flags += ["--title", "Questions about dates", "--language", "de", "en", "--license", "mit"]
     push_to_hub.main(["model", str(run_folder / "model"), NAME, *flags])
