@@ -3,13 +3,19 @@
 import doctest
 import json
 import re
+import shutil
+import subprocess
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from tiny_data import write_encoder, write_recipe, write_set
 
 from common import pages
+from common.pages import Row, write_page
 from dataset_builders.build import main as build_main
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def test_docstring_examples():
@@ -39,3 +45,18 @@ def test_the_page_shows_rows_with_what_to_look_for(tmp_path):
         assert ("probable false negative" in row["tags"]) == (expected["label"][1] >= 0.9)
         assert ("flat labels" in row["tags"]) == (max(expected["label"]) - min(expected["label"]) < 0.05)
     assert {tag for row in data["rows"] for tag in row["tags"]} == set(data["tags"])
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+def test_a_browser_shows_the_rows_from_a_file(tmp_path):
+    """Texts stay texts, the first twenty rows of thirty are there, and the first filter is that of all rows."""
+    documents = [{"document": "positive", "text": "<i>&amp; one</i>"}]
+    rows = [Row(title=f"row {n} <b>", facts="", tags=["odd"] * (n % 2), documents=documents) for n in range(30)]
+    write_page(tmp_path / "index.html", "A <page>", "Look & see", {}, rows)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [*command, "--dump-dom", f"file://{tmp_path / 'index.html'}"], capture_output=True, text=True
+    )
+    assert done.stdout.count("<details>") == 20 and "30 of 30 rows, here 1 to 20" in done.stdout, done.stderr
+    assert "row 0 &lt;b&gt;" in done.stdout and "&lt;i&gt;&amp;amp; one&lt;/i&gt;" in done.stdout
+    assert "all 30</option>" in done.stdout and "<h1>A &lt;page&gt;</h1>" in done.stdout
