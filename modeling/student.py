@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel, PreTrainedTokenizerFast
 
 from common.models import resolve_model
@@ -84,7 +85,10 @@ def build_student(config: StudentConfig, folder: Path) -> None:
 
 
 def student_tokenizer(teacher_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The teacher's vocabulary with `<s>` and `</s>` for a decoder; ids of the teacher's tokens do not change."""
+    """The teacher's vocabulary with `<s>` and `</s>` for a decoder; ids of the teacher's tokens do not change.
+
+    Texts stand between these two, not after the teacher's [CLS]: the student's heads count from `<s>`.
+    """
     backend = Tokenizer.from_str(teacher_tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -96,6 +100,8 @@ def student_tokenizer(teacher_tokenizer: PreTrainedTokenizerFast) -> PreTrainedT
         eos_token="</s>",
     )
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     return tokenizer
 
 

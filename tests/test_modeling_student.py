@@ -17,8 +17,8 @@ MARKS = 5
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """(model, tokenizer, config) read back with transformers alone."""
-    from transformers import AutoModel, AutoTokenizer
+    """(model, tokenizer, config) as training starts from it."""
+    from modeling.encoder import build_encoder
 
     root = tmp_path_factory.mktemp("student")
     (root / "corpus").mkdir()
@@ -29,11 +29,16 @@ def student(tmp_path_factory):
     write_parquet(root / "corpus" / "queries.parquet", pa.table(queries))
     config = StudentConfig(teacher=TEACHER, corpus=str(root / "corpus"), prompt=PROMPT, intermediate_size=128)
     build_student(config, root / "model")
-    return AutoModel.from_pretrained(root / "model").eval(), AutoTokenizer.from_pretrained(root / "model"), config
+    encoder = build_encoder(root / "model", max_seq_length=512).eval()
+    return encoder[0].auto_model, encoder.tokenizer, config
 
 
 def ids_of(tokenizer, text):
-    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    """Those that the model reads: the heads count from `<s>`, which the teacher's [CLS] once took the place of."""
+    ids = tokenizer(text).input_ids
+    words = tokenizer(text, add_special_tokens=False).input_ids
+    assert ids == [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
+    return ids
 
 
 def last_state(model, ids):
