@@ -39,8 +39,8 @@ def check_teacher(build: Build, sample: int) -> dict[str, Any]:
     if sample < 2:
         raise InputError(f"--check_teacher {sample}: the teacher is compared on 2 pairs or more; 200 tell enough")
     teacher = build.recipe.teacher
-    if teacher.kind == "hybrid":
-        raise InputError("--check_teacher: a hybrid teacher has no reference scorer; check those it names")
+    if teacher.kind in ("hybrid", "given"):
+        raise InputError(f"--check_teacher: teacher {teacher.kind} has no reference scorer; check one that is a model")
     build.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build.cache) as name:  # beside the vectors: every worker of a cluster sees it
         folder = Path(name)

@@ -35,7 +35,7 @@ from dataset_builders.decontamination import (
 )
 from dataset_builders.near_duplicates import band_keys, near_duplicate_groups, stable_hash, text_keys
 from dataset_builders.readers import Rows
-from dataset_builders.schema import CLASSES, DOCUMENTS, GROUPS, QRELS, QUERIES
+from dataset_builders.schema import CLASSES, DOCUMENTS, GIVEN, GROUPS, QRELS, QUERIES
 from dataset_builders.sources import Splits
 
 SPLIT_SHARES = {"train": 80, "validation": 10, "test": 10}  # of 100 hash buckets
@@ -89,6 +89,10 @@ def write_corpus(
         classes = documents.select(document_id="merged_id", **{"class": "class"}).unique()
         classes = classes.join(kept, on="document_id", how="semi").sort("document_id", "class")
         _write_rows(folder / "classes.parquet", classes, CLASSES)
+    if rows.given is not None:
+        given = _given_of_kept(rows.given, asked.filter(split=splits.split), queries, documents, kept)
+        counts["given_scores"] = len(given)
+        _write_rows(folder / "given.parquet", given, GIVEN)
     return {
         "pairs_seen": rows.seen,
         "pairs_used": len(rows.qrels),
@@ -119,6 +123,16 @@ def _qrels_of_kept(qrels: pl.DataFrame, documents: pl.DataFrame, kept: pl.DataFr
         groups = kept.select("document_id", own_split=pl.col("group").map_elements(split_of, pl.String))
         qrels = qrels.join(groups, on="document_id").with_columns(pl.coalesce("split", "own_split"))
     return _distinct(qrels)
+
+
+def _given_of_kept(
+    given: pl.DataFrame, asked: pl.DataFrame, queries: pl.DataFrame, documents: pl.DataFrame, kept: pl.DataFrame
+) -> pl.DataFrame:
+    """GIVEN of the queries and documents that are kept; of texts that were merged the highest score."""
+    same_text = queries.select("query_id", "key").join(asked.select("key", asked_id="query_id"), on="key")
+    given = given.join(same_text, on="query_id").join(documents.select("document_id", "merged_id"), on="document_id")
+    given = given.group_by(query_id="asked_id", document_id="merged_id").agg(pl.col("given").max())
+    return given.join(kept, on="document_id", how="semi").sort("query_id", "document_id")
 
 
 def _distinct(qrels: pl.DataFrame) -> pl.DataFrame:

@@ -19,7 +19,7 @@ from dataset_builders.fusion import Fusion
 from dataset_builders.mine import Mining
 from dataset_builders.sources import Source, check_task_type, registry
 from dataset_builders.sts import Sts
-from dataset_builders.teachers import Hybrid, Teacher
+from dataset_builders.teachers import Given, Hybrid, Teacher
 
 
 def _with_unit(size: Any) -> str:
@@ -53,7 +53,9 @@ class Graders(Section):
     dense: Dense  # search by vectors
     fusion: Fusion = Fusion()  # of both rankings
     # Without a model of its own, the teacher is what both retrievers and the labels know together.
-    teacher: Annotated[Teacher | Hybrid, Field(discriminator="kind")] = Hybrid(kind="hybrid")  # grades the candidates
+    teacher: Annotated[Teacher | Hybrid | Given, Field(discriminator="kind")] = Hybrid(
+        kind="hybrid"
+    )  # grades the candidates
     mining: Mining = Mining()  # of the training set
     publish: Published = ()  # further training sets, mined from the same grades
     max_shard_size: ShardSize = "500MB"  # of a published file

@@ -38,6 +38,7 @@ class Rows:
     queries: pl.DataFrame  # query_id, text
     qrels: pl.DataFrame  # query_id, document_id, score (0: judged and not relevant), split (null: the source has none)
     seen: int  # pairs or judgements that the source holds
+    given: pl.DataFrame | None = None  # query_id, document_id, given: a teacher's scores that came with the texts
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,35 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     qrels = pl.concat([draw.keeps(qrels.filter(is_train)), qrels.filter(~is_train)])
     if tables.published or draw.num_pairs:  # the judgements of other splits were not read
         queries = queries.join(qrels, on="query_id", how="semi", maintain_order="left")
-    return Rows(documents, queries, qrels, seen)
+    given = None
+    if tables.has_scores:
+        where, table = tables.where("scores"), tables.read_part("scores")
+        given = _with_scores(table, "document_ids", "given", where).rename({"document_ids": "document_id"})
+        for texts, part in ((queries, "queries"), (documents, "corpus")):
+            unknown = given.join(texts, on=texts.columns[0], how="anti")
+            if len(unknown):
+                name = texts.columns[0]
+                raise InputError(
+                    f"{where}: {name} {unknown[name][0]!r} is not in {tables.where(part)}; add its text there"
+                )
+        given = given.select("query_id", "document_id", "given")
+    return Rows(documents, queries, qrels, seen, given)
+
+
+def _with_scores(table: pl.DataFrame, texts: str, scores: str, where: str) -> pl.DataFrame:
+    """A row for each of a row's texts (or ids) and its score. Raises InputError where their numbers differ."""
+    if table.schema[texts] != pl.List:
+        table = table.with_columns(pl.concat_list(texts))
+    wrong = table.filter(pl.col(texts).list.len() != pl.col(scores).list.len())
+    if len(wrong):
+        raise InputError(f"{where}: row {wrong['row'][0]} has not as many {scores} as {texts}; mend it")
+    table = table.filter(pl.col(texts).list.len() > 0).explode(texts, scores)
+    bad = table.filter(~pl.col(scores).is_finite())
+    if len(bad):
+        raise InputError(
+            f"{where}: row {bad['row'][0]} has a {scores} that is NaN or infinite; mend it or leave it out"
+        )
+    return table
 
 
 def _read_part(tables: Tables, part: str, id_name: str) -> pl.DataFrame:
@@ -144,7 +173,8 @@ def _read_pairs(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     documents = found.select("document_id", text="document").unique("document_id")
     queries = found.select("query_id", text="query").unique("query_id")
     qrels = found.group_by("query_id", "document_id", "split").agg(pl.col("score").max())
-    return Rows(documents, queries, qrels.select(QRELS.names), seen)
+    given = found.drop_nulls("given").select("query_id", "document_id", "given") if "given" in found.columns else None
+    return Rows(documents, queries, qrels.select(QRELS.names), seen, given)
 
 
 def _with_ids(found: pl.DataFrame, side: str, own: str, where: str) -> pl.DataFrame:
@@ -170,16 +200,23 @@ def _pairs(tables: Tables, split: str, table: pl.DataFrame) -> pl.DataFrame:
     if table.schema["positive"] == pl.List and own_positive == "id":
         own_positive = None  # of one text alone
     table = table.with_columns(query_key=_text_hashes(table["query"]))
+    if "scores" in table.columns:
+        positives = pl.col("positive").list.len() if table.schema["positive"] == pl.List else pl.lit(1)
+        table = table.with_columns(
+            positive_score=pl.col("scores").list.head(positives), negative_score=pl.col("scores").list.slice(positives)
+        )
     judged = []
     for side, score in (("positive", pl.col("relevance") if "relevance" in table.columns else 1), ("negative", 0)):
         if side not in table.columns:
             continue
-        found = _exploded(table, side)
+        is_scored = f"{side}_score" in table.columns
+        found = _with_scores(table, side, f"{side}_score", where) if is_scored else _exploded(table, side)
         if side == "negative":  # a row need not have one
             found = found.filter(pl.col(side).str.strip_chars() != "")
         else:
             found = tables.whole_rows(found, [side], where)
         own = {"own_query": own_query, "own_positive": own_positive if side == "positive" else None}
+        own |= {"given": f"{side}_score" if is_scored else None}
         own = {name: pl.col(column) for name, column in own.items() if column}
         score = pl.lit(score, pl.Int32) if isinstance(score, int) else score
         judged.append(

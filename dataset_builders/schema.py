@@ -26,6 +26,8 @@ OWN = pa.schema([("query_id", pa.string()), ("document_id", pa.string())])
 # Texts of a query and of a document labelled as relevant: no such document is a negative of the query.
 POSITIVES = pa.schema([("query", pa.string()), ("positive", pa.string())])
 STS = pa.schema([("sentence1", pa.string()), ("sentence2", pa.string()), ("label", pa.float32())])
+# Scores of the source's own, in place of a teacher's.
+GIVEN = pa.schema([("query_id", pa.string()), ("document_id", pa.string()), ("given", pa.float32())])
 # Ranks count from 1; rank and score are null where that retriever did not return the document.
 CANDIDATES = pa.schema(
     [

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from common.cli import InputError
 from common.steps import parquet_writer, read_arrow, read_manifest, read_parquet, row_groups, write_arrow
 from dataset_builders.build_record import Build
 from dataset_builders.calibration import (
@@ -61,7 +62,8 @@ def write_scores(build: Build, folder: Path) -> dict[str, Any]:
     import pyarrow.compute as pc  # slow to import: --help needs none
 
     teacher, pairs = build.recipe.teacher, write_pairs(build, folder / "pairs.arrow")
-    grades = (grade_by_features if teacher.kind == "hybrid" else grade_by_model)(build, folder, pairs)
+    grade = {"hybrid": grade_by_features, "given": grade_as_given}.get(teacher.kind, grade_by_model)
+    grades = grade(build, folder, pairs)
     facts = grades.calibration
     facts["positives_not_retrieved"] = (pc.sum(pairs["is_positive"]).as_py() or 0) - facts["positives"]
     counts = {"queries": 0, "graded": 0, "judged_not_retrieved": 0, "flat_rows": 0, "one_hot_rows": 0}
@@ -96,6 +98,18 @@ def grade_by_model(build: Build, folder: Path, pairs: pa.Table) -> Grades:
         return scores, calibration(scores)
 
     return Grades(of, facts, *_counts_of(build, scorer, grades))
+
+
+def grade_as_given(build: Build, folder: Path, pairs: pa.Table) -> Grades:
+    """The source's own scores, calibrated."""
+    given = np.concatenate([block["given"].to_numpy() for block in graded_blocks(build)])
+    calibration, facts = calibrate(*(given[rows] for rows in rows_to_fit(pairs)))
+
+    def of(block: pa.Table, start: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = block["given"].to_numpy()
+        return scores, calibration(scores)
+
+    return Grades(of, facts, {}, [])
 
 
 def grade_by_features(build: Build, folder: Path, pairs: pa.Table) -> Grades:
@@ -173,6 +187,7 @@ def graded_blocks(build: Build) -> Iterator[pa.Table]:
     with null ranks, the judged documents (also those judged not relevant) that no retriever returned.
 
     Documents that an evaluation task asks about, and that stay for another split's sake, are left out.
+    Of teacher `given`: what the source has a score for (`given`), found or not, and nothing else.
     A query's rows are together, queries in order of their ids. Raises InputError when there is nothing to grade.
     """
     import pyarrow.compute as pc  # slow to import: --help needs none
@@ -182,7 +197,13 @@ def graded_blocks(build: Build) -> Iterator[pa.Table]:
     judged = read_parquet(build.corpus / "qrels.parquet")
     judged = judged.filter((pc.field("split") == split) & pc.field("query_id").isin(split_queries))
     judged = judged.append_column("is_positive", pc.greater(judged["score"], 0)).drop_columns(["score", "split"])
-    asked_about = _asked_about(build.corpus)
+    asked_about, join_type = _asked_about(build.corpus), "full outer"
+    if build.recipe.teacher.kind == "given":
+        given = _read_given(build.corpus)
+        given = given.filter(pc.is_in(given["query_id"], split_queries))
+        given = given.filter(pc.invert(pc.is_in(given["document_id"], asked_about)))
+        judged, join_type = given.join(judged, ["query_id", "document_id"]), "right outer"
+        judged = judged.select(["query_id", "document_id", "is_positive", "given"])
     path = build.candidates / "candidates.parquet"
     # after the last block, the queries for which nothing at all was retrieved
     for retrieved in chain(filter(len, row_groups(path, CANDIDATES.names)), [CANDIDATES.empty_table()]):
@@ -192,10 +213,19 @@ def graded_blocks(build: Build) -> Iterator[pa.Table]:
             here, judged = judged.filter(is_here), judged.filter(pc.invert(is_here))
         retrieved = retrieved.filter(pc.is_in(retrieved["query_id"], split_queries))
         retrieved = retrieved.filter(pc.invert(pc.is_in(retrieved["document_id"], asked_about)))
-        block = retrieved.join(here, ["query_id", "document_id"], join_type="full outer")
+        block = retrieved.join(here, ["query_id", "document_id"], join_type=join_type)
         if len(block):
             block = block.set_column(len(CANDIDATES), "is_positive", block["is_positive"].fill_null(False))
             yield block.sort_by([(name, "ascending") for name in ("query_id", "rrf_rank", "document_id")])
+
+
+def _read_given(corpus: Path) -> pa.Table:
+    path = corpus / "given.parquet"
+    if not path.exists():
+        raise InputError(
+            "teacher.kind 'given': the source has no scores; see docs/your-data.md, or name another teacher"
+        )
+    return read_parquet(path)
 
 
 def _asked_about(corpus: Path) -> pa.Array:
@@ -219,7 +249,9 @@ def write_pairs(build: Build, path: Path) -> pa.Table:
                 positions_of(block[name].combine_chunks(), known, "graded candidates").astype(np.int32)
                 for name, known in (("query_id", query_ids), ("document_id", build.document_ids))
             )
-            is_positive, is_retrieved = positives_and_their_class(block, build.corpus), block["rrf_rank"].is_valid()
+            is_positive = positives_and_their_class(block, build.corpus)
+            # given scores are of somebody's candidates, whether or not they are ours
+            is_retrieved = block["given" if "given" in block.column_names else "rrf_rank"].is_valid()
             yield pa.record_batch([asked, found, is_positive, is_retrieved.combine_chunks()], schema=PAIRS)
 
     write_arrow(path, batches(), PAIRS)

@@ -72,8 +72,8 @@ def write_sts(build: Build, folder: Path) -> dict[str, Any]:
 
 
 def teacher_of_pairs(build: Build) -> tuple[Teacher, Calibration]:
-    """What grades two queries: the teacher; for a hybrid one, which grades documents alone, the dense model."""
-    if build.recipe.teacher.kind != "hybrid":
+    """What grades two queries: the teacher; for one that grades documents alone, the dense model."""
+    if build.recipe.teacher.kind not in ("hybrid", "given"):
         return build.recipe.teacher, Calibration(build.calibration["a"], build.calibration["b"])
     found = pl.scan_parquet(build.scores / "scores.parquet").filter(pl.col("dense_score").is_not_null())
     scores, is_positive = (column.to_numpy() for column in found.select("dense_score", "is_positive").collect())

@@ -37,7 +37,7 @@ from dataset_builders.near_duplicates import in_blocks, stable_hash, text_keys
 from dataset_builders.schema import cast_column, check_rows
 
 Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]
-TEXT = pa.string()
+TEXT, NUMBERS = pa.string(), pa.list_(pa.float32())
 # Column -> type; None: texts or lists of texts.
 COLUMNS: dict[str, dict[str, pa.DataType | None]] = {
     "corpus": {},  # its three tables have the columns of PARTS
@@ -46,6 +46,7 @@ COLUMNS: dict[str, dict[str, pa.DataType | None]] = {
         "positive": None,
         "negative": None,
         "relevance": pa.int32(),
+        **dict.fromkeys(("positive_score", "negative_score", "scores"), NUMBERS),
         **dict.fromkeys(("id", "query_id", "positive_id"), TEXT),
     },
     "texts": {"text": None, "label": None, "id": TEXT},
@@ -55,10 +56,13 @@ COLUMNS: dict[str, dict[str, pa.DataType | None]] = {
 # Read where they are there; those of pairs and texts on the Hub only where `columns` names them. A row's id stands for
 # its query, and for its positive where that is one text.
 OPTIONAL = {"negative", "relevance", "id", "query_id", "positive_id", "title", "split"}
+OPTIONAL |= {"positive_score", "negative_score", "scores"}
 PARTS = {
     "corpus": {"_id": TEXT, "title": TEXT, "text": TEXT},
     "queries": {"_id": TEXT, "text": TEXT},
     "qrels": {"query_id": TEXT, "corpus_id": TEXT, "score": pa.int32(), "split": TEXT},
+    # a teacher's, for lists of documents; a set need not have them
+    "scores": {"query_id": TEXT, "document_ids": None, "given": NUMBERS},
 }
 # Our name -> what it may be called, the first of them that is there; capitals, spaces and hyphens make no difference.
 NAMES = {
@@ -66,6 +70,12 @@ NAMES = {
     "positive": "positive positives pos answer answers response document passage context text body abstract",
     "negative": "negative negatives neg hard_negative hard_negatives",  # and negative_1, negative_2, ...
     "relevance": "relevance relevant is_relevant judgement judgment",
+    # scores of a teacher; `scores` are the positive's and then the negatives'
+    "positive_score": "positive_score positive_scores pos_score pos_scores score",
+    "negative_score": "negative_score negative_scores neg_score neg_scores",
+    "scores": "scores labels",
+    "document_ids": "document_ids doc_ids docids corpus_ids document_id doc_id docid corpus_id",
+    "given": "scores score labels label",
     "id": "id",
     "query_id": "query_id qid question_id topic_id",
     "positive_id": "positive_id document_id doc_id docid passage_id pid answer_id corpus_id",
@@ -88,9 +98,12 @@ _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|dev|valid|val)(?![a-z])")
 _FOLDER = re.compile(r"data|corpus|queries|qrels|train|test|validation|dev|valid|val")  # below a set's own
 HELD_OUT = ("validation", "test")
 PART_FILES = {"corpus": r"(corpus|collection|documents)\b", "queries": r"(queries|topics)\b", "qrels": r".*qrels\b"}
+PART_FILES |= {"scores": r"scores\b"}
 # The score of a pair with this label. Pairs with any other label (neutral), and of a text with itself, are left out.
 LABEL_SCORES = {"entailment": 1, "contradiction": 0, "duplicate": 1, "not_duplicate": 0}
 _JSON_LIST = r'(?s)^\[(".*")?\]$'
+
+_JSON_NUMBERS = r"^\[[-+.,\s\deE]*\]$"
 
 
 class TableKeys(Section):
@@ -284,9 +297,14 @@ class FileTables(Tables):
         return str(self.path)
 
     @property
+    def has_scores(self) -> bool:
+        return bool(self._files.get("scores"))
+
+    @property
     def files(self) -> dict[str, Path]:
         """What is read, by its name below the set's folder. Raises InputError for what is not there."""
-        names = PARTS if self.layout == "corpus" else [name for name in self.asked if name not in self.made[1:]]
+        parts = [part for part in PARTS if part != "scores" or self.has_scores]
+        names = parts if self.layout == "corpus" else [name for name in self.asked if name not in self.made[1:]]
         return {self._name(file): file for name in names for file in self._of(name)}
 
     def where(self, name: str) -> str:
@@ -349,6 +367,7 @@ class HubTables(Tables):
     """A data set on the Hub at `revision`, or a folder that `load_dataset` reads."""
 
     published = True
+    has_scores = False
 
     def __init__(
         self,
@@ -439,6 +458,9 @@ def to_frame(
             values = table[column]
             if pa.types.is_integer(type_ or TEXT) and pa.types.is_large_string(values.type):  # 1.0, of a text file
                 values = cast_column(values, name, pa.float64(), where)
+            if type_ == NUMBERS:
+                parts.append(_numbers(values, name, where))
+                continue
             if type_ is None and not pa.types.is_list(values.type) and not pa.types.is_large_list(values.type):
                 type_ = TEXT
             parts.append(pl.Series(name, pl.from_arrow(cast_column(values, name, type_ or pa.list_(TEXT), where))))
@@ -454,8 +476,20 @@ def _names(theirs: str | Sequence[str]) -> Sequence[str]:
     return (theirs,) if isinstance(theirs, str) else theirs
 
 
+def _numbers(values: pa.ChunkedArray, name: str, where: str) -> pl.Series:
+    """Numbers, or lists of them, perhaps as JSON, as lists."""
+    if not pa.types.is_nested(values.type):
+        column = _decoded(pl.Series(name, pl.from_arrow(values)))
+        if column.dtype != pl.List:
+            numbers = pl.Series(name, pl.from_arrow(cast_column(values, name, pa.float32(), where)))
+            return pl.select(pl.concat_list(numbers)).to_series()
+        values = pa.chunked_array([column.to_arrow()])
+    return pl.Series(name, pl.from_arrow(cast_column(values, name, NUMBERS, where)))
+
+
 def _decoded(column: pl.Series) -> pl.Series:
-    """A column of JSON lists of texts as lists; any other as it is."""
-    if column.dtype == pl.String and column.count() and column.str.contains(_JSON_LIST).all():
-        return column.str.json_decode(pl.List(pl.String))
+    """A column of JSON lists of texts or numbers as lists; any other as it is."""
+    for pattern, type_ in ((_JSON_LIST, pl.String), (_JSON_NUMBERS, pl.Float32)):
+        if column.dtype == pl.String and column.count() and column.str.contains(pattern).all():
+            return column.str.json_decode(pl.List(type_))
     return column

@@ -84,8 +84,17 @@ class Hybrid(Section):
         return {"kind": "hybrid", "teachers": [teacher.describe() for teacher in self.teachers]}
 
 
-def teacher_name(teacher: Teacher | Hybrid) -> str:
-    return "hybrid" if teacher.kind == "hybrid" else teacher.model
+class Given(Section):
+    """No model: the scores that the source has (docs/your-data.md); what it gives none for is not graded."""
+
+    kind: Literal["given"]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "given"}
+
+
+def teacher_name(teacher: Teacher | Hybrid | Given) -> str:
+    return teacher.model if isinstance(teacher, Teacher) else teacher.kind
 
 
 def as_teacher(section: EncoderSection) -> Teacher:

@@ -6,11 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
-from tiny_data import write_encoder, write_table
+from tiny_data import write_encoder, write_recipe, write_table
 
 from common.cli import InputError
 from common.recipes import read_yaml
@@ -311,3 +312,36 @@ def test_what_inspect_writes_builds(tmp_path, monkeypatch, capsys, small_encoder
     assert read_manifest(tmp_path / "data" / "hub")["rows"]["train"] > 10
     with pytest.raises(InputError, match=r"faq\.yaml: is there already"):
         main(["--inspect", "faq.jsonl", "--output", "faq.yaml"])
+
+
+def test_scores_that_came_with_the_texts_are_calibrated_in_a_teachers_place(tmp_path, monkeypatch, small_encoder):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"query": f"balu {row}", "positive": f"fena {row}", "negative_1": f"corn {row}", "negative_2": f"gilo {row}"}
+        | {"scores": [2 + row / 10, row / 9, -1]}
+        for row in range(12)
+    ]
+    source = {"kind": "local", "path": str(write(tmp_path / "rows.jsonl", rows))}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path, small_encoder, source=source, teacher={"kind": "given"})
+    flags = ["--config", str(recipe), "--output_dir", "data", "--num_negatives", "1"]
+    main(flags)
+    scores = pl.read_parquet("data/scores/scores.parquet")
+    assert sorted(scores["teacher_score"]) == pytest.approx(sorted(score for row in rows for score in row["scores"]))
+    assert len(scores) == 36 and scores["is_positive"].sum() == 12, "what has no score of the source's is not graded"
+    calibration = read_manifest(tmp_path / "data" / "scores")["calibration"]
+    expected = 1 / (1 + np.exp(-(calibration["a"] * scores["teacher_score"].to_numpy() + calibration["b"])))
+    np.testing.assert_allclose(scores["label"].to_numpy(), np.clip(expected, 1e-4, 1 - 1e-4), rtol=1e-4)
+    assert "scores that came with the texts" in Path("data/hub/README.md").read_text()
+    write(tmp_path / "rows.jsonl", [{name: row[name] for name in ("query", "positive")} for row in rows])
+    with pytest.raises(InputError, match="kind 'given': the source has no scores"):
+        main(flags)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"), [([1.0], "row 0 has not as many positive_score as positive"), ([1.0, float("nan")], "NaN")]
+)
+def test_scores_that_cannot_be_used_are_told(tmp_path, scores, message):
+    row = {"query": "q", "positive": ["a", "b"], "positive_score": scores}
+    write_table(tmp_path / "train.parquet", **{name: [value] for name, value in row.items()})
+    with pytest.raises(InputError, match=message):
+        read(tmp_path)
