@@ -3,8 +3,6 @@ import itertools
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_data import WORDS
 
 from common.cli import InputError
@@ -128,11 +126,6 @@ def test_a_merged_document_has_the_classes_of_both(tmp_path):
     assert rows_of(tmp_path / "classes.parquet") == [("a", "ant"), ("a", "zebra"), ("c", "zebra")]
 
 
-@given(st.text())
-def test_a_split_depends_on_the_name_alone(name):
-    assert split_of(name) == split_of(name) in {"train", "validation", "test"}
-
-
 def test_split_shares():
     found = [split_of(f"name {number}") for number in range(5000)]
     assert [round(found.count(split) / 50) for split in ("train", "validation", "test")] == pytest.approx(
@@ -150,15 +143,6 @@ def test_near_duplicates_share_a_split_where_we_make_the_splits(tmp_path):
     assert len(groups) == 40 and len(set(splits.values())) > 1
     assert all(splits[name] == splits[group] == split_of(group) for name, group in groups.items())
     assert all(group == min(name for name in groups if groups[name] == group) for group in groups.values())
-
-
-def test_one_query_may_stand_in_two_splits_that_are_not_trained_on(tmp_path):
-    qrels = [("q1", "d1", 1, "train"), ("q2", "d1", 1, "validation"), ("q2", "d2", 1, "test")]
-    documents = {"d1": "one text", "d2": "another"}
-    write_corpus(make_rows(documents, {"q1": "first", "q2": "second"}, qrels), Splits(), tmp_path)
-    queries = [("q1", "first", "train"), ("q2", "second", "test"), ("q2", "second", "validation")]
-    assert rows_of(tmp_path / "queries.parquet") == queries
-    assert len(rows_of(tmp_path / "qrels.parquet")) == 3
 
 
 @pytest.mark.parametrize(

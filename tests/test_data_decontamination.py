@@ -136,18 +136,6 @@ def test_test_queries_inside_training_data_are_dropped_and_logged(tmp_path, eval
     }
 
 
-def test_a_lower_similarity_finds_shorter_pieces(tmp_path, evaluated):
-    rows, _ = planted()
-    cut = ARGUMENTS[5][: int(len(ARGUMENTS[5]) * 0.75)]
-    texts = rows.queries.with_columns(text=pl.lit(cut))
-    one = rows.qrels.slice(0, 1)
-    rows = Rows(rows.documents, texts, one, 1)
-    counts = write_corpus(rows, Splits(), tmp_path, evaluated)
-    assert counts["contamination"]["queries_dropped"] == 0
-    with pytest.raises(InputError, match="no query is left"):
-        write_corpus(rows, Splits(), tmp_path, evaluated.model_copy(update={"similarity": 0.7}))
-
-
 def test_a_text_of_two_tasks_is_logged_for_both(tmp_path):
     """The best match of each task, and the same probe in two tasks."""
     rows, _ = planted()
@@ -212,18 +200,6 @@ def test_local_sets_are_read_by_their_layout(tmp_path):
     write_table(tmp_path / "test.parquet", text1=["a b", "c"], text2=["d", "e"], label_text=["0", "1"])
     asked, searched = read_local(str(tmp_path), None)
     assert asked.to_list() == ["a b", "c", "d", "e"] and len(searched) == 0
-
-
-def test_the_fingerprint_holds_files_and_revisions(tmp_path):
-    assert describe_decontamination(None, None) is None
-    write_table(tmp_path / "test.parquet", text=["one text"], label_text=["x"])
-    section = Decontamination(benchmark="MTEB(eng, v2)", local={"set": str(tmp_path)})
-    described = describe_decontamination(section, None)
-    assert len(described["tasks"]) == 41
-    assert described["tasks"]["ArguAna"]["revision"] == "c22ab2a51041ffd869aaddef7af8d8215647e41a"
-    assert str(tmp_path) not in str(described)  # the same files elsewhere are the same
-    write_table(tmp_path / "test.parquet", text=["another text"], label_text=["x"])
-    assert describe_decontamination(section, None)["local"] != described["local"]
 
 
 def test_zero_shot_is_what_mteb_says_of_a_published_model():

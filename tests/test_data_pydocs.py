@@ -4,11 +4,9 @@ import inspect
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dataset_builders import pydocs
-from dataset_builders.pydocs import DocstringPair, plain_text, split_docstring
+from dataset_builders.pydocs import plain_text, split_docstring
 
 BODY = "It reads the text from left to right and gives back what it found, or nothing at all when the text is empty. "
 BODY += "Every further argument is handed on to the parser as it is, without a look at it."
@@ -24,18 +22,6 @@ BODY += "Every further argument is handed on to the parser as it is, without a l
 )
 def test_markup_is_taken_out(markup, text):
     assert plain_text(markup) == text
-
-
-@given(st.text())
-def test_plain_text_is_folded_and_stable(text):
-    once = plain_text(text)
-    assert once == " ".join(once.split())
-
-
-def test_summary_and_body_are_the_first_paragraph_and_the_rest():
-    summary, body = split_docstring(f"Parse a date\n    from a string.\n\n    {BODY}\n    ")
-    assert summary == "Parse a date from a string."
-    assert body == BODY
 
 
 @pytest.mark.parametrize(
@@ -76,15 +62,6 @@ class Reader:
     assert [pair.name for pair in pairs] == ["package.module.top", "package.module.Reader.read.inner"]
     path.write_text("def broken(:\n")
     assert pydocs._pairs_in_file(("package.module", str(path))) == []
-
-
-def test_of_equal_texts_the_first_stays():
-    pairs = [
-        DocstringPair("a", "S one", "B one"),
-        DocstringPair("b", "s ONE", "B two"),
-        DocstringPair("c", "S", "b one"),
-    ]
-    assert [pair.name for pair in pydocs._first_of_equals(pairs)] == ["a"]
 
 
 def test_the_standard_library_is_read_as_inspect_reads_it(monkeypatch):

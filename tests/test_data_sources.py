@@ -15,7 +15,7 @@ from common.steps import read_manifest
 from dataset_builders import pydocs, sources
 from dataset_builders.build import main
 from dataset_builders.data_recipe import load_recipes
-from dataset_builders.readers import Draw, Rows, draw_of_class
+from dataset_builders.readers import Draw, Rows
 from dataset_builders.sources import (
     TASK_LAYOUTS,
     HubSource,
@@ -28,7 +28,6 @@ from dataset_builders.sources import (
     read_rows,
     read_sts,
     registry,
-    sources_table,
 )
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -208,32 +207,6 @@ def test_texts_in_lists_and_texts_of_several_classes(tmp_path):
     assert sorted(found) == [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x")]
 
 
-@given(
-    st.lists(st.integers(0, 4), min_size=1, max_size=40), st.lists(st.integers(0, 6), max_size=10), st.integers(0, 9)
-)
-def test_positives_are_drawn_from_the_class_and_never_the_text_itself(classes, others, seed):
-    ids = np.random.default_rng(seed).permutation(1000)[: len(classes)].tolist()
-    queries, labels = [*ids, *range(2000, 2000 + len(others))], [*classes, *others]
-    hashes = {"query_id": pl.UInt64, "document_id": pl.UInt64}
-    asked = pl.DataFrame({"query_id": queries, "label": labels}, schema_overrides=hashes)
-    documents = pl.DataFrame({"document_id": ids, "label": classes}, schema_overrides=hashes)
-    drawn = dict(draw_of_class(asked, documents, seed).select("query_id", "document_id").iter_rows())
-    for query, label in zip(queries, labels, strict=True):
-        possible = {document for document, found in zip(ids, classes, strict=True) if found == label} - {query}
-        assert drawn[query] in possible if possible else query not in drawn
-
-
-def test_texts_with_several_parts_are_joined(tmp_path):
-    columns = {"title": ["Big", None, "Old"], "abstract": ["dogs", "cats", ""], "category": ["p", "p", "p"]}
-    folder = write_rows(tmp_path / "set" / "train.parquet", **columns)
-    columns = {"text": ["title", "abstract"], "label": "category"}
-    assert texts(read_rows(hub(folder, layout="texts", columns=columns), None).documents) == [
-        "Big dogs",
-        "Old",
-        "cats",
-    ]
-
-
 def test_labels_of_pairs_say_what_was_judged_relevant(tmp_path):
     columns = {"text1": ["p"] * 4, "text2": ["yes", "no", "maybe", " P"]}  # the last is what it is compared with
     labels = ["entailment", "contradiction", "neutral", "entailment"]
@@ -376,18 +349,6 @@ def test_every_evaluation_of_a_set_is_disclosed():
         names = set(entry.training_datasets) - known - {entry.mteb_task}
         assert not names or entry.mteb_task is None, names
     assert related >= 15
-
-
-def test_the_table_of_sources_can_be_read_in_a_terminal():
-    table = sources_table()
-    lines = table.splitlines()
-    assert max(map(len, lines)) <= 140
-    for name, entry in registry().items():
-        (line,) = (line for line in lines if line.split()[:1] == [name])
-        assert entry.dataset in line and ("none*" in line) == (entry.split is None)
-        assert entry.revision[:8] in line
-    assert [line for line in lines if line in TASK_LAYOUTS] == list(TASK_LAYOUTS)
-    assert "mteb#1372" in table
 
 
 @pytest.mark.parametrize(
