@@ -193,7 +193,7 @@ def used_models(made: Mapping[str, Any]) -> dict[str, str]:
     if made["scores"]:
         teacher = made["scores"]["inputs"]["teacher"]
         named = {f"teacher {number}": section for number, section in enumerate(teacher.get("teachers", ()))}
-        sections |= named if teacher["kind"] == "hybrid" else {"teacher": teacher}
+        sections |= {"teacher": teacher} if "model" in teacher else named
     models = {name: section["model"] for name, section in sections.items()}
     return {section: model for section, model in models.items() if "@" in model}
 
