@@ -24,6 +24,7 @@ from dataset_builders.calibration import (
     Calibration,
     calibrate,
     check_both_sides,
+    check_spread,
     count_flat_and_one_hot,
     describe_labels,
     warnings_of,
@@ -162,7 +163,9 @@ def grade_by_features(build: Build, folder: Path, pairs: pa.Table) -> Grades:
         logits = model.logits(*rows_of(block, start))
         return logits, probability(logits)
 
-    facts = describe_labels(probability(model.logits(rows, folds)), is_positive)
+    logits = model.logits(rows, folds)
+    check_spread(logits, "scores of the hybrid teacher")
+    facts = describe_labels(probability(logits), is_positive)
     facts = {"a": 1.0, "b": 0.0, **facts, "folds": FOLDS, "weights": model.weights(len(named))}
     return Grades(of, facts, dict(counts), warnings)
 
