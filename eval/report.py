@@ -194,7 +194,8 @@ def not_run(
 
 
 def plot_systems(metrics: Mapping[str, Any]) -> Figure:
-    """A bar for each system, in the order of the table; the line is the baseline's height."""
+    """A bar for each system, in the order of the table; the line is the baseline's height, and whiskers are the
+    interval of a system's difference to it."""
     measure, baseline = metrics["compared"], metrics["baseline"]
     rows = [row for row in metrics["systems"] if row[measure] is not None]
     figure = new_figure((7, 0.4 * len(rows) + 1.4))
@@ -203,9 +204,11 @@ def plot_systems(metrics: Mapping[str, Any]) -> Figure:
         chosen = [row for row in rows if row["kind"] == kind]
         if not chosen:
             continue
-        bars = axis.barh(
-            [row["name"] for row in chosen], [row[measure] for row in chosen], color=colour, height=0.7, label=label
-        )
+        differences = [row["difference"] or {"mean": 0, "low": 0, "high": 0} for row in chosen]
+        whiskers = [[one["mean"] - one["low"], one["high"] - one["mean"]] for one in differences]
+        values = {"y": [row["name"] for row in chosen], "width": [row[measure] for row in chosen]}
+        style = {"color": colour, "height": 0.7, "label": label, "error_kw": {"capsize": 3, "linewidth": 1}}
+        bars = axis.barh(**values, xerr=list(zip(*whiskers, strict=True)), **style)
         # white behind the figures: the line may cross them
         axis.bar_label(bars, fmt="%.3f", padding=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     for row in rows:
@@ -214,7 +217,8 @@ def plot_systems(metrics: Mapping[str, Any]) -> Figure:
     axis.invert_yaxis()
     axis.set_xlim(0, max(0.05, 1.12 * max((row[measure] for row in rows), default=0)))
     counts = metrics["counts"]
-    axis.set_xlabel(f"{measure} ({counts['queries']:,} {metrics['split']} queries, {counts['documents']:,} documents)")
+    about = f"{counts['queries']:,} {metrics['split']} queries, {counts['documents']:,} documents"
+    axis.set_xlabel(f"{measure} ({about})\nwhiskers: 95 % interval of the difference to {baseline}")
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
