@@ -37,8 +37,9 @@ real: .venv/installed
 	$(BIN)/python -m eval.search --model $(REAL)/model --data $(RUN)/data "how do I parse a date"
 	$(BIN)/python push_to_hub.py model $(REAL)/model you/smollm2-embedder --license apache-2.0 --dry_run
 
+# Two processes of one thread each: a file's tests share what they build, so they stay together.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # docs/keys.md: what the three commands print of their keys.
 docs: .venv/installed

@@ -69,7 +69,8 @@ def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
         raise InputError(f"{data / 'corpus'}: split {split!r} has no query with a relevant document; splits: {splits}")
     ids = _unique([row["query_id"] for row in asked], queries_path)
     own: dict[str, list[str]] = {}
-    for row in read_parquet(data / "candidates" / "own.parquet", OWN.names).to_pylist():
+    path = data / "candidates" / "own.parquet"
+    for row in read_parquet(path, OWN.names).to_pylist() if path.exists() else ():  # older builds have none
         own.setdefault(row["query_id"], []).append(row["document_id"])
     return Queries(split, ids, [row["text"] for row in asked], {query_id: grades[query_id] for query_id in ids}, own)
 

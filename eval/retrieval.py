@@ -172,7 +172,7 @@ def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     """Changes when any figure could: with a model, the texts, the grades or the retrievers' rankings."""
     names = ["documents.arrow", "queries.parquet", "qrels.parquet"]
     names = [*(f"corpus/{name}" for name in names), "candidates/candidates.parquet", "candidates/own.parquet"]
-    files = {name: file_sha256(data / name) for name in names}
+    files = {name: file_sha256(data / name) for name in names if (data / name).exists()}
     models = {
         system.name: [resolve_model(system.model).fingerprint(), system.query_prompt, system.dimensions]
         for system in systems

@@ -387,7 +387,7 @@ def test_bad_flags_are_refused_in_one_line(case, recipe, tmp_path, capsys):
         ("- a\n- b\n", "a mapping of names"),
         ("source: [", "not a YAML file"),
         ("task_type: poetry\n", "'task_type' is 'poetry'"),
-        ("task_type: retrieval\ninstruction: x\nsource: {kind: web}\ndense: {model: m}\n", "teacher"),
+        ("task_type: retrieval\ninstruction: x\nsource: {kind: web}\ndense: {model: m}\n", "tag 'web'"),
         ("task_type: sts\ninstruction: x\nsource: {kind: local, path: p}\n", "score_range"),
         (
             "task_type: sts\ninstruction: x\nsource: {kind: local, path: p, score_range: [5, 0]}\n",

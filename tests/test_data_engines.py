@@ -186,7 +186,8 @@ def test_ray_workers_compute_the_same_files(tmp_path, trace, ray_found):
     folder, found = ray_found
     assert found["plain"] == EXPECTED
     workers = {pid for path in (folder / "plain").iterdir() for pid in path.read_text().split()}
-    assert len(workers) == 2 and str(found["driver"]) not in workers
+    # on a busy machine one worker may have done it all before the other has started
+    assert 1 <= len(workers) <= 2 and str(found["driver"]) not in workers
     computed(Squares(trace), tmp_path / "local")
     files = [
         {path.name: path.read_bytes() for path in place.iterdir()}
