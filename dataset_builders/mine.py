@@ -40,7 +40,6 @@ ROWS = 1024  # mined rows in a row group: their texts are held together
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 # Why a candidate cannot be a negative of its query; the first that holds is counted.
 REASONS = ("is_other_positive", "is_duplicate_of_positive", "shares_class", "graded_above_positive")
-MARGIN_TYPES = Literal["ratio", "absolute", "none", "flipped_control"]
 
 
 class Mining(Section):
@@ -54,7 +53,8 @@ class Mining(Section):
     """
 
     margin: float = Field(0.95, gt=0, le=1)  # a negative's label is below so much of the positive's
-    margin_type: MARGIN_TYPES = "ratio"  # of that label, or absolute: so far below it; none: whatever the label
+    # of that label, or absolute: so far below it; none: whatever the label; flipped_control: not below it
+    margin_type: Literal["ratio", "absolute", "none", "flipped_control"] = "ratio"
     num_negatives: int = Field(7, ge=1, le=1000)  # each is a column of the training set
     strategy: Literal["top", "random"] = "top"  # the highest labels, or any below the margin
     skip: int = Field(0, ge=0)  # so many candidates that qualify, highest label first, are passed over

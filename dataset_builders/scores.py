@@ -115,6 +115,10 @@ def grade_as_given(build: Build, folder: Path, pairs: pa.Table) -> Grades:
 
 def grade_by_features(build: Build, folder: Path, pairs: pa.Table) -> Grades:
     """The hybrid's cross-fitted log odds; where FEW queries have a positive, the convex sum of candidates/ instead."""
+    positives, others = rows_to_fit(pairs)
+    check_both_sides(len(positives), len(others))
+    if len(np.unique(pairs["query"].to_numpy()[positives])) <= FEW:
+        return grade_by_convex_sum(build, positives, others)
     recipe = build.recipe
     named = [scorer_of(build, teacher) for teacher in recipe.teacher.teachers]
     grades = [
@@ -134,29 +138,14 @@ def grade_by_features(build: Build, folder: Path, pairs: pa.Table) -> Grades:
         depths = recipe.bm25.top_k, recipe.dense.top_k
         return features(table, scores, depths), folds_of(table["query_id"])
 
-    positives, others = rows_to_fit(pairs)
-    check_both_sides(len(positives), len(others))
     fitted, start = np.sort(np.concatenate([positives, others])), 0
     parts: list[tuple[np.ndarray, ...]] = []
     for block in graded_blocks(build):
         here = fitted[(fitted >= start) & (fitted < start + len(block))] - start
-        convex = block["convex_score"].fill_null(0.0).to_numpy()
-        parts.append(tuple(column[here] for column in (*rows_of(block, start), convex)))
+        parts.append(tuple(column[here] for column in rows_of(block, start)))
         start += len(block)
-    rows, folds, convex = (np.concatenate(part) for part in zip(*parts, strict=True))
+    rows, folds = (np.concatenate(part) for part in zip(*parts, strict=True))
     is_positive = np.isin(fitted, positives)
-    if len(np.unique(pairs["query"].to_numpy()[positives])) <= FEW:
-        weight = read_manifest(build.candidates)["bm25_weight"]
-        few = f"{len(positives)} retrieved positives are too few to fit on"
-        warnings.append(f"{few}: labels come from the convex sum of BM25 (weight {weight}) and the dense model")
-        print(f"warning: hybrid teacher: {warnings[-1]}", file=sys.stderr, flush=True)
-        calibration, facts = calibrate(convex[is_positive], convex[~is_positive])
-
-        def of(block: pa.Table, start: int) -> tuple[np.ndarray, np.ndarray]:
-            scores = block["convex_score"].fill_null(0.0).to_numpy()
-            return scores, calibration(scores)
-
-        return Grades(of, {**facts, "convex_weight": weight}, dict(counts), warnings)
     model, probability = cross_fit(rows, is_positive, folds), Calibration(1.0, 0.0)
 
     def of(block: pa.Table, start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,6 +157,23 @@ def grade_by_features(build: Build, folder: Path, pairs: pa.Table) -> Grades:
     facts = describe_labels(probability(logits), is_positive)
     facts = {"a": 1.0, "b": 0.0, **facts, "folds": FOLDS, "weights": model.weights(len(named))}
     return Grades(of, facts, dict(counts), warnings)
+
+
+def grade_by_convex_sum(build: Build, positives: np.ndarray, others: np.ndarray) -> Grades:
+    """The convex sum of candidates/, calibrated: a hybrid's stand-in. Models that it names are not asked."""
+
+    def scores_of(block: pa.Table) -> np.ndarray:
+        return block["convex_score"].fill_null(0.0).to_numpy()
+
+    convex = np.concatenate([scores_of(block) for block in graded_blocks(build)])
+    calibration, facts = calibrate(convex[positives], convex[others])
+    weight = read_manifest(build.candidates)["bm25_weight"]
+    warning = (
+        f"{len(positives)} retrieved positives are too few to fit on: labels come from the convex sum of BM25 (weight "
+        f"{weight}) and the dense model alone"
+    )
+    print(f"warning: hybrid teacher: {warning}", file=sys.stderr, flush=True)
+    return Grades(lambda block, _: (scores_of(block), calibration(scores_of(block))), facts, {}, [warning])
 
 
 def scorer_of(build: Build, teacher: Teacher) -> PairScorer:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from common.recipes import Section, key_line, key_lines, list_keys
 from modeling.keys import LARGEST, REFUSED, library_keys
 
+DEFAULT_LENGTH = 512  # tokens, of a start that names none: E5-mistral's
 OF_THE_RECIPE = ("model_name_or_path", "model_revision", "num_hidden_layers", "output_dir")  # not a stage's
 
 Amount = Annotated[int, Field(ge=0, lt=LARGEST)]

@@ -18,6 +18,7 @@ from common.models import ModelReference, fetch_settings, resolve_model
 from common.plain_text import use_plain_text
 from common.steps import write_json
 from modeling.adapters import add_adapter, merge_adapter
+from modeling.arguments import DEFAULT_LENGTH
 from modeling.portable import make_portable
 from modeling.tokens import check_prompts, check_saved_text, check_text, finish_texts
 
@@ -40,7 +41,6 @@ POOLING = {
     "weighted_mean": {"pooling_mode": "weightedmean"},  # by position, 1, 2, ... (SGPT, arXiv 2202.08904, equation 2)
 }
 UNLIMITED = 10**6
-DEFAULT_LENGTH = 512  # tokens, of a start that names none: E5-mistral's
 
 
 def build_encoder(

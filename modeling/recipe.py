@@ -23,6 +23,7 @@ from common.recipes import Section, read_yaml, text_keys
 from common.recipes import parse_recipe as parse_section
 from common.steps import write_json, written_whole
 from modeling.arguments import (
+    DEFAULT_LENGTH,
     OF_THE_RECIPE,
     DatasetArguments,
     MergeArguments,
@@ -284,7 +285,9 @@ def read_stages(run_folder: Path) -> dict[str, Any]:
 
 def _plain_stages(recipe: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {
-        **StageArguments(query_template=QUERY_TEMPLATE, document_prompt="", max_seq_length=512).model_dump(),
+        **StageArguments(
+            query_template=QUERY_TEMPLATE, document_prompt="", max_seq_length=DEFAULT_LENGTH
+        ).model_dump(),
         "dtype": None,
     }
     shared = {key: value for key, value in recipe.items() if key not in ("stages", "datasets")}

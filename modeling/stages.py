@@ -170,7 +170,8 @@ def build_loss(stage: Stage, dataset: str, encoder: SentenceTransformer) -> nn.M
     own, dims, parallel = stage.datasets[dataset], stage.own.matryoshka_dims, processes().num_processes > 1
     size = own.mini_batch_size
     if dims and parallel and size is None:
-        # without GradCache MatryoshkaLoss asks the model, then in DDP's wrapper, for its dimensions: AttributeError
+        # without GradCache MatryoshkaLoss asks the model, then DDP's wrapper, for its dimensions as soon as labels are
+        # lists, as ours are: AttributeError (sentence-transformers 6.2)
         size = stage.training.per_device_train_batch_size
     everywhere = {"mini_batch_size": size, "gather_across_devices": parallel}
     if own.loss == "cosent":

@@ -16,9 +16,9 @@ from trl import ModelConfig
 from common.cli import InputError
 from common.models import fetch_settings, hub_commit, resolve_model
 from common.steps import files_of, fingerprint
-from modeling.arguments import DatasetArguments
+from modeling.arguments import DEFAULT_LENGTH, DatasetArguments
 from modeling.batches import LABEL
-from modeling.encoder import DEFAULT_LENGTH, Published, read_published
+from modeling.encoder import Published, read_published
 from modeling.processes import joint_step, processes
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, instruction_prompt, template_of
 from modeling.recipe import Recipe, Stage

@@ -189,3 +189,12 @@ def reported_run(tiny_run, graded_data, tmp_path_factory):
     tasks = {"ArguAna": ("test", "ndcg_at_10", 0.5), "STSBenchmark": ("test", "cosine_spearman", 0.75)}
     write_mteb(run / "results", run / "model", tasks | {"SciFact": ("test", "ndcg_at_10", 0.9)})
     return run
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """What `datasets` caches lies in a folder of the module's own."""
+    from tiny_training import own_cache
+
+    with own_cache(tmp_path_factory.mktemp("cache")):
+        yield

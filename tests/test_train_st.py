@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tiny_training import distance, own_cache, train, two_stages, weights, write_hub
+from tiny_training import distance, train, two_stages, weights, write_hub
 
 import train_st
 from modeling.prompts import baked_prompts
@@ -22,10 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 MISTRAL_RECIPE = REPOSITORY / "recipes" / "mistral-7b" / "train.yaml"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture(scope="module")

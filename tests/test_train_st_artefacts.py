@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tiny_training import INSTRUCTION, own_cache, two_stages, write_hub
+from tiny_training import INSTRUCTION, two_stages, write_hub
 
 REPOSITORY = Path(__file__).parents[1]
 BASE, REVISION = "org/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -54,10 +54,7 @@ print(json.dumps({dtype: read(dtype) for dtype in dtypes}))
 TRAIN = "import json, sys, train_st; [train_st.main(argv) for argv in json.loads(sys.argv[1])]"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 def test_adapter_on_its_base_equals_the_merged_model(tiny_decoder, tmp_path):

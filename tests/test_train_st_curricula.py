@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_training import distance, own_cache, train, two_stages, weights, write_hub
+from tiny_training import distance, train, two_stages, weights, write_hub
 
 from modeling.merging import slerp
 from modeling.recipe import parse_recipe
@@ -16,10 +16,7 @@ from modeling.recipe import parse_recipe
 CURRICULA = Path(__file__).parents[1] / "recipes" / "curricula" / "demo.yaml"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_training import distance, own_cache, train, two_stages, weights, write_hub
+from tiny_training import distance, train, two_stages, weights, write_hub
 
 import train_st
 from common.cli import run
@@ -42,10 +42,7 @@ run(folder)
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture(scope="module")

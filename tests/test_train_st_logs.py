@@ -6,17 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_training import distance, own_cache, train, two_stages, write_hub
+from tiny_training import distance, train, two_stages, write_hub
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from modeling.trainer import EmbedderTrainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture(scope="module")

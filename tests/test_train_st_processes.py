@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_train_st_recipes import RECIPES, launched
-from tiny_training import distance, own_cache, train, two_stages, write_hub
+from tiny_training import distance, train, two_stages, write_hub
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -84,10 +84,7 @@ for argv, environment, dies_at in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture(scope="module")

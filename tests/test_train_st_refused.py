@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_training import own_cache, two_stages, write_hub
+from tiny_training import two_stages, write_hub
 from trl import ModelConfig
 
 import train_st
@@ -19,11 +19,7 @@ from modeling.processes import ZERO3 as ZERO3_SETTINGS
 from modeling.processes import refuse_shards
 from modeling.recipe import Stage, parse_recipe
 
-
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("caches")
 
 
 @pytest.fixture(scope="module")
