@@ -26,8 +26,8 @@ OUTPUT_DIR/ablation.md and ablation.png are for people; ablation.json holds, for
     resamples, method}, notes [sentence], failed [{name, seed, reason}], versions, and
     rows [{name, overrides, seeds: those that finished, mean, low, high, per_seed, standard_deviation (over seeds, null
     for one), difference {mean, low, high, per_seed, seeds} to the baseline or null, chosen_on_mean, measures {name:
-    mean}, and the costs of a seed on average: steps, examples, tokens, training_seconds, device_seconds,
-    scoring_seconds, peak_memory_bytes}]
+    mean}, tasks {mteb's task type, "mean over types" or "mean over tasks": one score for each seed}, and the costs of
+    a seed on average: steps, examples, tokens, training_seconds, device_seconds, scoring_seconds, peak_memory_bytes}]
 
 `mean` and all that derives from it is null for a row of which no seed finished.
 """
@@ -48,7 +48,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,10 +63,15 @@ from eval.retrieval import COMPARED, MEASURES, model_row
 from eval.systems import System
 from modeling.recipe import parse_recipe, write_recipe
 
+if TYPE_CHECKING:
+    from mteb import AbsTask
+
+TASKS = "tasks"  # in place of a split: the scores of mteb's tasks
+
 
 @dataclass(frozen=True)
 class Run:
-    """A variant with one seed; `keys`: by split, what its scores depend on."""
+    """A variant with one seed; `keys`: what its scores depend on, by split and, where it has any, for TASKS."""
 
     variant: Variant
     seed: int
@@ -79,11 +84,11 @@ class Run:
 
     @property
     def is_scored(self) -> bool:
-        return all(self.scores(split).get("key") == key for split, key in self.keys.items())
+        return all(self.scores(name).get("key") == key for name, key in self.keys.items())
 
-    def scores(self, split: str) -> dict[str, Any]:
-        """What `train_and_score_one` wrote; {} where it did not."""
-        path = self.folder / f"scores-{split}.json"
+    def scores(self, name: str) -> dict[str, Any]:
+        """What `train_and_score_one` wrote of a split, or of TASKS; {} where it did not."""
+        path = self.folder / f"scores-{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -94,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
     config, ablation = read_ablation(argv, __doc__)
     variants = read_variants(ablation, config)
     counts, keys = read_evaluation(Path(ablation.data), ablation.splits)
+    if ablation.tasks:
+        keys[TASKS] = fingerprint([(task.metadata.name, task.metadata.dataset) for task in read_tasks(ablation)])
     for rows in {rows.folder: rows for variant in variants for rows in variant.mined}.values():
         write_mined_rows(rows)
     runs = [
@@ -101,12 +108,12 @@ def main(argv: Sequence[str]) -> None:
             variant,
             seed,
             Path(ablation.output_dir) / "runs" / folder_name(variant.name) / f"seed-{seed}",
-            {split: fingerprint([variant.key, seed, key]) for split, key in keys.items()},
+            {name: fingerprint([variant.key, seed, key]) for name, key in keys.items()},
         )
         for seed in ablation.seeds  # outermost: a killed ablation has whole comparisons of the seeds before
         for variant in variants
     ]
-    failed = train_and_score(runs, Path(ablation.data))
+    failed = train_and_score(runs, ablation)
     rows = make_rows(variants, runs, ablation)
     result = {
         "config": config,
@@ -145,7 +152,13 @@ def read_evaluation(data: Path, splits: Sequence[str]) -> tuple[dict[str, int], 
 # --- training and scoring -------------------------------------------------------------------------------------------
 
 
-def train_and_score(runs: Sequence[Run], data: Path) -> list[dict[str, Any]]:
+def read_tasks(ablation: Ablation) -> list[AbsTask]:
+    from eval.run_mteb import load_tasks
+
+    return load_tasks(None, list(ablation.tasks), Path(ablation.data_root) if ablation.data_root else None)
+
+
+def train_and_score(runs: Sequence[Run], ablation: Ablation) -> list[dict[str, Any]]:
     """Run what is not finished, one run after the other, each in a new process; return the failed ones."""
     waiting = [run for run in runs if not run.is_scored]
     if len(waiting) < len(runs):
@@ -156,9 +169,11 @@ def train_and_score(runs: Sequence[Run], data: Path) -> list[dict[str, Any]]:
         settings = {"seed": run_.seed, "data_seed": None, "output_dir": str(run_.folder), "disable_tqdm": True}
         settings["resume_from_checkpoint"] = "true"
         write_recipe(parse_recipe(run_.variant.recipe.values, run_.name, overrides=settings))
-        exit_code = run_in_new_process(run_.folder, data, run_.keys)
+        exit_code = run_in_new_process(run_.folder, ablation, run_.keys)
         if exit_code == 0:
-            outcome = ", ".join(f"{COMPARED} {run_.scores(split)[COMPARED]:.4f} ({split})" for split in run_.keys)
+            outcome = ", ".join(
+                f"{COMPARED} {run_.scores(split)[COMPARED]:.4f} ({split})" for split in ablation.splits
+            )
         else:
             why = reason(run_.folder, exit_code)
             outcome = f"failed: {why}"
@@ -168,9 +183,9 @@ def train_and_score(runs: Sequence[Run], data: Path) -> list[dict[str, Any]]:
     return failed
 
 
-def run_in_new_process(folder: Path, data: Path, keys: Mapping[str, str]) -> int:
+def run_in_new_process(folder: Path, ablation: Ablation, keys: Mapping[str, str]) -> int:
     """Train and score the recipe in `folder` in a process of its own; its exit code, negative for a signal."""
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(folder, data, keys))
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(folder, ablation, keys))
     process.start()
     try:
         process.join()
@@ -180,7 +195,7 @@ def run_in_new_process(folder: Path, data: Path, keys: Mapping[str, str]) -> int
     return process.exitcode
 
 
-def _child(folder: Path, data: Path, keys: Mapping[str, str]) -> None:
+def _child(folder: Path, ablation: Ablation, keys: Mapping[str, str]) -> None:
     """`run_in_new_process`'s process: it ends with its parent, writes run.log, and exits as every command does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with (folder / "run.log").open("w", encoding="utf-8") as log:
@@ -189,22 +204,42 @@ def _child(folder: Path, data: Path, keys: Mapping[str, str]) -> None:
             os.dup2(log.fileno(), stream.fileno())
             stream.reconfigure(line_buffering=True)
 
-    run(lambda _: train_and_score_one(folder, data, keys), [])
+    run(lambda _: train_and_score_one(folder, ablation, keys), [])
 
 
-def train_and_score_one(folder: Path, data: Path, keys: Mapping[str, str]) -> None:
+def train_and_score_one(folder: Path, ablation: Ablation, keys: Mapping[str, str]) -> None:
     import train_st
 
     train_st.main(["--config", str(folder / "recipe.yaml")])
+    if TASKS in keys:
+        write_json(folder / f"scores-{TASKS}.json", {**score_tasks(folder, ablation), "key": keys[TASKS]})
+    data = Path(ablation.data)
     documents = load_documents(data)
     rows = {}
-    for split in keys:
+    for split in ablation.splits:
         queries = load_queries(data, split, set(documents.ids))
         # under the run's folder: these vectors are not needed again
         rows[split] = model_row(System("model", str(folder / "model")), folder / "embeddings", documents, queries)[0]
     shutil.rmtree(folder / "embeddings")
     for split, row in rows.items():  # last: with these the run counts as finished
         write_json(folder / f"scores-{split}.json", {**row, "model": "model", "key": keys[split]})
+
+
+def score_tasks(folder: Path, ablation: Ablation) -> dict[str, dict[str, float]]:
+    """mteb's main scores of a run's model by task, and their means as the leaderboard has them."""
+    from eval.leaderboard import make_leaderboard
+    from eval.run_mteb import evaluate, load_for_mteb
+
+    tasks = read_tasks(ablation)
+    results, failures = evaluate(load_for_mteb(str(folder / "model")), tasks, folder / "mteb", batch_size=32)
+    for name, why in failures.items():
+        raise InputError(f"task {name}: {why}")
+    board = make_leaderboard({"model": results}, tasks)
+    [scores], [means] = board.scores, board.type_means()
+    by_task = dict(zip((task.metadata.name for task in board.tasks), scores.tolist(), strict=True))
+    by_type = dict(zip(board.types, means.tolist(), strict=True))
+    overall = {"mean over tasks": float(scores.mean()), "mean over types": float(means.mean())}
+    return {"tasks": by_task, "means": by_type | overall}
 
 
 def _end_with_parent() -> None:
@@ -250,6 +285,9 @@ def make_rows(variants: Sequence[Variant], runs: Sequence[Run], ablation: Ablati
             scores = [run_.scores(split) for run_ in done.values()]
             row["measures"] = {name: round(float(np.mean([one[name] for one in scores])), 4) for name in MEASURES}
             row |= costs(list(done.values()), split)
+            if ablation.tasks:
+                means = [run_.scores(TASKS)["means"] for run_ in done.values()]
+                row["tasks"] = {name: [round(one[name], 6) for one in means] for name in means[0]}
         both = [seed for seed in done if seed in against]
         if both and done is not against:
             row["difference"] = summary(matrix(done, both, split) - matrix(against, both, split)) | {"seeds": both}

@@ -35,6 +35,9 @@ class Ablation(Section):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)  # every variant is trained with each
     split: str = "validation"  # whose queries the choice is made on
     report_split: str | None = None  # whose queries the table is about; null: the same
+    # mteb's tasks that every run is scored by besides: names, or [local] for all below data_root
+    tasks: tuple[str, ...] = ()
+    data_root: str | None = None  # folder of local copies of tasks' data, see eval.local_tasks
     shared: dict[str, Any] = Field(default_factory=dict)  # overrides of the base for every row
     # name -> overrides: KEY as a flag of train_st.py has it, STAGE.KEY, student.KEY, or mining.KEY for rows mined anew
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)

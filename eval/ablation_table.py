@@ -104,6 +104,22 @@ def format_table(result: Mapping[str, Any]) -> str:
     return markdown_table(titles, rows)
 
 
+def format_tasks(result: Mapping[str, Any]) -> str:
+    """Means of mteb's tasks, in %, over seeds; after them the difference of the mean over types, seed by seed."""
+    rows = [row for row in result["rows"] if row.get("tasks")]
+    kinds = list(rows[0]["tasks"])
+    baseline = {row["name"]: dict(zip(row["seeds"], row["tasks"]["mean over types"], strict=True)) for row in rows}
+    against = baseline.get(result["baseline"], {})
+    table = []
+    for row in rows:
+        of_seed = baseline[row["name"]].items()
+        each = [f"{100 * (score - against[seed]):+.2f}" for seed, score in of_seed if seed in against]
+        own = row["name"] == result["baseline"]
+        table.append([row["name"], *(f"{100 * np.mean(row['tasks'][kind]):.2f}" for kind in kinds)])
+        table[-1].append("" if own else ", ".join(each))
+    return markdown_table(["variant", *kinds, f"mean over types against {result['baseline']}, by seed"], table)
+
+
 def format_page(result: Mapping[str, Any]) -> str:
     counts = result["counts"]
     settings = {"base": result["base"], "shared": result["shared"], "seeds": result["seeds"]}
@@ -115,6 +131,7 @@ def format_page(result: Mapping[str, Any]) -> str:
             f"{counts['queries']:,} queries of split {result['split']}, {counts['documents']:,} documents; bold: best "
             f"on split {result['chosen_on']}. Costs are those of one seed, on average.",
             format_table(result),
+            *([format_tasks(result)] if any(row.get("tasks") for row in result["rows"]) else []),
             *(["![Differences with their intervals](ablation.png)"] if is_compared(result) else []),
             "\n".join(f"- {line}" for line in result["notes"]),
             f"Intervals: {result['interval']['method']}",

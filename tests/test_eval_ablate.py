@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from scipy import stats
+from sentence_transformers import SentenceTransformer
 from tiny_data import write_encoder, write_recipe, write_set
 from tiny_training import own_cache, two_stages, write_hub
 
@@ -116,6 +117,20 @@ def write_data(folder: Path, hub: Path) -> Path:
     return folder
 
 
+WORDS = ("sort", "read", "open", "find")
+PAIRS = [("find a file", f"{word} a file", float(score)) for score, word in enumerate(WORDS)]
+    ("find a file", f"{words} a file", float(score)) for score, words in enumerate(("sort", "read", "open", "find"))
+]
+
+
+def write_pairs(folder: Path) -> Path:
+    (folder / "stsb").mkdir(parents=True)
+    columns = zip(*PAIRS, strict=True)
+    table = pa.table(dict(zip(("sentence1", "sentence2", "score"), map(list, columns), strict=True)))
+    pq.write_table(table, folder / "stsb" / "test.parquet")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_decoder, tmp_path_factory) -> Path:
     """An ablation of three variants, one of which fails when its data are read."""
@@ -127,6 +142,8 @@ def folder(tiny_decoder, tmp_path_factory) -> Path:
         "base": str(folder / "train.yaml"),
         "data": str(write_data(folder / "data", hub)),
         "seeds": [0, 1],
+        "tasks": ["STSBenchmark"],
+        "data_root": str(write_pairs(folder / "sets")),
         "shared": {"total_steps": 6, "retrieval.temperature": 0.5},
         "variants": {
             "soft labels": {},
@@ -138,10 +155,10 @@ def folder(tiny_decoder, tmp_path_factory) -> Path:
     return folder
 
 
-def run_here(folder, data, keys):
+def run_here(folder, ablation, keys):
     """`run_in_new_process` without the seconds that a new process takes."""
     try:
-        ablate.train_and_score_one(folder, data, keys)
+        ablate.train_and_score_one(folder, ablation, keys)
     except InputError as error:
         (folder / "run.log").write_text(f"...\nerror: {error}\n")
         return 2
@@ -157,10 +174,10 @@ def finished(folder):
     """Interrupted after its first run, and run again to its end, now to report on the test split."""
     first = folder / "out" / "runs" / "soft_labels" / "seed-0"
 
-    def interrupted(run_folder, data, keys):
+    def interrupted(run_folder, ablation, keys):
         if run_folder != first:
             raise KeyboardInterrupt
-        return run_here(run_folder, data, keys)
+        return run_here(run_folder, ablation, keys)
 
     with pytest.MonkeyPatch.context() as patch, own_cache(folder / "cache"):
         patch.setattr(ablate, "run_in_new_process", interrupted)
@@ -212,6 +229,20 @@ def test_rows_are_what_the_runs_scored(scores, result, folder):
     assert last["standard_deviation"] == pytest.approx(np.std(hot.mean(axis=1), ddof=1), abs=1e-5)
     assert (last["steps"], last["examples"]) == (6, 48) and last["tokens"] > 100 and last["training_seconds"] > 0
     assert not list((folder / "out" / "runs").glob("*/*/embeddings"))
+
+
+def test_tasks_of_mteb_are_scored_for_every_seed(folder, result):
+    first, broken, last = result["rows"]
+    assert "tasks" not in broken and set(last["tasks"]) == {"STS", "mean over tasks", "mean over types"}
+    model = SentenceTransformer(str(folder / "out" / "runs" / "one-hot" / "seed-1" / "model"))
+    ones, others, gold = zip(*PAIRS, strict=True)
+    left, right = (model.encode(list(texts), prompt_name="STSBenchmark") for texts in (ones, others))
+    expected = stats.spearmanr((left * right).sum(axis=1), gold).statistic
+    assert last["tasks"]["STS"][1] == pytest.approx(expected, abs=1e-5)
+    page = (folder / "out" / "ablation.md").read_text()
+    assert f"| one-hot | {100 * np.mean(last['tasks']['STS']):.2f} |" in page
+    differences = np.subtract(last["tasks"]["STS"], first["tasks"]["STS"]) * 100
+    assert f"| {differences[0]:+.2f}, {differences[1]:+.2f} |" in page
 
 
 def test_what_is_reported_on_test_was_chosen_on_validation(scores, result):
