@@ -119,8 +119,6 @@ def write_data(folder: Path, hub: Path) -> Path:
 
 WORDS = ("sort", "read", "open", "find")
 PAIRS = [("find a file", f"{word} a file", float(score)) for score, word in enumerate(WORDS)]
-    ("find a file", f"{words} a file", float(score)) for score, words in enumerate(("sort", "read", "open", "find"))
-]
 
 
 def write_pairs(folder: Path) -> Path:
