@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
         Run(
             variant,
             seed,
-            Path(ablation.output_dir) / "runs" / folder_name(variant.name) / f"seed-{seed}",
+            runs_folder(ablation, variant) / f"seed-{seed}",
             {name: fingerprint([variant.key, seed, key]) for name, key in keys.items()},
         )
         for seed in ablation.seeds  # outermost: a killed ablation has whole comparisons of the seeds before
@@ -139,6 +139,12 @@ def main(argv: Sequence[str]) -> None:
             f"{len(failed)} of {len(runs)} runs failed, first {failed[0]['name']}, seed {failed[0]['seed']}: "
             f"{failed[0]['reason']}; the same command tries them again"
         )
+
+
+def runs_folder(ablation: Ablation, variant: Variant) -> Path:
+    if ablation.runs_dir is not None:
+        return Path(ablation.runs_dir) / variant.key[:16]
+    return Path(ablation.output_dir) / "runs" / folder_name(variant.name)
 
 
 def read_evaluation(data: Path, splits: Sequence[str]) -> tuple[dict[str, int], dict[str, str]]:

@@ -357,20 +357,20 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tiny_decoder, tmp_
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     """With tiny data in place of the demo's: every variant is read and checked as a run would be."""
-    assert len(SHIPPED) == 7
+    assert len(SHIPPED) == 11
     monkeypatch.setattr(ablation_recipe, "data_content", lambda name, revision: name)
     monkeypatch.setattr(ablation_recipe, "corpus_content", lambda name: name)
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out")], "")
     monkeypatch.chdir(ROOT)
     variants = read_variants(ablation, str(path))
-    counts = {"objectives": 9, "curriculum": 6, "labels": 3, "margins": 4, "shots": 4, "negatives": 8, "teachers": 6}
-    assert len(variants) == counts[path.stem]
+    counts = {"objectives": 18, "number": 3, "negatives": 10}
+    assert len(variants) == counts.get(path.stem, 4)
     assert len({variant.key for variant in variants}) == len(variants)
     assert ablation.compared_with == ablation.baseline
     steps = {sum(stage.training.max_steps for stage in variant.recipe.stages) for variant in variants}
     assert len(steps) == 1 and steps.pop() > 0  # equal budgets
-    assert ablation.split == "validation" and ablation.report_split is None
+    assert ablation.splits == ["validation", "test"] and len(ablation.seeds) == 3 and ablation.tasks
 
 
 @pytest.mark.parametrize("written", [["0", "2"], ["0,2"], ["[0, 2]"]])
