@@ -32,22 +32,40 @@ class LocalTask:
     split: str = "test"  # scored
     settings: tuple[tuple[str, Any], ...] = ()  # of the task class, for tasks that mteb does not have
     description: str = ""  # for tasks that mteb does not have
+    instruction: str = ""  # for tasks outside MTEB(eng, v2), whose instructions modeling/prompts.yaml has
+    shown_from: tuple[str, str] | None = None  # folder and file that demonstrations come from; None: there are none
 
 
 _RETRIEVAL, _TRAIN_TEST = ("corpus", "queries", "qrels"), ("train", "test")
+_SAME_MEANING = {
+    "instruction": "Given a sentence, retrieve sentences of the same meaning",
+    "shown_from": ("stsb", "train"),
+}
+
+
+def _classes(folder: str, instruction: str = "", description: str = "") -> LocalTask:
+    shown_from = (folder, "train")
+    return LocalTask(folder, "Classification", _TRAIN_TEST, "test", (), description, instruction, shown_from)
+
+
 LOCAL_TASKS = {
-    "STS12": LocalTask("sts12", "STS"),
-    "STS14": LocalTask("sts14", "STS"),
-    "STS16": LocalTask("sts16", "STS"),
-    "STSBenchmark": LocalTask("stsb", "STS"),
-    "SICK-R": LocalTask("sick_r", "STS", ("train", "validation", "test")),  # mteb scores all 9,927 pairs as `test`
-    "Banking77Classification": LocalTask("banking77", "Classification", _TRAIN_TEST),
-    "EmotionClassification": LocalTask("emotion", "Classification", _TRAIN_TEST),
-    "TREC6Classification": LocalTask(
-        "trec6", "Classification", _TRAIN_TEST, description="Questions by one of six kinds of answer."
+    "STS12": LocalTask("sts12", "STS", **_SAME_MEANING),
+    "STS14": LocalTask("sts14", "STS", **_SAME_MEANING),
+    "STS16": LocalTask("sts16", "STS", **_SAME_MEANING),
+    "STSBenchmark": LocalTask("stsb", "STS", **_SAME_MEANING),
+    # mteb scores all 9,927 pairs as `test`
+    "SICK-R": LocalTask("sick_r", "STS", ("train", "validation", "test"), **_SAME_MEANING),
+    "Banking77Classification": _classes("banking77"),
+    "EmotionClassification": _classes("emotion", "Classify the emotion expressed in the given message"),
+    "TREC6Classification": _classes(
+        "trec6",
+        "Given a question, classify what kind of answer it asks for",
+        "Questions by one of six kinds of answer.",
     ),
-    "CLINC150Classification": LocalTask(
-        "clinc150", "Classification", _TRAIN_TEST, description="Requests to an assistant by one of 150 intents."
+    "CLINC150Classification": _classes(
+        "clinc150",
+        "Given a request to an assistant, find its intent",
+        "Requests to an assistant by one of 150 intents.",
     ),
     "StackOverflow20Clustering": LocalTask(
         "stackoverflow20",
@@ -58,18 +76,50 @@ LOCAL_TASKS = {
             ("max_documents_per_cluster", 4096),
         ),
         description="Titles of Stack Overflow questions by one of 20 tags.",
+        instruction="Identify the main technology of Stack Overflow questions based on the titles",
     ),
-    "QuoraPairs": LocalTask("quora_pairs", "PairClassification", description="Whether two questions are duplicates."),
+    "QuoraPairs": LocalTask(
+        "quora_pairs",
+        "PairClassification",
+        description="Whether two questions are duplicates.",
+        instruction="Given a question, retrieve questions that ask the same",
+    ),
     "SNLIPairs": LocalTask(
-        "snli_eval", "PairClassification", description="Entailment against contradiction, neutral pairs left out."
+        "snli_eval",
+        "PairClassification",
+        description="Entailment against contradiction, neutral pairs left out.",
+        instruction="Given a premise, retrieve hypotheses that it entails",
+        shown_from=("snli_eval", "validation"),
     ),
-    "SciFact": LocalTask("scifact", "Retrieval", _RETRIEVAL),
+    "SciFact": LocalTask(
+        "scifact",
+        "Retrieval",
+        _RETRIEVAL,
+        instruction="Given a scientific claim, retrieve abstracts that support or refute it",
+        shown_from=("scifact", "train"),
+    ),
     "Cranfield": LocalTask(
-        "cranfield", "Retrieval", _RETRIEVAL, description="Abstracts of aerodynamics for questions of researchers."
+        "cranfield",
+        "Retrieval",
+        _RETRIEVAL,
+        description="Abstracts of aerodynamics for questions of researchers.",
+        instruction="Given a question about aerodynamics, retrieve abstracts that answer it",
     ),
-    "Vaswani": LocalTask("vaswani", "Retrieval", _RETRIEVAL, description="Abstracts of physics and electronics."),
+    "Vaswani": LocalTask(
+        "vaswani",
+        "Retrieval",
+        _RETRIEVAL,
+        description="Abstracts of physics and electronics.",
+        instruction="Given a topic of physics or electronics, retrieve abstracts about it",
+    ),
     "MedQuAD": LocalTask(
-        "medquad", "Retrieval", _RETRIEVAL, "validation", description="Answers of NIH pages to medical questions."
+        "medquad",
+        "Retrieval",
+        _RETRIEVAL,
+        "validation",
+        description="Answers of NIH pages to medical questions.",
+        instruction="Given a medical question, retrieve its answer",
+        shown_from=("medquad", "train"),
     ),
 }
 _MAIN_SCORES = {
@@ -151,6 +201,57 @@ def _local_task(name: str, folder: Path) -> AbsTask:
 
     members = {"metadata": base.metadata.model_copy(update={"dataset": dataset}), "load_data": load_data}
     return type(base.__name__, (base,), members)()
+
+
+def training_pairs(name: str, data_root: Path) -> pl.DataFrame:
+    """(query, positive) of a task's training data, for demonstrations: equal meaning, text and label, or relevance.
+
+    No row has a query that is scored, or a positive that belongs to one. Empty where there is no training data.
+    """
+    import polars as pl
+
+    task = LOCAL_TASKS[name]
+    if task.shown_from is None:
+        return pl.DataFrame(schema={"query": pl.String, "positive": pl.String})
+    folder, file = data_root / task.shown_from[0], task.shown_from[1]
+    if task.kind == "Retrieval":
+        rows, scored = (_relevant_pairs(folder, split) for split in (file, task.split))
+    elif task.kind == "Classification":
+        rows, scored = (
+            _read(folder, split).select(query="text", positive="label_text") for split in (file, task.split)
+        )
+        return rows.join(scored, on="query", how="anti")  # labels are the same on both sides
+    else:
+        pairs = ("sentence1", "sentence2") if task.kind == "STS" else ("text1", "text2")
+        rows = _read(folder, file)
+        best = (
+            pl.col("score") >= 0.9 * rows["score"].max()
+            if task.kind == "STS"
+            else pl.col("label_text") == "entailment"
+        )
+        rows = rows.filter(best).select(query=pairs[0], positive=pairs[1])
+        tested = [_read(data_root / task.folder, own).select(query=pairs[0], positive=pairs[1]) for own in task.files]
+        scored = pl.concat(tested)
+    texts = pl.concat([scored["query"], scored["positive"]]).implode()
+    return rows.filter(~pl.col("query").is_in(texts), ~pl.col("positive").is_in(texts))
+
+
+def _relevant_pairs(folder: Path, split: str) -> pl.DataFrame:
+    import polars as pl
+
+    queries, documents = _read(folder, "queries"), _read(folder, "corpus")
+    return (
+        _read(folder, "qrels")
+        .filter(pl.col("split") == split, pl.col("score") > 0)
+        .join(queries.select(query_id="_id", query="text"), on="query_id")
+        .join(
+            documents.select(
+                corpus_id="_id", positive=pl.concat_str("title", "text", separator=" ").str.strip_chars()
+            ),
+            on="corpus_id",
+        )
+        .select("query", "positive")
+    )
 
 
 def _read(folder: Path, file: str) -> pl.DataFrame:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,20 +157,24 @@ def show_demonstrations(model: MTEBModels, shots: int) -> None:
 
 
 def evaluate(
-    model: MTEBModels, tasks: Sequence[AbsTask], output: Path, batch_size: int
+    model: MTEBModels, tasks: Sequence[AbsTask], output: Path, batch_size: int, share: bool = False
 ) -> tuple[list[TaskResult], dict[str, str]]:
     """Results of the tasks that have been run, now or earlier, and task name -> reason of those that failed.
 
-    One task's failure (a data set that the Hub does not serve) does not end a run of days.
+    One task's failure (a data set that the Hub does not serve) does not end a run of days. `share`: prompts are
+    computed once a call (modeling.shared_prefix), for models of sentence-transformers.
     """
     import mteb
+
+    from modeling.shared_prefix import share_prefix
 
     cache = mteb.ResultCache(output)
     for task in tasks:
         _drop_if_broken(cache.get_task_result_path(task.metadata.name, model.mteb_model_meta))
-    found = mteb.evaluate(
-        model, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, raise_error=False, co2_tracker=False
-    )
+    with share_prefix(model.model) if share else nullcontext():
+        found = mteb.evaluate(
+            model, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, raise_error=False, co2_tracker=False
+        )
     failures = {failure.task_name: failure.exception for failure in found.exceptions or []}
     return list(found.task_results), failures
 

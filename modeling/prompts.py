@@ -15,7 +15,7 @@ import yaml
 
 # Task types whose two sides are encoded differently: mteb asks for `{Task}-query` and `{Task}-document`.
 # Every other type has one side, or two equal ones, and mteb asks for `{Task}`.
-_ASYMMETRIC = ("Retrieval", "Reranking")
+ASYMMETRIC = ("Retrieval", "Reranking")
 
 
 QUERY_TEMPLATE = "Instruct: {task}\nQuery: "
@@ -93,7 +93,7 @@ def baked_prompts(
         prompts[f"query-{len(demonstrations)}-shot"] = few_shot_prompt(instruction, demonstrations, template)
     for task_type, instructions in task_instructions().items():
         for task, text in instructions.items():
-            if task_type in _ASYMMETRIC:
+            if task_type in ASYMMETRIC:
                 prompts |= {f"{task}-query": instruction_prompt(text, template), f"{task}-document": document_prompt}
             else:
                 prompts[task] = instruction_prompt(text, template)

@@ -48,7 +48,7 @@ def guarantee_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer of {name!r} is not a fast one (no tokenizer.json); convert it first")
-    before = _before_text(tokenizer)
+    before = before_text(tokenizer)
     eos = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*before, "$A", eos],
@@ -67,7 +67,7 @@ def restore_end(tokenizer: PreTrainedTokenizerBase) -> None:
         guarantee_eos(tokenizer)
 
 
-def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def before_text(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The special tokens that the tokenizer itself puts before a text."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     return tokenizer.convert_ids_to_tokens(encoding["input_ids"][: encoding["special_tokens_mask"].index(0)])
