@@ -50,7 +50,7 @@ TEMPLATES = {
         )
     ],
 }
-SETTINGS = ("num_hidden_layers", "max_seq_length")
+SETTINGS = ("num_hidden_layers", "max_seq_length", "dtype")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--templates", nargs="*", choices=list(TEMPLATES), default=list(TEMPLATES), help=templates)
     parser.add_argument("--num_hidden_layers", type=at_least_1, help="keep the first so many layers")
     parser.add_argument("--max_seq_length", type=at_least_1, default=512, help="tokens (default: 512)")
+    parser.add_argument("--dtype", default="float32", help="of weights (default: float32; bfloat16 for large models)")
     parser.add_argument("--batch_size", type=at_least_1, default=32, help="texts per forward pass (default: 32)")
     args = parser.parse_args(argv)
     tasks = load_tasks(None, args.tasks, args.data_root)
