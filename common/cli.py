@@ -37,6 +37,10 @@ class InputError(Exception):
     """Input that cannot be used. The message says what, where and what to do, in one line."""
 
 
+class Unfinished(InputError):
+    """What stopped work that the same command goes on with: what is finished stays."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that raises InputError, so that all commands report errors alike."""
 

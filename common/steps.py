@@ -29,11 +29,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.cli import InputError
+from common.cli import InputError, Unfinished
 
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
 # What a build of graded data makes, in order; training, reports and cards read their manifests.
+GENERATED = "generated"  # before the others, where a model writes the queries
 BUILD_FOLDERS = ("corpus", "candidates", "scores", "mined", "audit", "sts", "hub")
 _STACK = ("torch", "transformers", "sentence-transformers", "peft", "datasets", "bm25s", "rank_bm25", "trl", "mteb")
 
@@ -209,6 +210,8 @@ def folder_step(folder: str | Path, inputs: Mapping[str, Any]) -> Iterator[Step]
     step.open()
     try:
         yield step
+    except Unfinished:
+        raise
     except InputError:
         # bad input leaves nothing behind; a crash or a kill leaves finished shards for the next run
         step.discard()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli import ArgumentParser, InputError, output_folder, run
-from common.steps import BUILD_FOLDERS, MANIFEST, folder_step, read_manifest
+from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, folder_step, read_manifest
 from dataset_builders.audit import write_audit
 from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
@@ -27,13 +27,15 @@ from dataset_builders.corpus import write_corpus
 from dataset_builders.data_recipe import GradedRecipe, StsRecipe, load_recipes, recipe_keys
 from dataset_builders.decontamination import describe_decontamination
 from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
+from dataset_builders.generate import write_generated
 from dataset_builders.inspect_source import inspect
 from dataset_builders.mine import Tally, mine, read_graded, write_mined
+from dataset_builders.round_trip import read_generated
 from dataset_builders.scores import write_scores
-from dataset_builders.sources import describe_source, read_rows, sources_table
+from dataset_builders.sources import describe_source, open_tables, read_rows, sources_table
 from dataset_builders.sts import write_pairs, write_sts
 
-STEPS = ("corpus", "candidates", "scores", "mined", "hub")
+STEPS = (GENERATED, "corpus", "candidates", "scores", "mined", "hub")
 # audit/ and sts/ are made after mined/, and anew whenever that is
 # Keys that make no difference to the rows: where files lie, and who does the work.
 NOT_INPUTS = {"data_root", "ray"}
@@ -103,7 +105,8 @@ def engine_of(name: str, ray: Ray) -> Engine:
 
 def restart_from(step: str | None, output: Path) -> None:
     """Forget the finished folders of `step` and of those after it."""
-    for name in BUILD_FOLDERS[BUILD_FOLDERS.index(step) :] if step else ():
+    names = (GENERATED, *BUILD_FOLDERS)
+    for name in names[names.index(step) :] if step else ():
         if (output / name / MANIFEST).is_file():
             shutil.rmtree(output / name)
 
@@ -122,18 +125,26 @@ def plan_graded(build: Build) -> list[PlannedStep]:
         "decontamination": describe_decontamination(recipe.decontamination, recipe.data_root),
     }
     search = {"bm25": keys["bm25"], "dense": dense, "fusion": keys["fusion"], "language": recipe.source.language}
+    queries = getattr(recipe.source, "queries", None)
+    writing = {"source": raw["source"], "language": recipe.source.language, "instruction": recipe.instruction}
+    writing |= {"queries": queries.describe()} if queries else {}
+    raw |= {"keep_within": queries.keep_within, "search": search} if queries else {}
     mining, sts = {"mining": keys["mining"]}, {"sts": keys["sts"], "dense": dense, "teacher": teacher}
 
+    def generated(folder: Path) -> dict[str, Any]:
+        return write_generated(build, open_tables(recipe.source, recipe.data_root).read(), folder)
+
     def corpus(folder: Path) -> dict[str, Any]:
-        rows = read_rows(recipe.source, recipe.data_root)
-        return write_corpus(rows, recipe.source, folder, recipe.decontamination, recipe.data_root)
+        rows, counts = read_generated(build, folder) if queries else (read_rows(recipe.source, recipe.data_root), {})
+        return write_corpus(rows, recipe.source, folder, recipe.decontamination, recipe.data_root) | counts
 
     def mined(folder: Path) -> dict[str, Any]:
         check_published(build)
         return write_mined(build, folder)
 
     plan = [
-        PlannedStep("corpus", (), raw, corpus),
+        *([PlannedStep(GENERATED, (), writing, generated)] if queries else []),
+        PlannedStep("corpus", (GENERATED,) if queries else (), raw, corpus),
         PlannedStep("candidates", ("corpus",), {**splits, **search}, lambda folder: write_candidates(build, folder)),
         PlannedStep(
             "scores",

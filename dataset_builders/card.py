@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.steps import GENERATED
 from dataset_builders.bm25 import describe_words
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 CARD = Path(__file__).with_name("dataset_card.md")
 REPO_ID = "ORG/NAME"  # stands in the card of a build for the repository's name
-STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
+STEPS = (GENERATED, "corpus", "candidates", "scores", "mined", "audit", "sts")
 BENCHMARK = "MTEB(eng, v2)"  # that zero-shot is stated for, unless the recipe names another
 # The Hub's identifiers (huggingface.co/docs/hub/repositories-licenses), those for model weights left out; it refuses a
 # card with any other.
@@ -122,7 +123,7 @@ def card_metadata(
         **license_fields(licence),
         # the labels are a teacher's, on pairs whose relevance others judged
         annotations_creators=["machine-generated", "found"] if graded else ["found"],
-        language_creators=["found"],
+        language_creators=["found", "machine-generated"] if recipe["source"].get("queries") else ["found"],
         multilinguality=["monolingual"] if "language" in recipe["source"] else None,
         source_datasets=[source_dataset] if source_dataset else None,
         task_categories=TASK_CATEGORIES.get(task_type, ["sentence-similarity"]),
@@ -159,7 +160,8 @@ def public_recipe(recipe: Mapping[str, Any], commit: str | None, models: Mapping
         cleaned["source"]["revision"] = commit
     for section, model in models.items():
         name, _, number = section.partition(" ")
-        (cleaned[name]["teachers"][int(number)] if number else cleaned[name])["model"] = model
+        target = cleaned["source"]["queries"] if name == "queries" else cleaned[name]
+        (target["teachers"][int(number)] if number else target)["model"] = model
     return cleaned
 
 
@@ -176,18 +178,22 @@ def _without_paths(value: Any, key: str = "") -> Any:
 
 
 def public_name(reference: str) -> str:
-    """A Hub id or package as it is; of a folder on this machine its last part.
+    """A Hub id or package as it is; of a folder on this machine its last part; of a server no address.
 
     >>> public_name("org/model@main"), public_name("/home/me/models/mine"), public_name("package:name")
     ('org/model@main', 'mine', 'package:name')
+    >>> public_name("http://10.0.0.7:8000/v1")
+    'a server of chat completions'
     """
+    if reference.startswith(("http://", "https://")):
+        return "a server of chat completions"
     is_path = reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
     return Path(reference).name if is_path else reference
 
 
 def used_models(made: Mapping[str, Any]) -> dict[str, str]:
     """Section of the recipe ("teacher 0": the first of a hybrid) -> ORG/NAME@COMMIT, of models from the Hub."""
-    sections = {}
+    sections = {"queries": made[GENERATED]["inputs"]["queries"]} if made.get(GENERATED) else {}
     if made["candidates"]:
         sections["dense"] = made["candidates"]["inputs"]["dense"]
     if made["scores"]:

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from common.cli import InputError
+from common.cli import InputError, Unfinished
 from common.recipes import Section
 from common.steps import file_sha256
 
@@ -115,7 +115,7 @@ class RayEngine(Engine):
         )
         for row in done.iter_rows():
             if row["refusal"]:
-                raise InputError(row["refusal"])
+                raise (Unfinished if row["unfinished"] else InputError)(row["refusal"])
             yield row["number"]
 
 
@@ -132,12 +132,12 @@ class _RayWorker:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         [number] = batch["number"].tolist()
-        refusal = ""
+        refusal, unfinished = "", False
         try:
             _write_shard(self._folder, number, self._work(number))
         except InputError as error:  # an exception would reach the driver without its type
-            refusal = str(error)
-        return {"number": [number], "refusal": [refusal]}
+            refusal, unfinished = str(error), isinstance(error, Unfinished)
+        return {"number": [number], "refusal": [refusal], "unfinished": [unfinished]}
 
 
 def compute_shards(
@@ -158,6 +158,8 @@ def compute_shards(
             try:
                 for number in engine.run(work, todo, folder):
                     progress.update(sizes[number])
+            except Unfinished:
+                raise
             except InputError:
                 shutil.rmtree(folder)  # bad input leaves nothing behind
                 raise

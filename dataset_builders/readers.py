@@ -79,14 +79,14 @@ def read_asked(tables: Tables, split: str) -> tuple[pl.Series, pl.DataFrame | No
     if tables.layout != "corpus":
         table = tables.read(split)
         return pl.concat([_exploded(table, name)[name].rename("text") for name in ASKED[tables.layout]]), None
-    qrels, queries = tables.read_part("qrels"), _read_part(tables, "queries", "query_id")
+    qrels, queries = tables.read_part("qrels"), part_texts(tables, tables.read_part("queries"), "queries", "query_id")
     corpus = tables.whole_rows(tables.read_part("corpus"), ["text"], tables.where("corpus"))
     return queries.join(qrels.filter(split=split), on="query_id", how="semi")["text"], corpus
 
 
 def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
-    documents = _read_part(tables, "corpus", "document_id")
-    queries = _read_part(tables, "queries", "query_id")
+    documents = part_texts(tables, tables.read_part("corpus"), "corpus", "document_id")
+    queries = part_texts(tables, tables.read_part("queries"), "queries", "query_id")
     where, table = tables.where("qrels"), tables.read_part("qrels").rename({"corpus_id": "document_id"})
     qrels = tables.whole_rows(table, QRELS.names, where).select(QRELS.names)
     seen = len(table)
@@ -142,9 +142,9 @@ def _with_scores(table: pl.DataFrame, texts: str, scores: str, where: str) -> pl
     return table
 
 
-def _read_part(tables: Tables, part: str, id_name: str) -> pl.DataFrame:
-    """`id_name`, text (title and text). The ids are unique."""
-    found, where = tables.read_part(part), tables.where(part)
+def part_texts(tables: Tables, found: pl.DataFrame, part: str, id_name: str) -> pl.DataFrame:
+    """`id_name`, text (title and text) of a part that was read. The ids are unique."""
+    where = tables.where(part)
     if "title" in found.columns:
         text = pl.concat_str("title", "text", separator=" ", ignore_nulls=True).str.strip_chars()
         found = found.with_columns(text=text)

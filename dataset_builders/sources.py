@@ -25,6 +25,7 @@ from common.models import expand_user, hub_commit
 from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
+from dataset_builders.generate import Documents, Generate
 from dataset_builders.languages import Language
 from dataset_builders.near_duplicates import stable_hash as stable_hash  # for mining
 from dataset_builders.readers import Draw, Rows, read_graded_pairs, read_layout
@@ -153,6 +154,7 @@ class LocalSource(Splits, SetKeys):
 
     kind: Literal["local"]  # whose keys these are
     path: str  # a file or a folder, below data_root or as written
+    queries: Generate | None = None  # who writes them, where `path` holds documents alone
 
     @field_validator("columns")
     @classmethod
@@ -162,6 +164,12 @@ class LocalSource(Splits, SetKeys):
             if name not in known:
                 raise ValueError(f"our names come first, and {name!r} is none of {', '.join(sorted(known))}")
         return columns
+
+    @model_validator(mode="after")
+    def _draws_documents(self) -> LocalSource:
+        if self.queries and self.num_pairs:
+            raise ValueError("num_pairs does not go with source.queries; write how many documents get some: documents")
+        return self
 
 
 class HubSource(Splits, HubSet):
@@ -208,7 +216,7 @@ def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
     """What decides a source's rows, for the fingerprint of the step that reads them. Raises InputError."""
     if source.kind != "registry" and source.training_datasets:
         _check_training_datasets(source.training_datasets)
-    keys = source.model_dump(mode="json", exclude={"licence", "language", "training_datasets", "path"})
+    keys = source.model_dump(mode="json", exclude={"licence", "language", "training_datasets", "path", "queries"})
     if source.kind == "pydocs":
         packages = {name: importlib.metadata.version(name) for name in pydocs.dependencies(pydocs.PROJECT)}
         parser = file_sha256(Path(pydocs.__file__))
@@ -284,7 +292,8 @@ def read_sts(source: Source, data_root: str | None) -> pa.Table:
 def open_tables(source: Source, data_root: str | None) -> Tables:
     """The tables of a source that has some. Raises InputError when there is no such folder or data set."""
     if source.kind == "local":
-        return FileTables(find_source(source.path, data_root), source.searched, source)
+        kind = Documents if source.queries else FileTables
+        return kind(find_source(source.path, data_root), source.searched, source)
     found = _set_keys(source)
     revision = found.revision
     if revision is None and not Path(found.dataset).is_dir():

@@ -359,7 +359,8 @@ class FileTables(Tables):
         )
         raise InputError(
             f"{file}: columns {', '.join(sorted(there))}{one}; a split has query and positive, text and label, text1, "
-            "text2 and label, or sentence1, sentence2 and score; say which yours are: --columns '{query: THEIRS, ...}'"
+            "text2 and label, or sentence1, sentence2 and score; say which yours are: --columns '{query: THEIRS, "
+            "...}'; documents alone get queries from a model: source.queries"
         )
 
 

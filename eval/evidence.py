@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import InputError
 from common.models import resolve_model
 from common.recipes import read_yaml
-from common.steps import BUILD_FOLDERS, MANIFEST, files_of, fingerprint, read_manifest
+from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, files_of, fingerprint, read_manifest
 from dataset_builders.card import (
     BENCHMARK,
     compared_tasks,
@@ -179,8 +179,10 @@ def provenance(hub: Path) -> dict[str, Any] | None:
     commit = first.get("inputs", {}).get("source", {}).get("commit")  # what was read from the Hub has one
     named = {section: recipe[section] for section in ("dense", "teacher") if "model" in recipe.get(section, {})}
     named |= {f"teacher {n}": own for n, own in enumerate(recipe.get("teacher", {}).get("teachers", ()))}
+    named |= {"queries": source["queries"]} if source.get("queries") else {}
     models = {section: public_name(own["model"]) for section, own in named.items()}
-    models |= used_models({step: made.get(step) for step in BUILD_FOLDERS})  # with the commit that was read
+    # with the commit that was read
+    models |= used_models({step: made.get(step) for step in (GENERATED, *BUILD_FOLDERS)})
     return {
         "title": public_name(source_title(source)),
         "kind": source["kind"],

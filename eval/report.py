@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import ArgumentParser, InputError, run
-from common.steps import BUILD_FOLDERS, MANIFEST, read_manifest
+from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, read_manifest
 from common.tables import markdown_table
 from dataset_builders.build import in_words
 from eval.leaderboard import Leaderboard, format_means, format_tasks, read_leaderboard
@@ -121,7 +121,8 @@ def read_logs(run_folder: Path, stages: Sequence[str]) -> dict[str, Log]:
 
 def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
     """Step -> manifest, for the steps of the data folder that were made."""
-    return {name: read_manifest(data / name) for name in BUILD_FOLDERS if (data / name / MANIFEST).is_file()}
+    names = (GENERATED, *BUILD_FOLDERS)
+    return {name: read_manifest(data / name) for name in names if (data / name / MANIFEST).is_file()}
 
 
 def format_costs(

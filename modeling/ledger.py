@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.steps import BUILD_FOLDERS, MANIFEST, read_manifest, write_json
+from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, read_manifest, write_json
 
 if TYPE_CHECKING:
     from modeling.recipe import Stage
@@ -71,7 +71,7 @@ def data_costs(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     names = dict.fromkeys(own.dataset_name for stage in stages for own in stage.datasets.values())
     hubs = [Path(name) for name in names if (Path(name) / MANIFEST).is_file()]
     rows = []
-    for step in (hub.parent / folder for hub in hubs for folder in BUILD_FOLDERS):
+    for step in (hub.parent / folder for hub in hubs for folder in (GENERATED, *BUILD_FOLDERS)):
         if (step / MANIFEST).is_file():
             manifest = read_manifest(step)
             facts = {name: manifest[name] for name in ("seconds", "peak_memory_bytes")}

@@ -157,7 +157,7 @@ def facts():
 
 def test_docstring_examples():
     found = doctest.testmod(card)
-    assert found.attempted == 4 and found.failed == 0
+    assert found.attempted == 5 and found.failed == 0
 
 
 def test_the_hub_reads_the_metadata(facts):
