@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from chat_server import ChatServer
 from datasets import Dataset, DatasetDict
 from tiny_data import write_encoder, write_recipe, write_table
 
@@ -281,7 +282,9 @@ def test_every_example_of_the_page_builds_as_it_stands_there(section, small_enco
             write(tmp_path / name, text)
     sts = "task_type: sts" in section
     flags = [] if sts else ["--dense.model", str(small_encoder)]
-    main(["--config", "recipe", "--output_dir", "data", *flags])
+    with ChatServer(lambda document: " ".join(document.split()[1::3])) as server:
+        flags += ["--source.queries.model", server.address] if "kind: generate" in section else []
+        main(["--config", "recipe", "--output_dir", "data", *flags])
     assert read_manifest(Path("data/hub"))["rows"]["sts" if sts else "train"] >= 1
     assert 2 <= len(blocks) <= 5
 
