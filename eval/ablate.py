@@ -20,7 +20,8 @@ Every variant and seed is trained and scored in a process of its own, in OUTPUT_
 stages, model/, ledger.json, run.log and scores-SPLIT.json. What is finished is skipped, so a killed ablation resumes;
 a run that fails is reported, the others go on, and the exit code is 2.
 
-OUTPUT_DIR/ablation.md and ablation.png are for people; ablation.json holds, for programs:
+OUTPUT_DIR/ablation.md, ablation.png and index.html (with the queries won and lost most) are for people;
+ablation.json holds, for programs:
 
     config, command, base, shared, metric, split, chosen_on, chosen, baseline, seeds, counts, interval {level,
     resamples, method}, notes [sentence], failed [{name, seed, reason}], versions, and
@@ -55,8 +56,9 @@ import numpy as np
 from common.cli import InputError, run
 from common.recipes import list_keys
 from common.steps import file_sha256, fingerprint, stack_versions, write_json
+from eval.ablation_page import write_ablation_page
 from eval.ablation_recipe import Ablation, Variant, folder_name, read_ablation, read_variants, write_mined_rows
-from eval.ablation_table import choose, notes, save, summary
+from eval.ablation_table import choose, is_compared, notes, save, summary
 from eval.held_out import count, load_documents, load_queries
 from eval.intervals import LEVEL, METHOD, RESAMPLES
 from eval.retrieval import COMPARED, MEASURES, model_row
@@ -134,6 +136,11 @@ def main(argv: Sequence[str]) -> None:
     }
     result["notes"] = notes(result)
     save(result, Path(ablation.output_dir))
+    if is_compared(result):
+        scores: dict[str, dict[int, list[float]]] = {row["name"]: {} for row in rows}
+        for run_ in runs:
+            scores[run_.variant.name][run_.seed] = run_.scores(result["split"]).get("per_query", [])
+        write_ablation_page(result, scores, Path(ablation.data), Path(ablation.output_dir))
     if failed:
         raise InputError(
             f"{len(failed)} of {len(runs)} runs failed, first {failed[0]['name']}, seed {failed[0]['seed']}: "

@@ -19,7 +19,7 @@ from tiny_training import own_cache, two_stages, write_hub
 from common.cli import InputError
 from common.steps import folder_step, write_arrow, write_parquet
 from dataset_builders import build
-from eval import ablate, ablation_recipe, ablation_table, intervals
+from eval import ablate, ablation_page, ablation_recipe, ablation_table, intervals
 from eval.ablate import main
 from eval.ablation_recipe import Ablation, combinations, override, read_ablation, read_variants, write_mined_rows
 from eval.intervals import METHOD, bootstrap_interval
@@ -32,7 +32,7 @@ SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 
 
 def test_doctests():
-    results = [doctest.testmod(module) for module in (ablation_recipe, intervals)]
+    results = [doctest.testmod(module) for module in (ablation_page, ablation_recipe, intervals)]
     assert all(found.attempted >= 1 and found.failed == 0 for found in results)
 
 
@@ -263,6 +263,21 @@ def test_the_page_says_all_of_it(folder, result):
     assert label.get_text() == "one-hot"
     dots = next(line for line in axis.lines if line.get_marker() == "o")
     assert dots.get_xdata().tolist() == result["rows"][2]["difference"]["per_seed"]
+
+
+def test_a_page_shows_the_queries_that_a_variant_wins_and_loses(folder, scores, result):
+    page = (folder / "out" / "index.html").read_text()
+    rows = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["rows"]
+    change = (scores["one-hot", "test"] - scores["soft_labels", "test"]).mean(axis=0)
+    shown = [float(row["facts"].split()[1]) for row in rows]
+    lost, won = sorted(value for value in change if value < 0), sorted(value for value in change if value > 0)
+    assert len(shown) > 1 and shown == pytest.approx([*lost, *won[::-1]], abs=1e-3)
+    assert [row["tags"] for row in rows] == [["one-hot", "won" if value > 0 else "lost"] for value in shown]
+    queries = pq.read_table(folder / "data" / "corpus" / "queries.parquet").to_pylist()
+    assert {row["title"] for row in rows} <= {row["text"] for row in queries if row["split"] == "test"}
+    assert all(row["documents"][0]["text"] for row in rows)
+    difference = result["rows"][2]["difference"]
+    assert f"one-hot {difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]" in page
 
 
 def test_what_is_finished_is_only_tabled(folder, result, tmp_path, capsys):
