@@ -1,4 +1,4 @@
-"""Reads a table from a file as people have it: Parquet, Arrow, CSV, TSV, JSON lines, JSON, TREC qrels.
+"""Reads a table from a file as people have it: Parquet, Arrow, CSV, TSV, JSON lines, JSON, TREC qrels and runs.
 
 Text files are streamed into a temporary Arrow file, which is mapped into memory: memory does not grow with the file.
 Values of CSV and TSV are texts (007 stays 007); of JSON a column has the type that fits all of its values.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,15 +19,20 @@ import pyarrow.parquet as pq
 from common.cli import InputError
 from common.steps import read_arrow, read_parquet
 
-FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".qrels")
+FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".qrels", ".run", ".trec")
 BATCH = 10_000  # rows of a text file in memory at a time
 SEPARATORS = ",;\t|"
-_TREC = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d+)\s*")
+_TREC = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d+)\s*")  # qrels: query, iteration, document, grade
+# a run: query, Q0, document, rank, score, name
+_TREC_RUN = re.compile(r"(\S+)\s+Q0\s+(\S+)\s+\d+\s+(-?[\d.]+(?:[eE][-+]?\d+)?)\s+\S+\s*")
 _JSON = (".jsonl", ".ndjson", ".json")
 
 
-def read_file(path: Path) -> pa.Table:
-    """The rows of a file, memory-mapped where they were text. Raises InputError for what cannot be read."""
+def read_file(path: Path, names: Sequence[str] = ()) -> pa.Table:
+    """The rows of a file, memory-mapped where they were text. Raises InputError for what cannot be read.
+
+    names: of the columns of a TSV file that has no header, and quotes nothing.
+    """
     if path.suffix == ".parquet":
         return read_parquet(path)
     if path.suffix == ".arrow":
@@ -34,7 +40,9 @@ def read_file(path: Path) -> pa.Table:
     with TemporaryDirectory() as folder:
         try:
             oldest = pl.CompatLevel.oldest()
-            _scan(path, None).sink_ipc(Path(folder) / "rows.arrow", compat_level=oldest, record_batch_size=BATCH)
+            _scan(path, None, names).sink_ipc(
+                Path(folder) / "rows.arrow", compat_level=oldest, record_batch_size=BATCH
+            )
         except (pl.exceptions.PolarsError, ValueError) as error:
             raise InputError(_reason(path, error)) from None
         return read_arrow(Path(folder) / "rows.arrow")  # the map outlives the file's name
@@ -61,14 +69,19 @@ def _read_arrow(path: Path) -> pa.Table:
         return read_arrow(path)
 
 
-def _scan(path: Path, rows: int | None) -> pl.LazyFrame:
+def _scan(path: Path, rows: int | None, names: Sequence[str] = ()) -> pl.LazyFrame:
     """The rows of a text file; types of JSON are those of the first `rows` (None: of all)."""
+    if names:
+        return pl.scan_csv(
+            path, has_header=False, new_columns=names, separator="\t", quote_char=None, infer_schema=False
+        )
     with path.open("rb") as stream:
         first = stream.readline().decode("utf-8-sig")
     if path.suffix in _JSON:
         return pl.scan_ndjson(path if path.suffix != ".json" else _lines(path, first), infer_schema_length=rows)
-    if _TREC.fullmatch(first):
-        parts = pl.col("line").str.extract_groups(_TREC.pattern).struct
+    trec = next((pattern for pattern in (_TREC, _TREC_RUN) if pattern.fullmatch(first)), None)
+    if trec:
+        parts = pl.col("line").str.extract_groups(trec.pattern).struct
         lines = pl.scan_csv(path, has_header=False, new_columns=["line"], separator="\x1f", quote_char=None)
         return lines.select(query_id=parts.field("1"), corpus_id=parts.field("2"), score=parts.field("3"))
     separator = "\t" if path.suffix == ".tsv" else max(SEPARATORS, key=first.count)

@@ -98,7 +98,7 @@ _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|dev|valid|val)(?![a-z])")
 _FOLDER = re.compile(r"data|corpus|queries|qrels|train|test|validation|dev|valid|val")  # below a set's own
 HELD_OUT = ("validation", "test")
 PART_FILES = {"corpus": r"(corpus|collection|documents)\b", "queries": r"(queries|topics)\b", "qrels": r".*qrels\b"}
-PART_FILES |= {"scores": r"scores\b"}
+PART_FILES |= {"scores": r"scores\b|(?!.*qrels).*\.(run|trec)$"}
 # The score of a pair with this label. Pairs with any other label (neutral), and of a text with itself, are left out.
 LABEL_SCORES = {"entailment": 1, "contradiction": 0, "duplicate": 1, "not_duplicate": 0}
 _JSON_LIST = r'(?s)^\[(".*")?\]$'
@@ -286,7 +286,7 @@ class FileTables(Tables):
         }
         self._is_corpus = path.is_dir() and bool(self._files["corpus"])
         if not self._is_corpus:
-            found, self._files = [file for file in found if file.suffix not in (".txt", ".qrels")], {}
+            found, self._files = [file for file in found if file.suffix not in (".txt", ".qrels", ".run", ".trec")], {}
             for file in found:
                 self._files.setdefault(self._split_of(file), []).append(file)
             if len(self._files) == 1 and (path.is_file() or None in self._files):
@@ -317,11 +317,20 @@ class FileTables(Tables):
     def load_part(self, part: str) -> list[pa.Table]:
         tables = []
         for file in self._of(part):
-            table, split = read_file(file), self._split_of(file) or self.asked[0]
+            headerless = part in ("corpus", "queries") and self._is_headerless(file)
+            table = read_file(file, ("_id", "text") if headerless else ())
+            split = self._split_of(file) or self.asked[0]
             if part == "qrels" and "split" not in table.column_names:
                 table = table.append_column("split", pa.repeat(split, len(table)))
             tables.append(table)
         return tables
+
+    def _is_headerless(self, file: Path) -> bool:
+        """Whether ids and texts begin at once, as MS MARCO's do: two columns whose names nobody knows."""
+        if file.suffix != ".tsv" or self.keys.columns:
+            return False
+        there = column_names(file)
+        return len(there) == 2 and not any(self._named(name, there) for name in ("_id", "text", "title"))
 
     def _of(self, name: str) -> list[Path]:
         files = self._files.get(name) or self._files.get(canonical(name))
@@ -353,8 +362,8 @@ class FileTables(Tables):
             if needed <= {*there} and {*self.keys.columns} <= {*COLUMNS[layout]}:
                 return layout
         one = (
-            ": is its separator a comma, semicolon, tab or |?"
-            if len(there) == 1 and file.suffix in (".csv", ".tsv")
+            (" (is its separator a comma, semicolon, tab or |?)" if len(there) == 1 else " (is this line its header?)")
+            if file.suffix in (".csv", ".tsv")
             else ""
         )
         raise InputError(

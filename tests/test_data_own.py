@@ -154,6 +154,20 @@ def test_qrels_of_trec_and_tables_of_any_format_are_a_collection(tmp_path):
     assert judged(tmp_path) == found
 
 
+def test_tables_of_ms_marco_have_no_header_and_a_run_of_trec_is_a_teachers_scores(tmp_path):
+    write(tmp_path / "collection.tsv", '0\t"the presence\n1\tof mind\n2\tbody text\n')
+    write(tmp_path / "queries.tsv", "7\twhat presence\n8\twhose mind\n")
+    write(tmp_path / "qrels.dev.tsv", "7\t0\t0\t1\n8\t0\t1\t1\n")
+    write(tmp_path / "bm25.run", "7 Q0 0 1 12.5 me\n7 Q0 2 2 1.5e-1 me\n8\tQ0\t1\t1\t-3\tme\n")
+    found = {("what presence", '"the presence', 1, "validation"), ("whose mind", "of mind", 1, "validation")}
+    assert judged(tmp_path, split="validation") == found
+    given = read(tmp_path, split="validation").given
+    assert sorted(given.rows()) == [("7", "0", 12.5), ("7", "2", pytest.approx(0.15)), ("8", "1", -3.0)]
+    write(tmp_path / "queries.tsv", "number\ttext\n7\twhat presence\n8\twhose mind\n")
+    with pytest.raises(InputError, match=r"queries\.tsv: no column '_id'; it has number, text"):
+        read(tmp_path, split="validation")  # a header with one name that is known is one
+
+
 def sides(folder: Path, rows, splits) -> dict[str, set[str]]:
     folder.mkdir()
     write_corpus(rows, splits, folder)
@@ -206,7 +220,7 @@ def test_a_hold_out_makes_what_is_missing_and_keeps_texts_of_pairs_together(tmp_
 
 PAIR = "question,answer\n"
 BAD = {
-    "one column": ("x.csv", "question\nwhy\n", {}, r"x\.csv: columns question: is its separator a comma"),
+    "one column": ("x.csv", "question\nwhy\n", {}, r"x\.csv: columns question \(is its separator a comma"),
     "mixed encodings": ("x.csv", f"{PAIR}çà,b\n".encode() + b"caf\xe9,c\n", {}, r"line 3 is not UTF-8 \(byte 0xe9\)"),
     "UTF-16": ("x.csv", f"{PAIR}a,b\n".encode("utf-16"), {}, "line 1 is not UTF-8"),
     "broken JSON": ("x.jsonl", '{"query": "a", "positive": "b"}\n{"query": \n', {}, r"x\.jsonl: line 2 is no JSON"),
@@ -220,7 +234,7 @@ BAD = {
         "x.csv",
         "frage,antwort\na,b\n",
         {},
-        "columns antwort, frage; .* say which yours are: --columns",
+        r"columns antwort, frage \(is this line its header\?\); .* say which yours are: --columns",
     ),
     "no files": ("README.md", "x", {}, r"train\.parquet: no such file, nor as arrow, csv, .* there are: none"),
 }
