@@ -26,6 +26,7 @@ from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.models import fetch_settings, resolve_model
 from common.plain_text import use_plain_text
 from dataset_builders.embeddings import load_model
+from eval.cost import CHARACTERS_PER_TOKEN, format_cost
 from eval.leaderboard import format_means, make_leaderboard
 from eval.local_tasks import LOCAL_TASKS, local_tasks, register_local_tasks
 from eval.systems import encoder_section
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mteb import AbsTask
     from mteb.models import MTEBModels
     from mteb.results import TaskResult
+    from sentence_transformers import SentenceTransformer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,7 +48,11 @@ def main(argv: Sequence[str]) -> None:
     model = load_for_mteb(args.model)
     if args.shots:
         show_demonstrations(model, args.shots)
-    results, failures = evaluate(model, tasks, Path(args.output_dir), args.batch_size)
+    if hasattr(model, "model"):  # else by an API, or by code of the model's own
+        print(estimate(model.model, tasks), file=sys.stderr)
+    if args.estimate:
+        return
+    results, failures = evaluate(model, tasks, Path(args.output_dir), args.batch_size, args.share_prefix)
     print(format_means(make_leaderboard({args.model: results}, tasks)))
     if failures:
         name, reason = next(iter(failures.items()))
@@ -67,7 +73,21 @@ def _parse(argv: Sequence[str]):
     parser.add_argument("--batch_size", type=at_least_1, default=32, help="texts per forward pass (default: 32)")
     shots = "show the training task's K demonstrations before every task's own instruction (default: none)"
     parser.add_argument("--shots", type=at_least_1, default=0, metavar="K", help=shots)
+    share = "compute a prompt once a call: the same vectors up to rounding, sooner where prompts are long"
+    parser.add_argument("--share_prefix", action="store_true", help=share)
+    parser.add_argument("--estimate", action="store_true", help="print texts, tokens and GPU hours, and stop")
     return parser.parse_args(argv)
+
+
+def estimate(model: SentenceTransformer, tasks: Sequence[AbsTask]) -> str:
+    """A table of what the tasks cost."""
+    parameters = sum(weight.numel() for weight in model.parameters())
+    embedding = getattr(model[0], "model", model[0])
+    embedding = embedding.get_input_embeddings() if hasattr(embedding, "get_input_embeddings") else None
+    parameters -= embedding.weight.numel() if embedding is not None else 0
+    prompts = [prompt for prompt in model.prompts.values() if prompt]
+    prompt_tokens = round(sum(len(prompt) for prompt in prompts) / max(len(prompts), 1) / CHARACTERS_PER_TOKEN)
+    return format_cost(tasks, parameters, model.max_seq_length or 10**6, prompt_tokens)
 
 
 def load_tasks(benchmark: str | None, names: Sequence[str] | None, data_root: Path | None = None) -> list[AbsTask]:
@@ -84,6 +104,9 @@ def load_tasks(benchmark: str | None, names: Sequence[str] | None, data_root: Pa
     register_local_tasks()
     try:
         tasks = list(mteb.get_benchmark(benchmark).tasks) if benchmark else [mteb.get_task(name) for name in names]
+        if closed := [task.metadata.name for task in tasks if benchmark and task.metadata.is_public is False]:
+            print(f"left out, their data are not public: {', '.join(closed)}", file=sys.stderr)
+            tasks = [task for task in tasks if task.metadata.name not in closed]
     except KeyError as error:
         raise InputError(f"mteb: {error.args[0]}") from None
     there = [task.metadata.name for task in tasks if task.metadata.name in LOCAL_TASKS]

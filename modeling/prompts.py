@@ -58,7 +58,16 @@ def template_of(prompt: str) -> str | None:
 
 
 def task_instructions() -> dict[str, dict[str, str]]:
-    """Task type -> task name -> instruction, for the 41 tasks of MTEB(eng, v2); types and names are mteb's."""
+    """Task type -> task name -> instruction, for the tasks of MTEB(eng, v2) and RTEB(eng, beta); names are mteb's."""
+    return {kind: of_kind for kind, of_kind in _instructions().items() if kind != "types"}
+
+
+def type_instructions() -> dict[str, str]:
+    """Task type -> instruction of tasks that `task_instructions` does not have."""
+    return _instructions()["types"]
+
+
+def _instructions() -> dict[str, dict[str, str]]:
     return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 
 
@@ -81,8 +90,8 @@ def baked_prompts(
     """What a saved model carries as `prompts`: its own `query` and `document`, and one for each evaluation task.
 
     `instruction` is what the model was trained with; None leaves queries as bare as documents. The names are those
-    that mteb looks up in `model.prompts`: a task it does not find there runs with the `query` prompt or with none,
-    without an error.
+    that mteb looks up in `model.prompts`: a task of another name runs with its type's prompt, a retrieval task with
+    the `query` prompt, without an error.
 
     With `demonstrations`, there is one more, `query-K-shot`: `model.encode(texts, prompt_name="query-2-shot")`. mteb
     does not know that name and leaves it alone; `with_demonstrations` makes of it what mteb looks up.
@@ -97,7 +106,7 @@ def baked_prompts(
                 prompts |= {f"{task}-query": instruction_prompt(text, template), f"{task}-document": document_prompt}
             else:
                 prompts[task] = instruction_prompt(text, template)
-    return prompts
+    return prompts | {kind: instruction_prompt(text, template) for kind, text in type_instructions().items()}
 
 
 def with_demonstrations(prompts: Mapping[str, str], shots: int) -> dict[str, str]:

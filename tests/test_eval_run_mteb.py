@@ -1,12 +1,16 @@
 """MTEB runs, offline on mteb's own mock tasks: they pass, resume, and never mix two models' results."""
 
+import doctest
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from common.cli import InputError, run
+from eval import cost as cost_module
 from eval import run_mteb
+from eval.cost import task_cost
 from eval.run_mteb import evaluate, load_for_mteb, load_tasks, main, show_demonstrations
 from modeling.prompts import baked_prompts, few_shot_prompt
 
@@ -117,3 +121,26 @@ def test_tasks_and_benchmarks_are_found_by_name():
     ]
     with pytest.raises(InputError, match="Did you mean: 'STSBenchmark'"):
         load_tasks(None, ["STSBenchmar"])
+
+
+def test_the_estimate_is_mtebs_counts_times_the_models_length(tiny_encoder, tmp_path, capsys):
+    """SciFact: 5,183 documents of 1,499 characters on average, cut at the model's length, and 300 queries of 90."""
+    model = load_for_mteb(str(tiny_encoder)).model
+    arguments = ["--model", str(tiny_encoder), "--tasks", "SciFact", "--output_dir", str(tmp_path), "--estimate"]
+    main(arguments)
+    table = capsys.readouterr().err
+    length = model.max_seq_length
+    prompts = [prompt for prompt in model.prompts.values() if prompt]
+    prompt_tokens = round(np.mean([len(prompt) for prompt in prompts]) / 4)
+    tokens = 5183 * length + 300 * min(90.34666 / 4 + prompt_tokens, length)
+    assert f"| Retrieval | 1 | 5,483 | {tokens / 1e6:,.1f} M |" in table and "A100 hours" in table
+    assert not (tmp_path / "results").exists()
+
+
+def test_closed_tasks_of_a_benchmark_are_left_out_by_name(capsys):
+    tasks = load_tasks("RTEB(eng, beta)", None)
+    assert len(tasks) == 15 and "Code1Retrieval" not in {task.metadata.name for task in tasks}
+    assert "left out, their data are not public: Code1Retrieval, EnglishFinance1Retrieval" in capsys.readouterr().err
+    costs = [task_cost(task, 512, 20) for task in tasks]
+    assert all(cost.tokens <= cost.texts * 512 and cost.texts > 50 for cost in costs)
+    assert doctest.testmod(cost_module).failed == 0

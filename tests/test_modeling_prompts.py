@@ -12,9 +12,10 @@ from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt,
 def benchmark_tasks():
     import mteb
 
-    tasks = mteb.get_benchmark("MTEB(eng, v2)").tasks
-    assert len(tasks) == 41
-    return [task.metadata for task in tasks]
+    tasks = [*mteb.get_benchmark("MTEB(eng, v2)").tasks, *mteb.get_benchmark("RTEB(eng, beta)").tasks]
+    tasks = [task.metadata for task in tasks if task.metadata.is_public is not False]
+    assert len(tasks) == 41 + 15
+    return tasks
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_instructions_mteb_has_are_kept_word_for_word(benchmark_tasks):
         for task in benchmark_tasks
         if task.prompt
     }
-    assert len(theirs) == 23
+    assert len(theirs) == 29
     assert {name: ours[name] for name in theirs} == theirs
     assert all(text.strip() == text and len(text) > 20 for text in ours.values())
 
@@ -70,7 +71,24 @@ def test_mteb_resolves_an_own_prompt_for_every_task(benchmark_tasks, wrapper):
             assert name == f"{task.name}-document"
             assert wrapper.model_prompts[name] == ""
         resolved += 1
-    assert resolved == 41
+    assert resolved == 56
+
+
+def test_tasks_of_other_benchmarks_get_their_types_prompt(wrapper):
+    """A bitext task, say, would run with no prompt at all; a retrieval task has the one it was trained with."""
+    import mteb
+    from mteb.types import PromptType
+
+    kinds = set()
+    for task in mteb.get_benchmark("MTEB(Multilingual, v2)").tasks:
+        metadata = task.metadata
+        asymmetric = "Retrieval" in metadata.type or "Reranking" in metadata.type
+        name = wrapper.get_prompt_name(metadata, PromptType.query if asymmetric else None)
+        assert wrapper.model_prompts[name].startswith("Instruct: "), metadata.name
+        if name not in (metadata.name, f"{metadata.name}-query"):
+            assert name == ("query" if asymmetric else metadata.type)
+            kinds.add(metadata.type)
+    assert len(kinds) >= 7
 
 
 def test_mteb_encodes_with_the_resolved_prompt(benchmark_tasks, wrapper):
