@@ -91,6 +91,7 @@ def write_corpus(
         _write_rows(folder / "classes.parquet", classes, CLASSES)
     if rows.given is not None:
         given = _given_of_kept(rows.given, asked.filter(split=splits.split), queries, documents, kept)
+        check_one_scale(given)
         counts["given_scores"] = len(given)
         _write_rows(folder / "given.parquet", given, GIVEN)
     return {
@@ -113,6 +114,21 @@ def split_of(name: str) -> str:
             return split
         bucket -= share
     raise AssertionError("the shares sum to 100")
+
+
+def check_one_scale(given: pl.DataFrame) -> None:
+    """Refuse scores of two scales, such as logits for some queries and probabilities for others.
+
+    They are told by queries of 4 scores and more: on one scale, hardly any has all of them within [-1, 1] where another
+    has one beyond 2. One calibration would turn the labels of the smaller scale into noise.
+    """
+    largest = given.group_by("query_id").agg(pl.len(), pl.col("given").abs().max()).filter(pl.col("len") >= 4)["given"]
+    small, large = int((largest <= 1).sum()), int((largest > 2).sum())
+    if min(small, large) > 0.05 * len(largest):
+        raise InputError(
+            f"given scores: {small:,} queries have all of theirs within -1 and 1, {large:,} have some up to "
+            f"{largest.max():g}: two scales? One calibration cannot serve both; bring them to one, or build them apart"
+        )
 
 
 def _qrels_of_kept(qrels: pl.DataFrame, documents: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
