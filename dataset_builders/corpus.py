@@ -119,8 +119,8 @@ def split_of(name: str) -> str:
 def check_one_scale(given: pl.DataFrame) -> None:
     """Refuse scores of two scales, such as logits for some queries and probabilities for others.
 
-    They are told by queries of 4 scores and more: on one scale, hardly any has all of them within [-1, 1] where another
-    has one beyond 2. One calibration would turn the labels of the smaller scale into noise.
+    They are told by queries of 4 scores and more: on one scale, hardly any has all of them within [-1, 1] where others
+    have one beyond 2. One calibration would turn the labels of the smaller scale into noise.
     """
     largest = given.group_by("query_id").agg(pl.len(), pl.col("given").abs().max()).filter(pl.col("len") >= 4)["given"]
     small, large = int((largest <= 1).sum()), int((largest > 2).sum())

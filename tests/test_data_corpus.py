@@ -197,5 +197,5 @@ def test_scores_of_two_scales_are_refused():
     for scores in (logits, as_probabilities, 100 * as_probabilities):
         check_one_scale(pl.DataFrame({**ids, "given": scores.ravel()}))
     mixed = np.where(np.arange(40)[:, None] % 2, logits, as_probabilities)
-    with pytest.raises(InputError, match="20 queries have all of theirs within -1 and 1, .* two scales"):
+    with pytest.raises(InputError, match=r"20 queries have all of theirs within -1 and 1, .* two scales"):
         check_one_scale(pl.DataFrame({**ids, "given": mixed.ravel()}))
