@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 # Keys that decide where a result lies and how it is shown, not what it is: a stage is not trained again for them.
 NO_INPUTS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "save_total_limit")
+NO_INPUTS += ("activation_memory",)  # gradients are the same
 NO_INPUTS += ("dataset_name", "model_name_or_path", "model_revision")  # fingerprinted by content instead
 ADAPTER = "adapter"
 
@@ -209,7 +210,7 @@ def sizes(stage: Stage) -> str:
     rows = f"per_device_train_batch_size ({stage.training.per_device_train_batch_size})"
     cached = dict.fromkeys(own.mini_batch_size for own in stage.datasets.values())
     now = ", ".join("null, which is all" if size is None else str(size) for size in cached)
-    return f"mini_batch_size ({now}), which changes no result, or {rows}"
+    return f"activation_memory ({stage.own.activation_memory}) or mini_batch_size ({now}): same results; or {rows}"
 
 
 def publish(result: Start, output_dir: Path) -> None:

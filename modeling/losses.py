@@ -7,19 +7,19 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.losses.merged_forward import embed_columns, merge_feature_batches
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from sentence_transformers.util.distributed import all_gather, get_rank
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from modeling.gradcache import KeepingLossMixin
 from modeling.objectives import OBJECTIVES
 
 Features = dict[str, Any]  # what a column's texts become in the collator: input_ids, attention_mask, ...
 
 
-class GradedLoss(CachedLossMixin, nn.Module):
+class GradedLoss(KeepingLossMixin, nn.Module):
     """An objective of `modeling.objectives` over rows of query, positive, negative_1, ..., negative_n, and labels
     (B, n+1): soft labels in (0, 1), NaN where a document (then an empty text) is missing.
 
@@ -35,6 +35,8 @@ class GradedLoss(CachedLossMixin, nn.Module):
         mini_batch_size: texts embedded at a time, by GradCache (arXiv 2101.06983): one forward pass more, memory for
             so many texts only. Documents are sorted by length first, so that a mini-batch holds next to no padding.
             None = one plain pass.
+        activation_memory: bytes in which GradCache keeps graphs, whose texts need no second forward pass; None = half
+            of what is free when a step begins.
         target_temperature: divides the teacher's logits, in the objectives that read more than their order.
         alpha: weight of the objective against 1 - alpha of InfoNCE; 0 is InfoNCE alone, and needs no labels.
         in_batch_negatives: False leaves all documents of other rows out: classification and clustering need it, where
@@ -53,6 +55,7 @@ class GradedLoss(CachedLossMixin, nn.Module):
         *,
         temperature: float = 0.02,
         mini_batch_size: int | None = None,
+        activation_memory: int | None = 0,
         target_temperature: float = 1.0,
         alpha: float = 1.0,
         in_batch_negatives: bool = True,
@@ -70,6 +73,7 @@ class GradedLoss(CachedLossMixin, nn.Module):
         self.objective = objective
         self.temperature = temperature
         self.mini_batch_size = mini_batch_size
+        self.activation_memory = activation_memory
         self.target_temperature = target_temperature
         self.alpha = alpha
         self.in_batch_negatives = in_batch_negatives
@@ -213,10 +217,11 @@ class SoftInfoNCELoss(GradedLoss):
         super().__init__(model, temperature=temperature, mini_batch_size=mini_batch_size, **settings)
 
 
-class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
-    """sentence-transformers' CoSENTLoss over graded pairs, with GradCache (`mini_batch_size` texts at a time; None =
-    one plain pass), and over the pairs of all processes, equal numbers of them: each computes the loss of one process
-    with all pairs. `scale` multiplies the cosines: 1 / temperature.
+class CachedCoSENTLoss(KeepingLossMixin, CoSENTLoss):
+    """sentence-transformers' CoSENTLoss over graded pairs, with GradCache (`mini_batch_size` texts at a time, graphs
+    kept in `activation_memory` bytes, as in `GradedLoss`; None = one plain pass), and over the pairs of all processes,
+    equal numbers of them: each computes the loss of one process with all pairs. `scale` multiplies the cosines:
+    1 / temperature.
     """
 
     def __init__(
@@ -225,10 +230,12 @@ class CachedCoSENTLoss(CachedLossMixin, CoSENTLoss):
         scale: float = 20.0,
         *,
         mini_batch_size: int | None = None,
+        activation_memory: int | None = 0,
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__(model, scale)
         self.mini_batch_size = mini_batch_size
+        self.activation_memory = activation_memory
         self.gather_across_devices = gather_across_devices
         self.uses_gradient_cache = mini_batch_size is not None
 

@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedTo
 
 from common.cli import InputError
 from modeling.adapters import continue_adapter, quantization
+from modeling.arguments import memory_bytes
 from modeling.demonstrations import Demonstrations
 from modeling.encoder import build_encoder
 from modeling.losses import CachedCoSENTLoss, GradedLoss
-from modeling.processes import processes
+from modeling.processes import launched_with, processes
 from modeling.prompts import instruction_prompt
 from modeling.recipe import Stage
 from modeling.start import Start, column_prompts, saved_prompts
@@ -173,7 +174,9 @@ def build_loss(stage: Stage, dataset: str, encoder: SentenceTransformer) -> nn.M
         # without GradCache MatryoshkaLoss asks the model, then DDP's wrapper, for its dimensions as soon as labels are
         # lists, as ours are: AttributeError (sentence-transformers 6.2)
         size = stage.training.per_device_train_batch_size
-    everywhere = {"mini_batch_size": size, "gather_across_devices": parallel}
+    sharded = launched_with("FSDP") or launched_with("DEEPSPEED")  # kept graphs would hold gathered weights
+    memory = 0 if sharded else memory_bytes(stage.own.activation_memory)
+    everywhere = {"mini_batch_size": size, "activation_memory": memory, "gather_across_devices": parallel}
     if own.loss == "cosent":
         loss = CachedCoSENTLoss(encoder, scale=1 / own.temperature, **everywhere)
     else:

@@ -222,7 +222,8 @@ def train_in_two_processes(rank, folder, checkpoint):
     results = {}
     for size in MINI_BATCHES:
         for gather in (True, False):
-            settings = {"mini_batch_size": size, "gather_across_devices": gather}
+            # keeps some graphs, not all
+            settings = {"mini_batch_size": size, "gather_across_devices": gather, "activation_memory": 200_000}
             for name in SPREAD:
                 loss, columns = (
                     GradedLoss(model, name, **settings, **SETTINGS),

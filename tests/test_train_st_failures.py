@@ -166,7 +166,9 @@ def test_out_of_memory_says_what_to_lower_and_goes_on(one_stage, whole, tmp_path
     with monkeypatch.context() as patch:
         break_at(patch, 4, out_of_memory)
         line = stop(tmp_path, one_stage, capsys)
-    assert "stage 'retrieval': out of memory; lower mini_batch_size (4), which changes no result" in line
+    assert (
+        "stage 'retrieval': out of memory; lower activation_memory (auto) or mini_batch_size (4): same results" in line
+    )
     assert "per_device_train_batch_size (8)" in line
     assert "--resume_from_checkpoint true goes on from" in line and line.endswith("checkpoint-3")
     assert not (tmp_path / "run" / "model").exists()

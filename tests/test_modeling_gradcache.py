@@ -1,0 +1,111 @@
+"""Steps that keep graphs against sentence-transformers' GradCache, which keeps none: gradients, passes, memory."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from torch import nn
+
+from benchmarks.measure import live_tensors
+from modeling import gradcache
+from modeling.adapters import add_adapter
+from modeling.arguments import memory_bytes
+from modeling.encoder import build_encoder
+from modeling.gradcache import saved_bytes
+from modeling.losses import CachedCoSENTLoss, GradedLoss, text_keys
+from modeling.shared_prefix import share_prefix
+
+PROMPT = "instruct : given a question retrieve its answer query : "
+QUERIES = ["parse date", "read a file", "open file", "sort a list"]
+DOCUMENTS = [
+    ["how do i parse a date given a date", "read", "open file and close file", "list"],
+    ["write", "write a file given a file how do i sort a list", "sort a list", "a date"],
+]
+LABELS = torch.tensor([[0.9, 0.2], [0.8, 0.4], [0.7, 0.1], [0.9, 0.5]])
+EVERYTHING = 1 << 40
+
+
+@pytest.fixture(params=["all weights", "LoRA with dropout"])
+def encoder(request, tiny_decoder):
+    encoder = build_encoder(tiny_decoder, max_seq_length=64)
+    if request.param != "all weights":
+        torch.manual_seed(0)
+        add_adapter(encoder, LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", init_lora_weights=False))
+    text_keys(encoder.preprocess(["a"]))  # makes a table that stays
+    return encoder.train()
+
+
+def step(encoder, loss, columns, labels):
+    """Gradients, number of texts that went through the layers, and the most bytes of tensors that were alive."""
+    encoder.zero_grad()
+    torch.manual_seed(1)
+    passes = []
+    hook = encoder[1].register_forward_pre_hook(lambda module, args: passes.append(len(args[0]["attention_mask"])))
+    with live_tensors() as live:
+        loss(columns, labels).backward()
+    hook.remove()
+    gradients = [weight.grad.flatten() for weight in encoder.parameters() if weight.grad is not None]
+    assert live.now <= sum(gradient.nbytes for gradient in gradients)  # no graph is left
+    return torch.cat(gradients), sum(passes), live.peak
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("graded", False), ("cosent", False), ("matryoshka", True)])
+def test_gradients_do_not_depend_on_what_is_kept(encoder, kind, shared):
+    columns = [encoder.preprocess(QUERIES, prompt=PROMPT), *map(encoder.preprocess, DOCUMENTS)]
+    labels, texts = LABELS, 12
+    if kind == "cosent":
+        columns, labels, texts = columns[1:], LABELS[:, 0], 8
+    found, kept = {}, {}
+    with share_prefix(encoder) if shared else contextlib.nullcontext():
+        for memory in (0, EVERYTHING, "half"):
+            if memory == "half":
+                memory = kept[EVERYTHING] // 2
+            sizes = {"mini_batch_size": 2, "activation_memory": memory}
+            loss = cached = CachedCoSENTLoss(encoder, **sizes) if kind == "cosent" else GradedLoss(encoder, **sizes)
+            if kind == "matryoshka":
+                loss = MatryoshkaLoss(encoder, loss, [32, 8])
+            first = step(encoder, loss, columns, labels)
+            found[memory] = again = step(encoder, loss, columns, labels)  # knows what a token takes
+            assert torch.equal(first[0], again[0])
+            kept[memory] = memory - cached._left
+    none, everything, half = found.values()
+    used = [*kept.values()]
+    assert none[0].norm() > 1e-3 and none[1] == 2 * texts
+    assert everything[0].equal(none[0]) and everything[1] == texts
+    assert half[0].equal(none[0]) and texts < half[1] < 2 * texts
+    assert 0 < used[2] <= used[1] // 2
+    assert none[2] <= half[2] < everything[2]
+
+
+def test_evaluation_keeps_nothing(encoder):
+    columns = [encoder.preprocess(QUERIES), *map(encoder.preprocess, DOCUMENTS)]
+    loss = GradedLoss(encoder.eval(), mini_batch_size=2, activation_memory=EVERYTHING)
+    with torch.no_grad():
+        assert not loss(columns, LABELS).requires_grad
+    assert loss._left == EVERYTHING
+
+
+def test_auto_is_half_of_what_is_free(encoder, monkeypatch, tmp_path):
+    columns = [encoder.preprocess(QUERIES), *map(encoder.preprocess, DOCUMENTS)]
+    monkeypatch.setattr(gradcache, "_container_free", lambda: 4000)
+    assert gradcache.free_memory(torch.device("cpu")) == 4000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert gradcache.free_memory(torch.device("cpu")) == 2000
+    loss = GradedLoss(encoder, mini_batch_size=2, activation_memory=memory_bytes("auto"))
+    assert step(encoder, loss, columns, LABELS)[1] == 2 * 12 - 2  # the first mini-batch, whose size was not known
+    monkeypatch.undo()
+    assert gradcache._container_free(tmp_path) == math.inf
+    for limit, free in (("max", math.inf), ("5000", 3800), ("900", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("1200")
+        assert gradcache._container_free(tmp_path) == free
+
+
+def test_what_a_graph_keeps_by_hand():
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2))
+    with saved_bytes(layers) as sizes:
+        layers(torch.ones(3, 4)).sum()
+    assert sum(sizes.values()) == 4 * 3 * (4 + 8)  # what both layers read; the sigmoid keeps what it gives
