@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--queries", type=at_least_1, nargs="+", default=[10_000])
     parser.add_argument("--last_step", choices=STEPS, default="candidates")
     args = parser.parse_args(argv)
-    print(environment("bm25s", "sentence-transformers", "torch", "pyarrow", "datasketch"), flush=True)
+    print(environment("bm25s", "sentence-transformers", "torch", "pyarrow", "polars"), flush=True)
     runs = [measured(*counts, args) for counts in itertools.product(args.documents, args.queries)]
     print(f"\n{format_table(runs)}")
 

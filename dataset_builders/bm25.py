@@ -1,7 +1,8 @@
 """BM25 by parts of the corpus: the scores of one index over all of it, with one part in memory at a time.
 
-Tokens, index and search are bm25s's. What a part cannot know by itself (how many documents hold a term, how long the
-average document is) is counted first, over all parts. Only terms that occur in a query are indexed.
+Tokens and scores are bm25s's (method "lucene"), bit for bit. What a part cannot know by itself (how many documents
+hold a term, how long the average document is) is counted first, over all parts. Only terms that occur in a query are
+indexed.
 
 Words are stemmed by Snowball and lose bm25s's stop words, by the language of the texts, where these have some. Scripts
 that write no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) are read as overlapping pairs of
@@ -13,14 +14,14 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import polars as pl
 from pydantic import Field
 
 from common.recipes import Section
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     import bm25s
 
 QUERY_BLOCK = 64  # queries whose scores of a part are in memory at a time
+COLUMNS = 1 << 26  # bytes of scores of a part's most frequent terms that are kept by document
+TEXT_BLOCK = 4096  # texts whose words are in memory at a time
 # How often a term (by its place in the vocabulary) occurs in a document (by its place in the part). Term -1 stands
 # for all terms: its count is the document's length.
+_STOP = -2
 POSTING = np.dtype([("term", np.int32), ("document", np.int32), ("count", np.int32)])
 # Thai and Lao, Burmese, Khmer; Japanese kana; Han characters with their iteration marks
 _SPACELESS = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\uff66-\uff9f"
@@ -87,6 +91,23 @@ def _tokenised(texts: Sequence[str], language: str | None) -> bm25s.tokenization
     return bm25s.tokenize(texts, token_pattern=_term(), stopwords=stop_words, stemmer=stemmer, show_progress=False)
 
 
+def split_words(texts: pl.Series) -> pl.DataFrame:
+    """row, word: the words of each text before stop words and stems, as `tokenise` reads them, in order.
+
+    Texts of ASCII alone, most of many languages', are split by compiled code.
+    """
+    is_ascii = texts.str.len_bytes() == texts.str.len_chars()
+    rows = pl.int_range(len(texts), dtype=pl.Int64, eager=True)
+    plain = texts.filter(is_ascii).str.to_lowercase().str.extract_all("[0-9a-z_]{2,}")
+    split = re.compile(_term()).findall
+    others = [split(re.sub(_SPACELESS, _bigrams, text).lower()) for text in texts.filter(~is_ascii)]
+    found = pl.DataFrame({"row": rows.filter(is_ascii), "word": plain})
+    found = found.vstack(
+        pl.DataFrame({"row": rows.filter(~is_ascii), "word": pl.Series(others, dtype=pl.List(pl.String))})
+    )
+    return found.explode("word").drop_nulls()
+
+
 def _bigrams(run: re.Match) -> str:
     """
     >>> _bigrams(re.match(".*", "植物园"))
@@ -106,10 +127,11 @@ def search_bm25(
     language: str | None = None,
 ) -> Ranking:
     """The queries' top-k documents among those that share a word with them."""
+    words = tokenise(queries, language)
     if section.backend == "rank_bm25":  # knows no parts
-        search = _OkapiSearch(section.top_k, blocks, [range(len(documents))], queries, section, language, documents)
+        search = _OkapiSearch(section.top_k, blocks, [range(len(documents))], words, section, documents, language)
         return search.run(folder / "bm25.shards", engine, "BM25 search")
-    vocabulary = sorted({word for query in tokenise(queries, language) for word in query})
+    vocabulary = {word: place for place, word in enumerate(sorted({word for query in words for word in query}))}
     postings = compute_shards(
         _Postings(documents, parts, vocabulary, language),
         [len(part) for part in parts],
@@ -125,8 +147,8 @@ def search_bm25(
         length += int(part["count"][~indexed].sum(dtype=np.int64))
     count = len(documents)
     idf = np.log1p((count - frequencies + 0.5) / (frequencies + 0.5))  # Lucene's
-    plan = (section.top_k, blocks, parts, queries, section, language)
-    search = _Bm25sSearch(*plan, postings, vocabulary, idf, length / max(count, 1))
+    terms = [[vocabulary[word] for word in query] for query in words]
+    search = _Bm25sSearch(section.top_k, blocks, parts, terms, section, postings, idf, length / max(count, 1))
     return search.run(folder / "bm25.shards", engine, "BM25 search")
 
 
@@ -134,49 +156,61 @@ def search_bm25(
 class _Postings:
     documents: TextColumn
     parts: Sequence[range]
-    vocabulary: list[str]
+    vocabulary: dict[str, int]  # term -> place
     language: str | None
 
     def __call__(self, number: int) -> np.ndarray:
         part = self.parts[number]
-        tokens = _tokenised(self.documents[part.start : part.stop], self.language)
-        lengths = np.array([len(ids) for ids in tokens.ids], np.int64)
-        terms = np.full(max(tokens.vocab.values(), default=-1) + 1, -1, np.int64)
-        for place, word in enumerate(self.vocabulary):
-            if word in tokens.vocab:
-                terms[tokens.vocab[word]] = place
-        places = terms[np.concatenate([np.asarray(ids, np.int64) for ids in tokens.ids])]
-        rows = np.repeat(np.arange(len(part)), lengths)
-        indexed = places >= 0
-        pairs, counts = np.unique(places[indexed] * len(part) + rows[indexed], return_counts=True)
-        found = np.empty(len(part) + len(pairs), POSTING)
-        found["term"] = np.concatenate([np.full(len(part), -1), pairs // len(part)])
-        found["document"] = np.concatenate([np.arange(len(part)), pairs % len(part)])
-        found["count"] = np.concatenate([lengths, counts])
-        return found
+        count = len(part)
+        known: dict[str, int] = {}
+        lengths, found = np.zeros(count, np.int64), [np.empty(0, np.int64)]
+        for block in ranges(count, TEXT_BLOCK):
+            words = split_words(self.documents.series(part[block.start : block.stop]))
+            if words.is_empty():
+                continue
+            codes = words["word"].cast(pl.Categorical).to_physical().to_numpy()
+            where = np.zeros(int(codes.max()) + 1, np.int64)
+            where[codes] = np.arange(len(codes))  # one occurrence of each word
+            distinct = words["word"].gather(where).to_list()
+            known |= self._places([word for word in distinct if word not in known])
+            places = np.array([known[word] for word in distinct], np.int64)[codes]
+            rows, places = block.start + words["row"].to_numpy()[places > _STOP], places[places > _STOP]
+            lengths += np.bincount(rows, minlength=count)
+            found.append((places * count + rows)[places >= 0])
+        pairs, counts = np.unique(np.concatenate(found), return_counts=True)
+        postings = np.empty(count + len(pairs), POSTING)
+        postings["term"] = np.concatenate([np.full(count, -1), pairs // count])
+        postings["document"] = np.concatenate([np.arange(count), pairs % count])
+        postings["count"] = np.concatenate([lengths, counts])
+        return postings
+
+    def _places(self, words: list[str]) -> dict[str, int]:
+        """The places of the words' terms; -1 for a term that no query holds, _STOP for a stop word."""
+        tokens = tokenise(words, self.language)
+        return {
+            word: self.vocabulary.get(term[0], -1) if term else _STOP for word, term in zip(words, tokens, strict=True)
+        }
 
 
 @dataclass(frozen=True)
 class _SparseSearch(Search):
-    queries: Sequence[str]
+    queries: Sequence[list]  # what `scorer` reads of each
     section: Bm25
-    language: str | None
 
-    def scorer(self, part: int) -> Any:
-        """Words of a query -> scores of the part's documents."""
+    def scorer(self, part: int) -> Callable[[list, np.ndarray], None]:
+        """What adds a query's scores of the part's documents to an array of zeros."""
         raise NotImplementedError
 
     def search(self, queries: range, part: int) -> np.ndarray:
         import torch
 
-        words = tokenise([self.queries[row] for row in queries], self.language)
-        score, rows = self.scorer(part), self.parts[part]
+        add, rows = self.scorer(part), self.parts[part]
         found = []
-        for block in ranges(len(words), QUERY_BLOCK):
+        for block in ranges(len(queries), QUERY_BLOCK):
             scores = np.zeros((len(block), len(rows)), np.float32)
-            for place, query in enumerate(words[block.start : block.stop]):
+            for place, query in enumerate(self.queries[queries.start + block.start : queries.start + block.stop]):
                 if query:
-                    scores[place] = score(query)
+                    add(query, scores[place])
             found.append(best(torch.from_numpy(scores), self.top_k, rows.start, above=0))
         return np.concatenate(found)
 
@@ -184,38 +218,46 @@ class _SparseSearch(Search):
 @dataclass(frozen=True)
 class _Bm25sSearch(_SparseSearch):
     postings: Shards
-    vocabulary: list[str]
     idf: np.ndarray  # of each term of the vocabulary, in the whole corpus
     average_length: float  # of its documents, in words
 
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {word: place for place, word in enumerate(self.vocabulary)}
-
-    def scorer(self, part: int) -> Any:
-        import bm25s
-
-        index = bm25s.BM25(method="lucene", k1=self.section.k1, b=self.section.b)
+    def scorer(self, part: int) -> Callable[[list, np.ndarray], None]:
+        k1, b = self.section.k1, self.section.b
         postings = self.postings[part]
         indexed = postings["term"] >= 0
         lengths, postings = postings["count"][~indexed], postings[indexed]
         length = lengths[postings["document"]] / self.average_length
-        saturated = postings["count"] / (postings["count"] + index.k1 * (1 - index.b + index.b * length))
-        index.scores = {
-            "data": (self.idf[postings["term"]] * saturated).astype(np.float32),
-            "indices": postings["document"].astype(np.int32),
-            "indptr": np.searchsorted(postings["term"], np.arange(len(self.vocabulary) + 1)),  # sorted by term
-            "num_docs": len(self.parts[part]),
-        }
-        index.nonoccurrence_array = None  # Lucene's scores are zero where a term does not occur
-        return lambda query: index.get_scores_from_ids([self._places[word] for word in query])
+        saturated = postings["count"] / (postings["count"] + k1 * (1 - b + b * length))
+        scores = (self.idf[postings["term"]] * saturated).astype(np.float32)
+        documents = postings["document"].astype(np.intp)
+        bounds = np.searchsorted(postings["term"], np.arange(len(self.idf) + 1))  # sorted by term
+        spans = [slice(start, stop) for start, stop in pairwise(bounds.tolist())]
+        columns = {}  # a whole column is added faster than many scattered scores
+        for term in np.argsort(-np.diff(bounds), kind="stable")[: COLUMNS // (4 * len(lengths))].tolist():
+            columns[term] = np.zeros(len(lengths), np.float32)
+            columns[term][documents[spans[term]]] = scores[spans[term]]
+
+        def add(query: list[int], row: np.ndarray) -> None:
+            for term in query:  # in this order, which rounding depends on
+                if term in columns:
+                    row += columns[term]
+                else:
+                    np.add.at(row, documents[spans[term]], scores[spans[term]])
+
+        return add
 
 
 @dataclass(frozen=True)
 class _OkapiSearch(_SparseSearch):
     documents: TextColumn
+    language: str | None
 
-    def scorer(self, part: int) -> Any:
+    def scorer(self, part: int) -> Callable[[list, np.ndarray], None]:
         from rank_bm25 import BM25Okapi
 
-        return BM25Okapi(tokenise(self.documents[:], self.language), k1=self.section.k1, b=self.section.b).get_scores
+        index = BM25Okapi(tokenise(self.documents[:], self.language), k1=self.section.k1, b=self.section.b)
+
+        def add(query: list[str], row: np.ndarray) -> None:
+            row += index.get_scores(query)
+
+        return add

@@ -70,7 +70,9 @@ def _exact(queries: np.ndarray, documents: np.ndarray | Vectors, rows: range, to
         for start in range(0, len(queries), QUERY_BLOCK):
             here = slice(start, start + QUERY_BLOCK)
             block = torch.from_numpy(np.asarray(queries[here], np.float32)).to(device)
-            found[here] = merge([found[here], best(block @ texts.T, top_k, first)], found.shape[1])
+            so_far = found[here]
+            above = so_far["score"][:, -1] if part.start else -np.inf  # equal scores lose to earlier documents
+            found[here] = merge([so_far, best(block @ texts.T, top_k, first, above)], so_far.shape[1])
     return found
 
 

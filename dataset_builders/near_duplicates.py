@@ -30,7 +30,8 @@ AGREEING = 2  # bands
 WINDOW = 16  # neighbours in a bucket that a text is compared with
 BLOCK = 1024  # texts in memory at a time
 PAIRS = 256  # pairs whose 5-grams are in memory at a time
-_HASHES = 1 << 16  # 5-grams hashed at a time: MinHash needs hundreds of bytes for each
+_HASHES = 1024  # 5-grams permuted at a time: half a MiB, which a processor's cache holds
+_ROWS = 1 << 16  # of texts whose bands are joined at a time
 _WORD = re.compile(r"\w+")
 
 
@@ -58,17 +59,25 @@ def text_keys(texts: pl.Series) -> pl.Series:
 
 
 def band_keys(texts: pl.Series, description: str = "MinHash") -> np.ndarray:
-    """(n, BANDS) uint32: texts that agree in a band have the same minima under its ROWS permutations."""
-    from datasketch import MinHash
+    """(n, BANDS) uint32: texts that agree in a band have the same minima under its ROWS permutations.
 
+    The minima are those of datasketch's MinHash (affine32), which hashes one text at a time.
+    """
     keys = np.empty((len(texts), BANDS), np.uint32)
-    empty = MinHash(num_perm=BANDS * ROWS, seed=0, hashfunc=int)  # 5-grams are hashed already
-    progress = tqdm(in_blocks(texts), description, len(texts), unit=" texts", smoothing=0)
-    for row, text in enumerate(progress):
-        sketch, grams = empty.copy(), shingles(text)
-        for first in range(0, len(grams), _HASHES):
-            sketch.update_batch(grams[first : first + _HASHES].tolist())
-        keys[row] = _fold(sketch.hashvalues)
+    factors, offsets = _permutations()
+    with tqdm(total=len(texts), desc=description, unit=" texts", smoothing=0) as progress:
+        for start in range(0, len(texts), BLOCK):
+            data = [_compared(text) for text in texts.slice(start, BLOCK).to_list()]
+            ends = np.cumsum([len(part) for part in data]).tolist()
+            grams = _mixed(_gram_hashes(b"".join(data)))  # those across two texts are in no range below
+            minima = np.full((len(data), BANDS * ROWS), 0xFFFFFFFF, np.uint32)
+            for row, (part, end) in enumerate(zip(data, ends, strict=True)):
+                for first in range(end - len(part), end - SHINGLE + 1, _HASHES):
+                    permuted = factors * grams[first : min(first + _HASHES, end - SHINGLE + 1)]
+                    permuted += offsets
+                    np.minimum(minima[row], permuted.min(axis=1), out=minima[row])
+            keys[start : start + len(data)] = _fold(minima)
+            progress.update(len(data))
     return keys
 
 
@@ -105,8 +114,8 @@ def near_matches(
     ]
     pair = pl.Schema({"row": pl.Int64, "other": pl.Int64})
     found = [pl.DataFrame(schema={**pair, "similarity": pl.Float64})]
-    for start in range(0, len(keys), _HASHES):
-        block = np.ascontiguousarray(keys[start : start + _HASHES].T)
+    for start in range(0, len(keys), _ROWS):
+        block = np.ascontiguousarray(keys[start : start + _ROWS].T)
         rows = np.arange(start, start + block.shape[1])
         met = [
             pl.DataFrame({"key": band, "row": rows}).join(others_, on="key").select(pair.names())
@@ -126,12 +135,35 @@ def shingles(text: str) -> np.ndarray:
 
     A text without a word is compared by its other characters.
     """
+    return np.unique(_gram_hashes(_compared(text)))
+
+
+def _compared(text: str) -> bytes:
     words = " ".join(_WORD.findall(text.casefold())) or normalised(text)
-    data = np.frombuffer(words.encode().ljust(SHINGLE), np.uint8).astype(np.uint32)
-    hashes = np.zeros(len(data) - SHINGLE + 1, np.uint32)
+    return words.encode().ljust(SHINGLE)
+
+
+def _gram_hashes(data: bytes) -> np.ndarray:
+    """(len(data) - SHINGLE + 1,) uint32"""
+    codes = np.frombuffer(data, np.uint8).astype(np.uint32)
+    hashes = np.zeros(len(codes) - SHINGLE + 1, np.uint32)
     for place in range(SHINGLE):
-        hashes = hashes * np.uint32(1_000_003) + data[place : place + len(hashes)]
-    return np.unique(hashes)
+        hashes = hashes * np.uint32(1_000_003) + codes[place : place + len(hashes)]
+    return hashes
+
+
+def _permutations() -> np.ndarray:
+    """Two (BANDS * ROWS, 1) columns a, b of uint32, a odd: h -> a h + b modulo 2 ** 32 is one to one."""
+    random = np.random.RandomState(0)
+    factors = random.randint(0, 1 << 31, BANDS * ROWS, np.uint32) * np.uint32(2) + np.uint32(1)
+    return np.stack([factors, random.randint(0, 1 << 32, BANDS * ROWS, np.uint32)])[:, :, None]
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """MurmurHash3's finalizer, one to one: permutations of unmixed hashes would keep their order too often."""
+    hashes = (hashes ^ (hashes >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    hashes = (hashes ^ (hashes >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return hashes ^ (hashes >> np.uint32(16))
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
@@ -141,9 +173,9 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _fold(minima: np.ndarray) -> np.ndarray:
-    """(BANDS * ROWS,) uint32 minima -> (BANDS,) uint32: the upper half of a polynomial modulo 2 ** 64."""
+    """(n, BANDS * ROWS) uint32 minima -> (n, BANDS) uint32: the upper half of a polynomial modulo 2 ** 64."""
     factors = np.array([pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(1, ROWS + 1)], np.uint64)
-    return ((minima.reshape(BANDS, ROWS).astype(np.uint64) * factors).sum(axis=1) >> np.uint64(32)).astype(np.uint32)
+    return ((minima.reshape(-1, BANDS, ROWS) * factors).sum(axis=2) >> np.uint64(32)).astype(np.uint32)
 
 
 def _neighbours(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # A retrieved document: its position in the corpus (-1, with a score of -inf: none) and its score.
 FOUND = np.dtype([("document", np.int32), ("score", np.float32)])
 NOTHING = np.array((-1, -np.inf), FOUND)
+_GROUPS = 4  # times top_k: of so many groups of documents the highest score is looked at first
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,34 @@ def merge(found: Sequence[np.ndarray], top_k: int) -> np.ndarray:
     return np.take_along_axis(joined, order, axis=1)
 
 
-def best(scores: Tensor, top_k: int, first: int, above: float = -np.inf) -> np.ndarray:
-    """FOUND (queries, up to top_k) from a matrix of scores of the documents numbered from `first`.
+def best(scores: Tensor, top_k: int, first: int, above: float | np.ndarray = -np.inf) -> np.ndarray:
+    """FOUND (queries, up to top_k), best first, from a matrix of scores of the documents numbered from `first`.
 
-    Equal scores are in no order yet: `merge` orders them. Only scores higher than `above` count; places left over hold
-    NOTHING.
+    Only scores higher than `above` count: one number, or one a query, such as its best so far end with. Places left
+    over hold NOTHING.
     """
-    values, columns = scores.topk(min(top_k + 1, scores.shape[1]))
-    # torch.topk takes any of equal scores: it matters where the last place is one of them
-    tied = (
-        ((values[:, top_k:] == values[:, top_k - 1 : -1]) & (values[:, top_k:] > above)).any(dim=1).nonzero().ravel()
-    )
-    if len(tied):
-        order = scores[tied].sort(dim=1, descending=True, stable=True).indices
-        columns[tied] = order[:, : columns.shape[1]]
-    values, columns = values[:, :top_k].cpu().numpy(), columns[:, :top_k].cpu().numpy()
-    found = np.full(values.shape, NOTHING)
-    is_found = values > above
-    found["document"][is_found] = first + columns[is_found]
-    found["score"][is_found] = values[is_found] + np.float32(0)  # no negative zeros
+    import torch
+
+    queries, documents = scores.shape
+    top_k = min(top_k, documents)
+    bars = torch.from_numpy(np.nextafter(np.full(queries, above, np.float32), np.float32(np.inf))).to(scores.device)
+    groups = _GROUPS * top_k
+    if documents >= 2 * groups and np.ndim(above) == 0:
+        # the top_k-th best of groups' maxima: so many scores reach it and few more, where a sort would look at all
+        grouped = scores[:, : documents // groups * groups].unflatten(1, (-1, groups))
+        bars = torch.maximum(bars, grouped.amax(dim=1).topk(top_k).values[:, -1])
+    if scores.is_cuda:
+        places = (scores >= bars[:, None]).flatten().nonzero().ravel()
+        values, places = scores.flatten()[places].cpu().numpy(), places.cpu().numpy()
+    else:  # where numpy is several times faster
+        places = np.flatnonzero(scores.numpy() >= bars.numpy()[:, None])
+        values = scores.numpy().ravel()[places]
+    rows, columns = np.divmod(places, documents)
+    order = np.lexsort((-values, rows))  # stable, so ties keep to their positions
+    starts = np.searchsorted(rows, np.arange(queries))
+    ranks = np.arange(len(rows)) - starts[rows]  # `order` keeps to the rows
+    order, rows, ranks = (part[ranks < top_k] for part in (order, rows, ranks))
+    found = np.full((queries, top_k), NOTHING)
+    found["document"][rows, ranks] = first + columns[order]
+    found["score"][rows, ranks] = values[order] + np.float32(0)  # no negative zeros
     return found

@@ -15,8 +15,8 @@ from rank_bm25 import BM25Okapi
 from tiny_data import SHARED_DATA
 
 from common.steps import write_arrow
-from dataset_builders import dense
-from dataset_builders.bm25 import Bm25, search_bm25, tokenise
+from dataset_builders import bm25, dense
+from dataset_builders.bm25 import Bm25, search_bm25, split_words, tokenise
 from dataset_builders.candidates import fuse
 from dataset_builders.columns import TextColumn
 from dataset_builders.dense import Dense, dense_top_k, search_dense
@@ -155,6 +155,13 @@ def zipf():
     return [draw(rng.integers(5, 60)) for _ in range(200)], [draw(4) for _ in range(50)]
 
 
+@given(st.lists(st.text(st.sampled_from("aB_9 .é猫タा²ßİ\n-"), max_size=12), max_size=6))
+def test_words_are_split_as_bm25s_splits_them(texts):
+    words = split_words(pl.Series(texts, dtype=pl.String))
+    found = [words.filter(pl.col("row") == row)["word"].to_list() for row in range(len(texts))]
+    assert found == tokenise(texts, "vi")  # neither stop words nor stems
+
+
 @pytest.mark.parametrize("part", [200, 70, 3])
 def test_bm25_by_parts_ranks_as_one_index_of_rank_bm25_with_lucenes_idf(part, zipf, tmp_path):
     texts, queries = zipf
@@ -169,9 +176,12 @@ def test_bm25_by_parts_ranks_as_one_index_of_rank_bm25_with_lucenes_idf(part, zi
         np.testing.assert_allclose(scores, np.sort(expected)[::-1][:10], rtol=1e-4)
 
 
-def test_bm25_is_what_bm25s_itself_finds(zipf, tmp_path):
+@pytest.mark.parametrize("columns", [0, 5])
+def test_bm25_is_what_bm25s_itself_finds(columns, zipf, tmp_path, monkeypatch):
+    """Whether the most frequent terms are added as whole columns, or none."""
     import bm25s
 
+    monkeypatch.setattr(bm25, "COLUMNS", columns * 4 * 64)
     texts, queries = zipf
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
     index.index(tokenise(texts), show_progress=False)

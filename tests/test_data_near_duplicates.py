@@ -5,6 +5,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import WORDS
@@ -12,6 +13,8 @@ from tiny_data import WORDS
 from dataset_builders import near_duplicates
 from dataset_builders.columns import take
 from dataset_builders.near_duplicates import (
+    BANDS,
+    ROWS,
     band_keys,
     jaccard,
     near_duplicate_groups,
@@ -90,6 +93,24 @@ def test_matches_between_two_sets_are_those_of_brute_force():
     assert len(expected) >= 3
     assert {(row, match): score for row, match, score in found.iter_rows()} == pytest.approx(expected)
     assert near_matches(one, band_keys(one), series([]), band_keys(series([]))).is_empty()
+
+
+def test_minima_are_those_of_datasketch():
+    texts = [
+        "",
+        "ab",
+        "é",
+        "!!! ???",
+        "東京 の 天気",
+        "word " * 1500,
+        *(f"{WORDS[i % 7]} number {i}" for i in range(50)),
+    ]
+    found = near_duplicates.band_keys(pl.Series(texts))
+    for text, keys in zip(texts, found, strict=True):
+        sketch = MinHash(num_perm=BANDS * ROWS, seed=0, hashfunc=int)
+        sketch.update_batch(shingles(text).tolist())
+        assert np.array_equal(near_duplicates._fold(sketch.hashvalues[None])[0], keys)
+    assert len(np.unique(found, axis=0)) == len(texts)
 
 
 def test_thousands_of_alike_texts_cost_no_square(monkeypatch):
