@@ -24,6 +24,37 @@ Finished stages are skipped. A killed stage, or one that ran out of memory or di
 starts again, or, with --resume_from_checkpoint true, goes on from its last checkpoint to the same result.
 """
 
+# For `uv run train_st.py`, in a clone or anywhere (docs/rented-gpus.md); setup.cfg's, as a test checks.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.8",
+#     "transformers>=5.20",
+#     "sentence-transformers>=6.2,<7",
+#     "peft>=0.21",
+#     "datasets>=5.0",
+#     "huggingface_hub>=2.4",
+#     "accelerate>=1.15",
+#     "trl>=1.16",
+#     "mteb>=2.26",
+#     "bm25s>=0.3",
+#     "PyStemmer>=3.0",
+#     "rank_bm25>=0.2.2",
+#     "scikit-learn>=1.7",
+#     "numpy>=2.0",
+#     "pyarrow>=26",
+#     "pydantic>=2.12",
+#     "PyYAML>=6.0.2",
+#     "Jinja2>=3.1.6",
+#     "tqdm>=4.67",
+#     "safetensors>=0.6",
+#     "filelock>=3.16",
+#     "ir-measures>=0.4.3",
+#     "datasketch>=1.6",
+#     "matplotlib>=3.10",
+# ]
+# ///
+
 from __future__ import annotations
 
 import contextlib

@@ -25,7 +25,7 @@ from common.recipes import Section
 from common.steps import write_parquet
 from dataset_builders.engines import compute_shards
 from dataset_builders.files import column_names
-from dataset_builders.language_models import SHARD, LocalModel, Server, causal_model
+from dataset_builders.language_models import LocalModel, Server, causal_model
 from dataset_builders.languages import Language, language_name
 from dataset_builders.near_duplicates import in_blocks, normalised, stable_hash, text_keys
 from dataset_builders.readers import part_texts
@@ -204,7 +204,7 @@ def write_generated(build: Build, documents: pl.DataFrame, folder: Path) -> dict
     chats = [chat(section, recipe.instruction, recipe.source.language, text) for text in drawn["text"]]
     work = (Server if section.is_address else LocalModel)(section, tuple(chats))
     work.check()
-    sizes = [min(SHARD, len(chats) - start) for start in range(0, len(chats), SHARD)]
+    sizes = [min(work.size, len(chats) - start) for start in range(0, len(chats), work.size)]
     shards = compute_shards(
         work, sizes, folder / "outputs.shards", build.engine, description="write queries", unit="documents"
     )

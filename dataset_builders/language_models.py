@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from dataset_builders.near_duplicates import stable_hash
 if TYPE_CHECKING:
     from dataset_builders.generate import Generate
 
-SHARD = 32  # documents: what a killed process loses at most
 TRIES, WAIT = 6, 2.0  # of a request, and the seconds after the first, which double
 ADVICE = "start the server, check the address (it ends in /v1, as a rule) and OPENAI_API_KEY"
 TIMEOUT = 600  # seconds for an answer
@@ -32,13 +31,15 @@ Chat = list[dict[str, str]]  # messages: role, content
 
 @dataclass(frozen=True)
 class Writer:
-    """Shard i: the answers to the i-th SHARD of `chats`, and whether each was cut at its limit."""
+    """Shard i: the answers to the i-th `size` of `chats`, and whether each was cut at its limit."""
+
+    size: ClassVar[int]  # what a killed process loses at most
 
     section: Generate
     chats: tuple[Chat, ...] = ()
 
     def __call__(self, number: int) -> np.ndarray:
-        answers = list(self.answers(self.chats[number * SHARD : (number + 1) * SHARD], number))
+        answers = list(self.answers(self.chats[number * self.size : (number + 1) * self.size], number))
         # the last line of an answer that was cut is half a query
         whole = [(text.rpartition("\n")[0] if is_cut else text, is_cut) for text, is_cut in answers]
         return np.array(whole, [("text", f"U{max(1, *(len(text) for text, _ in whole))}"), ("is_cut", "?")])
@@ -46,6 +47,8 @@ class Writer:
 
 class LocalModel(Writer):
     """By transformers, in this process: batches padded on the left, sampling seeded by the shard."""
+
+    size = 16  # a minute or so of a small model on a CPU
 
     def check(self) -> None:
         causal_model(self.section.model, self.section.dtype)
@@ -105,6 +108,8 @@ def causal_model(name: str, dtype: str) -> tuple[Any, Any]:
 
 class Server(Writer):
     """By a server's chat completions: POST ADDRESS/chat/completions."""
+
+    size = 256  # requests of a shard go out together
 
     @cached_property
     def name(self) -> str:

@@ -110,8 +110,7 @@ def test_documents_alone_become_graded_data(inputs, server, tmp_path, monkeypatc
 
 
 def test_what_a_server_left_unfinished_is_gone_on_with_to_the_same_result(inputs, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(language_models, "SHARD", 8)
-    monkeypatch.setattr(generate, "SHARD", 8)
+    monkeypatch.setattr(language_models.Server, "size", 8)
     monkeypatch.setattr(language_models, "WAIT", 0.0)
     keys = {"documents": 30, "requests": 1}
     (tmp_path / "whole").mkdir()
