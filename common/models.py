@@ -6,11 +6,13 @@ A Hub id (`ORG/NAME`, `ORG/NAME@REVISION`), a local folder, a GGUF file (`path/t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,20 @@ def _problem_of(path: Path, content: Any) -> str | None:
         if wrong:
             return f"prompt {wrong[0]!r} is {prompts[wrong[0]]!r}, which is no text"
     return None
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows a bar for each file of weights that it reads or writes, also for a single small one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def datasets_cache(content: str) -> str:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 from pydantic import ValidationError
+from tqdm import tqdm
 
 from common.cli import InputError
 from common.steps import MANIFEST, file_sha256, fingerprint, read_arrow, read_manifest, read_parquet, row_groups
@@ -135,8 +136,14 @@ class GradedDataset(datasets.ArrowBasedBuilder):
         return mine(graded_of(self._folder, self._cache_dir_root), self.config.mining, Tally())
 
     def _stored(self) -> Iterator[pa.Table]:
-        for path in find_files(self._folder, self.config.name):
-            yield from _with_groups(path) if path.suffix == ".arrow" else row_groups(path, list(self.info.features))
+        files = find_files(self._folder, self.config.name)
+        total = sum(len(read_arrow(p)) if p.suffix == ".arrow" else pq.read_metadata(p).num_rows for p in files)
+        with tqdm(total=total, desc=f"publish {self.config.name}", unit=" rows", unit_scale=True, delay=2) as progress:
+            for path in files:
+                is_arrow = path.suffix == ".arrow"
+                for table in _with_groups(path) if is_arrow else row_groups(path, list(self.info.features)):
+                    yield table
+                    progress.update(len(table))
 
     def download_and_prepare(self, *arguments: Any, **keywords: Any) -> None:
         """As in `datasets`, which wraps all errors; bad input and a full disk are reported as in every command."""
@@ -229,6 +236,7 @@ def write_hub(
     `publish`: further training sets, mined from the same graded candidates. A shard ends with the row group in which
     its rows exceed `max_shard_size` in memory; on disk, compressed, it is smaller.
     """
+    datasets.disable_progress_bars()  # which call every config "train"; ours name them
     names = [name for name in _files_by_config(data) if TABLES[name][0].partition("/")[0] in steps]
     further = dict.fromkeys(mining.config_name() for mining in publish)
     names[1:1] = further  # after `train`, which is the default

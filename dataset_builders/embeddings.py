@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from common.cli import InputError
-from common.models import check_model_folder, fetch_settings, resolve_model
+from common.models import check_model_folder, fetch_settings, resolve_model, without_bars
 from common.plain_text import use_plain_text
 from common.recipes import Section
 from common.steps import fingerprint
@@ -251,7 +251,8 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
         check_model_folder(Path(path))
     try:
         revision = fetch_settings(reference)
-        model = kind(path, revision=revision, model_kwargs={"dtype": section.dtype}, **keywords)
+        with without_bars():
+            model = kind(path, revision=revision, model_kwargs={"dtype": section.dtype}, **keywords)
         if kind is SentenceTransformer:
             use_plain_text(model, path, revision)
         return model

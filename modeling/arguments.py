@@ -84,6 +84,8 @@ class StageArguments(DatasetArguments):
     activation_memory: Memory = "auto"
     eval_queries: Count = 200  # sample of the validation queries, at each evaluation
     eval_documents: Count = 2000  # sample they search, with all their relevant ones
+    # sets of NanoBEIR (50 queries each, from the Hub) measured beside the validation queries: msmarco, nq, ...
+    nanobeir: Annotated[tuple[str, ...], _one_or_more] = ()
     # evaluations without a better score, after which a stage ends with its best checkpoint; null = never
     early_stopping_patience: Count | None = None
 

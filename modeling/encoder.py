@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError
-from common.models import ModelReference, fetch_settings, resolve_model
+from common.models import ModelReference, fetch_settings, resolve_model, without_bars
 from common.plain_text import use_plain_text
 from common.steps import write_json
 from modeling.adapters import add_adapter, merge_adapter
@@ -295,20 +295,6 @@ def save(encoder: SentenceTransformer, folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**config, "max_seq_length": encoder.max_seq_length})
     make_portable(folder)
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """transformers shows a bar for each file of weights that it writes, also for a single one."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def name_base(folder: Path, base: str, revision: str | None) -> None:

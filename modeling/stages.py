@@ -6,16 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, get_dataset_config_names
 from huggingface_hub.errors import HTTPError
 from peft import PeftConfig
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, NanoBEIREvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.util import cos_sim
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 
 from common.cli import InputError
@@ -63,6 +65,8 @@ def load_data(stage: Stage) -> StageData:
         train[name] = training_rows(rows, own.loss, prompted, config, own.num_negatives)
         positives[name] = known_positives(train[name], own.dataset_name, own.dataset_revision, keys[name], where)
     evaluated = stage.training.eval_strategy.value != "no"
+    if stage.own.nanobeir and not evaluated:
+        raise InputError(f"stage {stage.name!r}: nanobeir is measured at evaluations; set eval_strategy")
     return StageData(train, load_validation(stage, keys) if evaluated else {}, keys, positives)
 
 
@@ -80,6 +84,7 @@ def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSa
         tables = [load_config(source[0], config, source[1], keys[name], where) for config in configs]
         title = "validation" if len(stage.datasets) == 1 else f"validation_{name}"
         samples[title] = search_sample(*tables, **size, where=where)
+    samples |= load_nanobeir(stage)
     if not samples:
         raise InputError(f"stage {stage.name!r}: no data set to evaluate on has qrels; set eval_strategy: 'no'")
     metric = stage.training.metric_for_best_model
@@ -90,6 +95,28 @@ def load_validation(stage: Stage, keys: Mapping[str, str]) -> dict[str, SearchSa
             "recall, precision and accuracy instead of ndcg"
         )
     return samples
+
+
+def load_nanobeir(stage: Stage) -> dict[str, SearchSample]:
+    """The sets of key `nanobeir`, whole, as sentence-transformers reads them: NanoMSMARCO, ... -> its searches."""
+    if not stage.own.nanobeir:
+        return {}
+    try:
+        sets = NanoBEIREvaluator([*stage.own.nanobeir]).evaluators
+    except ValueError as error:  # no such set, or none that the Hub served
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(
+            f"stage {stage.name!r}: nanobeir {', '.join(stage.own.nanobeir)}: {reason}; it needs the Hub, or its sets "
+            "in the cache: leave the key out without them"
+        ) from None
+    return {
+        one.name: SearchSample(
+            dict(zip(one.queries_ids, one.queries, strict=True)),
+            dict(zip(one.corpus_ids, one.corpus, strict=True)),
+            one.relevant_docs,
+        )
+        for one in sets
+    }
 
 
 def location(stage: Stage, dataset: str) -> str:
@@ -185,11 +212,24 @@ def build_loss(stage: Stage, dataset: str, encoder: SentenceTransformer) -> nn.M
     return MatryoshkaLoss(encoder, loss, dims) if dims else loss
 
 
-def build_evaluator(
-    name: str, sample: SearchSample, encoder: SentenceTransformer, batch_size: int
-) -> InformationRetrievalEvaluator:
+class SearchEvaluator(InformationRetrievalEvaluator):
+    """sentence-transformers', with a bar that says what is embedded where that takes a while."""
+
+    shows_bar = False
+
+    def embed_inputs(self, model: SentenceTransformer, sentences: Sequence[str], **keywords: Any) -> torch.Tensor:
+        step, parts = 16 * self.batch_size, []
+        bar = {"desc": f"evaluate {self.name}", "unit": " texts", "leave": False, "delay": 2}
+        with tqdm(total=len(sentences), disable=not self.shows_bar, **bar) as progress:
+            for start in range(0, len(sentences), step):
+                parts.append(super().embed_inputs(model, sentences[start : start + step], **keywords))
+                progress.update(len(parts[-1]))
+        return torch.cat(parts)
+
+
+def build_evaluator(name: str, sample: SearchSample, encoder: SentenceTransformer, batch_size: int) -> SearchEvaluator:
     """nDCG@10 (and MRR@10, recall@10, MAP) of the model as it stands, by sentence-transformers."""
-    return InformationRetrievalEvaluator(
+    return SearchEvaluator(
         sample.queries,
         sample.documents,
         sample.relevant,
@@ -212,6 +252,8 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
     arguments.prompts = {name: column_prompts(stage, name, rows.column_names) for name, rows in data.train.items()}
     batch_size = arguments.per_device_eval_batch_size
     evaluators = [build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
+    for evaluator in evaluators:
+        evaluator.shows_bar = processes().is_main_process and not arguments.disable_tqdm
     try:
         return EmbedderTrainer(
             model=encoder,

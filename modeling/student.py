@@ -31,10 +31,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel, PreTrainedTokenizerFast
 
-from common.models import resolve_model
+from common.models import resolve_model, without_bars
 from common.steps import read_arrow, read_parquet
 from modeling.arguments import StudentConfig
-from modeling.encoder import without_bars
 
 HEAD_SIZE = 128
 ROPE_THETA = 1e6

@@ -31,14 +31,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.cli import InputError
+from common.models import without_bars
 from common.steps import peak_memory_bytes
 from modeling.batches import EpochBatchSampler, WeightedBatchSampler
 from modeling.demonstrations import DemonstrationCollator, Demonstrations
-from modeling.encoder import without_bars
 
 if TYPE_CHECKING:
     from modeling.shared_prefix import TokenCounts
 
+_NDCG = "_cosine_ndcg@10"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."  # transformers saves adapters under the names that peft's own wrapper gives
 
@@ -251,7 +252,12 @@ def _count_tokens(inputs: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
 
 
 class _ProgressBar(ProgressCallback):
-    """The bar alone: `_LogLines` writes the lines."""
+    """The bar alone, by the stage's name: `_LogLines` writes the lines."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:  # of the main process alone
+            self.training_bar.set_description(f"train {args.run_name}")
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -284,11 +290,17 @@ def log_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
 
     >>> log_line(40, 120, {"loss": 0.51234, "learning_rate": 2e-5, "seconds": 61.26, "tokens": 81920})
     'step 40/120: loss 0.5123, learning rate 2e-05, 61 s, 81,920 tokens'
+    >>> scores = {"eval_validation_cosine_ndcg@10": 0.5, "eval_NanoNQ_cosine_ndcg@10": 0.25}
+    >>> log_line(40, 120, {**scores, "seconds": 61.26, "tokens": 81920})
+    'step 40/120: nDCG@10 0.5000, nDCG@10 0.2500 (NanoNQ), 61 s, 81,920 tokens'
     """
     by_name = [f"{key.removeprefix('loss_')} {value:.4f}" for key, value in logs.items() if key.startswith("loss_")]
     parts = [f"loss {logs['loss']:.4f}" + (f" ({', '.join(by_name)})" if by_name else "")] if "loss" in logs else []
     parts += [f"learning rate {logs['learning_rate']:.3g}"] if "learning_rate" in logs else []
-    parts += [f"nDCG@10 {value:.4f}" for key, value in logs.items() if key.endswith("ndcg@10")]
+    for key, value in logs.items():
+        if key.endswith(_NDCG):
+            title = key.removeprefix("eval_").removesuffix(_NDCG).removeprefix("validation").lstrip("_")
+            parts.append(f"nDCG@10 {value:.4f}" + (f" ({title})" if title else ""))
     if not parts:
         return ""
     return f"step {step}/{steps}: {', '.join(parts)}, {logs['seconds']:.0f} s, {logs['tokens']:,} tokens"

@@ -102,3 +102,19 @@ def test_the_synthetic_set_is_built_with_its_duplicates_found(tmp_path):
     corpus = tmp_path / "build" / "corpus"
     assert len(read_parquet(corpus / "groups.parquet")) == 2  # one document of a thousand, and what nearly repeats it
     assert '"documents": 999' in (corpus / "manifest.json").read_text()
+
+
+def test_what_uv_reads_of_train_st_is_what_setup_cfg_asks_for():
+    """As the standard for inline metadata (PEP 723) finds the block."""
+    import configparser
+    import tomllib
+
+    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    [found] = re.finditer(block, (ROOT / "train_st.py").read_text())
+    assert found["type"] == "script"
+    inline = tomllib.loads("\n".join(line[2:] for line in found["content"].splitlines()))
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = setup["options"]["install_requires"].split("\n")
+    assert inline["dependencies"] == [line for line in required if line] and len(inline["dependencies"]) > 20
+    assert inline["requires-python"] == setup["options"]["python_requires"]

@@ -151,5 +151,5 @@ def test_a_non_finite_number_stops_training(tiny_encoder, tmp_path, what):
 
 def test_evaluations_show_ndcg_alone():
     logs = {"eval_a_cosine_ndcg@10": 0.31, "eval_a_cosine_map@100": 0.2, "eval_runtime": 3.0, "seconds": 1.0}
-    assert log_line(5, 9, {**logs, "tokens": 1000}) == "step 5/9: nDCG@10 0.3100, 1 s, 1,000 tokens"
+    assert log_line(5, 9, {**logs, "tokens": 1000}) == "step 5/9: nDCG@10 0.3100 (a), 1 s, 1,000 tokens"
     assert log_line(9, 9, {"train_runtime": 3.0, "train_loss": 0.2, "seconds": 1.0, "tokens": 1}) == ""

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvaluator
 from tiny_training import distance, train, two_stages, write_hub
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
+from common.cli import InputError
 from modeling.trainer import EmbedderTrainer
 
 pytestmark = pytest.mark.usefixtures("caches")
@@ -88,6 +92,40 @@ def test_each_data_sets_loss_is_logged_by_name(recipe, tmp_path, capsys):
         parts = [entry[name] for name in ("loss_a", "loss_b") if name in entry]
         assert sum(parts) / len(parts) == pytest.approx(entry["loss"], rel=1e-3)
     assert "(a " in capsys.readouterr().out
+
+
+def test_sets_of_nanobeir_are_measured_beside_validation(recipe, tmp_path, monkeypatch, capsys):
+    """Read by sentence-transformers, with the stage's prompts; offline one line says so before anything is trained."""
+    keys = {"eval_strategy": "steps", "eval_steps": 2, "nanobeir": ["nq", "msmarco"], "stages": recipe["stages"][1:]}
+    with pytest.raises(InputError, match=r"'retrieval': nanobeir nq, msmarco: .*; it needs the Hub, or its sets in"):
+        train(tmp_path, {**recipe, **keys})
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="nanobeir is measured at evaluations; set eval_strategy"):
+        train(tmp_path, {**recipe, **keys, "eval_strategy": "no"})
+
+    asked = ["how do i read", "open file", "write"]
+
+    def load(self, subset, split, required_columns):
+        texts = {"NanoNQ": ["parse a date", "sort list"], "NanoMSMARCO": ["how do i read", "open file", "write"]}[
+            split
+        ]
+        rows = [{"_id": f"{place}", "text": text} for place, text in enumerate(texts)]
+        pairs = [{"query-id": row["_id"], "corpus-id": row["_id"]} for row in rows]
+        return {"queries": rows, "corpus": rows, "qrels": pairs}[subset]
+
+    monkeypatch.setattr(NanoBEIREvaluator, "_load_dataset_subset_split", load)
+    with pytest.raises(InputError, match=r"metric_for_best_model is 'eval_nq'; .* eval_NanoNQ_cosine_ndcg@10"):
+        train(tmp_path, {**recipe, **keys, "metric_for_best_model": "eval_nq", "load_best_model_at_end": True})
+    output = train(tmp_path, {**recipe, **keys})
+    history = json.loads((output / "logs/retrieval.json").read_text())
+    model = SentenceTransformer(str(output / "model"))
+    scores = model.similarity(model.encode_query(asked), model.encode_document(asked))
+    ranks = (scores > scores.diag()[:, None]).sum(dim=1) + 1  # of each query's own text
+    expected = (1 / (ranks + 1.0).log2()).mean().item()
+    measured = [entry["eval_NanoMSMARCO_cosine_ndcg@10"] for entry in history if "eval_runtime" in entry]
+    assert len(measured) == 2 and measured[-1] == pytest.approx(expected, abs=1e-6)
+    lines = re.findall(r"nDCG@10 [\d.]+, nDCG@10 [\d.]+ \(NanoNQ\), nDCG@10 [\d.]+ \(NanoMS", capsys.readouterr().out)
+    assert len(lines) == 2
 
 
 def test_a_stage_ends_when_evaluations_get_no_better_and_keeps_its_best(recipe, tmp_path, monkeypatch):
