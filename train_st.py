@@ -50,7 +50,6 @@ starts again, or, with --resume_from_checkpoint true, goes on from its last chec
 #     "safetensors>=0.6",
 #     "filelock>=3.16",
 #     "ir-measures>=0.4.3",
-#     "datasketch>=1.6",
 #     "matplotlib>=3.10",
 # ]
 # ///

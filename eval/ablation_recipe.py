@@ -31,9 +31,8 @@ class Ablation(Section):
     base: str  # a recipe of train_st.py
     data: str  # folder that dataset_builders.build wrote: its documents are searched
     output_dir: str  # where runs and tables come
-    runs_dir: str | None = (
-        None  # where ablations with equal runs share them, each trained once; null: below output_dir
-    )
+    # where ablations with equal runs share them, each trained once; null: below output_dir
+    runs_dir: str | None = None
     baseline: str | None = None  # row that the others are compared with; null: the first
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)  # every variant is trained with each
     split: str = "validation"  # whose queries the choice is made on
