@@ -118,7 +118,8 @@ class _FaissSearch(Search):
         found = np.full(scores.shape, NOTHING)  # where the lists that were visited hold fewer than top_k
         found["document"][places >= 0] = self.parts[part].start + places[places >= 0]
         found["score"][places >= 0] = scores[places >= 0]
-        return merge([found], self.top_k)
+        order = np.lexsort((found["document"], -found["score"]))
+        return np.take_along_axis(found, order, axis=1)
 
 
 def _faiss(documents: int) -> Any:

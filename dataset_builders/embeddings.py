@@ -190,11 +190,15 @@ class _Encoding:
         texts = text_list(self.texts[rows.start : rows.stop])
         model = _encoder(self.section, self.fingerprint)
         encode = model.encode_query if self.side == "query" else model.encode_document
-        saved_prompt = "" if self.prompt is not None else model.prompts.get(self.side, "")
-        lengths = count_tokens(model.tokenizer, [(self.prompt or saved_prompt) + text for text in texts])
-        limit = model.max_seq_length or np.inf
-        is_cut, lengths = lengths > limit, np.minimum(lengths, limit).astype(np.int64)
-        order = longest_first(lengths)
+        if hasattr(model.tokenizer, "encode_batch"):  # static embeddings: nothing is padded, and nothing cut
+            is_cut, order, batches = np.zeros(len(texts), bool), np.arange(len(texts)), [np.arange(len(texts))]
+        else:
+            saved_prompt = "" if self.prompt is not None else model.prompts.get(self.side, "")
+            lengths = count_tokens(model.tokenizer, [(self.prompt or saved_prompt) + text for text in texts])
+            limit = model.max_seq_length or np.inf
+            is_cut, lengths = lengths > limit, np.minimum(lengths, limit).astype(np.int64)
+            order = longest_first(lengths)
+            batches = token_batches(lengths[order], self.section.batch_tokens)
         found = [
             encode(
                 [texts[row] for row in order[batch]],
@@ -203,7 +207,7 @@ class _Encoding:
                 show_progress_bar=False,
                 normalize_embeddings=model.similarity_fn_name != "dot",
             )
-            for batch in token_batches(lengths[order], self.section.batch_tokens)
+            for batch in batches
         ]
         vectors = np.concatenate(found).astype(self.section.vector_dtype)
         check_finite(vectors, f"embeddings of {self.section.model}")

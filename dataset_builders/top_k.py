@@ -65,9 +65,11 @@ def ranges(count: int, size: int) -> list[range]:
 
 
 def merge(found: Sequence[np.ndarray], top_k: int) -> np.ndarray:
-    """FOUND arrays (queries, any number) of several parts -> (queries, up to top_k), best first."""
+    """FOUND arrays (queries, any number) of several parts, in the parts' order and each as `best` orders them ->
+    (queries, up to top_k), best first.
+    """
     joined = np.concatenate(found, axis=1)
-    order = np.lexsort((joined["document"], -joined["score"]))[:, :top_k]
+    order = np.argsort(-joined["score"], axis=1, kind="stable")[:, :top_k]
     return np.take_along_axis(joined, order, axis=1)
 
 
