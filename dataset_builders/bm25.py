@@ -28,7 +28,7 @@ from common.recipes import Section
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
 from dataset_builders.languages import STEMMERS, STOP_WORDS, language_name
-from dataset_builders.top_k import Ranking, Search, best, ranges
+from dataset_builders.top_k import Ranking, Search, best, in_threads, ranges
 
 if TYPE_CHECKING:
     import bm25s
@@ -162,19 +162,23 @@ class _Postings:
     def __call__(self, number: int) -> np.ndarray:
         part = self.parts[number]
         count = len(part)
-        known: dict[str, int] = {}
-        lengths, found = np.zeros(count, np.int64), [np.empty(0, np.int64)]
-        for block in ranges(count, TEXT_BLOCK):
+        known: dict[str, int] = {}  # places by words
+
+        def read(block: range) -> tuple[np.ndarray, np.ndarray]:
+            """Row and place of each word but stop words."""
             words = split_words(self.documents.series(part[block.start : block.stop]))
             if words.is_empty():
-                continue
+                return np.empty(0, np.int64), np.empty(0, np.int64)
             codes = words["word"].cast(pl.Categorical).to_physical().to_numpy()
             where = np.zeros(int(codes.max()) + 1, np.int64)
             where[codes] = np.arange(len(codes))  # one occurrence of each word
             distinct = words["word"].gather(where).to_list()
-            known |= self._places([word for word in distinct if word not in known])
+            known.update(self._places([word for word in distinct if word not in known]))
             places = np.array([known[word] for word in distinct], np.int64)[codes]
-            rows, places = block.start + words["row"].to_numpy()[places > _STOP], places[places > _STOP]
+            return block.start + words["row"].to_numpy()[places > _STOP], places[places > _STOP]
+
+        lengths, found = np.zeros(count, np.int64), [np.empty(0, np.int64)]
+        for rows, places in in_threads(read, ranges(count, TEXT_BLOCK)):
             lengths += np.bincount(rows, minlength=count)
             found.append((places * count + rows)[places >= 0])
         pairs, counts = np.unique(np.concatenate(found), return_counts=True)
@@ -202,17 +206,17 @@ class _SparseSearch(Search):
         raise NotImplementedError
 
     def search(self, queries: range, part: int) -> np.ndarray:
-        import torch
-
         add, rows = self.scorer(part), self.parts[part]
-        found = []
-        for block in ranges(len(queries), QUERY_BLOCK):
+
+        def found(block: range) -> np.ndarray:
             scores = np.zeros((len(block), len(rows)), np.float32)
-            for place, query in enumerate(self.queries[queries.start + block.start : queries.start + block.stop]):
-                if query:
-                    add(query, scores[place])
-            found.append(best(torch.from_numpy(scores), self.top_k, rows.start, above=0))
-        return np.concatenate(found)
+            for place, query in enumerate(block):
+                if self.queries[query]:
+                    add(self.queries[query], scores[place])
+            return best(scores, self.top_k, rows.start, above=0)
+
+        blocks = ranges(len(queries), QUERY_BLOCK)
+        return np.concatenate([*in_threads(found, [queries[block.start : block.stop] for block in blocks])])
 
 
 @dataclass(frozen=True)

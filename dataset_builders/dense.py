@@ -72,7 +72,9 @@ def _exact(queries: np.ndarray, documents: np.ndarray | Vectors, rows: range, to
             block = torch.from_numpy(np.asarray(queries[here], np.float32)).to(device)
             so_far = found[here]
             above = so_far["score"][:, -1] if part.start else -np.inf  # equal scores lose to earlier documents
-            found[here] = merge([so_far, best(block @ texts.T, top_k, first, above)], so_far.shape[1])
+            scores = block @ texts.T
+            scores = scores if scores.is_cuda else scores.numpy()
+            found[here] = merge([so_far, best(scores, top_k, first, above)], so_far.shape[1])
     return found
 
 

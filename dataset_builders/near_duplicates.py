@@ -23,6 +23,8 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
+from dataset_builders.top_k import in_threads
+
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of the sets of character 5-grams
 SHINGLE = 5
 BANDS, ROWS = 25, 5
@@ -63,22 +65,26 @@ def band_keys(texts: pl.Series, description: str = "MinHash") -> np.ndarray:
 
     The minima are those of datasketch's MinHash (affine32), which hashes one text at a time.
     """
-    keys = np.empty((len(texts), BANDS), np.uint32)
-    factors, offsets = _permutations()
+    found = []
     with tqdm(total=len(texts), desc=description, unit=" texts", smoothing=0) as progress:
-        for start in range(0, len(texts), BLOCK):
-            data = [_compared(text) for text in texts.slice(start, BLOCK).to_list()]
-            ends = np.cumsum([len(part) for part in data]).tolist()
-            grams = _mixed(_gram_hashes(b"".join(data)))  # those across two texts are in no range below
-            minima = np.full((len(data), BANDS * ROWS), 0xFFFFFFFF, np.uint32)
-            for row, (part, end) in enumerate(zip(data, ends, strict=True)):
-                for first in range(end - len(part), end - SHINGLE + 1, _HASHES):
-                    permuted = factors * grams[first : min(first + _HASHES, end - SHINGLE + 1)]
-                    permuted += offsets
-                    np.minimum(minima[row], permuted.min(axis=1), out=minima[row])
-            keys[start : start + len(data)] = _fold(minima)
-            progress.update(len(data))
-    return keys
+        for keys in in_threads(_block_keys, (texts.slice(start, BLOCK) for start in range(0, len(texts), BLOCK))):
+            found.append(keys)
+            progress.update(len(keys))
+    return np.concatenate([np.empty((0, BANDS), np.uint32), *found])
+
+
+def _block_keys(texts: pl.Series) -> np.ndarray:
+    data = [_compared(text) for text in texts.to_list()]
+    ends = np.cumsum([len(part) for part in data]).tolist()
+    grams = _mixed(_gram_hashes(b"".join(data)))  # those across two texts are in no range below
+    minima = np.full((len(data), BANDS * ROWS), 0xFFFFFFFF, np.uint32)
+    factors, offsets = _permutations()
+    for row, (part, end) in enumerate(zip(data, ends, strict=True)):
+        for first in range(end - len(part), end - SHINGLE + 1, _HASHES):
+            permuted = factors * grams[first : min(first + _HASHES, end - SHINGLE + 1)]
+            permuted += offsets
+            np.minimum(minima[row], permuted.min(axis=1), out=minima[row])
+    return _fold(minima)
 
 
 def near_duplicate_groups(texts: pl.Series, keys: np.ndarray, similarity: float = NEAR_DUPLICATE) -> np.ndarray:

@@ -5,10 +5,12 @@ Ties go to the smaller document position, so a build does not depend on a librar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 # A retrieved document: its position in the corpus (-1, with a score of -inf: none) and its score.
 FOUND = np.dtype([("document", np.int32), ("score", np.float32)])
 NOTHING = np.array((-1, -np.inf), FOUND)
+_THREADS = 8  # at most: each holds a block in memory
+T, R = TypeVar("T"), TypeVar("R")
 _GROUPS = 4  # times top_k: of so many groups of documents the highest score is looked at first
 
 
@@ -73,28 +77,33 @@ def merge(found: Sequence[np.ndarray], top_k: int) -> np.ndarray:
     return np.take_along_axis(joined, order, axis=1)
 
 
-def best(scores: Tensor, top_k: int, first: int, above: float | np.ndarray = -np.inf) -> np.ndarray:
+def best(scores: np.ndarray | Tensor, top_k: int, first: int, above: float | np.ndarray = -np.inf) -> np.ndarray:
     """FOUND (queries, up to top_k), best first, from a matrix of scores of the documents numbered from `first`.
 
     Only scores higher than `above` count: one number, or one a query, such as its best so far end with. Places left
-    over hold NOTHING.
+    over hold NOTHING. A tensor is looked through where it lies; of one on a CPU give the array, which is faster.
     """
-    import torch
-
     queries, documents = scores.shape
     top_k = min(top_k, documents)
-    bars = torch.from_numpy(np.nextafter(np.full(queries, above, np.float32), np.float32(np.inf))).to(scores.device)
+    bars = np.nextafter(np.full(queries, above, np.float32), np.float32(np.inf))
     groups = _GROUPS * top_k
-    if documents >= 2 * groups and np.ndim(above) == 0:
-        # the top_k-th best of groups' maxima: so many scores reach it and few more, where a sort would look at all
-        grouped = scores[:, : documents // groups * groups].unflatten(1, (-1, groups))
-        bars = torch.maximum(bars, grouped.amax(dim=1).topk(top_k).values[:, -1])
-    if scores.is_cuda:
+    # the top_k-th best of groups' maxima: so many scores reach it and few more, where a sort would look at all
+    grouped = scores[:, : documents // groups * groups] if np.ndim(above) == 0 and documents >= 2 * groups else None
+    if isinstance(scores, np.ndarray):
+        if grouped is not None:
+            maxima = grouped.reshape(queries, -1, groups).max(axis=1)
+            bars = np.maximum(bars, np.partition(maxima, groups - top_k, axis=1)[:, groups - top_k])
+        places = np.flatnonzero(scores >= bars[:, None])
+        values = scores.ravel()[places]
+    else:
+        import torch
+
+        bars = torch.from_numpy(bars).to(scores.device)
+        if grouped is not None:
+            maxima = grouped.unflatten(1, (-1, groups)).amax(dim=1)
+            bars = torch.maximum(bars, maxima.topk(top_k).values[:, -1])
         places = (scores >= bars[:, None]).flatten().nonzero().ravel()
         values, places = scores.flatten()[places].cpu().numpy(), places.cpu().numpy()
-    else:  # where numpy is several times faster
-        places = np.flatnonzero(scores.numpy() >= bars.numpy()[:, None])
-        values = scores.numpy().ravel()[places]
     rows, columns = np.divmod(places, documents)
     order = np.lexsort((-values, rows))  # stable, so ties keep to their positions
     starts = np.searchsorted(rows, np.arange(queries))
@@ -104,3 +113,9 @@ def best(scores: Tensor, top_k: int, first: int, above: float | np.ndarray = -np
     found["document"][rows, ranks] = first + columns[order]
     found["score"][rows, ranks] = values[order] + np.float32(0)  # no negative zeros
     return found
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` on all processors, of functions whose work numpy or polars do, outside Python's lock."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool:
+        yield from pool.map(function, items)

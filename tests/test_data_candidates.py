@@ -95,10 +95,11 @@ matrices = st.integers(1, 40).flatmap(
 )
 
 
-@given(matrices, st.integers(1, 45), st.integers(1, 7), st.sampled_from([-np.inf, 0.0]))
-def test_the_best_of_parts_are_those_of_a_full_sort_with_ties_by_position(scores, top_k, size, above):
+@given(matrices, st.integers(1, 45), st.integers(1, 40), st.sampled_from([-np.inf, 0.0]), st.booleans())
+def test_the_best_of_parts_are_those_of_a_full_sort_with_ties_by_position(scores, top_k, size, above, as_tensor):
+    given_as = torch.from_numpy if as_tensor else np.asarray  # on a GPU and on a CPU
     parts = [
-        best(torch.from_numpy(scores[:, part.start : part.stop]), top_k, part.start, above)
+        best(given_as(scores[:, part.start : part.stop]), top_k, part.start, above)
         for part in ranges(scores.shape[1], size)
     ]
     found = merge(parts, top_k)
