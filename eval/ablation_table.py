@@ -174,6 +174,7 @@ def plot_differences(result: Mapping[str, Any]) -> Figure:
 
 def save(result: Mapping[str, Any], output: Path) -> None:
     """The picture, the page that shows it, and last what programs read."""
+    output.mkdir(parents=True, exist_ok=True)
     if is_compared(result):
         plot_differences(result).savefig(output / "ablation.png")
     (output / "ablation.md").write_text(format_page(result) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,6 +292,33 @@ def test_what_is_finished_is_only_tabled(folder, result, tmp_path, capsys):
     assert again["failed"] == []
 
 
+def test_ablations_share_runs_of_equal_settings(folder, result, tmp_path, monkeypatch, capsys):
+    """Two questions with one row in common, whatever either calls it: three runs of a seed, not four."""
+    done = []
+
+    def copy_of_a_finished_run(run_folder, ablation, keys):
+        done.append(run_folder)
+        shutil.copytree(folder / "out" / "runs" / "soft_labels" / "seed-0", run_folder, dirs_exist_ok=True)
+        for path in run_folder.glob("scores-*.json"):
+            name = path.stem.removeprefix("scores-")
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"key": keys.get(name)}))
+        return 0
+
+    monkeypatch.setattr(ablate, "run_in_new_process", copy_of_a_finished_run)
+    recipe = yaml.safe_load((folder / "ablation.yaml").read_text()) | {
+        "runs_dir": str(tmp_path / "runs"),
+        "seeds": [0],
+    }
+    for name, variants in {
+        "a": {"x": {}, "hot": {"retrieval.alpha": 0}},
+        "b": {"y": {}, "half": {"alpha": 0.5}},
+    }.items():
+        (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(recipe | {"variants": variants}, sort_keys=False))
+        main(["--config", str(tmp_path / "ablation.yaml"), "--output_dir", str(tmp_path / name)])
+        assert (tmp_path / name / "ablation.md").is_file()
+    assert len(set(done)) == len(done) == 3 and "1 of 2 runs are done before" in capsys.readouterr().out
+
+
 def test_a_run_has_a_process_of_its_own(folder, tmp_path, monkeypatch):
     """Its output is in run.log; what is wrong is its last line, or the signal that ended it."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -375,6 +403,7 @@ def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     assert len(SHIPPED) == 11
     monkeypatch.setattr(ablation_recipe, "data_content", lambda name, revision: name)
     monkeypatch.setattr(ablation_recipe, "corpus_content", lambda name: name)
+    monkeypatch.setattr(ablation_recipe, "model_content", lambda name: name)
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out")], "")
     monkeypatch.chdir(ROOT)
