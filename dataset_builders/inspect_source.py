@@ -15,9 +15,10 @@ from common.recipes import Section, parse_recipe
 from dataset_builders.dense import Dense
 from dataset_builders.embeddings import count_tokens, load_model
 from dataset_builders.files import column_names
+from dataset_builders.layouts import COLUMNS, HELD_OUT, plain
 from dataset_builders.readers import Rows
 from dataset_builders.sources import LocalSource, find_source, read_rows
-from dataset_builders.tables import COLUMNS, HELD_OUT, FileTables, plain
+from dataset_builders.tables import FileTables
 
 SHOWN = 3  # rows
 MEASURED = 2000  # texts of each side whose tokens are counted, at an even stride

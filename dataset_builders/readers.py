@@ -14,9 +14,10 @@ import polars as pl
 from tqdm import tqdm
 
 from common.cli import InputError
+from dataset_builders.layouts import COLUMNS
 from dataset_builders.near_duplicates import in_blocks, stable_hash, text_keys
 from dataset_builders.schema import QRELS, check_rows
-from dataset_builders.tables import COLUMNS, Tables
+from dataset_builders.tables import Tables
 
 TWO_TEXTS = (
     "{where}: id {id!r} stands for two texts; make ids unique, or leave the column out: --columns '{{id: null}}'"

@@ -20,8 +20,8 @@ from common.steps import read_manifest
 from dataset_builders.build import main
 from dataset_builders.corpus import write_corpus
 from dataset_builders.files import read_file
+from dataset_builders.layouts import NAMES
 from dataset_builders.sources import LocalSource, read_rows
-from dataset_builders.tables import NAMES
 
 ROWS = [
     {"id": "T-1", "question": "how, to pay?", "answer": "by\ncard"},
