@@ -1,4 +1,3 @@
-import doctest
 import json
 import re
 import shlex
@@ -7,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import bench_scale, measure
+from benchmarks import bench_scale
 from benchmarks.synthetic import write_set
 from common.recipes import parse_recipe
 from common.steps import read_parquet
@@ -80,12 +79,6 @@ def test_the_cloud_cluster_fits_rays_own_schema():
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(autoscaler.__file__).parent / "ray-schema.json").read_text())
     jsonschema.validate(yaml.safe_load((RECIPES / "ray-up.yaml").read_text()), schema)
-
-
-@pytest.mark.parametrize("module", [bench_scale, measure])
-def test_examples_in_the_benchmarks(module):
-    found = doctest.testmod(module)
-    assert found.attempted > 0 and found.failed == 0
 
 
 def test_the_synthetic_set_is_built_with_its_duplicates_found(tmp_path):

@@ -1,6 +1,5 @@
 """Pages to look at: one file each, whose rows are those of the data."""
 
-import doctest
 import json
 import re
 import shutil
@@ -11,16 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_data import write_encoder, write_recipe, write_set
 
-from common import pages
 from common.pages import Row, write_page
 from dataset_builders.build import main as build_main
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def test_docstring_examples():
-    found = doctest.testmod(pages)
-    assert found.attempted == 1 and found.failed == 0
 
 
 def test_the_page_shows_rows_with_what_to_look_for(tmp_path):

@@ -1,6 +1,5 @@
 """The audit's figures against hand-computed values, references and a plain recount of the files; its plots' bytes."""
 
-import doctest
 import shutil
 from itertools import groupby
 
@@ -20,11 +19,6 @@ MINING = Mining(num_negatives=3)
 COUNTS = {"queries": 24, "documents": 40, "queries_cut": 1, "documents_cut": 30}
 PAIRS = {"graded": 336, "pairs_cut": 9, "pairs_without_document": 2}
 RELIABILITY = [{"label": 0.1, "observed": 0.2, "positives": 1, "others": 4}]
-
-
-def test_docstring_examples():
-    found = doctest.testmod(audit)
-    assert found.attempted == 1 and found.failed == 0
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 7), (3, 7), (7, 7), (41, 1000)])

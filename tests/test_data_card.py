@@ -1,6 +1,5 @@
 """The data set's card: metadata that the Hub reads, every figure in its place, no path of the publisher's machine."""
 
-import doctest
 from itertools import pairwise
 
 import pytest
@@ -8,7 +7,6 @@ import yaml
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
 from huggingface_hub import DatasetCard
 
-from dataset_builders import card
 from dataset_builders.card import LICENSES, Config, card_for, card_metadata, license_fields, public_recipe, render_card
 
 MODEL = {"max_seq_length": 128, "dtype": "float32", "batch_tokens": 1024, "vector_dtype": "float16"}
@@ -153,11 +151,6 @@ def facts():
         },
         "sts": None,
     }
-
-
-def test_docstring_examples():
-    found = doctest.testmod(card)
-    assert found.attempted == 5 and found.failed == 0
 
 
 def test_the_hub_reads_the_metadata(facts):

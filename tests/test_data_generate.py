@@ -1,6 +1,5 @@
 """Documents alone: a model writes queries, and those that find their document again are trained on."""
 
-import doctest
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tiny_data import WORDS, write_encoder, write_recipe, write_table
 
 from common.cli import InputError, Unfinished
 from common.steps import read_manifest
-from dataset_builders import generate, language_models
+from dataset_builders import language_models
 from dataset_builders.build import main, make_step, plan_graded
 from dataset_builders.build_record import Build
 from dataset_builders.card import card_for
@@ -209,10 +208,6 @@ LINES = {
 def test_a_line_is_a_query_or_goes_for_a_reason(line):
     document = "A title About wings. They beat the air when they fly."
     assert list(read_queries(f"<think>no\n</think>\n{line}\n\n", document, section())) == [LINES[line]]
-
-
-def test_examples():
-    assert doctest.testmod(generate).attempted > 0 and doctest.testmod(generate).failed == 0
 
 
 def test_examples_of_ones_own_take_the_place_of_ours():

@@ -1,7 +1,5 @@
 """STS pairs of a build: which are paired, graded by whom, and how evenly their labels are spread."""
 
-import doctest
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,14 +8,8 @@ from tiny_data import TOPICS, WORDS, tiny_build, write_encoder
 
 from common.cli import InputError
 from common.steps import write_json, write_parquet
-from dataset_builders import sts as sts_module
 from dataset_builders.schema import QUERIES
 from dataset_builders.sts import Sts, count_by_bin, pairs_to_grade, spread_over_bins, write_sts
-
-
-def test_the_examples_in_the_docstrings_hold():
-    tested = doctest.testmod(sts_module)
-    assert tested.attempted == 1 and tested.failed == 0
 
 
 def test_bins_are_filled_evenly_and_short_ones_run_out():

@@ -1,6 +1,5 @@
 """Ablations: intervals that are right, runs that resume, failures that stop no other run, bad recipes refused."""
 
-import doctest
 import json
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from tiny_training import own_cache, two_stages, write_hub
 from common.cli import InputError
 from common.steps import folder_step, write_arrow, write_parquet
 from dataset_builders import build
-from eval import ablate, ablation_page, ablation_recipe, ablation_table, intervals
+from eval import ablate, ablation_recipe, ablation_table, intervals
 from eval.ablate import main
 from eval.ablation_recipe import Ablation, combinations, override, read_ablation, read_variants, write_mined_rows
 from eval.intervals import METHOD, bootstrap_interval
@@ -30,11 +29,6 @@ SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
-
-
-def test_doctests():
-    results = [doctest.testmod(module) for module in (ablation_page, ablation_recipe, intervals)]
-    assert all(found.attempted >= 1 and found.failed == 0 for found in results)
 
 
 def test_two_seeds_and_two_queries_by_hand():

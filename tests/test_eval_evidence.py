@@ -1,6 +1,5 @@
 """What a run's files say about its model: only its own results, pictures and data, and nothing of a broken run."""
 
-import doctest
 import json
 import shutil
 
@@ -80,8 +79,3 @@ def test_a_broken_run_is_one_line(copy, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         read_evidence(copy)
     assert "\n" not in str(caught.value)
-
-
-def test_examples():
-    found = doctest.testmod(evidence)
-    assert found.attempted > 0 and found.failed == 0

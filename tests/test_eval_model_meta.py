@@ -1,6 +1,5 @@
 """The file by which mteb knows a published model, and the results that go with it: one commit, and mteb takes both."""
 
-import doctest
 import json
 import re
 import runpy
@@ -254,8 +253,3 @@ def test_the_commands_of_the_page_are_commands():
     assert sorted({*parsed}) == ["eval.model_meta", "eval.run_mteb", "mock-run", "push_to_hub.py", "submit-results"]
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
     assert all((ROOT / "docs" / link).exists() for link in links)
-
-
-def test_examples():
-    found = doctest.testmod(model_meta)
-    assert found.attempted > 0 and found.failed == 0

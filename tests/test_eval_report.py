@@ -1,13 +1,11 @@
 """The report says what the run's files say, shows pictures that were drawn, and tells what was not run."""
 
-import doctest
 import re
 import shutil
 
 import pytest
 from PIL import Image
 
-from common import tables
 from common.cli import InputError
 from common.steps import write_json
 from eval import retrieval
@@ -144,7 +142,3 @@ def test_a_run_without_logs_has_a_report_without_curves(run, tmp_path):
     page = report(copy / "results", tmp_path / "report")
     assert "training.png" not in page and not (tmp_path / "report" / "training.png").exists()
     assert "Training curve of stage sts: there is no log of it." in page
-
-
-def test_tables_by_example():
-    assert doctest.testmod(tables).attempted == 1 and doctest.testmod(tables).failed == 0

@@ -1,6 +1,5 @@
 """Scores over a held-out split: by hand, and against vectors and metrics computed another way."""
 
-import doctest
 import json
 import math
 import re
@@ -12,7 +11,6 @@ import pytest
 
 from common.cli import InputError
 from common.steps import read_parquet, write_json, write_parquet
-from dataset_builders import fusion
 from dataset_builders.fusion import convex_fusion
 from eval import retrieval, systems
 from eval.held_out import Queries, candidate_rankings, load_documents, load_queries
@@ -76,11 +74,6 @@ def sentence_transformers_scores(model, held_out, **options):
         write_csv=False,
         **options,
     )(SentenceTransformer(str(model)))
-
-
-def test_doctests():
-    assert sum(doctest.testmod(module).attempted for module in (fusion,)) == 2
-    assert doctest.testmod(fusion).failed == 0
 
 
 def test_rows_are_in_the_order_in_which_systems_came_to_be(metrics, rows):

@@ -1,12 +1,9 @@
 """Thresholds: probabilities of relevance, and precision and recall by plain counting."""
 
-import doctest
-
 import numpy as np
 import pytest
 from scipy.special import expit
 
-from eval import thresholds
 from eval.held_out import Queries
 from eval.thresholds import relevance
 
@@ -22,11 +19,6 @@ def drawn(seed, count=300, a=9.0, b=-4.0):
         qrels[query] = {f"d{place}": int(rng.random() < expit(a * cosine + b)) for place, cosine in enumerate(cosines)}
         qrels[query]["never found"] = 1
     return Queries("test", ids, ids, qrels), ranking
-
-
-def test_docstring_examples():
-    found = doctest.testmod(thresholds)
-    assert found.attempted == 1 and found.failed == 0
 
 
 def test_constants_are_those_that_relevance_was_drawn_by_and_counts_are_plain():

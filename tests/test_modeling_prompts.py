@@ -1,10 +1,7 @@
 """Prompts: the formulas by hand, and mteb's own resolver asked for every task of MTEB(eng, v2)."""
 
-import doctest
-
 import pytest
 
-from modeling import prompts
 from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt, task_instructions, with_demonstrations
 
 
@@ -29,11 +26,6 @@ def wrapper(tiny_encoder):
     wrapper = SentenceTransformerEncoderWrapper(model)
     assert wrapper.model_prompts == model.prompts, "mteb dropped a prompt whose name it does not know"
     return wrapper
-
-
-def test_examples():
-    assert doctest.testmod(prompts).attempted == 6
-    assert doctest.testmod(prompts).failed == 0
 
 
 def test_every_instruction_stands_under_the_type_mteb_gives_the_task(benchmark_tasks):

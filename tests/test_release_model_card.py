@@ -1,6 +1,5 @@
 """The model card: all of it comes out of a run's files, its code runs, and its metadata are what the Hub reads."""
 
-import doctest
 import json
 import re
 import shutil
@@ -17,7 +16,6 @@ from common.steps import write_json
 from eval.evidence import provenance, read_evidence
 from modeling.encoder import POOLING, build_encoder
 from modeling.prompts import baked_prompts
-from release import model_card
 from release.model_card import card_metadata, render_adapter_card, render_card, settings_table
 from release.usage import POOLED, read_settings
 
@@ -406,8 +404,3 @@ def test_ablations_stand_with_their_intervals_and_notes(facts, reported_run, tmp
     write_json(tmp_path / "ablation.json", {"rows": []})
     with pytest.raises(InputError, match=r"ablation\.json: not written by eval\.ablate"):
         read_evidence(reported_run, ablations=tmp_path)
-
-
-def test_examples():
-    found = doctest.testmod(model_card)
-    assert found.attempted > 0 and found.failed == 0
