@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from common.cli import ArgumentParser, InputError, output_folder, run
 from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, folder_step, read_manifest
+from common.tables import in_words
 from dataset_builders.audit import write_audit
 from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
@@ -212,24 +213,6 @@ def make_step(output: Path, step: PlannedStep) -> None:
     counts = {name: manifest[name] for name in manifest["counts"]}
     line = f"{step.name}: {state} in {manifest['seconds']:.0f} s: {in_words(counts)}"
     print(textwrap.fill(line, 119, subsequent_indent="  "), flush=True)
-
-
-def in_words(facts: Mapping[str, Any], deep: bool = True) -> str:
-    """The numbers among `facts`, and those one level down; the rest is for the manifest and the card.
-
-    >>> in_words({"rows": 1200, "dropped": {"few": 3, "why": ["told", "elsewhere"]}, "share": 0.25, "where": "x"})
-    'rows 1,200, dropped (few 3), share 0.25'
-    """
-    found = []
-    for name, value in facts.items():
-        name = name.replace("_", " ")
-        if isinstance(value, int):
-            found.append(f"{name} {value:,}")
-        elif isinstance(value, float):
-            found.append(f"{name} {value:.4g}")
-        elif deep and isinstance(value, Mapping) and (inner := in_words(value, deep=False)):
-            found.append(f"{name} ({inner})")
-    return ", ".join(found)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ from eval.ablation_recipe import Ablation, Variant, folder_name, read_ablation, 
 from eval.ablation_table import choose, is_compared, notes, save, summary
 from eval.held_out import count, load_documents, load_queries
 from eval.intervals import LEVEL, METHOD, RESAMPLES
-from eval.retrieval import COMPARED, MEASURES, model_row
+from eval.metrics import COMPARED, MEASURES
+from eval.retrieval import model_row
 from eval.systems import System
 from modeling.recipe import parse_recipe, write_recipe
 

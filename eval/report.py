@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import ArgumentParser, InputError, run
 from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, read_manifest
-from common.tables import markdown_table
-from dataset_builders.build import in_words
+from common.tables import in_words, markdown_table
 from eval.leaderboard import Leaderboard, format_means, format_tasks, read_leaderboard
-from eval.retrieval import format_table, read_metrics
+from eval.metrics import format_table, read_metrics
 from modeling.recipe import read_stages
 
 if TYPE_CHECKING:

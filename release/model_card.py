@@ -20,8 +20,9 @@ from dataset_builders.languages import language_name
 from eval.ablation_table import format_table as ablation_rows
 from eval.evidence import disclosure, hub_id
 from eval.leaderboard import Leaderboard, benchmark_tasks, format_means, format_tasks, make_leaderboard
+from eval.metrics import format_table
 from eval.report import format_costs
-from eval.retrieval import NEAR, format_table
+from eval.retrieval import NEAR
 from modeling.objectives import OBJECTIVES
 from modeling.prompts import few_shot_prompt, few_shot_prompts
 from release.card_metadata import card_metadata, final_row, matryoshka_dims

@@ -9,6 +9,7 @@ from PIL import Image
 from common.cli import InputError
 from common.steps import write_json
 from eval import retrieval
+from eval.metrics import read_metrics
 from eval.report import (
     KEY,
     VALIDATION_KEY,
@@ -20,7 +21,6 @@ from eval.report import (
     read_ledger,
     read_manifests,
 )
-from eval.retrieval import read_metrics
 
 LOGS = {
     "sts": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}],

@@ -12,8 +12,9 @@ import pytest
 from common.cli import InputError
 from common.steps import read_parquet, write_json, write_parquet
 from dataset_builders.fusion import convex_fusion
-from eval import retrieval, systems
+from eval import systems
 from eval.held_out import Queries, candidate_rankings, load_documents, load_queries
+from eval.metrics import ranking_scores, read_metrics, with_differences
 from eval.retrieval import (
     System,
     choose_weight,
@@ -22,9 +23,7 @@ from eval.retrieval import (
     main,
     missing_stages,
     model_row,
-    ranking_scores,
     retriever_row,
-    with_differences,
 )
 from eval.systems import run_systems
 from modeling.prompts import baked_prompts, few_shot_prompts
@@ -343,4 +342,4 @@ def test_a_run_without_a_stage_says_so(run, tmp_path):
 
 
 def test_metrics_are_read_as_they_were_written(run, metrics):
-    assert retrieval.read_metrics(run / "results") == metrics
+    assert read_metrics(run / "results") == metrics

@@ -20,7 +20,7 @@ from dataset_builders.candidates import reciprocal_rank_fusion
 from dataset_builders.near_duplicates import band_keys, text_keys
 from dataset_builders.schema import LABEL_FLOOR
 from eval.held_out import Queries
-from eval.retrieval import ranking_scores
+from eval.metrics import ranking_scores
 from modeling.merging import linear, merge_weights, slerp
 from modeling.objectives import OBJECTIVES, info_nce, soft_targets
 from modeling.prompts import few_shot_prompt, instruction_prompt

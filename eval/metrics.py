@@ -1,0 +1,148 @@
+"""What eval.retrieval measures: scores of a ranking, differences to BM25, metrics.json and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.cli import InputError
+from common.tables import markdown_table
+from eval.held_out import DEPTH, Queries
+from eval.intervals import bootstrap_interval, format_interval
+
+# In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
+MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}
+BASELINE, COMPARED = "BM25", "nDCG@10"  # differences are to this system, in this measure
+
+
+class Difference(BaseModel):
+    """To BASELINE in COMPARED, paired by query, with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class SystemScores(BaseModel):
+    """A row of the table; a measure is null where a cut list of candidates hides it."""
+
+    model_config = ConfigDict(populate_by_name=True)
+    name: str
+    kind: Literal["retriever", "model", "fusion"]
+    ndcg: float | None = Field(alias="nDCG@10")
+    recall: float | None = Field(None, alias="R@100")
+    reciprocal_rank: float | None = Field(None, alias="RR")
+    difference: Difference | None = None
+    model: str | None = None
+    seconds: float = 0.0  # 0 for vectors that were ready
+    shots: int = 0
+    cosines: dict[str, list[int | float] | None] | None = None
+    weight: float | None = None  # of BM25 in a fused row
+    relevance: dict[str, Any] | None = None  # of eval.thresholds
+
+
+class Metrics(BaseModel):
+    """metrics.json. `run` and `data` are relative to it, so that a run can be moved as a whole."""
+
+    key: str
+    command: str
+    run: str | None
+    data: str
+    split: str
+    counts: dict[str, int]
+    measures: list[str]
+    baseline: str
+    compared: str
+    systems: list[SystemScores]
+    not_evaluated: list[str]  # stages of the recipe that the run has no model of
+    notes: list[str] = []
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str]
+
+
+def read_metrics(results: Path) -> dict[str, Any]:
+    """OUTPUT_DIR/metrics.json as it was written. Raises InputError where it is not eval.retrieval's."""
+    path = results / "metrics.json"
+    try:
+        return Metrics.model_validate_json(path.read_bytes()).model_dump(by_alias=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; run python -m eval.retrieval") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        raise InputError(f"{path}: not readable as JSON; delete it and run python -m eval.retrieval")
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][:2])[1:]
+    if not where or problem["loc"] == ("key",):
+        raise InputError(f"{path}: not written by eval.retrieval; run python -m eval.retrieval")
+    raise InputError(f"{path}: {where} is not as eval.retrieval writes it; delete the file and run it again")
+
+
+def finished_metrics(output: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier run wrote of the same things, if it did: its seconds are those that the work took."""
+    try:
+        metrics = read_metrics(output)
+    except InputError:
+        return None
+    return metrics if metrics["key"] == key else None
+
+
+def ranking_scores(queries: Queries, ranking: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    """Mean of each measure over the queries (by ir_measures), and COMPARED of each query, in the order of `queries`.
+
+    `ranking`: documents by query, best first. A query for which nothing was found counts 0.
+    """
+    import ir_measures
+
+    measures = [ir_measures.parse_measure(name) for name in MEASURES]
+    # the rank is the score: trec_eval orders by score, and would break ties its own way
+    scored = {
+        query_id: {document_id: -float(rank) for rank, document_id in enumerate(list(found)[:DEPTH])}
+        for query_id, found in ranking.items()
+    }
+    values: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
+    for metric in ir_measures.iter_calc(measures, queries.qrels, scored):
+        values[str(metric.measure)][metric.query_id] = metric.value
+    means = {name: round(float(np.mean([values[name][query_id] for query_id in queries.ids])), 4) for name in values}
+    return means | {"per_query": [values[COMPARED][query_id] for query_id in queries.ids]}
+
+
+def with_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with each one's mean paired difference to BASELINE in COMPARED and its interval."""
+    baseline = next(np.array(row["per_query"]) for row in rows if row["name"] == BASELINE)
+    finished = []
+    for row in rows:
+        row = dict(row)
+        differences = np.array(row.pop("per_query")) - baseline
+        if row["name"] != BASELINE and len(differences) > 1:
+            low, high = bootstrap_interval(differences[None])
+            row["difference"] = {
+                "mean": round(float(differences.mean()), 4),
+                "low": round(low, 4),
+                "high": round(high, 4),
+            }
+        finished.append(row)
+    return finished
+
+
+def format_table(metrics: Mapping[str, Any]) -> str:
+    """The systems as a Markdown table."""
+    counts, measures = metrics["counts"], metrics["measures"]
+    rows = []
+    for row in metrics["systems"]:
+        scores = ["-" if row[name] is None else f"{row[name]:.3f}" for name in measures]
+        difference = row["difference"]
+        against = f"{difference['mean']:+.3f} " if difference else ""
+        against += format_interval(difference["low"], difference["high"], "+.3f") if difference else ""
+        rows.append([row["name"], *scores, against])
+    lines = [
+        f"{counts['queries']:,} queries of split {metrics['split']}, {counts['documents']:,} documents",
+        markdown_table(["system", *measures, f"{metrics['compared']} against {metrics['baseline']} [95 %]"], rows),
+        *metrics["notes"],
+    ]
+    if any(row[name] is None for row in metrics["systems"] for name in measures):
+        lines.append("-: not known, the candidates were cut; leave fusion.top_k out.")
+    return "\n\n".join(lines)
