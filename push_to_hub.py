@@ -2,6 +2,7 @@
 
     python push_to_hub.py model runs/demo/model org/name --dry_run
     python push_to_hub.py model runs/mistral-7b/model org/name --license apache-2.0 --adapter --tag v1
+    python push_to_hub.py model runs/demo/model org/name --onnx --openvino --gguf
     python push_to_hub.py dataset runs/scifact/data org/name-data --private
 
 Everything is verified and every card rendered before the first request; then each repository gets one commit with all
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 # Files that are deleted from a repository when the new version lacks them, by name and depth. All others stay:
-# LICENSE, .gitattributes, evaluation results, other formats of the weights.
+# LICENSE, .gitattributes, evaluation results.
 REPLACED = {
     "model": (
         "*.safetensors",
@@ -45,6 +46,9 @@ REPLACED = {
         "chat_template.jinja",
         "[0-9]*_*/*",
         "reference_vectors.json",
+        "onnx/*.onnx*",
+        "openvino/openvino_model*",
+        "*.gguf",
     ),
     "dataset": ("*.parquet", "*/*.parquet", "assets/*.png"),
 }
@@ -100,6 +104,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
         metavar="ORG/NAME-adapter",
         help="publish RUN/adapter, too, in a repository of its own (default: ORG/NAME-adapter)",
     )
+    for kind, reader in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("gguf", "llama.cpp")):
+        model.add_argument(f"--{kind}", action="store_true", help=f"add files for {reader}, compared there first")
     model.add_argument("--run", help="folder with recipe.yaml and ledger.json (default: the one that holds PATH)")
     model.add_argument("--results", help="folder with metrics.json or mteb's results (default: RUN/results)")
     model.add_argument(
@@ -146,6 +152,7 @@ def prepare_model(args: Namespace) -> list[Release]:
     """The merged model and, if asked for, its adapter: verified, with their cards. Raises InputError."""
     from eval.evidence import read_evidence
     from release.card_metadata import final_row
+    from release.exports import FILES, export
     from release.model_card import render_adapter_card, render_card
     from release.verify import model_files, verify_adapter, verify_model
 
@@ -157,9 +164,13 @@ def prepare_model(args: Namespace) -> list[Release]:
     evidence = read_evidence(run_folder, results, ablations, commits)
     evidence["languages"] = args.language or evidence["languages"]
     facts = verify_model(folder)
+    exports = {kind: export(kind, folder, run_folder / "exports") for kind in FILES if getattr(args, kind)}
+    facts["exports"] = exports
     shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
     card = render_card(args.repo_id, facts, evidence, **shown)
-    files = {**files, **evidence["pictures"], CARD: card.encode()}
+    for made in exports.values():
+        files |= made["files"]
+    files |= {**evidence["pictures"], CARD: card.encode()}
     if relevance := (final_row(evidence["metrics"]) or {}).get("relevance"):
         files["relevance.json"] = json.dumps(relevance, indent=2).encode()
     releases = [Release(args.repo_id, "model", "Merged model", files)]
@@ -262,7 +273,7 @@ def publish(releases: Sequence[Release], args: Namespace) -> None:
 
 def _check_no_token(release: Release, token: str) -> None:
     for name, content in release.files.items():
-        if not name.endswith((".safetensors", ".parquet")):
+        if not name.endswith((".safetensors", ".parquet", ".gguf", ".bin")) and ".onnx" not in name:
             content = content if isinstance(content, bytes) else content.read_bytes()
             if token.encode() in content:
                 raise InputError(f"{release.repo_id}: {name} holds the token; remove it, and make a new token")

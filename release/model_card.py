@@ -26,7 +26,7 @@ from eval.retrieval import NEAR
 from modeling.objectives import OBJECTIVES
 from modeling.prompts import few_shot_prompt, few_shot_prompts
 from release.card_metadata import card_metadata, final_row, matryoshka_dims
-from release.usage import encode_lines
+from release.usage import encode_lines, reader_lines
 from release.verify import named_paths
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def render_card(
 
     Args:
         repo_id: where it will lie.
-        facts: of release.verify.verify_model.
+        facts: of release.verify.verify_model; `exports`, by kind, of release.exports.
         evidence: of eval.evidence.read_evidence.
         title: heading of the card; None: repo_id.
         license: of the weights, as the Hub writes it.
@@ -77,7 +77,7 @@ def render_card(
     metadata = card_metadata(repo_id, evidence, license, datasets)
     trained = [entry for stage in evidence["stages"] for entry in stage["datasets"]]
     losses = dict.fromkeys(entry.get("loss") for entry in trained)
-    board = in_benchmark(mteb, repo_id)
+    board, exports = in_benchmark(mteb, repo_id), facts.get("exports", {})
     values = {
         "repo_id": repo_id,
         "title": title or repo_id,
@@ -92,6 +92,8 @@ def render_card(
         "start": public_name(recipe.get("model_name_or_path") or ""),
         "example": evidence["example"] or _EXAMPLE,
         "encode_lines": encode_lines(facts),
+        "exports": exports,
+        "export_lines": {kind: reader_lines(kind, facts) for kind in exports},
         "server_pooling": SERVER_POOLING,
         "headline": headline(metrics, board),
         "table": format_table(metrics) if metrics else None,

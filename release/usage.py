@@ -110,3 +110,59 @@ def encode_lines(settings: Mapping[str, Any], adapter: Mapping[str, Any] | None 
     vectors = "torch.nn.functional.normalize(vectors, dim=1)" if settings["normalised"] else "vectors"
     lines = {"max_seq_length": settings["max_seq_length"], "pooled": POOLED[pooling], "vectors": vectors}
     return load + _ENCODE.format(**lines)
+
+
+# What reads an exported file -> the package to import; lines that define `encode(texts, prompt="")` by it, of `file`.
+READERS = {"onnx": "onnxruntime", "openvino": "openvino", "gguf": "xllamacpp"}
+_READ_ONNX = """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(repository)
+session = onnxruntime.InferenceSession(file)
+"""
+# OpenVINO computes in bfloat16 where the processor can, unless it is told
+_READ_OPENVINO = """\
+import openvino
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(repository)
+model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+"""
+_ENCODE_GRAPH = """
+
+def encode(texts, prompt=""):
+    texts = [prompt + text for text in texts]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=%d, return_tensors="np")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return %s
+"""
+_READ_GGUF = """\
+import xllamacpp  # llama.cpp
+
+parameters = xllamacpp.CommonParams()
+parameters.model.path = file
+parameters.embedding = True
+parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = %d
+parameters.n_parallel = 1
+parameters.cpuparams.n_threads = 1  # or as many as cores are free
+parameters.verbosity = 1
+server = xllamacpp.Server(parameters)
+
+
+def encode(texts, prompt=""):
+    found = server.handle_embeddings({"input": [prompt + text for text in texts]})
+    return [row["embedding"] for row in found["data"]]
+"""
+
+
+def reader_lines(kind: str, settings: Mapping[str, Any]) -> str:
+    """Code that defines `encode(texts, prompt="")` by what reads a `kind` of release.exports, of `repository` and
+    `file`, names that are to be defined before.
+    """
+    length = settings["max_seq_length"]
+    if kind == "gguf":
+        return _READ_GGUF % length
+    if kind == "onnx":
+        return _READ_ONNX + _ENCODE_GRAPH % (length, 'session.run(["sentence_embedding"], inputs)[0]')
+    return _READ_OPENVINO + _ENCODE_GRAPH % (length, 'model(inputs)["sentence_embedding"]')

@@ -1,0 +1,300 @@
+"""The same model for other runtimes: ONNX, OpenVINO and GGUF files beside the safetensors, each read by its runtime
+and compared before it is published.
+
+    export("onnx", Path("runs/demo/model"), Path("runs/demo/exports"))      # exports/onnx, and what was compared
+
+The ONNX graph, which OpenVINO's is made of, takes `input_ids` and `attention_mask` and gives `last_hidden_state`, as
+sentence-transformers' own backends read it, and `sentence_embedding`: pooled and of unit length, whatever reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.cli import InputError
+from common.steps import MANIFEST, files_of, fingerprint, folder_step, read_manifest
+from modeling.encoder import without_bars
+from release.gguf_file import write_gguf
+from release.usage import READERS, read_settings, reader_lines
+from release.verify import in_clean_process, made_files
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+RULES = 1  # increase when other files are made of the same model
+# What each format asks for besides the stack, all of it in the extra `export`.
+_NEEDS = {
+    "graph": ("onnx", "onnxscript"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino", "nncf"),
+    "gguf": ("gguf", "xllamacpp"),
+}
+# The lowest cosine to sentence-transformers in float32 at which a file is that model: all that another order of adding
+# explains, then half precision, then 8 bits, where less is told and left out.
+LOWEST = {"float32": 1 - 5e-7, "float16": 1 - 5e-5, "int8": 0.99}
+# file -> its numbers; others beside them (weights outside the graph) belong to the file before them
+FILES = {
+    "onnx": {"onnx/model.onnx": "float32", "onnx/model_quantized.onnx": "int8"},
+    "openvino": {
+        "openvino/openvino_model.xml": "float32",
+        "openvino/openvino_model_qint8_quantized.xml": "int8",
+    },
+    "gguf": {"model-F16.gguf": "float16", "model-Q8_0.gguf": "int8"},
+}
+ONE_FILE = 1_500_000_000  # bytes; a graph of more than 2 GB cannot be one file
+
+
+def export(kind: str, folder: Path, exports: Path) -> dict[str, Any]:
+    """Make, or find made already, `exports/KIND`, and tell of it.
+
+    Args:
+        kind: a key of FILES.
+        folder: a SentenceTransformer that release.verify has found sound.
+
+    Returns:
+        `files` (name in the repository -> file), `compared` (rows of `file`, `numbers`, `cosine`: the lowest over
+        `texts` texts), `left_out` (such rows), `reader` and `version` of what read them.
+
+    Raises:
+        InputError: a package is missing, the format cannot say this model, or a file gives other vectors.
+    """
+    versions = _versions(kind)
+    inputs = {"model": fingerprint(files_of(folder)), "rules": RULES}
+    if kind != "gguf":
+        with folder_step(exports / "graph", inputs | {"versions": _versions("graph")}) as step:
+            if not step.done:
+                print(f"{folder}: tracing the model", file=sys.stderr)
+                with _quiet():
+                    write_graph(folder, step.path / "model.onnx")
+                step.finish()
+    with folder_step(exports / kind, inputs | {"versions": versions}) as step:
+        if not step.done:
+            print(f"{folder}: making {', '.join(FILES[kind])}", file=sys.stderr)
+            with _quiet():
+                _WRITERS[kind](folder if kind == "gguf" else exports / "graph", step.path)
+            step.finish(**_compare(kind, folder, step.path), reader=READERS[kind], version=versions[READERS[kind]])
+    manifest = read_manifest(exports / kind)
+    told = {name: manifest[name] for name in ("compared", "left_out", "texts", "reader", "version")}
+    return {"files": made_files(exports / kind), **told}
+
+
+def _versions(kind: str) -> dict[str, str]:
+    found, missing = {}, []
+    for name in (*_NEEDS[kind], "torch", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise InputError(f"--{kind} needs {', '.join(missing)}; pip install 'graded-embedder[export]'")
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without exporters' remarks on their own code, or anything on stdout, where cards go."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(sys.stderr), without_bars():
+        yield
+    logging.disable(logging.NOTSET)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(graph: Path, target: Path) -> None:
+    """onnx/model.onnx, float32 as in the folder `graph`, and onnx/model_quantized.onnx, whose weights are 8 bits.
+
+    Matrices by blocks of 32, computed with 8-bit activations, and the embedding by rows. onnxruntime's dynamic
+    quantisation, one scale for all activations of a matrix, is faster and loses far more: see docs/serving.md.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    whole, quantized = (target / name for name in FILES["onnx"])
+    # no hard links: onnx refuses such weights beside a graph
+    shutil.copytree(graph, whole.parent, ignore=shutil.ignore_patterns(MANIFEST))
+    large = sum(path.stat().st_size for path in whole.parent.iterdir()) > ONE_FILE
+    quantizer = MatMulNBitsQuantizer(onnx.load(whole), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    with tempfile.TemporaryDirectory(dir=target.parent) as elsewhere:
+        matrices = Path(elsewhere, "matrices.onnx")
+        quantizer.model.save_model_to_file(str(matrices), use_external_data_format=large)
+        embedding = {"op_types_to_quantize": ["Gather"], "weight_type": QuantType.QInt8, "per_channel": True}
+        quantize_dynamic(matrices, quantized, **embedding, use_external_data_format=large)
+
+
+def write_openvino(graph: Path, target: Path) -> None:
+    """The same by OpenVINO: weights alone in 8 bits, activations in float32."""
+    # both send statistics about their use, without asking in nncf's case, unless this package is missing
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import nncf
+    import openvino
+
+    whole, compressed = (target / name for name in FILES["openvino"])
+    whole.parent.mkdir()
+    model = openvino.convert_model(graph / "model.onnx")
+    del model.rt_info["conversion_parameters"]  # they name this machine's folders
+    openvino.save_model(model, whole, compress_to_fp16=False)
+    model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    openvino.save_model(model, compressed, compress_to_fp16=False)
+
+
+def write_ggufs(folder: Path, target: Path) -> None:
+    for name in FILES["gguf"]:
+        write_gguf(folder, target / name, name.removesuffix(".gguf").partition("-")[2])
+
+
+_WRITERS = {"onnx": write_onnx, "openvino": write_openvino, "gguf": write_ggufs}
+
+
+def write_graph(folder: Path, path: Path) -> None:
+    """The whole model in float32 as an ONNX graph; beyond ONE_FILE its weights lie in path + "_data"."""
+    import onnx_ir
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    settings = read_settings(folder)
+    if not settings["include_prompt"]:
+        raise InputError(
+            f"{folder}: its mean leaves the prompt out, and no graph knows where a prompt ends; publish it without "
+            "--onnx and --openvino"
+        )
+    # eager attention: half again as fast in ONNX Runtime as the scaled-dot-product kind
+    loading = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs=loading, local_files_only=True)
+    model.eval().requires_grad_(False)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.onnx.export(
+        _whole_model(model),
+        (torch.ones_like(mask), mask),
+        dynamo=True,
+        input_names=["input_ids", "attention_mask"],
+        output_names=["last_hidden_state", "sentence_embedding"],
+        dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+        verbose=False,
+    )
+    graph = program.model
+    for node in graph.graph.all_nodes():
+        node.metadata_props.clear()  # lines of this machine's files
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    onnx_ir.save(graph, path, external_data=f"{path.name}_data" if size > ONE_FILE else None)
+
+
+def _whole_model(model: SentenceTransformer) -> torch.nn.Module:
+    import torch
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.modules_after = model[0].model, torch.nn.ModuleList(list(model)[1:])
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            features = {"token_embeddings": states, "attention_mask": attention_mask}
+            for module in self.modules_after:
+                features = module(features)
+            return states, features["sentence_embedding"]
+
+    return Whole().eval()
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def _compare(kind: str, folder: Path, target: Path) -> dict[str, Any]:
+    """Facts for the manifest: `compared`, `left_out`, `texts`. Deletes what is left out.
+
+    Raises InputError where a file that should be the model gives other vectors.
+    """
+    expected = in_clean_process(describe_expected, folder, library="sentence-transformers")
+    settings = read_settings(folder)
+    # llama.cpp refuses longer texts instead of cutting them
+    texts = [
+        text for text, is_cut in zip(expected["texts"], expected["cut"], strict=True) if not is_cut or kind != "gguf"
+    ]
+    vectors = dict(zip(expected["texts"], expected["vectors"], strict=True))
+    compared, left_out = [], []
+    for name, numbers in FILES[kind].items():
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as stream:
+            json.dump(texts, stream)
+            stream.flush()
+            lines = reader_lines(kind, settings)
+            arguments = (folder, target / name, Path(stream.name), lines)
+            found = in_clean_process(describe_exported, *arguments, library=READERS[kind])["vectors"]
+        row = {"file": name, "numbers": numbers, "cosine": lowest_cosine([vectors[text] for text in texts], found)}
+        if row["cosine"] >= LOWEST[numbers]:
+            compared.append(row)
+            continue
+        problem = (
+            f"{name}: its vectors have a cosine of {row['cosine']:.4f} to the model's, less than {LOWEST[numbers]}"
+        )
+        if numbers != "int8":
+            raise InputError(f"{folder}: {problem}, in {READERS[kind]}; publish it without --{kind}")
+        print(f"{folder}: {problem}; left out", file=sys.stderr)
+        left_out.append(row)
+        for path in (target / name).parent.glob(Path(name).stem + ".*"):
+            path.unlink()
+    return {"compared": compared, "left_out": left_out, "texts": len(texts)}
+
+
+def lowest_cosine(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
+    """The lowest cosine of two vectors in the same row; -1 where one is no number.
+
+    >>> lowest_cosine([[1, 0], [0, 2]], [[3, 0], [0, 1]]), lowest_cosine([[1.0]], [[float("nan")]])
+    (1.0, -1.0)
+    """
+    one, other = (np.array(rows, dtype=np.float64) for rows in (first, second))
+    cosines = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+    return float(np.nan_to_num(cosines, nan=-1.0).min())
+
+
+def describe_expected(path: str) -> dict:
+    """Texts, with and without each of the reference's prompts, and their vectors by sentence-transformers in float32,
+    each text alone; `cut`: which are longer than the model reads. Runs alone.
+    """
+    import json
+
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    loading = {"dtype": torch.float32}
+    model = SentenceTransformer(path, device="cpu", model_kwargs=loading, local_files_only=True)
+    with open(f"{path}/reference_vectors.json", encoding="utf-8") as stream:
+        entries = json.load(stream)["vectors"]
+    prompts = dict.fromkeys(model.prompts[entry["prompt_name"]] if entry["prompt_name"] else "" for entry in entries)
+    texts = list(dict.fromkeys(entry["text"] for entry in entries))
+    texts += ["", "a", "In 2024, 12345 of  them;   it's 3.5 %!", "a long text " * model.max_seq_length]
+    texts = [prompt + text for prompt in prompts for text in texts]
+    lengths = [len(ids) for ids in model.tokenizer(texts, verbose=False)["input_ids"]]
+    return {
+        "texts": texts,
+        "vectors": [model.encode(text).tolist() for text in texts],
+        "cut": [length > model.max_seq_length for length in lengths],
+    }
+
+
+def describe_exported(path: str, file: str, texts: str, lines: str) -> dict:
+    """The vectors of all texts in the JSON file `texts`, in one batch, by the card's lines. Runs alone."""
+    import json
+
+    names = {"repository": path, "file": file}
+    exec(lines, names)
+    with open(texts, encoding="utf-8") as stream:
+        found = names["encode"](json.load(stream))
+    return {"vectors": [[float(number) for number in vector] for vector in found]}
