@@ -73,6 +73,8 @@ def test_published_with_a_card_that_tells_what_read_them(run, tmp_path, capsys):
         assert [row[:2] for row in rows] == list(FILES[kind].items())
         assert all(float(cosine) > 0.99 and int(texts) >= 14 for *_, cosine, texts in rows)
     assert "llama.cpp" not in card
+    needed = re.findall(r'^(?:file = )?hf_hub_download\(repository, "(.*?)"\)', card, flags=re.MULTILINE)
+    assert needed == ["onnx/model.onnx", "openvino/openvino_model.xml", "openvino/openvino_model.bin"]
     # nothing of this machine is in what is published: graphs hold lines of source files, if they are let
     files = [path for path in (run / "exports").rglob("*") if path.suffix in (".onnx", ".xml", ".bin")]
     assert len(files) == 7  # with the graph that both are made of
