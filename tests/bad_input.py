@@ -144,6 +144,8 @@ dense.model: https://hub/org/name         | no such folder or file, and no Hub i
 dense.model: org/none                     | model 'org/none': not a local folder
 dense.model: package:none_of_that         | no installed package
 dense.model: package:numpy                | the package holds no model
+source.queries: {kind: generate, model: x} | holds queries already; leave source.queries out, or name the
+source.queries: {kind: generate, model: x, per_document: 0} | 'source.queries.per_document' is 0
 source.split: dev                         | split 'dev': no query with a positive document
 source.eval_splits: [train]               | cannot be an eval split too
 source: {kind: hub, dataset: org/none}    | dataset 'org/none': not a local folder, and the Hub did not serve it
