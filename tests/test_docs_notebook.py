@@ -9,12 +9,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "quickstart.ipynb"
 # What makes it quick here: fewer questions and steps.
-SHORTER = {
-    "runs/quickstart": "{folder}",
-    "os pathlib shutil": "shutil",
-    "statistics random datetime argparse": "random",
-}
-SHORTER |= {" asyncio subprocess email.message": "", "max_steps: 20": "max_steps: 2"}
+SHORTER = {"runs/quickstart": "{folder}", "os pathlib shutil": "shutil", "statistics random datetime": "random"}
+SHORTER |= {"max_steps: 12": "max_steps: 2"}
 
 
 def texts(cell) -> str:
