@@ -291,7 +291,7 @@ def kill_one_worker():
 threading.Thread(target=kill_one_worker, daemon=True).start()
 run(main, sys.argv[1:])
 """
-    command = ["--config", str(recipe), "--output_dir", str(tmp_path / "ray"), "--engine", "ray"]
+    command = ["--config", str(recipe), "--output_dir", str(tmp_path / "ray"), "--engine", "ray", "--ray.workers", "1"]
     root = Path(__file__).parents[1]
     answer = subprocess.run([sys.executable, "-c", script, *command], cwd=root, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-3000:]
