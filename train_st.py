@@ -66,7 +66,7 @@ from common.cli import InputError, run
 from common.steps import MANIFEST, Step, link_files
 from modeling.arguments import MergeArguments, recipe_keys
 from modeling.ledger import closing_line, write_ledger, write_log
-from modeling.processes import joint_step, launched_with, processes, refuse_shards
+from modeling.processes import joint_step, keep_freed_memory, launched_with, processes, refuse_shards
 from modeling.recipe import Recipe, Stage, read_recipe, write_recipe, write_stages
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
             shutil.rmtree(logs / stage.name, ignore_errors=True)  # of a run that this one does not go on with
     processes().wait_for_everyone()
     encoder, base = build_model(stage, start)
+    if encoder.device.type == "cpu":
+        keep_freed_memory()
     with logs_in(logs, stage.name):
         trainer = build_trainer(stage, encoder, data, checkpoints)
         cut = cut_texts(stage, data, encoder.tokenizer)

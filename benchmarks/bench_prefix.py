@@ -88,7 +88,10 @@ class Side:
 def main(argv: Sequence[str]) -> None:
     import torch
 
+    from modeling.processes import keep_freed_memory
+
     args = _parse(argv)
+    keep_freed_memory()  # as train_st.py does, for all sides
     print(environment("sentence-transformers", "transformers", "torch", "peft"), flush=True)
     rate = matmul_rate() if args.device == "cuda" else None
     if rate:

@@ -2,6 +2,10 @@
 
 import contextlib
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +30,7 @@ DOCUMENTS = [
 ]
 LABELS = torch.tensor([[0.9, 0.2], [0.8, 0.4], [0.7, 0.1], [0.9, 0.5]])
 EVERYTHING = 1 << 40
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(params=["all weights", "LoRA with dropout"])
@@ -109,3 +114,26 @@ def test_what_a_graph_keeps_by_hand():
     with saved_bytes(layers) as sizes:
         layers(torch.ones(3, 4)).sum()
     assert sum(sizes.values()) == 4 * 3 * (4 + 8)  # what both layers read; the sigmoid keeps what it gives
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept():
+    program = """
+import resource
+import numpy as np
+from modeling.processes import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        np.ones(2 << 20)  # 16 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+np.ones(2 << 20)
+print(first, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 20, (before, after)
