@@ -6,7 +6,7 @@ RUN := runs/demo
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo release-demo real evidence evidence-gpu test docs lint bench clean
+.PHONY: demo release-demo real evidence evidence-gpu test test-browser docs lint bench clean
 
 # From raw text to a searchable model. Every step skips what is already done, so a killed demo is resumed by `make demo`.
 demo: .venv/installed
@@ -57,6 +57,11 @@ evidence evidence-gpu: .venv/installed
 # Two processes of one thread each: a file's tests share what they build, so they stay together.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The pages in a real browser; make test runs this, too, where Chromium is on the PATH (apt-get install chromium).
+test-browser: .venv/installed
+	@command -v chromium google-chrome >/dev/null || { echo "error: no chromium on the PATH; install it first" >&2; exit 2; }
+	$(BIN)/python -m pytest tests/test_common_pages.py -k browser
 
 # docs/keys.md: what the three commands print of their keys.
 docs: .venv/installed

@@ -78,7 +78,22 @@ class Tables:
         if split not in self.made:
             return self._read(split)
         table = self._read(self.asked[0])
-        return table.filter(self.deal(self._asked_keys(table)) == split)
+        keys = self._asked_keys(table)
+        sides = self.deal(keys)
+        kept = table.filter(sides == split)
+        return self._without_answers(kept, keys.filter(sides != split)) if split == self.asked[0] else kept
+
+    def _without_answers(self, table: pl.DataFrame, held_out: pl.Series) -> pl.DataFrame:
+        """Rows to train on, less those whose positive is a query held out, as where questions answer questions."""
+        if self.layout != "pairs":
+            return table
+        texts = table["positive"] if table.schema["positive"] == pl.List else table["positive"].reshape((-1, 1))
+        places = pl.DataFrame({"row": table["row"], "text": texts}).explode("text").drop_nulls()
+        shown = places.filter(text_keys(places["text"]).is_in(held_out.unique().implode()))
+        if len(shown):
+            left_out = f"{shown['row'].n_unique():,} rows left out, their positive is a query held out"
+            tqdm.write(f"{self.where(self.asked[0])}: {left_out}", file=sys.stderr)
+        return table.join(shown, on="row", how="anti")
 
     @cached_property
     def made(self) -> tuple[str, ...]:

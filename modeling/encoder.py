@@ -41,6 +41,7 @@ POOLING = {
     "weighted_mean": {"pooling_mode": "weightedmean"},  # by position, 1, 2, ... (SGPT, arXiv 2202.08904, equation 2)
 }
 UNLIMITED = 10**6
+BAR_FROM = 4 * 2**30  # bytes of weights whose saving shows a bar: below, it takes seconds
 
 
 def build_encoder(
@@ -289,7 +290,8 @@ def save(encoder: SentenceTransformer, folder: Path) -> None:
     tokenizer = encoder.tokenizer.backend_tokenizer
     tokenizer.no_truncation()  # the file would hold the length and the padding that the last batch asked for
     tokenizer.no_padding()
-    with without_bars():
+    size = sum(weight.nbytes for weight in encoder.parameters())
+    with without_bars() if size < BAR_FROM else contextlib.nullcontext():  # transformers' own bar, one step a file
         encoder.save_pretrained(str(folder), create_model_card=False)
     path = folder / "sentence_bert_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

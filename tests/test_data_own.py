@@ -218,6 +218,19 @@ def test_a_hold_out_makes_what_is_missing_and_keeps_texts_of_pairs_together(tmp_
     assert {split for *_, split in judged(beir, holdout=0.3)} == {"train", "validation", "test"}
 
 
+def test_a_row_that_answers_with_a_question_held_out_is_not_trained_on(tmp_path, capsys):
+    """Questions that answer questions, each a query once and a positive once: a ring, texts and lists alike."""
+    for number, answer in enumerate((lambda row: f"question {row}", lambda row: [f"question {row}", "said"])):
+        rows = [{"question": f"question {row}", "answer": answer((row + 1) % 200)} for row in range(200)]
+        found = judged(write(tmp_path / f"rows{number}.jsonl", rows), holdout=0.1)
+        held_out = {query for query, *_, split in found if split != "train"}
+        trained = [(query, text) for query, text, *_, split in found if split == "train"]
+        assert 15 < len(held_out) < 80 and held_out.isdisjoint(text for pair in trained for text in pair)
+        followed = {f"question {(int(query.split()[1]) - 1) % 200}" for query in held_out} - held_out
+        assert len({query for query, _ in trained}) == 200 - len(held_out) - len(followed)
+        assert f"{len(followed)} rows left out, their positive is a query held out" in capsys.readouterr().err
+
+
 PAIR = "question,answer\n"
 BAD = {
     "one column": ("x.csv", "question\nwhy\n", {}, r"x\.csv: columns question \(is its separator a comma"),
