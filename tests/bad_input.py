@@ -309,6 +309,14 @@ MTEB_FLAGS = """
 --batch_size 0            | argument --batch_size: '0' is no whole
 --model org/none          | not a local folder, and the Hub did not serve it
 """
+FROZEN_FLAGS = """
+--tasks STSBenchmar       | Did you mean: 'STSBenchmark'
+--tasks ArguAna           | task ArguAna: demonstrations are read from local data
+--data_root none          | none/stsb/test.parquet: no such file, task STSBenchmark needs it
+--templates bert          | invalid choice: 'bert'
+--shots many              | invalid int value: 'many'
+--num_hidden_layers 0     | argument --num_hidden_layers: '0' is no whole
+"""
 METRICS = {"key": "k", "command": "c", "run": "..", "data": "../data", "split": "test", "measures": ["nDCG@10"]}
 METRICS |= {"counts": {"queries": 3, "documents": 6}, "baseline": "bm25", "compared": "nDCG@10", "not_evaluated": []}
 METRICS |= {"systems": [{"name": "x", "kind": "model", "nDCG@10": 0.5}], "versions": {}}

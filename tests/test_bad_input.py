@@ -51,6 +51,7 @@ RUN = ["--run", ".", "--data", "data", "--output_dir", "out"]
 RECIPE = ["--config", "recipe.yaml", "--output_dir", "out"]
 REPORT = ["results", "--output_dir", "out"]
 SEARCH = ["how do i", "--model", "model", "--data", "data"]
+FROZEN = ["--model", "model", "--output_dir", "out", "--tasks", "STSBenchmark", "--data_root", "data"]
 MTEB = ["--model", "model", "--output_dir", "out", "--tasks", "STSBenchmark"]
 COMMANDS = {
     "build": Command(
@@ -60,6 +61,7 @@ COMMANDS = {
     "retrieval": Command("eval.retrieval", "run_inputs", RUN, "", bad.RETRIEVAL_FLAGS, bad.RETRIEVAL_FILES),
     "search": Command("eval.search", "run_inputs", SEARCH, "", bad.SEARCH_FLAGS, bad.BAD_MODEL),
     "run_mteb": Command("eval.run_mteb", "run_inputs", MTEB, "", bad.MTEB_FLAGS, bad.BAD_MODEL),
+    "frozen": Command("eval.frozen", "run_inputs", FROZEN, "", bad.FROZEN_FLAGS),
     "ablate": Command("eval.ablate", "ablation_inputs", RECIPE, bad.ABLATE_KEYS, "", bad.RECIPE_FILES),
     "report": Command("eval.report", "run_inputs", REPORT, "", "--x | --x", bad.REPORT_FILES),
     "model_meta": Command("eval.model_meta", "run_inputs", ["--run", ".", "--dry_run"], "", bad.META_FLAGS),

@@ -20,6 +20,7 @@ label = st.floats(0.01, 0.99)
 candidates = st.lists(st.tuples(label, st.booleans()), max_size=30)
 
 
+@given(candidates, label, st.floats(0.1, 1), st.integers(1, 8), st.sampled_from(["top", "random"]))
 def test_contract_3_holds_for_whatever_is_chosen(rows, positive, margin, wanted, strategy):
     labels, forbidden = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], bool)
     keys = {"margin": margin, "num_negatives": wanted, "strategy": strategy, "rng": np.random.default_rng(0)}

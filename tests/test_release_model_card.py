@@ -140,7 +140,9 @@ def test_card_has_recipe_costs_data_and_scores(card):
         assert line in card, line
     assert card.index("## Use") < card.index("## Evaluation") < card.index("## Training") < card.index("## Limits")
     listed = re.findall(r"^\| `(\S+)` \| `\"Instruct: ", card, flags=re.MULTILINE)
-    assert sorted(listed) == sorted(name for name, prompt in PROMPTS.items() if prompt) and len(listed) == 42
+    assert (
+        sorted(listed) == sorted(name for name, prompt in PROMPTS.items() if prompt) and len(listed) == 41 + 15 + 6 + 1
+    )
 
 
 def test_the_example_is_of_the_training_data(card, graded_data):
