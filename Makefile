@@ -58,10 +58,11 @@ evidence evidence-gpu: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The pages in a real browser; make test runs this, too, where Chromium is on the PATH (apt-get install chromium).
+# The pages in a real browser, driven by playwright; Chromium must be on the PATH (apt-get install chromium).
 test-browser: .venv/installed
 	@command -v chromium google-chrome >/dev/null || { echo "error: no chromium on the PATH; install it first" >&2; exit 2; }
-	$(BIN)/python -m pytest tests/test_common_pages.py -k browser
+	$(BIN)/pip install --quiet playwright==1.65.2
+	$(BIN)/python -m pytest tests/test_common_pages.py
 
 # docs/keys.md: what the three commands print of their keys.
 docs: .venv/installed

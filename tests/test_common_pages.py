@@ -53,3 +53,38 @@ def test_a_browser_shows_the_rows_from_a_file(tmp_path):
     assert done.stdout.count("<details>") == 20 and "30 of 30 rows, here 1 to 20" in done.stdout, done.stderr
     assert "row 0 &lt;b&gt;" in done.stdout and "&lt;i&gt;&amp;amp; one&lt;/i&gt;" in done.stdout
     assert "all 30</option>" in done.stdout and "<h1>A &lt;page&gt;</h1>" in done.stdout
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+def test_a_reader_searches_filters_and_turns_pages_by_keyboard(tmp_path):
+    """Found by role and name, as a screen reader finds them; no request leaves the file."""
+    api = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
+    rows = [
+        Row(
+            title=f"row {n}",
+            facts="",
+            tags=["odd"] * (n % 2),
+            documents=[{"document": "positive", "text": f"text {n}"}],
+        )
+        for n in range(50)
+    ]
+    write_page(tmp_path / "index.html", "Rows", "Look", {}, rows)
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "index.html").as_uri())
+        shown = page.get_by_role("list").last.locator("details")
+        assert shown.count() == 20 and "50 of 50 rows" in page.inner_text("main")
+        page.get_by_label("Show").select_option("odd")
+        assert shown.count() == 20 and "25 of 50 rows" in page.inner_text("main")
+        page.get_by_role("button", name="Next 20").press("Enter")
+        assert shown.count() == 5
+        page.get_by_role("searchbox", name="Text contains").press_sequentially("text 31")
+        assert shown.count() == 1 and "row 31" in shown.first.inner_text()
+        assert not shown.first.locator("text=positive").is_visible()
+        shown.first.locator("summary").press("Enter")
+        assert shown.first.get_by_text("text 31").is_visible()
+        browser.close()
+    assert asked == [(tmp_path / "index.html").as_uri()]
