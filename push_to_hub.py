@@ -49,6 +49,7 @@ REPLACED = {
         "onnx/*.onnx*",
         "openvino/openvino_model*",
         "*.gguf",
+        "runs/*/events.out.tfevents.*",
     ),
     "dataset": ("*.parquet", "*/*.parquet", "assets/*.png"),
 }
@@ -97,6 +98,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
         kind.add_argument("--tag", help="name for the commit that holds the files")
         kind.add_argument("--dry_run", action="store_true", help="verify and render, upload nothing; needs no network")
         kind.add_argument("--output_dir", help="write the card there as README.md")
+    events = (
+        "publish the training's event files: the repository gets a tab of curves (they hold your arguments as text)"
+    )
+    model.add_argument("--tensorboard", action="store_true", help=events)
     model.add_argument(
         "--adapter",
         nargs="?",
@@ -166,11 +171,18 @@ def prepare_model(args: Namespace) -> list[Release]:
     facts = verify_model(folder)
     exports = {kind: export(kind, folder, run_folder / "exports") for kind in FILES if getattr(args, kind)}
     facts["exports"] = exports
+    events = sorted((run_folder / "logs").rglob("*tfevents*")) if args.tensorboard else []
+    if args.tensorboard and not events:
+        raise InputError(f"{run_folder / 'logs'}: no event files of TensorBoard; train with report_to: [tensorboard]")
+    facts["tensorboard"] = bool(events)
     shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
     card = render_card(args.repo_id, facts, evidence, **shown)
     for made in exports.values():
         files |= made["files"]
-    files |= {**evidence["pictures"], CARD: card.encode()}
+    # TensorBoard's own names hold the machine's
+    files |= {f"runs/{path.parent.name}/events.out.tfevents.{number}": path for number, path in enumerate(events)}
+    files |= evidence["pictures"]
+    files[CARD] = card.encode()
     if relevance := (final_row(evidence["metrics"]) or {}).get("relevance"):
         files["relevance.json"] = json.dumps(relevance, indent=2).encode()
     releases = [Release(args.repo_id, "model", "Merged model", files)]

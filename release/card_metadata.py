@@ -16,9 +16,13 @@ _METRIC_TYPES = {"nDCG@10": "ndcg_at_10", "R@100": "recall_at_100", "RR": "mrr_a
 
 
 def card_metadata(
-    repo_id: str, evidence: Mapping[str, Any], license: str | None = None, datasets: Sequence[str] = ()
+    repo_id: str,
+    evidence: Mapping[str, Any],
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    tensorboard: bool = False,
 ) -> ModelCardData:
-    """The card's YAML. Local folders are left out: nobody else could open them.
+    """The card's YAML. Local folders are left out: nobody else could open them. `tensorboard`: event files are there.
 
     The Hub knows four relations to a base: adapter, merge (of several), quantized and finetune
     (https://huggingface.co/docs/hub/model-cards#specifying-a-base-model). LoRA merged into its base is a finetune.
@@ -35,6 +39,7 @@ def card_metadata(
         tags=[
             *("sentence-transformers", "feature-extraction", "dense", "text-embeddings", "graded-embedder"),
             *(["mteb"] if evidence["mteb"] else []),
+            *(["tensorboard"] if tensorboard else []),
             *(["matryoshka"] if matryoshka_dims(evidence["stages"]) else []),
         ],
         datasets=list(dict.fromkeys([*datasets, *filter(None, map(hub_id, evidence["data"]))])) or None,

@@ -63,7 +63,8 @@ def render_card(
 
     Args:
         repo_id: where it will lie.
-        facts: of release.verify.verify_model; `exports`, by kind, of release.exports.
+        facts: of release.verify.verify_model; `exports`, by kind, of release.exports; `tensorboard`: whether event
+            files are published.
         evidence: of eval.evidence.read_evidence.
         title: heading of the card; None: repo_id.
         license: of the weights, as the Hub writes it.
@@ -74,7 +75,7 @@ def render_card(
         InputError: metadata that the Hub would read otherwise.
     """
     recipe, metrics, ablation, mteb = (evidence[name] for name in ("recipe", "metrics", "ablation", "mteb"))
-    metadata = card_metadata(repo_id, evidence, license, datasets)
+    metadata = card_metadata(repo_id, evidence, license, datasets, facts.get("tensorboard", False))
     trained = [entry for stage in evidence["stages"] for entry in stage["datasets"]]
     losses = dict.fromkeys(entry.get("loss") for entry in trained)
     board, exports = in_benchmark(mteb, repo_id), facts.get("exports", {})
@@ -93,6 +94,7 @@ def render_card(
         "example": evidence["example"] or _EXAMPLE,
         "encode_lines": encode_lines(facts),
         "exports": exports,
+        "tensorboard": facts.get("tensorboard", False),
         "export_lines": {kind: reader_lines(kind, facts) for kind in exports},
         "server_pooling": SERVER_POOLING,
         "headline": headline(metrics, board),

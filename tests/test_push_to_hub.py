@@ -247,6 +247,23 @@ def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_event_files_are_published_where_the_hub_looks_for_them(run_folder):
+    arguments = push_to_hub._parse(["model", str(run_folder / "model"), NAME, "--tensorboard", "--dry_run"])
+    with pytest.raises(InputError, match="logs: no event files of TensorBoard; train with report_to"):
+        push_to_hub.prepare_model(arguments)
+    events = run_folder / "logs" / "sts" / "events.out.tfevents.1.host.2.0"
+    events.parent.mkdir(parents=True)
+    events.write_bytes(b"x")
+    [release] = push_to_hub.prepare_model(arguments)
+    assert release.files["runs/sts/events.out.tfevents.0"] == events
+    card = ModelCard(release.files["README.md"].decode())
+    assert "tensorboard" in card.data.tags and f"(https://huggingface.co/{NAME}/tensorboard)" in card.text
+    [plain] = push_to_hub.prepare_model(push_to_hub._parse(["model", str(run_folder / "model"), NAME, "--dry_run"]))
+    assert not [name for name in plain.files if name.startswith("runs/")]
+    assert "ensorboard" not in plain.files["README.md"].decode().replace("report_to", "")
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     flags = ["--adapter", "--datasets", "org/graded", "--dry_run", "--output_dir", str(tmp_path / "card")]
