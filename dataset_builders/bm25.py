@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 QUERY_BLOCK = 64  # queries whose scores of a part are in memory at a time
 COLUMNS = 1 << 26  # bytes of scores of a part's most frequent terms that are kept by document
+_STOP = -2  # the place of a word that is no term
 TEXT_BLOCK = 4096  # texts whose words are in memory at a time
 # How often a term (by its place in the vocabulary) occurs in a document (by its place in the part). Term -1 stands
 # for all terms: its count is the document's length.
-_STOP = -2
 POSTING = np.dtype([("term", np.int32), ("document", np.int32), ("count", np.int32)])
 # Thai and Lao, Burmese, Khmer; Japanese kana; Han characters with their iteration marks
 _SPACELESS = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\uff66-\uff9f"

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Pooled at the last token. MetaEOL asks for four aspects and averages; the wording of the four is ours.
-_EOL = 'his sentence : "{text}" means in one word:"'
+_SUMMED_UP = 'sentence : "{text}" means in one word:"'
 TEMPLATES = {
-    "promptEOL": [f"T{_EOL}"],  # Jiang et al., arXiv 2307.16645
+    "promptEOL": [f"This {_SUMMED_UP}"],  # Jiang et al., arXiv 2307.16645
     "echo": ["Rewrite the sentence: {text}, rewritten sentence: {text}"],  # Springer et al., arXiv 2402.15449
     "metaEOL": [  # Lei et al., arXiv 2402.18458
-        f"In this task you are given a sentence and {aspect}. For this task, t{_EOL}"
+        f"In this task you are given a sentence and {aspect}. For this task, this {_SUMMED_UP}"
         for aspect in (
             "name its general topic",
             "name the feeling that it expresses",

@@ -48,7 +48,12 @@ def main(argv: Sequence[str]) -> None:
     model = load_for_mteb(args.model)
     if args.shots:
         show_demonstrations(model, args.shots)
-    if hasattr(model, "model"):  # else by an API, or by code of the model's own
+    is_encoder = hasattr(model, "model")  # else it runs by an API, or by code of its own in mteb
+    if not is_encoder and (args.estimate or args.share_prefix):
+        raise InputError(
+            f"{args.model}: mteb does not run it by sentence-transformers; leave out --estimate and --share_prefix"
+        )
+    if is_encoder:
         print(estimate(model.model, tasks), file=sys.stderr)
     if args.estimate:
         return
@@ -81,13 +86,15 @@ def _parse(argv: Sequence[str]):
 
 def estimate(model: SentenceTransformer, tasks: Sequence[AbsTask]) -> str:
     """A table of what the tasks cost."""
+    from modeling.encoder import UNLIMITED
+
     parameters = sum(weight.numel() for weight in model.parameters())
     embedding = getattr(model[0], "model", model[0])
     embedding = embedding.get_input_embeddings() if hasattr(embedding, "get_input_embeddings") else None
     parameters -= embedding.weight.numel() if embedding is not None else 0
     prompts = [prompt for prompt in model.prompts.values() if prompt]
     prompt_tokens = round(sum(len(prompt) for prompt in prompts) / max(len(prompts), 1) / CHARACTERS_PER_TOKEN)
-    return format_cost(tasks, parameters, model.max_seq_length or 10**6, prompt_tokens)
+    return format_cost(tasks, parameters, model.max_seq_length or UNLIMITED, prompt_tokens)
 
 
 def load_tasks(benchmark: str | None, names: Sequence[str] | None, data_root: Path | None = None) -> list[AbsTask]:

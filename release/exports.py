@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.cli import InputError
+from common.models import without_bars
 from common.steps import MANIFEST, files_of, fingerprint, folder_step, read_manifest
-from modeling.encoder import without_bars
 from release.gguf_file import write_gguf
 from release.usage import READERS, read_settings, reader_lines
 from release.verify import in_clean_process, made_files
@@ -99,7 +99,7 @@ def _versions(kind: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise InputError(f"--{kind} needs {', '.join(missing)}; pip install 'graded-embedder[export]'")
+        raise InputError(f"--{kind} needs {', '.join(missing)}; pip install '.[export]' in this repository")
     return found
 
 
@@ -107,9 +107,11 @@ def _versions(kind: str) -> dict[str, str]:
 def _quiet() -> Iterator[None]:
     """Without exporters' remarks on their own code, or anything on stdout, where cards go."""
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(sys.stderr), without_bars():
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(sys.stderr), without_bars():
+            yield
+    finally:  # what fails is told as ever
+        logging.disable(logging.NOTSET)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
