@@ -48,7 +48,7 @@ def inspect(argv: Sequence[str]) -> None:
     if options.output and options.output.exists():
         raise InputError(f"--output {options.output}: is there already; name another file")
     look = parse_recipe(Look, {"source": {"kind": "local", "path": options.inspect}}, options.inspect, flags)
-    source = with_splits(look.source)
+    source, rows = with_splits(look.source)
     tables = FileTables(find_source(source.path, None), source.searched, source)
     task_type, instruction = TASKS[tables.layout]
     print(f"{tables.path}: {tables.layout}, for task_type {task_type}")
@@ -58,11 +58,8 @@ def inspect(argv: Sequence[str]) -> None:
         texts = {name: shown[name] for name in ("sentence1", "sentence2")}
         print(f"{source.split}: {len(shown):,} pairs")
     else:
-        rows = read_rows(source, None)
-        shown, texts = (
-            judged_texts(rows, source.split),
-            {"query": rows.queries["text"], "document": rows.documents["text"]},
-        )
+        shown = judged_texts(rows, source.split)
+        texts = {"query": rows.queries["text"], "document": rows.documents["text"]}
         for split, count in rows.qrels.group_by("split").agg(pl.col("query_id").n_unique()).sort("split").rows():
             print(f"{split}: {count:,} queries")
         print(f"{len(rows.documents):,} documents, {len(rows.qrels):,} judgements")
@@ -86,23 +83,28 @@ def inspect(argv: Sequence[str]) -> None:
     print(f"\nnext: python -m dataset_builders.build --config {options.output} --output_dir runs/own/data")
 
 
-def with_splits(source: LocalSource) -> LocalSource:
-    """The source with the splits that it has, and a hold-out where it lacks them and is large enough for one."""
+def with_splits(source: LocalSource) -> tuple[LocalSource, Rows | None]:
+    """The source with the splits that it has, or with a hold-out where it is large enough for one.
+
+    Its rows come with it, unless they are graded pairs.
+    """
     tables = FileTables(find_source(source.path, None), (source.split,), source)
     if tables.layout == "corpus":
         tables.read_part("qrels")
     if source.split not in map(tables.asked_as, tables.splits):
         source = source.model_copy(update={"split": tables.splits[0]})
     there = tuple(name for name in HELD_OUT if name in tables.splits and name != source.split)
-    if there or source.holdout or tables.layout == "graded_pairs":
-        return source if source.holdout else source.model_copy(update={"eval_splits": there})
-    held = LocalSource(**{**source.model_dump(exclude={"eval_splits"}), "holdout": HOLDOUT})
-    try:
-        read_rows(held, None, tell=False)
-    except InputError:
-        print(f"too few rows for a hold-out of {HOLDOUT}: without validation and test nothing can be measured")
-        return source
-    return held
+    if not source.holdout:
+        source = source.model_copy(update={"eval_splits": there})
+    if tables.layout == "graded_pairs":
+        return source, None
+    if not there and not source.holdout:
+        held = LocalSource(**{**source.model_dump(exclude={"eval_splits"}), "holdout": HOLDOUT})
+        try:
+            return held, read_rows(held, None)
+        except InputError:
+            print(f"too few rows for a hold-out of {HOLDOUT}: without validation and test nothing can be measured")
+    return source, read_rows(source, None)
 
 
 def judged_texts(rows: Rows, split: str) -> pl.DataFrame:

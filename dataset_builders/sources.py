@@ -265,14 +265,13 @@ def check_task_type(task_type: str, source: Source, data_root: str | None) -> No
         raise InputError(f"task_type {task_type!r}: the source holds {layout!r}, which is for {fitting}")
 
 
-def read_rows(source: Source, data_root: str | None, tell: bool = True) -> Rows:
+def read_rows(source: Source, data_root: str | None) -> Rows:
     """Documents, queries and qrels. Raises InputError at the first row that cannot be used."""
     if source.kind == "pydocs":
         return _read_pydocs(source)
     tables = open_tables(source, data_root)
     rows = read_layout(tables, source.searched, Draw(source.num_pairs, source.seed))
-    if tell:
-        tables.tell()
+    tables.tell()
     return rows
 
 

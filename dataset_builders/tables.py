@@ -77,11 +77,16 @@ class Tables:
         """The layout's columns: texts or lists of texts, a score as float64; and `row`."""
         if split not in self.made:
             return self._read(split)
-        table = self._read(self.asked[0])
-        keys = self._asked_keys(table)
-        sides = self.deal(keys)
+        table, keys, sides = self._dealt
         kept = table.filter(sides == split)
         return self._without_answers(kept, keys.filter(sides != split)) if split == self.asked[0] else kept
+
+    @cached_property
+    def _dealt(self) -> tuple[pl.DataFrame, pl.Series, pl.Series]:
+        """The rows that splits are made of, read once; for each, what decides its split, and its split."""
+        table = self._read(self.asked[0])
+        keys = self._asked_keys(table)
+        return table, keys, self.deal(keys)
 
     def _without_answers(self, table: pl.DataFrame, held_out: pl.Series) -> pl.DataFrame:
         """Rows to train on, less those whose positive is a query held out, as where questions answer questions."""

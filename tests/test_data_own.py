@@ -17,6 +17,7 @@ from tiny_data import write_encoder, write_recipe, write_table
 from common.cli import InputError
 from common.recipes import read_yaml
 from common.steps import read_manifest
+from dataset_builders import tables
 from dataset_builders.build import main
 from dataset_builders.corpus import write_corpus
 from dataset_builders.files import read_file
@@ -284,6 +285,14 @@ def test_memory_does_not_grow_with_a_file_of_json_lines(tmp_path):
     watcher.join()
     assert len(table) == 120_000 and table.nbytes > 1.5e8 and isinstance(table, pa.Table)
     assert most - before < table.nbytes
+
+
+def test_a_holdout_reads_its_file_once(tmp_path, monkeypatch):
+    write(tmp_path / "pairs.jsonl", [{"query": f"q {i}", "positive": f"p {i}"} for i in range(99)])
+    reads = []
+    monkeypatch.setattr(tables, "read_file", lambda *args: reads.append(args) or read_file(*args))
+    rows = read(tmp_path, holdout=0.2)
+    assert len(reads) == 1 and {*rows.qrels["split"]} == {"train", "validation", "test"}
 
 
 def anonymous_bytes() -> int:
