@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mteb.results import TaskResult
 
 BESIDE_RESULTS = ("model_meta.json",)  # which mteb writes into the same folder
+BENCHMARKS = (BENCHMARK, "RTEB(eng, beta)", "MTEB(Multilingual, v2)")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Leaderboard:
     tasks: list[AbsTask]
     scores: np.ndarray
     is_nan: np.ndarray
+    benchmark: str  # that most of the tasks are of
 
     @property
     def types(self) -> list[str]:
@@ -66,11 +68,11 @@ def read_result(path: Path) -> TaskResult:
     return result
 
 
-def benchmark_tasks() -> dict[str, AbsTask]:
-    """The tasks of BENCHMARK by name, limited to the splits and languages that it asks for."""
+def benchmark_tasks(benchmark: str = BENCHMARK) -> dict[str, AbsTask]:
+    """The tasks of a benchmark by name, limited to the splits and languages that it asks for."""
     import mteb
 
-    return {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
+    return {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
 
 
 def read_leaderboard(output: Path) -> Leaderboard | None:
@@ -85,9 +87,13 @@ def read_leaderboard(output: Path) -> Leaderboard | None:
 def make_leaderboard(results: Mapping[str, Sequence[TaskResult]], tasks: Iterable[AbsTask] = ()) -> Leaderboard:
     """Results by model, on `tasks` and all those that they are of.
 
-    Of a task in BENCHMARK the splits and languages that this asks for count, of another all that mteb evaluates.
+    That one of BENCHMARKS which holds most of them decides which splits and languages of its tasks count; of other
+    tasks all count that mteb evaluates.
     """
-    in_benchmark = benchmark_tasks()
+    names = {task.metadata.name for task in tasks}
+    names |= {result.task_name for result in itertools.chain(*results.values())}
+    benchmark = max(BENCHMARKS, key=lambda name: len(names & {*benchmark_tasks(name)}))
+    in_benchmark = benchmark_tasks(benchmark)
     by_name = {task.metadata.name: task for task in tasks}
     for result in itertools.chain(*results.values()):
         if result.task_name not in by_name:
@@ -102,7 +108,7 @@ def make_leaderboard(results: Mapping[str, Sequence[TaskResult]], tasks: Iterabl
             scores[row, column] = result.validate_and_filter_scores(task).get_score()
             subsets = [subset["main_score"] for split in task.eval_splits for subset in result.scores.get(split, [])]
             is_nan[row, column] = np.isnan(subsets).any()
-    return Leaderboard(list(results), ordered, scores, is_nan)
+    return Leaderboard(list(results), ordered, scores, is_nan, benchmark)
 
 
 def _labels(models: Iterable[tuple[str, str]]) -> list[str]:
@@ -146,9 +152,9 @@ def format_means(board: Leaderboard) -> str:
         means = [board.scores[place].mean(), kinds[place].mean(), *kinds[place]]
         rank = [str(ranks[place])] if several else []
         rows.append([board.models[place], *rank, tasks, *map(_percent, means)])
-    in_benchmark = benchmark_tasks()
+    in_benchmark = benchmark_tasks(board.benchmark)
     counted = sum(task.metadata.name in in_benchmark for task in board.tasks)
-    below = f"{counted} of the {len(in_benchmark)} tasks of {BENCHMARK}; scores in %."
+    below = f"{counted} of the {len(in_benchmark)} tasks of {board.benchmark}; scores in %."
     if several:
         below += f" Borda: on each task a model gets {len(ranks)} minus its rank among the models of this table."
     if board.is_nan.any():

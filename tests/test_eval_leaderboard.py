@@ -67,6 +67,20 @@ def test_languages_that_the_benchmark_does_not_ask_for_do_not_count(tmp_path):
     assert score == 0.8
 
 
+def test_the_benchmark_of_most_tasks_decides_which_languages_count(tmp_path):
+    """Of AmazonCounterfactualClassification the multilingual one asks for Japanese too: this result is not whole."""
+    folder = tmp_path / "results" / "org__a" / "main"
+    write_result(folder, "AmazonCounterfactualClassification", "test", "accuracy", {"en": 0.8, "de": 0.4})
+    [[score]] = read_leaderboard(tmp_path).scores
+    assert score == 0.8
+    write_result(folder, "BornholmBitextMining", "test", "f1", {"default": 0.5})
+    write_result(folder, "PolEmo2.0-OUT", "test", "accuracy", {"default": 0.5})
+    board = read_leaderboard(tmp_path)
+    assert [task.metadata.name for task in board.tasks][1] == "AmazonCounterfactualClassification"
+    assert np.isnan(board.scores[0, 1])
+    assert "3 of the 131 tasks of MTEB(Multilingual, v2)" in format_means(board)
+
+
 def test_a_score_that_is_nan_stands_as_such(output):
     """A model whose vectors are broken: run, and neither a number nor "not run"."""
     folder = output / "results" / "org__c" / "main"
