@@ -1,4 +1,8 @@
-"""The layout of a packed row: where the tokens of a batch's texts lie, and what they have in common."""
+"""The layout of a packed row: where the tokens of a batch's texts lie, and what they have in common.
+
+The distinct texts lie in the order of their ids, so that those that begin alike are neighbours. Of each there are the
+tokens after those that it shares with its neighbour before it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor
 
 Features = dict[str, Any]  # what texts become in the tokenizer: input_ids, attention_mask, ...
 _SHORTEST_PREFIX = 8  # a shorter one (BOS, mostly) costs more to put before every text's keys than it saves
+_SHORTEST_SHARED = 2  # of two neighbours, after the prefix: more than BOS
 
 
 @dataclass
@@ -32,7 +37,8 @@ class Prefix:
 
 
 class Packing:
-    """Where the tokens of B texts lie in a row of N tokens, of which the first `known` are not computed again.
+    """Where the tokens of the distinct texts lie in a row of N tokens, of which the first `known` are not computed
+    again.
 
     No dataclass: in half precision FSDP2 casts the arguments of layers and copies dataclasses, so `keeps` would be
     filled in a copy.
@@ -41,16 +47,17 @@ class Packing:
     def __init__(
         self,
         prefix: int,  # number of tokens that all texts begin with; they lie first
-        rests: list[int],  # number of tokens of each text after them, at least one
-        tokens: Tensor,  # (N - known,) index of each token to compute in the flattened batch
+        shared: list[int],  # number of tokens after them that each text begins with like the one before it
+        rests: list[int],  # number of tokens of each text after those, at least one
+        ids: Tensor,  # (N - known,) to compute
         positions: Tensor,  # (N - known,) of each in its own text, from 0
         places: Tensor,  # as the batch: index of each token in the row, 0 for padding; or (B, 1): of the last tokens
         known: int = 0,
         kept: Prefix | None = None,  # of the batches before this one; it begins with the known tokens
         keeps: Prefix | None = None,  # of this batch, for those after it: the layers fill it in
     ) -> None:
-        self.prefix, self.rests = prefix, rests
-        self.tokens, self.positions, self.places = tokens, positions, places
+        self.prefix, self.shared, self.rests = prefix, shared, rests
+        self.ids, self.positions, self.places = ids, positions, places
         self.known, self.kept, self.keeps = known, kept, keeps
         self._masks: dict[Any, Tensor] = {}
 
@@ -59,31 +66,36 @@ class Packing:
         """Tokens of the prefix that are computed."""
         return self.prefix - self.known
 
+    @property
+    def longest(self) -> int:
+        return self.prefix + max(map(sum, zip(self.shared, self.rests, strict=True)))
+
     def mask(self, before: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """`causal_mask`, made once for all layers; None where it is plain causal attention."""
-        if window is not None and window >= before + length:
+        """(length, before + length) of `causal_mask`, which is made once for all layers: what `length` tokens after
+        `before` others see. None where that is plain causal attention.
+        """
+        end = before + length
+        if window is not None and window >= end:
             window = None
         if not before and window is None:
             return None
-        key = (before, length, window, like.dtype, like.device)
+        key = (window, like.dtype, like.device)
         if key not in self._masks:
-            self._masks[key] = causal_mask(before, length, window, like)
-        return self._masks[key]
+            self._masks[key] = causal_mask(self.longest, window, like)
+        return self._masks[key][before:end, :end]
 
 
-def causal_mask(before: int, length: int, window: int | None, like: Tensor) -> Tensor:
-    """(length, before + length): 0 where token i of `length` tokens after `before` others sees a token, else -inf.
+def causal_mask(length: int, window: int | None, like: Tensor) -> Tensor:
+    """(length, length): 0 where a token sees another, itself and up to `window` - 1 before it, else -inf.
 
-    >>> causal_mask(1, 2, None, torch.zeros(1))
-    tensor([[0., 0., -inf],
-            [0., 0., 0.]])
-    >>> causal_mask(1, 2, 2, torch.zeros(1))
-    tensor([[0., 0., -inf],
+    >>> causal_mask(3, 2, torch.zeros(1))
+    tensor([[0., -inf, -inf],
+            [0., 0., -inf],
             [-inf, 0., 0.]])
     """
-    seen = torch.ones(length, before + length, dtype=torch.bool, device=like.device).tril(before)
+    seen = torch.ones(length, length, dtype=torch.bool, device=like.device).tril()
     if window is not None:
-        seen = seen.triu(before - window + 1)
+        seen = seen.triu(1 - window)
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, -torch.inf)
 
 
@@ -101,26 +113,39 @@ def pack(
     starts, lengths = texts
     padded = "cu_seq_lens_q" not in features
     shape, ids = features["input_ids"].shape, features["input_ids"].flatten()
-    common = common_prefix(ids, starts, max(int(lengths.min()) - 1, 0))
-    known = _worthwhile(kept.begins_with(ids[starts[0] : starts[0] + common])) if kept else 0
-    new = _worthwhile(common - known) if len(lengths) > 1 else 0
+    columns = torch.arange(int(lengths.max()), device=ids.device)
+    present = columns < lengths[:, None]
+    found = (starts[:, None] + columns).clamp(max=len(ids) - 1)
+    # sorted, so that a text has more in common with its neighbour than with any before that
+    distinct, which = ids[found].masked_fill(~present, -1).unique(dim=0, return_inverse=True)
+    in_common = (distinct[1:] == distinct[:-1]).long().cumprod(dim=1).sum(dim=1)
+    common = int(torch.cat([in_common, lengths - 1]).min())
+    known = _worthwhile(kept.begins_with(distinct[0, :common])) if kept else 0
+    new = _worthwhile(common - known) if len(distinct) > 1 else 0
     prefix = known + new
-    rests = lengths - prefix
+    shared = torch.cat([in_common.new_zeros(1), in_common - prefix])
+    shared[shared < _SHORTEST_SHARED] = 0
+    own = (columns >= prefix + shared[:, None]) & (distinct >= 0)
+    rests = own.sum(dim=1)
     if padded and not prefix and int(rests.sum()) == ids.numel():
         return None
-    offsets = torch.arange(int(rests.sum()), device=ids.device) - (rests.cumsum(0) - rests).repeat_interleave(rests)
-    first = torch.arange(prefix, device=ids.device)
-    positions = torch.cat([first, prefix + offsets])
-    tokens = torch.cat([starts[0] + first, starts.repeat_interleave(rests) + prefix + offsets])
+    first = columns[:prefix]
+    # index in the row of each token of the distinct texts: what a text shares lies with the last one that has it
+    index = torch.zeros_like(distinct)
+    index[own] = torch.arange(prefix, prefix + int(rests.sum()), device=ids.device)
+    index = index.cummax(dim=0).values
+    index[:, :prefix] = first
     if padded and last_only:
-        places = prefix + rests.cumsum(0)[:, None] - 1
+        places = index[which, lengths - 1][:, None]
     else:
-        places = torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
-        places[starts[:, None] + first] = first
-        places[tokens[prefix:]] = torch.arange(prefix, len(tokens), device=ids.device)
+        places = torch.zeros_like(ids)
+        places[found[present]] = index[which][present]
         places = places.view(shape)
-    keeps = Prefix(ids[tokens[:prefix]]) if keeping and new else None
-    return Packing(prefix, rests.tolist(), tokens[known:], positions[known:], places, known, kept, keeps)
+    row = torch.cat([distinct[0, :prefix], distinct[own]])
+    positions = torch.cat([first, columns.expand_as(own)[own]])
+    keeps = Prefix(row[:prefix]) if keeping and new else None
+    layout = prefix, shared.tolist(), rests.tolist(), row[known:], positions[known:], places
+    return Packing(*layout, known, kept, keeps)
 
 
 def texts_of(features: Features) -> tuple[Tensor, Tensor] | None:
@@ -143,16 +168,6 @@ def texts_of(features: Features) -> tuple[Tensor, Tensor] | None:
     if not lengths.all():
         return None  # an empty text: leave it to the plain path
     return torch.arange(len(ids), device=ids.device) * ids.shape[1] + present.int().argmax(dim=1), lengths
-
-
-def common_prefix(ids: Tensor, starts: Tensor, longest: int) -> int:
-    """How many of the `longest` ids from each of `starts` are the same in all.
-
-    >>> common_prefix(torch.tensor([5, 6, 7, 5, 6, 8, 5, 6]), torch.tensor([0, 3, 6]), 2)
-    2
-    """
-    heads = ids[starts[:, None] + torch.arange(longest, device=ids.device)]
-    return _length_of_run((heads == heads[0]).all(dim=0))
 
 
 def _length_of_run(equal: Tensor) -> int:

@@ -6,11 +6,13 @@ once, and every text attends to it; as the texts lie end to end, no padding is c
     [prefix | rest of text 1 | rest of text 2 | ...]    one row, each token at its position in its own text
 
 The prefix is the longest common prefix of the batch's token ids, after the usual tokenisation of whole texts: a prompt
-tokenised on its own would end in other tokens. All but attention works on tokens one by one, so this is exact up to
-rounding, forward and backward, with LoRA, gradient checkpointing and GradCache. Only dropout draws other masks.
+tokenised on its own would end in other tokens. What a text shares with others beyond the prefix is computed once too,
+and so are equal texts. All but attention works on tokens one by one, so this is exact up to rounding, forward and
+backward, with LoRA, gradient checkpointing and GradCache. Only dropout draws other masks.
 
 The batches of one call of `encode` share their prefix too: the first one's keys and values are kept until the call
-ends, within which weights, adapters, autocast, device and config cannot change.
+ends, within which weights, adapters, autocast, device and config cannot change. `encode` sorts its texts by their
+length, against padding; as there is none here, they are sorted by how they begin.
 
 Two hooks on the first module pack a batch and unpack the states, one attention function runs between them, `encode` is
 wrapped; all else stays as it is. transformers' key-value cache would not do: gradient checkpointing drops it, and the
@@ -38,7 +40,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from modeling.packing import Features, Packing, Prefix, pack
+from modeling.packing import Features, Packing, Prefix, pack, texts_of
 
 # Causal decoders whose layers read other tokens by attention alone, and whose attention is softmax(q k * scaling) v
 # within a causal window: what `packed_attention` computes. (Gemma 2 caps its logits, GPT-OSS has sinks.)
@@ -80,16 +82,19 @@ def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
         return
     backbone = transformer.model
     attention = backbone.config._attn_implementation
-    encode = vars(model).get("encode")  # of a context around this one
+    outer = {name: vars(model).get(name) for name in ("encode", "_input_length")}
     backbone.set_attn_implementation(_ATTENTION)
     hooks = transformer.register_forward_pre_hook(packer.pack), transformer.register_forward_hook(packer.unpack)
     model.encode = functools.partial(packer.encode, model.encode)
+    if rotates_by_position(backbone):  # else a vector depends on which texts are in its batch
+        model._input_length = alphabetical  # by which `encode` sorts
     try:
         yield packer.counts
     finally:
-        del model.encode
-        if encode is not None:
-            model.encode = encode
+        for name, value in outer.items():
+            vars(model).pop(name, None)
+            if value is not None:
+                setattr(model, name, value)
         for hook in hooks:
             hook.remove()
         backbone.set_attn_implementation(attention)
@@ -122,6 +127,17 @@ def rotates_by_position(backbone: nn.Module) -> bool:
     return not any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
+def alphabetical(text: Any) -> int:
+    """A number that is smaller the later a text comes in the order of its bytes, of which 64 are looked at.
+
+    >>> sorted(["a man", "b", "a", "a man eats"], key=alphabetical, reverse=True)
+    ['a', 'a man', 'a man eats', 'b']
+    """
+    if not isinstance(text, str):
+        return SentenceTransformer._input_length(text)
+    return -int.from_bytes(text.encode("utf-8", "surrogatepass")[:64].ljust(64, b"\0"), "big")
+
+
 @functools.cache
 def _warn_once(reason: str) -> None:
     logging.getLogger(__name__).warning(
@@ -152,16 +168,15 @@ class _Packer:
             self.counts.tokens_computed += computed
             self.counts.tokens_padded += computed
             return None
-        self.counts.tokens_computed += len(packing.tokens)
-        self.counts.tokens_padded += len(packing.rests) * (packing.prefix + max(packing.rests))
-        ids = features["input_ids"]
+        self.counts.tokens_computed += len(packing.ids)
+        self.counts.tokens_padded += len(texts_of(features)[0]) * packing.longest
         return (
             {
-                "input_ids": ids.flatten()[packing.tokens][None],
+                "input_ids": packing.ids[None],
                 "position_ids": packing.positions[None],
                 # transformers makes no mask where it is given one of four dimensions. Of no size, so that any
                 # attention function but ours fails, as in a backward pass outside the context, and none goes wrong
-                "attention_mask": ids.new_empty((1, 1, 0, 0), dtype=torch.bool),
+                "attention_mask": packing.ids.new_empty((1, 1, 0, 0), dtype=torch.bool),
                 "packing": packing,
                 "batch": features,
             },
@@ -250,29 +265,29 @@ def _attention_by_text(
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
 
     prefix_query, *queries = query.split([packing.new, *packing.rests], dim=2)
-    (prefix_key, *keys), (prefix_value, *values) = (
-        part.split([packing.prefix, *packing.rests], dim=2) for part in (key, value)
-    )
     states = []
     if packing.new:
         mask = packing.mask(packing.known, packing.new, window, query)
-        states.append(attend(prefix_query, prefix_key, prefix_value, mask))
-    if packing.prefix:
-        keys, values = _after_prefix(prefix_key, keys), _after_prefix(prefix_value, values)
-    mask = packing.mask(packing.prefix, max(packing.rests), window, query)  # a shorter text's is its upper left corner
-    for length, *text in zip(packing.rests, queries, keys, values, strict=True):
-        states.append(attend(*text, None if mask is None else mask[:length, : packing.prefix + length]))
+        states.append(attend(prefix_query, key[:, :, : packing.prefix], value[:, :, : packing.prefix], mask))
+    for own, *text in zip(queries, _of_each_text(key, packing), _of_each_text(value, packing), strict=True):
+        length, end = own.shape[2], text[0].shape[2]
+        states.append(attend(own, *text, packing.mask(end - length, length, window, query)))
     return torch.cat(states, dim=2).transpose(1, 2).contiguous()
 
 
-def _after_prefix(prefix: Tensor, rests: Sequence[Tensor]) -> list[Tensor]:
-    """Keys (or values) of the prefix before those of each text.
+def _of_each_text(part: Tensor, packing: Packing) -> list[Tensor]:
+    """Keys (or values) of each text, from those of the row: of the prefix, shared with the text before it, its own.
 
     The gradients of the prefix's are summed over the texts in one sum (the backward of `expand`), which in bfloat16
     loses less than adding them up one by one.
     """
+    prefix, *rests = part.split([packing.prefix, *packing.rests], dim=2)
     copies = prefix.expand(len(rests), -1, -1, -1).split(1)
-    return [torch.cat(pair, dim=2) for pair in zip(copies, rests, strict=True)]
+    texts, rest = [], None
+    for copy, shared, own in zip(copies, packing.shared, rests, strict=True):
+        rest = torch.cat([rest[:, :, :shared], own], dim=2) if shared else own
+        texts.append(torch.cat([copy, rest], dim=2) if packing.prefix else rest)
+    return texts
 
 
 def _varlen_attention(
@@ -281,16 +296,17 @@ def _varlen_attention(
     """One call of the flash kernel for sequences of different lengths, of fewer queries than keys where a text has a
     prefix. Half precision on CUDA alone. Not run yet: there was no GPU.
     """
-    texts = [packing.prefix + length for length in packing.rests]
-    lengths = ([packing.new, *packing.rests], [packing.prefix, *texts]) if packing.new else (packing.rests, texts)
+    keys, values = (_of_each_text(part, packing) for part in (key, value))
+    lengths = (packing.rests, [text.shape[2] for text in keys])
+    if packing.new:
+        lengths = [packing.new, *lengths[0]], [packing.prefix, *lengths[1]]
+        keys, values = [key[:, :, : packing.prefix], *keys], [value[:, :, : packing.prefix], *values]
     bounds = [
         torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32, device=query.device) for part in lengths
     ]
-    keys, values = (_with_prefixes(part[0].transpose(0, 1), packing) for part in (key, value))
+    rows = (torch.cat(parts, dim=2)[0].transpose(0, 1).contiguous() for parts in ([query], keys, values))
     states = varlen_attn(
-        query[0].transpose(0, 1).contiguous(),
-        keys,
-        values,
+        *rows,
         *bounds,
         *map(max, lengths),
         scale=scaling,
@@ -298,16 +314,6 @@ def _varlen_attention(
         enable_gqa=True,
     )
     return states[None]
-
-
-def _with_prefixes(part: Tensor, packing: Packing) -> Tensor:
-    """(N, heads, head size) -> prefix, if any of it is computed, then of each text prefix and rest, end to end."""
-    if not packing.prefix:
-        return part.contiguous()
-    prefix, *rests = part.split([packing.prefix, *packing.rests])
-    copies = prefix.expand(len(rests), *prefix.shape)  # its gradient is one sum, see _after_prefix
-    texts = itertools.chain.from_iterable(zip(copies, rests, strict=True))
-    return torch.cat([prefix, *texts] if packing.new else [*texts])
 
 
 AttentionInterface.register(_ATTENTION, packed_attention)

@@ -29,8 +29,19 @@ def in_common(longest, texts, other):
     return count if count >= 8 else 0
 
 
+def row_of(prefix, texts):
+    """The distinct texts in their order, after a prefix: of each what it does not share with the one before it."""
+    row, last = texts[0][:prefix], []
+    for text in sorted(texts):
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, text, strict=False))))
+        if text != last:
+            row = row + text[shared if shared >= prefix + 2 else prefix :]
+        last = text
+    return row
+
+
 TOKENS = st.lists(st.integers(1, 2), max_size=20)
-RESTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
+RESTS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=6)
 
 
 @given(head=TOKENS, rests=RESTS, layout=st.sampled_from(["right", "left", "flattened"]))
@@ -39,16 +50,16 @@ def test_a_packed_row_holds_each_text_once_and_gives_every_batch_back(head, rest
     batch = batch_of(texts, layout)
     present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     packing = pack(batch)
-    common = in_common(99, texts, texts[0]) if len(texts) > 1 else 0
+    common = in_common(99, texts, texts[0]) if len({*map(tuple, texts)}) > 1 else 0
     if packing is None:
-        assert layout != "flattened" and common == 0 and present.all()
+        assert layout != "flattened" and len(row_of(common, texts)) == batch["input_ids"].numel()
         return
-    row = batch["input_ids"].flatten()[packing.tokens]
-    assert row.tolist() == texts[0][:common] + [token for text in texts for token in text[common:]]
-    positions = [*range(common), *(place for text in texts for place in range(common, len(text)))]
-    assert packing.positions.tolist() == positions
-    assert packing.rests == [len(text) - common for text in texts]
+    row = packing.ids
+    assert row.tolist() == row_of(common, texts)
+    assert packing.longest == max(map(len, texts))
     assert torch.equal(row[packing.places][present], batch["input_ids"][present])
+    positions = packing.positions[packing.places][present]
+    assert positions.tolist() == [place for text in texts for place in range(len(text))]
     if layout != "flattened":
         assert row[pack(batch, last_only=True).places].tolist() == [[text[-1]] for text in texts]
 
@@ -62,8 +73,8 @@ def test_what_is_kept_is_not_computed_again(kept, head, rests, data):
     packing = pack(batch, kept=Prefix(torch.tensor(kept, dtype=torch.long)), keeping=True)
     if packing is None:
         return
-    row = [*kept[: packing.known], *batch["input_ids"].flatten()[packing.tokens].tolist()]
-    assert row == [*texts[0][: packing.prefix], *(token for text in texts for token in text[packing.prefix :])]
+    row = [*kept[: packing.known], *packing.ids.tolist()]
+    assert row == row_of(packing.prefix, texts)
     assert packing.known == in_common(len(kept), texts, kept)
     assert packing.positions[: packing.new].tolist() == list(range(packing.known, packing.prefix))
     assert (packing.keeps is not None) == (packing.new > 0)
@@ -93,12 +104,13 @@ def test_both_attentions_are_the_same(monkeypatch, prefix, known, window):
     monkeypatch.setattr(shared_prefix, "varlen_attn", reference_varlen)
     generator = torch.Generator().manual_seed(0)
     heads = {"query": 4, "key": 2, "value": 2}
-    parts = {name: torch.randn(1, n, prefix + 10, 8, generator=generator) for name, n in heads.items()}
+    parts = {name: torch.randn(1, n, prefix + 12, 8, generator=generator) for name, n in heads.items()}
     parts = {name: part.requires_grad_() for name, part in parts.items()}
-    packing = Packing(prefix, [2, 7, 1], None, None, None)
+    lengths = [0, 2, 5, 0], [2, 7, 1, 2]  # of what is shared with the text before, and of the rest
+    packing = Packing(prefix, *lengths, None, None, None)
     whole = shared_prefix._attention_by_text(*parts.values(), packing, 0, 0.3, window)
     parts["query"] = parts["query"][:, :, known:]
-    packing = Packing(prefix, [2, 7, 1], None, None, None, known)
+    packing = Packing(prefix, *lengths, None, None, None, known)
     by_text = shared_prefix._attention_by_text(*parts.values(), packing, 0.0, 0.3, window)
     varlen = shared_prefix._varlen_attention(*parts.values(), packing, 0.3, window)
     torch.testing.assert_close(by_text, whole[:, known:], rtol=0, atol=1e-5)

@@ -112,6 +112,7 @@ CASES = {
     "20 shots": (QUERIES, few_shot_prompt("Multiply", SHOTS), BATCHES),
     "equal, empty, one begins another": (["", "", "a", "a", "a b"], PROMPT, {}),
     "padding alone": ([*POSITIVES, *NEGATIVES], "", {}),
+    "texts that begin alike": ([f"a man plays the {what}" for what in ("piano", "", "flute", "flutes")] * 2, "", {}),
 }
 
 
@@ -215,6 +216,15 @@ def test_a_prompt_is_computed_once_in_a_call_and_in_each_context(pretrained):
         assert inner.tokens_computed == once and counts.tokens_computed == 3 * once
 
 
+def test_texts_that_begin_alike_are_in_one_batch_and_computed_once(pretrained):
+    """Whatever the order in which they come."""
+    texts = [f"{head} {end}" for end in ("a", "b", "b", "c") for head in ("the first of them", "another one")]
+    with share_prefix(pretrained) as counts:
+        encode(pretrained, texts, prompt="", batch_size=4)
+    heads = [len(pretrained.tokenizer(text[:-2])["input_ids"]) - 1 for text in texts[:2]]  # without EOS
+    assert counts.tokens_computed == sum(heads) + 2 * 3 * 2
+
+
 LONG, OTHER = "given a question, retrieve all of its answers ", "the answers of very many different words to it "
 HEADS = {
     "shrinks and grows": [LONG + "a", LONG + "b", "c", "d", LONG + "e", LONG + "f"],
@@ -226,8 +236,9 @@ HEADS = {
 @pytest.mark.parametrize(
     ("heads", "pooling"), zip(HEADS.values(), ["lasttoken", "mean", "lasttoken"], strict=True), ids=HEADS
 )
-def test_batches_that_begin_alike_by_chance(make, heads, pooling):
+def test_batches_that_begin_alike_by_chance(make, monkeypatch, heads, pooling):
     """Each longer than the next two, so that they are batches in this order: the longest come first."""
+    monkeypatch.setattr(shared_prefix, "alphabetical", len)
     texts = [text + " z" * (60 - 8 * (i // 2)) for i, text in enumerate(heads)]
     for prompt in (PROMPT, ""):
         assert_equal_vectors(make(pooling=pooling, sliding_window=40), texts, 0.97, prompt=prompt, **BATCHES)
