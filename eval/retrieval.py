@@ -54,8 +54,9 @@ def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
     run_folder, data, output = args.run, args.data, args.output_dir
     documents = load_documents(data)
-    queries = load_queries(data, args.split, set(documents.ids))
-    rankings = candidate_rankings(data, queries, set(documents.ids))
+    ids = set(documents.ids)
+    queries = load_queries(data, args.split, ids)
+    rankings = candidate_rankings(data, queries, ids)
     systems = run_systems(run_folder, data, output) if run_folder else named_systems(args.model, output)
     systems += [
         row for system in systems if system.with_bm25 for row in compressed(system, args.truncate_dim, args.precision)
@@ -67,15 +68,19 @@ def main(argv: Sequence[str]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         cache = data / "embeddings"
         rows = [retriever_row(name, queries, *rankings[name]) for name in rankings]
+        fused, notes, validation = [], [], None
+        with contextlib.suppress(InputError):  # a build without validation queries
+            held_out = load_queries(data, "validation", ids)
+            validation = held_out, candidate_rankings(data, held_out, ids)[BASELINE][0]
         for system in systems:
             row, ranking = model_row(system, cache, documents, queries)
             rows.append(row)
+            if system.with_bm25:
+                found = rankings[BASELINE][0], ranking
+                mixed, note, row["relevance"] = fused_row(system, cache, documents, queries, found, validation)
+                fused.append(mixed)
+                notes.append(note)
             rankings[system.name] = ranking, DEPTH
-        fused = []
-        for system in (system for system in systems if system.with_bm25):
-            row, note, found = fused_row(system, data, documents, queries)
-            fused.append((row, note))
-            next(row for row in rows if row["name"] == system.name)["relevance"] = found
         whole = [system.name for system in systems if system.with_bm25]
         compared = (whole[0] if len(whole) > 1 else BASELINE, whole[-1])
         per_query = {row["name"]: row["per_query"] for row in rows}
@@ -97,9 +102,9 @@ def main(argv: Sequence[str]) -> None:
             measures=list(MEASURES),
             baseline=BASELINE,
             compared=COMPARED,
-            systems=with_differences([*rows, *(row for row, _ in fused)]),
+            systems=with_differences([*rows, *fused]),
             not_evaluated=missing_stages(run_folder) if run_folder else [],
-            notes=[note for _, note in fused],
+            notes=notes,
             peak_memory_bytes=peak_memory_bytes(),
             versions=stack_versions(),
         ).model_dump(by_alias=True)
@@ -210,25 +215,26 @@ def as_ranking(positions: np.ndarray, scores: np.ndarray, documents: Documents, 
 
 
 def fused_row(
-    system: System, data: Path, documents: Documents, queries: Queries
+    system: System,
+    cache: Path,
+    documents: Documents,
+    queries: Queries,
+    found: tuple[Ranking, Ranking],
+    validation: tuple[Queries, Ranking] | None,
 ) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
-    """Scores of BM25 fused with `system`, and what validation queries choose: a sentence on the weight; thresholds."""
-    ids = set(documents.ids)
-    bm25 = {queries.split: (queries, candidate_rankings(data, queries, ids)[BASELINE][0])}
-    with contextlib.suppress(InputError):  # a build without validation queries
-        validation = load_queries(data, "validation", ids)
-        bm25["validation"] = validation, candidate_rankings(data, validation, ids)[BASELINE][0]
-    found = {}
-    for split, (asked, sparse) in bm25.items():
-        nearest = ranked(embed(system, data / "embeddings", documents, asked), documents, asked)
-        found[split] = sparse, as_ranking(*nearest, documents, asked)
+    """Scores of BM25 fused with `system`, and what validation queries choose: a sentence on the weight; thresholds.
+
+    found: the rankings by BM25 and by `system`. validation: queries, and BM25's ranking of them.
+    """
     weight, chosen, cut = 0.5, "not chosen, there are no validation queries", None
-    if "validation" in found:
-        cut = relevance(validation, found["validation"][1], queries, found[queries.split][1])
-        weight = choose_weight(validation, *found["validation"])
-        chosen = f"chosen on {len(validation.ids):,} validation queries"
+    if validation:
+        asked, sparse = validation
+        dense = as_ranking(*ranked(embed(system, cache, documents, asked), documents, asked), documents, asked)
+        cut = relevance(asked, dense, queries, found[1])
+        weight = choose_weight(asked, sparse, dense)
+        chosen = f"chosen on {len(asked.ids):,} validation queries"
     row = {"name": f"BM25 + {system.name}", "kind": "fusion", "model": system.model, "weight": weight}
-    row |= ranking_scores(queries, fuse(*found[queries.split], weight, DEPTH))
+    row |= ranking_scores(queries, fuse(*found, weight, DEPTH))
     what = "sum of scores, each min-max normalised over a query's first 100 documents"
     return row, f"BM25 + {system.name}: {what}; weight of BM25 {weight:.2f}, {chosen}.", cut
 
