@@ -151,6 +151,7 @@ source.eval_splits: [train]               | cannot be an eval split too
 source: {kind: hub, dataset: org/none}    | dataset 'org/none': not a local folder, and the Hub did not serve it
 source: {kind: registry, name: fever}     | not in the registry; did you mean 'FEVER'
 source: {kind: registry, name: ArguAna}   | ArguAna has a test split alone
+source.score_range: [5, 0]                | score_range is written
 """
 BUILD_FLAGS = r"""
 --num_negative 3            | did you mean
@@ -160,6 +161,8 @@ stray                       | unexpected argument 'stray'
 --num_negatives 2026-13-45  | 'mining.num_negatives' is '2026-13-45'
 --from_step teacher         | invalid choice: 'teacher'
 --engine spark              | invalid choice: 'spark'
+--engine ray --ray.address 127.0.0.1:1 | no Ray cluster answers there
+--max_shard_size 500        | such as 500MB
 --check_teacher 1           | --check_teacher 1: use 2 or more
 --output_dir ''             | argument --output_dir: '' names no folder
 --output_dir recipe.yaml/x  | a file stands where a folder
@@ -167,6 +170,7 @@ stray                       | unexpected argument 'stray'
 BUILD_FILES = {
     **RECIPE_FILES,
     **HOSTILE_FILES,
+    "no sources": (write("recipe.yaml", "sources: []\ndense: {model: m}\n"), "'sources' is []: the list"),
     "model of 100,000 letters": (keys(**{"dense.model": "x" * 100_000}), " ... "),
     "weights are cut": (cut("encoder/model.safetensors", -9), "not readable as safetensors"),
     "modules are no JSON": (write("encoder/modules.json", "{"), "modules.json: not readable as JSON"),

@@ -13,10 +13,10 @@ from local_hub import LocalHub
 from tiny_data import write_encoder, write_recipe, write_set, write_table
 
 from common.cli import run
-from common.steps import BUILD_FOLDERS, files_of, read_arrow, read_manifest
+from common.steps import BUILD_FOLDERS, files_of, read_manifest
 from dataset_builders.build import main
 from dataset_builders.card import card_for
-from dataset_builders.schema import CANDIDATES, SCORES
+from dataset_builders.schema import CANDIDATES
 from release.verify import verify_dataset
 
 
@@ -61,26 +61,6 @@ def test_candidates_are_ranked_and_the_eval_split_has_some(built):
             assert [score for _, score in found] == sorted(score for _, score in found)
     share = read_manifest(built / "candidates")["share"]
     assert sum(share.values()) == pytest.approx(1, abs=1e-3)
-
-
-def test_scores_are_the_teachers_own_and_labels_their_calibration(built, inputs):
-    from sentence_transformers import SentenceTransformer
-
-    table = pq.read_table(built / "scores" / "scores.parquet")
-    assert table.schema.equals(SCORES)
-    rows = table.to_pylist()
-    texts = {row["document_id"]: row["text"] for row in read_arrow(built / "corpus" / "documents.arrow").to_pylist()}
-    queries = {row["query_id"]: row["text"] for row in rows_of(built / "corpus" / "queries.parquet")}
-    model = SentenceTransformer(str(inputs[1]))
-    one = model.encode([queries[row["query_id"]] for row in rows], normalize_embeddings=True)
-    other = model.encode([texts[row["document_id"]] for row in rows], normalize_embeddings=True)
-    np.testing.assert_allclose(table["teacher_score"].to_numpy(), (one * other).sum(axis=1), atol=5e-4)
-    constants = read_manifest(built / "scores")["calibration"]
-    expected = 1 / (1 + np.exp(-(constants["a"] * table["teacher_score"].to_numpy() + constants["b"])))
-    np.testing.assert_allclose(table["label"].to_numpy(), expected.clip(1e-4, 1 - 1e-4), atol=1e-5)
-    assert {row["query_id"] for row in rows} == {f"q{number:02d}" for number in range(40)}  # train alone
-    positives = {(row["query_id"], row["document_id"]) for row in rows if row["is_positive"]}
-    assert positives == {(f"q{number:02d}", f"d{number:02d}") for number in range(40)}
 
 
 def test_mined_rows_keep_contract_3(built):
@@ -154,14 +134,6 @@ def test_what_was_built_is_fit_to_publish_and_the_lines_in_its_card_run(built, t
     assert answer.returncode == 0, answer.stderr
     rows = facts["configs"]["train"]
     assert answer.stdout.splitlines() == [str(rows), "20 61 20", "['negative_5', 'label']"]
-
-
-def test_the_card_names_every_config_and_count(built):
-    card = (built / "hub" / "README.md").read_text()
-    assert (
-        sum(f"config_name: {name}\n" in card for name in ("train", "candidates", "documents", "queries", "sts")) == 5
-    )
-    assert f"| `train` | {pq.read_metadata(built / 'mined' / 'mined.parquet').num_rows} |" in card
 
 
 def test_finished_steps_are_skipped_and_a_changed_key_redoes_what_depends_on_it(recipe, built, tmp_path, capsys):
@@ -315,42 +287,6 @@ def change(name, **columns):
     return apply
 
 
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def overwrite(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-BAD_SETS = {
-    "missing file": (remove("queries.parquet"), "no such file"),
-    "not Parquet": (overwrite("corpus.parquet", b"_id,text\n1,a\n"), "not a readable Parquet file"),
-    "wrong columns": (change("corpus.parquet", text=None), "no column 'text'"),
-    "empty text": (change("corpus.parquet", text=lambda texts: ["  ", *texts[1:]]), "row 0 has no 'text'"),
-    "id twice": (change("corpus.parquet", _id=lambda ids: [ids[1], *ids[1:]]), "'d01' occurs twice"),
-    "unknown document": (
-        change("qrels.parquet", corpus_id=lambda ids: ["nope", *ids[1:]]),
-        "document_id 'nope' (and 0 more) is not in",
-    ),
-    "no positive": (change("qrels.parquet", score=lambda scores: [0] * len(scores)), "no query with a positive"),
-    "no such split": (
-        change("qrels.parquet", split=lambda names: ["test"] * len(names)),
-        "splits that have some: test",
-    ),
-}
-BAD_FLAGS = {
-    "key of another kind": (["--dataset", "x/y"], "'source.dataset' does not go with"),
-    "no such folder": (["--path", "no/such/set"], "no such folder"),
-    "no such package": (["--dense.model", "package:no_such_package"], "no installed package"),
-    "trained on eval": (["--source.eval_splits", "[train]"], "cannot be an eval split too"),
-    "more negatives than there are": (["--num_negatives", "60"], "raise --margin, lower --num_negatives"),
-    "shards without a unit": (["--max_shard_size", "500"], "such as 500MB"),
-    "no Ray cluster": (["--engine", "ray", "--ray.address", "127.0.0.1:1"], "no Ray cluster answers there"),
-    "unknown step": (["--from_step", "teacher"], "invalid choice"),
-}
-
-
 def refusal(arguments, capsys) -> str:
     """The one line with which a command refuses its input."""
     capsys.readouterr()
@@ -359,47 +295,6 @@ def refusal(arguments, capsys) -> str:
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error:" in line]
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
-
-
-@pytest.mark.parametrize("case", BAD_SETS)
-def test_bad_sets_are_refused_in_one_line(case, inputs, tmp_path, capsys):
-    spoil, message = BAD_SETS[case]
-    shutil.copytree(inputs[0], tmp_path / "set")
-    spoil(tmp_path / "set")
-    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "set", inputs[1])
-    output = tmp_path / "out" / "data"
-    assert message in refusal(["--config", str(recipe), "--output_dir", str(output)], capsys)
-    assert not output.exists() and not output.parent.exists()
-
-
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags_are_refused_in_one_line(case, recipe, tmp_path, capsys):
-    flags, message = BAD_FLAGS[case]
-    output = tmp_path / "data"
-    assert message in refusal(["--config", str(recipe), "--output_dir", str(output), *flags], capsys)
-    assert not list(tmp_path.rglob("*.partial"))
-    assert case == "more negatives than there are" or not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("- a\n- b\n", "a mapping of names"),
-        ("source: [", "not a YAML file"),
-        ("task_type: poetry\n", "'task_type' is 'poetry'"),
-        ("task_type: retrieval\ninstruction: x\nsource: {kind: web}\ndense: {model: m}\n", "tag 'web'"),
-        ("task_type: sts\ninstruction: x\nsource: {kind: local, path: p}\n", "score_range"),
-        (
-            "task_type: sts\ninstruction: x\nsource: {kind: local, path: p, score_range: [5, 0]}\n",
-            "score_range' is [5, 0]: score_range is written",
-        ),
-        ("sources: []\ndense: {model: m}\nteacher: {kind: bi_encoder, model: m}\n", "'sources' is []: the list"),
-    ],
-)
-def test_bad_recipes_are_refused_in_one_line(content, message, tmp_path, capsys):
-    (tmp_path / "recipe.yaml").write_text(content)
-    assert message in refusal(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "x")], capsys)
-    assert not (tmp_path / "x").exists()
 
 
 def test_a_teacher_of_nan_is_refused_and_leaves_no_scores(inputs, tmp_path, capsys):
@@ -413,12 +308,6 @@ def test_a_teacher_of_nan_is_refused_and_leaves_no_scores(inputs, tmp_path, caps
     assert "NaN" in refusal([*command, str(tmp_path / "teacher")], capsys)
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["candidates", "corpus", "embeddings"]
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_a_file_where_the_folder_should_go_is_refused(recipe, tmp_path, capsys):
-    (tmp_path / "taken").write_text("")
-    line = refusal(["--config", str(recipe), "--output_dir", str(tmp_path / "taken" / "data")], capsys)
-    assert "folder" in line and (tmp_path / "taken").read_text() == ""
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
