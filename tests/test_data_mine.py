@@ -331,9 +331,3 @@ def test_bad_scores_are_refused(case, tmp_path):
     with pytest.raises(InputError, match=message):
         mined(tmp_path, Mining(num_negatives=3))
     assert not (tmp_path / "mined" / "mined.parquet").exists()
-
-
-def test_more_negatives_than_there_are_is_refused(tmp_path):
-    write_graded(tmp_path)
-    with pytest.raises(InputError, match="lower --num_negatives"):
-        mined(tmp_path, Mining(num_negatives=20))

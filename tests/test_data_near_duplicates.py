@@ -3,15 +3,13 @@ import re
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 from datasketch import MinHash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_data import WORDS
 
 from dataset_builders import near_duplicates
-from dataset_builders.columns import take
 from dataset_builders.near_duplicates import (
     BANDS,
     ROWS,
@@ -146,13 +144,3 @@ def test_equal_texts_are_known_by_their_keys(texts):
     keys = text_keys(series(texts)).to_list()
     normal = [" ".join(text.split()).casefold() for text in texts]
     assert [keys.index(key) for key in keys] == [normal.index(text) for text in normal]
-
-
-@settings(max_examples=50)
-@given(st.lists(st.lists(st.text(max_size=3), max_size=4), max_size=4), st.data())
-def test_take_gives_the_rows_in_their_order(chunks, data):
-    column = pa.chunked_array(chunks, pa.string())
-    count = len(column)
-    rows = data.draw(st.lists(st.integers(0, count - 1), max_size=8)) if count else []
-    values = [text for chunk in chunks for text in chunk]
-    assert take(column, np.array(rows, np.int64)).to_pylist() == [values[row] for row in rows]

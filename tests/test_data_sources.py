@@ -10,7 +10,7 @@ from local_hub import LocalHub
 from tiny_data import SHARED_DATA, write_table
 
 from common.cli import InputError
-from common.recipes import Section, parse_recipe, read_yaml
+from common.recipes import read_yaml
 from common.steps import read_manifest
 from dataset_builders import pydocs, sources
 from dataset_builders.build import main
@@ -349,22 +349,6 @@ def test_every_evaluation_of_a_set_is_disclosed():
         names = set(entry.training_datasets) - known - {entry.mteb_task}
         assert not names or entry.mteb_task is None, names
     assert related >= 15
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"name": "ArguAna"}, "key 'source.name' is 'ArguAna': ArguAna has a test split alone"),
-        ({"name": "fever"}, "not in the registry; did you mean 'FEVER'"),
-        ({"name": "FEVER", "split": "test"}, "its split to train on is 'train'"),
-    ],
-)
-def test_sets_that_cannot_be_trained_on_are_refused(values, message):
-    class Recipe(Section):
-        source: sources.Source
-
-    with pytest.raises(InputError, match=message):
-        parse_recipe(Recipe, {"source": {"kind": "registry", **values}}, "recipe")
 
 
 # Over HTTP, from a stand-in of the Hub

@@ -194,21 +194,6 @@ def test_eos_is_last_in_every_family(family, tmp_path):
     assert max(abs(one - row).max() for one, row in zip(alone, together, strict=True)) < 1e-5
 
 
-def test_long_texts_are_cut_at_the_length_asked_for(tmp_path):
-    length = 1000
-    base = write_model(tmp_path / "model", llama_3(), LlamaConfig, max_position_embeddings=4096)
-    encoder = build_encoder(base, max_seq_length=length, prompts=PROMPTS)
-    save_merged(encoder, tmp_path / "saved")
-    reloaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    assert encoder.max_seq_length == reloaded.max_seq_length == length
-    texts = ["parse a date " * 3 * length, "a"]
-    ids = reloaded.preprocess(texts, prompt=PROMPTS["query"])["input_ids"]
-    assert ids.shape[1] == length and ids[0, -1] == reloaded.tokenizer.eos_token_id
-    assert abs(reloaded.encode(texts) - encoder.encode(texts)).max() < 1e-5
-    with pytest.raises(InputError, match=r"max_seq_length 4097.* goes to 4096; lower it"):
-        build_encoder(base, max_seq_length=4097)
-
-
 def states(encoder, features, row: int) -> torch.Tensor:
     """(tokens, hidden) last hidden states of a row's tokens, by transformers, without padding."""
     model = AutoModel.from_pretrained(encoder.transformers_model.name_or_path).eval()

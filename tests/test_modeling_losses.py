@@ -4,10 +4,8 @@ processes, against the plain path in one; their masks."""
 import pytest
 import torch
 import torch.distributed
-from peft import LoraConfig
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MatryoshkaLoss, MultipleNegativesRankingLoss
 
-from modeling.adapters import add_adapter
 from modeling.encoder import build_encoder
 from modeling.losses import (
     MISSING,
@@ -324,24 +322,6 @@ def test_text_keys_tell_texts_apart_whatever_the_padding(encoder):
     # flattened, as for flash attention
     lengths = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)])
     assert text_keys({"input_ids": ids[mask.bool()][None], "cu_seq_lens_q": lengths}).equal(alone)
-
-
-def test_dropout_is_replayed_in_the_cached_path(encoder):
-    """Both forward passes of GradCache must draw the same masks, also after the documents were sorted."""
-    add_adapter(encoder, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False))
-    encoder.train()
-    seen = {}
-
-    class Recorded(SoftInfoNCELoss):
-        def embed_minibatch(self, sentence_feature, begin, end, with_grad, **kwargs):
-            reps, state = super().embed_minibatch(sentence_feature, begin, end, with_grad, **kwargs)
-            seen.setdefault(with_grad, []).append(reps.detach().clone())
-            return reps, state
-
-    torch.manual_seed(0)
-    Recorded(encoder, mini_batch_size=2)(features(encoder), LABELS).backward()
-    assert len(seen[False]) == len(seen[True]) == 3 + 9
-    assert all(torch.equal(first, second) for first, second in zip(seen[False], seen[True], strict=True))
 
 
 BAD = {
