@@ -1,6 +1,7 @@
 """Tables of bad input: keys of the recipe or arguments that are wrong | words of the answer; files in dictionaries."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -218,9 +219,22 @@ stages: [{name: ../x}]                 | stage {'name': '../x'}
 stages: [{name: model}]                | stage name 'model' is taken
 student: [1]                           | key 'student' is [1]: write a mapping
 student: {teacher: model, corpus: x}   | one of the two alone
+student: {hiden_size: 64}              | unknown key 'student.hiden_size'
 total_steps: true                      | key 'total_steps' is 'true'
 merge: {stages: [sts, retrieval], weights: [.nan, 1]} | key 'merge.weights.0' is
 merge: {stages: [sts, retrieval], weights: [0, 0]}    | not all 0
+merge: {stages: [sts, retrieval], weights: [1]}       | one a stage is needed
+merge: {stages: [sts, retrieval], method: mean}       | key 'merge.method' is 'mean'
+merge: {stages: [sts, other]}          | no stage 'other' is run; there are sts
+{shots: 2, instruction: null}          | shots stand before an instruction
+load_in_4bit: true                     | stage 'sts': load_in_4bit and load_in_8bit freeze
+batch_sampler: no_duplicates           | batch_sampler has no effect
+learning_rate_mapping: {norm: fast}    | string to float: 'fast'
+learning_rate_mapping: {norm: nan}     | learning_rate_mapping' is nan
+stages: [{name: a, los: 1}]            | stage 'a': unknown key 'los'
+stages: [{name: a, model_name_or_path: b}]            | stages go on from one another
+stages: [{name: a, loss: cosent, dataset_config: train}] | no column 'sentence1', which cosent needs
+stages: [{name: a, use_peft: true, lora_target_modules: [q_proj, p_proj]}] | lora_target_modules: model
 share_prefix: maybe                    | key 'share_prefix' is 'maybe'
 optim: sgdd                            | invalid choice: 'sgdd'
 lr_scheduler_kwargs: "{"               | stage 'sts': Expecting property name
@@ -229,6 +243,9 @@ max_seq_length: 16                     | at least 8 are needed
 prompts: {query: "q: "}                | prompted_columns
 model_name_or_path: ../../x            | model '../../x': no such folder
 model_name_or_path: null               | name the model to start from
+model_name_or_path: package:nowhere    | no installed package
+model_revision: v1                     | is a folder, which has none
+{model_name_or_path: org/name@v1, model_revision: v2} | names another
 model_name_or_path: hub                | model 'hub' has no tokenizer
 dataset_name: org/none                 | dataset 'org/none': not a local folder
 """
@@ -242,6 +259,9 @@ stray                                  | stray
 --output_dir ''                        | name one output_dir
 --warmup_ratio .nan                    | is nan: it must be a finite number
 --max_steps 10 --total_steps 5         | both say how long
+--train_max_seq_length 4000            | train_max_seq_length 4000 is above max_seq_length
+--num_negatives 0                      | num_negatives is 0; soft_info_nce needs more
+{ONE} --lora_modules_to_save norm nrm  | has no 'nrm'
 {ONE} --temperature 0                  | stage 'retrieval': key 'temperature' is 0: 
 {ONE} --report_to nothing              | report_to: 'nothing' is not installed
 {ONE} --temperature .inf               | stage 'retrieval': key 'temperature' is inf: 
@@ -273,6 +293,12 @@ TRAIN_FILES = {
     "no labels": (columns(ROWS, label=None), "no column 'label'"),
     "raw scores for labels": (columns(ROWS, label=[[7.1, 3.0, 2.0, 1.0]]), "row 0: labels must lie"),
     "blank query": (columns(ROWS, query=[" "]), "row 0"),
+    "no rows": (no_rows(ROWS), "no rows"),
+    "no negatives": (columns(ROWS, negative_1=None, negative_2=None, negative_3=None), "negative_1"),
+    "endless label": (columns("hub/sts.parquet", label=[0.1, 0.2, math.inf]), "row 2: label is not a finite"),
+    "unknown document": (columns("hub/documents.parquet", document_id=["x"]), "qrels name document 'd0'"),
+    "unknown query": (columns("hub/queries.parquet", query_id=["x"]), "qrels name query 'q0'"),
+    "no validation": (columns("hub/qrels.parquet", split="train"), "no split 'validation'"),
     "output is a file": (write("out", "x"), "a file stands where"),
 }
 
@@ -348,6 +374,14 @@ variants: {}              | nothing to compare
 variants: {../x: {}, a: {}}                       | variants are also folders
 variants: {soft: {}, b: {mining2.loss: kl}}       | no stage 'mining2'
 variants: {soft: {}, b: {retrieval.los: kl}}      | unknown key 'los'
+variants: {soft: {}, b: {retrieval.alpha: 2}}     | variant 'b': stage 'retrieval': key 'alpha' is 2
+variants: {soft: {}, b: {seed: 3}}                | seed is not a variant's to set
+variants: {soft: {}, b: {stages: "sts,rte"}}      | no stage 'rte'; the recipe has sts, retrieval
+variants: {soft: {}, b: {max_steps: 3, total_steps: 6}} | max_steps and total_steps
+variants: {soft: {}, b: {student.teacher: x, student.corpus: none}} | student.corpus none: no such folder
+variants: {soft: {}, b: {mining.margin: 2}}       | mining: key 'margin' is 2
+variants: {soft: {}, b: {mining.margin: 0.9, stages: sts}} | no stage trains on mined rows
+data: none                | none/corpus/documents.arrow: no such file
 base: none.yaml           | none.yaml: no such recipe
 """
 PUSH_FLAGS = """

@@ -1,12 +1,15 @@
 """What several rooms' tests share: tiny real models, made on the spot."""
 
+import atexit
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-# Before any library reads it: no test asks the real Hub, and none waits for its retries. The local Hub's clients are
-# processes of their own.
+# Before any library reads them. No test asks the real Hub, and none waits for its retries: the local Hub's clients are
+# processes of their own. What `datasets` caches is not the user's.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
 import pytest
 import yaml
@@ -15,6 +18,7 @@ from hypothesis import settings
 from common.steps import folder_step, write_arrow, write_json, write_parquet
 from dataset_builders.schema import OWN
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 # The same examples everywhere: what breaks a test is a change. `--hypothesis-profile search` looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=3000, deadline=None)
@@ -191,10 +195,25 @@ def reported_run(tiny_run, graded_data, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory):
-    """What `datasets` caches lies in a folder of the module's own."""
-    from tiny_training import own_cache
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> Path:
+    """A reranker, by its own head."""
+    from tiny_rerankers import save_classifier
 
-    with own_cache(tmp_path_factory.mktemp("cache")):
-        yield
+    return save_classifier(tmp_path_factory.mktemp("models") / "classifier")
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> Path:
+    """Published data, small enough to train on in a second; not to be changed."""
+    from tiny_training import write_hub
+
+    return write_hub(tmp_path_factory.mktemp("data") / "hub")
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_decoder, hub) -> dict:
+    """A recipe of two stages on the tiny model and data."""
+    from tiny_training import two_stages
+
+    return two_stages(tiny_decoder, hub)

@@ -72,6 +72,7 @@ class LocalHub:
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(folder / "hf_home"),
+            "HF_DATASETS_CACHE": str(folder / "hf_home" / "datasets"),
             "HF_TOKEN": token or "",  # empty: none, also where the machine has one
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",

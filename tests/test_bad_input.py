@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import bad_input as bad
+import datasets  # noqa: F401  here, as its log keeps the stderr of the moment
 import pytest
 import yaml
 from tiny_data import write_encoder, write_recipe, write_set
-from tiny_training import own_cache, two_stages, write_hub
+from tiny_training import two_stages, write_hub
 
 from common.cli import run
 
@@ -113,14 +114,6 @@ def run_inputs(tiny_run, tmp_path_factory):
     return shutil.copytree(tiny_run, tmp_path_factory.mktemp("run") / "run", ignore=unused)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """The cache of `datasets` is not the user's."""
-    with pytest.MonkeyPatch.context() as patch, own_cache(tmp_path_factory.mktemp("cache")):
-        patch.delenv("DATA_ROOT", raising=False)
-        yield
-
-
 @pytest.fixture
 def spoil(request, tmp_path):
     """A copy of a command's inputs with the case's change, its arguments there, and words of the answer."""
@@ -156,6 +149,7 @@ def test_bad_input_is_refused_in_one_line(name, case, spoil, tmp_path, capsys, m
     folder, arguments, answer = spoil(name, case)
     before = everything(tmp_path)
     monkeypatch.chdir(folder)
+    monkeypatch.delenv("DATA_ROOT", raising=False)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(main, arguments)

@@ -1,3 +1,5 @@
+"""The step that grades: every pair once, resumed to the same bytes, checked against a reference."""
+
 import json
 import pickle
 from dataclasses import dataclass, field
@@ -11,8 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from tiny_data import WORDS, tiny_build, write_encoder
 
 from common.cli import InputError
@@ -23,87 +23,14 @@ from dataset_builders import teachers
 from dataset_builders.calibration import (
     Calibration,
     calibrate,
-    calibration_error,
     count_flat_and_one_hot,
-    reliability,
-    warnings_of,
 )
 from dataset_builders.check_teacher import check_teacher, compare_scores
-from dataset_builders.columns import TextColumn, positions_of
+from dataset_builders.columns import positions_of
 from dataset_builders.engines import LocalEngine
-from dataset_builders.schema import CANDIDATES, DOCUMENTS, LABEL_FLOOR, QRELS, QUERIES, SCORES
+from dataset_builders.schema import CANDIDATES, DOCUMENTS, QRELS, QUERIES, SCORES
 from dataset_builders.scores import graded_blocks, write_scores
 from dataset_builders.teachers import PairScorer, Teacher
-
-rng = np.random.default_rng(0)
-POSITIVES, OTHERS = rng.normal(0.6, 0.1, 500), rng.normal(0.4, 0.15, 20_000)
-
-
-def test_calibration_is_platt_scaling_of_balanced_classes():
-    calibration, facts = calibrate(POSITIVES, OTHERS)
-    scores, truth = np.concatenate([POSITIVES, OTHERS]), np.r_[np.ones(500), np.zeros(20_000)]
-    # the same by repeating positives 40 times instead of weighting, without a penalty
-    repeated = np.concatenate([np.repeat(POSITIVES, 40), OTHERS])[:, None]
-    reference = LogisticRegression(C=np.inf).fit(repeated, np.r_[np.ones(20_000), np.zeros(20_000)])
-    expected = reference.predict_proba(scores[:, None])[:, 1]
-    np.testing.assert_allclose(calibration(scores), np.clip(expected, LABEL_FLOOR, 1 - LABEL_FLOOR), atol=2e-3)
-    np.testing.assert_allclose(calibration(scores[:9]), expit(facts["a"] * scores[:9] + facts["b"]), rtol=1e-6)
-    assert facts["auc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-4)
-    assert (facts["positives"], facts["others"]) == (500, 20_000)
-
-
-def test_labels_stay_inside_the_interval_and_a_faultless_teacher_stays_finite():
-    calibration, facts = calibrate(np.full(50, 9.0) + rng.random(50), np.full(50, -9.0) + rng.random(50))
-    assert np.isfinite(facts["a"]) and facts["auc"] == 1
-    labels = calibration(np.array([-1e9, -9, 9, 1e9]))
-    assert labels.dtype == np.float32 and labels.min() >= np.float32(LABEL_FLOOR) and labels.max() < 1
-
-
-@pytest.mark.parametrize(
-    ("positives", "others", "message"),
-    [
-        ([0.9, np.nan], [0.1, 0.2], "NaN"),
-        ([0.9, np.inf], [0.1, 0.2], "infinite"),
-        ([0.5, 0.5], [0.5, 0.5], "cannot tell documents apart"),
-        ([0.0, 0.0], [0.0, 0.0], "all 0: this model"),
-        ([0.1, 0.2], [0.8, 0.9], "run against the labels"),
-        ([], [0.8, 0.9], "calibration needs both"),
-        ([0.8], [], "calibration needs both"),
-    ],
-)
-def test_teachers_that_cannot_be_calibrated_are_refused(positives, others, message):
-    with pytest.raises(InputError, match=message):
-        calibrate(np.array(positives), np.array(others))
-
-
-def test_where_labels_are_the_true_odds_the_reliability_table_is_its_own_diagonal():
-    # two normal distributions one deviation apart: P(positive | score) at even odds is exactly expit(score)
-    draw = np.random.default_rng(1)
-    scores = np.concatenate([draw.normal(0.5, 1, 40_000), draw.normal(-0.5, 1, 400_000)])
-    table = reliability(expit(scores), np.arange(len(scores)) < 40_000)
-    assert len(table) == 10 and sum(row["positives"] for row in table) == 40_000
-    for row in table:
-        assert row["observed"] == pytest.approx(row["label"], abs=0.02)
-    assert calibration_error(table) < 0.01
-    assert calibrate(scores[:40_000], scores[40_000:])[1]["expected_calibration_error"] < 0.01
-    assert calibration_error(reliability(expit(3 * scores), np.arange(len(scores)) < 40_000)) > 0.1  # too sure
-
-
-@given(st.lists(st.tuples(st.floats(1e-4, 1 - 1e-4), st.booleans()), min_size=1, max_size=40), st.integers(1, 12))
-def test_a_reliability_table_holds_every_label_once_in_its_bin(rows, bins):
-    labels, truth = np.array([label for label, _ in rows]), np.array([positive for _, positive in rows])
-    table = reliability(labels, truth, bins)
-    assert sum(row["positives"] for row in table) == truth.sum()
-    assert sum(row["others"] for row in table) == (~truth).sum()
-    assert [row["label"] for row in table] == sorted(row["label"] for row in table)
-    assert all(row["positives"] + row["others"] > 0 and 0 <= row["observed"] <= 1 for row in table)
-    assert 0 <= calibration_error(table) <= 1
-
-
-def test_flat_and_one_hot_rows_of_unequal_length():
-    labels = np.array([0.5, 0.52, 0.9999, 0.01, 0.01, 0.9, 0.5, 0.7], np.float32)
-    found = count_flat_and_one_hot(labels, np.array([0, 2, 5, 7]))
-    assert found == {"flat_rows": 1, "one_hot_rows": 1}  # the last row has one document: neither
 
 
 @given(st.sets(st.text(max_size=4), min_size=1), st.randoms(use_true_random=False))
@@ -114,232 +41,6 @@ def test_positions_are_found_across_chunks(ids, random):
     assert [ids[row] for row in positions_of(pa.array(wanted), column, "documents")] == wanted
     with pytest.raises(InputError, match="documents: id 'longer' is not in the corpus"):
         positions_of(pa.array([*wanted, "longer"]), column, "documents")
-
-
-# Models
-
-
-LETTERS = list("abcdefghijklmnop")
-TEMPLATE = (
-    "{%- for m in messages %}{%- if m.role == 'system' %}sys {{ m.content }} {% endif %}"
-    "{%- if m.role == 'query' %}query {{ m.content }} {% endif %}"
-    "{%- if m.role == 'document' %}doc {{ m.content }} {% endif %}{%- endfor %}judge"
-)
-
-
-def save_tokenizer(folder, specials, words, **keywords):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = [*specials, *words]
-    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token=specials[1]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if "[CLS]" in words:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    saved = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=specials[0], unk_token=specials[1], **keywords
-    )
-    saved.save_pretrained(folder)
-    return len(words)
-
-
-def save_classifier(folder, *, num_labels=1, broken=False) -> Path:
-    """A random BERT with a classification head."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    size = save_tokenizer(folder, specials, [*LETTERS, *WORDS], cls_token="[CLS]", sep_token="[SEP]")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(
-        vocab_size=size, max_position_embeddings=64, num_labels=num_labels, initializer_range=0.5, **sizes
-    )
-    model = BertForSequenceClassification(config)
-    if broken:
-        torch.nn.init.constant_(model.classifier.bias, float("nan"))
-    model.save_pretrained(folder)
-    return folder
-
-
-def save_causal_lm(folder, *, template=TEMPLATE, answers=("yes", "no")) -> Path:
-    """A random Qwen3, as a reranker of its family is published: a causal model and a chat template."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    words = ["sys", "query", "doc", "judge", *answers, *LETTERS]
-    keywords = {"chat_template": template, "eos_token": "<end>", "model_max_length": 64}
-    size = save_tokenizer(folder, ["<pad>", "<unk>", "<end>"], words, **keywords)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = Qwen3Config(
-        vocab_size=size,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        **sizes,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> Path:
-    return save_classifier(tmp_path_factory.mktemp("models") / "classifier")
-
-
-@pytest.fixture(scope="module")
-def causal_lm(tmp_path_factory) -> Path:
-    return save_causal_lm(tmp_path_factory.mktemp("models") / "causal")
-
-
-def texts_of(lengths) -> list[str]:
-    return [" ".join(rng.choice(LETTERS, length)) for length in lengths]
-
-
-QUERIES_READ, DOCUMENTS_READ = texts_of((1, 3, 6)), texts_of((2, 30, 9, 4, 70))
-ALL_PAIRS = np.array([(query, document) for query in range(3) for document in range(5)])
-
-
-def scored(teacher: Teacher, folder: Path, texts=DOCUMENTS_READ) -> np.ndarray:
-    return PairScorer(teacher, folder, LocalEngine(), QUERIES_READ, texts).scores(ALL_PAIRS, folder)
-
-
-@pytest.mark.parametrize("max_seq_length", [None, 16])
-def test_batched_cross_encoder_scores_are_those_of_single_pairs(classifier, tmp_path, max_seq_length):
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    model, raw = CrossEncoder(str(classifier), max_length=max_seq_length or 64), torch.nn.Identity()
-    teacher = Teacher(
-        kind="cross_encoder", model=str(classifier), batch_tokens=90, max_seq_length=max_seq_length or 64
-    )
-    alone = [
-        model.predict([(QUERIES_READ[query], DOCUMENTS_READ[document])], activation_fn=raw)[0]
-        for query, document in ALL_PAIRS
-    ]
-    assert np.std(alone) > 0.01
-    np.testing.assert_allclose(scored(teacher, tmp_path), alone, atol=1e-5)
-    # the same texts on disk
-    schema = pa.schema([("text", pa.string())])
-    write_arrow(tmp_path / "texts.arrow", [pa.record_batch([DOCUMENTS_READ], schema=schema)], schema)
-    other = tmp_path / "other"
-    other.mkdir()
-    np.testing.assert_array_equal(
-        scored(teacher, other, TextColumn(tmp_path / "texts.arrow")), scored(teacher, tmp_path)
-    )
-
-
-def by_hand(folder: Path, prompt: str | None) -> list[float]:
-    """logit(yes) - logit(no) after the chat template, by transformers alone, one pair at a time."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
-    found = []
-    for query, document in ALL_PAIRS:
-        system = f"sys {prompt} " if prompt else ""
-        text = f"{system}query {QUERIES_READ[query]} doc {DOCUMENTS_READ[document]} judge"
-        with torch.inference_mode():
-            logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
-        found.append(float(logits[yes] - logits[no]))
-    return found
-
-
-@pytest.mark.parametrize("prompt", [None, "a b c"])
-@pytest.mark.parametrize("saved", [False, True])
-def test_an_llm_reranker_scores_yes_against_no(causal_lm, tmp_path, prompt, saved):
-    from sentence_transformers import CrossEncoder
-
-    folder = causal_lm
-    if saved:  # modules.json, with the score module, instead of a conversion when it is loaded
-        folder = tmp_path / "saved"
-        CrossEncoder(str(causal_lm)).save(str(folder))
-        modules = json.loads((folder / "modules.json").read_text())
-        assert [module["type"].rsplit(".", 1)[-1] for module in modules] == ["Transformer", "LogitScore"]
-    teacher = Teacher(kind="cross_encoder", model=str(folder), batch_tokens=150, prompt=prompt, max_seq_length=128)
-    expected = by_hand(causal_lm, prompt)
-    assert np.std(expected) > 0.1
-    np.testing.assert_allclose(scored(teacher, tmp_path), expected, atol=2e-5)
-
-
-def test_a_prompt_saved_with_the_reranker_is_used_unless_the_recipe_has_one(causal_lm, tmp_path):
-    from sentence_transformers import CrossEncoder
-
-    model = CrossEncoder(str(causal_lm), prompts={"task": "d e"}, default_prompt_name="task")
-    model.save(str(tmp_path / "saved"))
-    for prompt, expected in ((None, "d e"), ("a b", "a b"), ("", None)):
-        folder = tmp_path / f"scores-{prompt}"
-        folder.mkdir()
-        teacher = Teacher(kind="cross_encoder", model=str(tmp_path / "saved"), prompt=prompt, max_seq_length=128)
-        np.testing.assert_allclose(scored(teacher, folder), by_hand(causal_lm, expected), atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: save_classifier(folder, num_labels=3), "3 scores a pair"),
-        (lambda folder: save_classifier(folder, broken=True), "NaN"),
-        (lambda folder: save_causal_lm(folder, template="{{ messages[0].content }}"), "cannot carry a 'query'"),
-    ],
-)
-def test_rerankers_without_one_finite_score_for_a_pair_are_refused(make, message, tmp_path):
-    teacher = Teacher(kind="cross_encoder", model=str(make(tmp_path / "model")))
-    with pytest.raises(InputError, match=message):
-        scored(teacher, tmp_path)
-
-
-def test_grading_hardly_pads(classifier, tmp_path):
-    draw = np.random.default_rng(3)
-    lengths = np.clip(draw.lognormal(2.5, 0.8, 3000), 1, 50).astype(int)
-    texts = [" ".join(LETTERS[:1] * length) for length in lengths]
-    teacher = Teacher(kind="cross_encoder", model=str(classifier), max_seq_length=64, batch_tokens=4096)
-    scorer = PairScorer(teacher, tmp_path, LocalEngine(), ["b c"], texts)
-    pairs = pa.record_batch(
-        [pa.array([0] * 3000, pa.int32()), pa.array(range(3000), pa.int32()), *[[False] * 3000] * 2],
-        schema=teachers.PAIRS,
-    )
-    write_arrow(tmp_path / "pairs.arrow", [pairs], teachers.PAIRS)
-    (grades,) = scorer.grade(tmp_path / "pairs.arrow", tmp_path / "teacher.shards")
-    np.testing.assert_array_equal(grades["tokens"], 2 + 3 + lengths)  # [CLS] b c [SEP] ... [SEP]
-    assert grades["computed"].sum() / grades["tokens"].sum() < 1.1
-    assert np.std(grades["score"]) > 0
-
-
-def graded(teacher: Teacher, folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
-    queries, texts = (list(side) for side in zip(*pairs, strict=True))
-    numbers, flags = pa.array(range(len(pairs)), pa.int32()), [False] * len(pairs)
-    columns = [numbers, numbers, flags, flags]
-    write_arrow(folder / "pairs.arrow", [pa.record_batch(columns, schema=teachers.PAIRS)], teachers.PAIRS)
-    scorer = PairScorer(teacher, folder, LocalEngine(), queries, texts)
-    (grades,) = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
-    return grades
-
-
-def test_cut_pairs_and_pairs_without_a_word_of_the_document_are_counted(classifier, causal_lm, tmp_path):
-    words = "a b c d e f g h"
-    pairs = [("a", words), (words, "a b c"), (words, words), (f"{words} {words}", "a b"), (words, "a b c d")]
-    for name, model, limit, cut, without in (
-        # [CLS] query [SEP] document [SEP], the longer side cut first: a document keeps some of its words
-        ("classifier", classifier, 14, [False, False, True, True, True], [False] * 5),
-        # query ... doc ... judge, cut from behind, and the template's end kept
-        ("causal_lm", causal_lm, 14, [False, False, True, True, True], [False, False, False, True, False]),
-    ):
-        (tmp_path / name).mkdir()
-        teacher = Teacher(kind="cross_encoder", model=str(model), max_seq_length=limit)
-        grades = graded(teacher, tmp_path / name, pairs)
-        assert grades["tokens"].max() == limit
-        assert grades["is_cut"].astype(bool).tolist() == cut
-        assert grades["has_no_document"].astype(bool).tolist() == without
-
-
-# The step
 
 
 @pytest.fixture
@@ -553,20 +254,6 @@ def test_calibration_reads_all_positives_and_an_even_stride_of_the_others(graded
     expected = calibrate(scores[is_positive & is_retrieved], others[::stride])[1]
     missed = int((is_positive & ~is_retrieved).sum())
     assert facts["calibration"] == {**expected, "positives_not_retrieved": missed} and missed > 0
-
-
-def test_a_teacher_that_teaches_little_is_warned_of():
-    counts = {"queries": 100, "graded": 900, "flat_rows": 30, "one_hot_rows": 10}
-    sound = {"auc": 0.9, "positives": 50, "positives_not_retrieved": 40, "expected_calibration_error": 0.05}
-    assert [line.split(" of ")[0] for line in warnings_of(counts, sound)] == ["30%"]
-    found = warnings_of({**counts, "flat_rows": 20, "one_hot_rows": 21}, {**sound, "auc": 0.6})
-    assert ["one-hot" in line or "AUC 0.600" in line for line in found] == [True, True]
-    found = warnings_of({**counts, "flat_rows": 0, "pairs_cut": 451, "pairs_without_document": 7}, sound)
-    assert [line.split(" pairs")[0] for line in found] == ["7 of 900", "451 of 900"]
-    off = {**sound, "positives_not_retrieved": 60, "expected_calibration_error": 0.24}
-    found += (few := warnings_of({**counts, "flat_rows": 0}, off))
-    assert ["60 of 110 positives" in line or "error 0.24" in line for line in few] == [True, True]
-    assert all("\n" not in line for line in found)
 
 
 def test_warnings_are_printed_and_kept(graded_set, monkeypatch, capsys):

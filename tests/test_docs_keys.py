@@ -1,4 +1,4 @@
-"""docs/keys.md is what --list_keys prints: every key, with its default and meaning."""
+"""docs/keys.md is what --list_keys prints: every key, with its default and meaning; no page has a dead link."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformerTrainingArguments
+from test_release_model_card import anchors, links
 from trl import ModelConfig
 
 import train_st
@@ -15,7 +16,8 @@ from dataset_builders import build
 from eval import ablate
 from modeling.keys import DEFAULTS, REFUSED
 
-PAGE = Path(__file__).parents[1] / "docs" / "keys.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "keys.md"
 COMMANDS = {"train_st": train_st, "dataset_builders.build": build, "eval.ablate": ablate}
 
 
@@ -49,3 +51,15 @@ def test_every_key_has_a_meaning_and_those_of_libraries_their_default(printed):
     for name, field in fields.items():
         if name in shown and isinstance(field.default, int | float) and name not in DEFAULTS:
             assert float(shown[name].replace("true", "1").replace("false", "0")) == field.default, name
+
+
+def test_no_dead_link_in_readme_and_docs():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert len(pages) >= 3
+    for page in pages:
+        text = page.read_text()
+        for link in links(text):
+            if not link.startswith(("http://", "https://")):
+                name, _, anchor = link.partition("#")
+                assert not name or (page.parent / name).exists(), f"{page.name}: {link}"
+                assert not anchor or name or anchor in anchors(text), f"{page.name}: {link}"

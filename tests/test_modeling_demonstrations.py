@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from tiny_training import INSTRUCTION as TRAINED
-from tiny_training import own_cache, train, two_stages, write_hub
+from tiny_training import train, two_stages, write_hub
 
 from common.cli import InputError
 from modeling.demonstrations import DemonstrationCollator, Demonstrations, fitting_prompt
@@ -175,8 +175,7 @@ def few_shot_run(tiny_decoder, tmp_path_factory):
     recipe = two_stages(tiny_decoder, write_hub(folder / "hub"))
     recipe["max_seq_length"] = 120
     recipe["stages"] = [{**recipe["stages"][1], "shots": 2, "prompt_shots": 2, "shots_budget": 60}]
-    with own_cache(folder / "cache"):
-        return train(folder, recipe, "--max_steps", "2", "--eval_strategy", "no"), recipe
+    return train(folder, recipe, "--max_steps", "2", "--eval_strategy", "no"), recipe
 
 
 def test_a_saved_model_carries_its_few_shot_prompt(few_shot_run):
@@ -209,9 +208,9 @@ FEW_SHOT = {
 
 @pytest.mark.parametrize("case", FEW_SHOT)
 def test_few_shot_prompts_that_cannot_be_made_are_refused_before_training(few_shot_run, tmp_path, case):
-    run, recipe = few_shot_run
+    _, recipe = few_shot_run
     changed, message = FEW_SHOT[case]
     recipe = {**recipe, "stages": [{**recipe["stages"][0], **changed}]}
-    with own_cache(run.parent / "cache"), pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message):
         train(tmp_path, recipe)
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,6 @@ from dataset_builders.schema import LABEL_FLOOR
 from eval.held_out import Queries
 from eval.metrics import ranking_scores
 from modeling.merging import linear, merge_weights, slerp
-from modeling.objectives import OBJECTIVES, info_nce, soft_targets
 from modeling.prompts import few_shot_prompt, instruction_prompt
 from modeling.recipe import _budgets
 from modeling.student import principal_components
@@ -134,65 +133,7 @@ def test_labels_do_not_know_the_teachers_unit(positives, others, scale, shift):
     np.testing.assert_allclose(moved(scale * scores + shift), labels, atol=1e-3)
 
 
-# --- objectives and weights -----------------------------------------------------------------------------------------
-
-shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
-
-
-def batch(rows, negatives, seed):
-    """scores (B, D), own (B, n+1), labels (B, n+1), mask (B, D)."""
-    generator = torch.Generator().manual_seed(seed)
-    documents = rows * (negatives + 1)
-    scores = 5 * torch.randn(rows, documents, generator=generator, dtype=torch.float64)
-    labels = 0.01 + 0.98 * torch.rand(rows, negatives + 1, generator=generator, dtype=torch.float64)
-    mask = torch.rand(rows, documents, generator=generator) < 0.3
-    return scores, torch.arange(documents).view(rows, -1), labels, mask
-
-
-def value_of(name, scores, own, labels, mask):
-    given_ = {"labels": labels, "target_temperature": 0.8, "mask": mask}
-    return OBJECTIVES[name].function(scores, own, **{key: given_[key] for key in OBJECTIVES[name].needs})
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=20)
-@given(shape=shapes, data=st.data())
-def test_no_objective_knows_the_order_of_negatives_rows_or_columns(name, shape, data):
-    scores, own, labels, mask = batch(*shape)
-    negatives = [0, *(1 + place for place in data.draw(st.permutations(range(shape[1]))))]
-    rows = list(data.draw(st.permutations(range(shape[0]))))
-    columns = torch.tensor(data.draw(st.permutations(range(scores.shape[1]))))
-    expected = value_of(name, scores, own, labels, mask)
-    assert expected.isfinite()
-    for found in (
-        value_of(name, scores, own[:, negatives], labels[:, negatives], mask),
-        value_of(name, scores[rows], own[rows], labels[rows], mask[rows]),
-        value_of(name, scores[:, columns], torch.argsort(columns)[own], labels, mask[:, columns]),
-    ):
-        torch.testing.assert_close(found, expected)
-
-
-@given(shapes)
-def test_sure_labels_make_soft_info_nce_info_nce(shape):
-    scores, own, labels, mask = batch(*shape)
-    sure = torch.full_like(labels, 1e-12)
-    sure[:, 0] = 1 - 1e-12
-    found = OBJECTIVES["soft_info_nce"].function(scores, own, sure, mask=mask)
-    torch.testing.assert_close(found, info_nce(scores, own, mask))
-    by_hand = [
-        -math.log(math.exp(row[mine[0]]) / sum(math.exp(z) for j, z in enumerate(row) if j in mine or not hidden[j]))
-        for row, mine, hidden in zip(scores.tolist(), own.tolist(), mask.tolist(), strict=True)
-    ]
-    assert found.item() == pytest.approx(sum(by_hand) / len(by_hand))
-
-
-@given(shapes, st.floats(0.3, 3))
-def test_targets_are_the_powers_of_the_odds(shape, temperature):
-    _, _, labels, _ = batch(*shape)
-    targets = soft_targets(labels, temperature)
-    odds = [[(y / (1 - y)) ** (1 / temperature) for y in row] for row in labels.tolist()]
-    expected = torch.tensor([[value / sum(row) for value in row] for row in odds], dtype=targets.dtype)
-    torch.testing.assert_close(targets, expected)
+# --- weights --------------------------------------------------------------------------------------------------------
 
 
 tensors = st.lists(hnp.arrays(np.float64, 5, elements=st.floats(-5, 5)).map(torch.from_numpy), min_size=2, max_size=4)

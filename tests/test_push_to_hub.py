@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hub_client import TOKEN, TOKENS, Client, error_of
 from huggingface_hub import ModelCard
 from local_hub import ROOT, LocalHub
+from release_demo import compare
 from test_release_verify import in_this_process  # noqa: F401
 from tiny_release import BASE, save_adapted, write_published
 
@@ -341,3 +343,13 @@ print(whole.num_rows, list(streamed) == whole.to_list())
     read = hub.run(script, tmp_path / "elsewhere", HF_TOKEN="hf_read")
     rows = json.loads((data / "manifest.json").read_text())["rows"]["train"]
     assert read.stdout == f"{rows} True\n", read.stderr
+
+
+def test_the_release_demo_tells_what_differs(capsys):
+    here = {"rows": {"train": 2}, "hashes": {"train": "a"}, "queries": 3, "ndcg@10": 0.5}
+    vectors = np.ones((4, 2), dtype="float32")
+    compare({**here, "vectors": vectors}, {**here, "vectors": vectors.copy()}, 0.5004)
+    assert "the same rows, vectors and score" in capsys.readouterr().out
+    for change in ({"hashes": {"train": "b"}}, {"ndcg@10": 0.4}, {"vectors": vectors * 1.001}):
+        with pytest.raises(SystemExit, match="not what RUN holds"):
+            compare({**here, "vectors": vectors}, {**here, "vectors": vectors, **change}, 0.5)

@@ -204,18 +204,6 @@ def test_no_dead_link_in_the_card(card, facts, evidence):
     assert "https://huggingface.co/datasets/org/data" in links(adapted)
 
 
-def test_no_dead_link_in_readme_and_docs():
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    assert len(pages) >= 3
-    for page in pages:
-        text = page.read_text()
-        for link in links(text):
-            if not link.startswith(("http://", "https://")):
-                name, _, anchor = link.partition("#")
-                assert not name or (page.parent / name).exists(), f"{page.name}: {link}"
-                assert not anchor or name or anchor in anchors(text), f"{page.name}: {link}"
-
-
 def test_the_card_says_how_to_use_a_few_shot_prompt(card, facts, evidence):
     prompts = baked_prompts("Find it", [("q1", "p1"), ("q2", "p2")])
     few_shot = render_card("org/name", {**facts, "prompts": prompts}, evidence)

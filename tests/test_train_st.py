@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tiny_training import distance, train, two_stages, weights, write_hub
+from tiny_training import distance, train, weights
 
 import train_st
 from modeling.prompts import baked_prompts
@@ -20,19 +20,6 @@ from modeling.recipe import read_stages
 
 REPOSITORY = Path(__file__).parents[1]
 MISTRAL_RECIPE = REPOSITORY / "recipes" / "mistral-7b" / "train.yaml"
-
-
-pytestmark = pytest.mark.usefixtures("caches")
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Path:
-    return write_hub(tmp_path_factory.mktemp("data") / "hub")
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_decoder, hub) -> dict:
-    return two_stages(tiny_decoder, hub)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import yaml
 from tiny_training import INSTRUCTION, two_stages, write_hub
 
@@ -52,9 +51,6 @@ assert not [name for name in sys.modules if name.split(".")[0] in rooms]
 print(json.dumps({dtype: read(dtype) for dtype in dtypes}))
 """
 TRAIN = "import json, sys, train_st; [train_st.main(argv) for argv in json.loads(sys.argv[1])]"
-
-
-pytestmark = pytest.mark.usefixtures("caches")
 
 
 def test_adapter_on_its_base_equals_the_merged_model(tiny_decoder, tmp_path):

@@ -8,20 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_training import distance, train, two_stages, weights, write_hub
+from tiny_training import distance, train, two_stages, weights
 
 from modeling.merging import slerp
 from modeling.recipe import parse_recipe
 
 CURRICULA = Path(__file__).parents[1] / "recipes" / "curricula" / "demo.yaml"
-
-
-pytestmark = pytest.mark.usefixtures("caches")
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Path:
-    return write_hub(tmp_path_factory.mktemp("data") / "hub")
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,16 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvaluator
-from tiny_training import distance, train, two_stages, write_hub
+from tiny_training import distance, train
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from common.cli import InputError
 from modeling.trainer import EmbedderTrainer
 
-pytestmark = pytest.mark.usefixtures("caches")
-
 
 @pytest.fixture(scope="module")
-def recipe(tiny_decoder, tmp_path_factory) -> dict:
-    recipe = two_stages(tiny_decoder, write_hub(tmp_path_factory.mktemp("data") / "hub"))
+def recipe(recipe) -> dict:
     return {**recipe, "eval_strategy": "no", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_train_st_recipes import RECIPES, launched
-from tiny_training import distance, train, two_stages, write_hub
+from tiny_training import distance, train
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -84,13 +84,9 @@ for argv, environment, dies_at in json.loads(sys.argv[1]):
 """
 
 
-pytestmark = pytest.mark.usefixtures("caches")
-
-
 @pytest.fixture(scope="module")
-def recipe(tiny_decoder, tmp_path_factory) -> dict:
+def recipe(recipe) -> dict:
     """All weights, then an adapter, both by a loss that sees the other rows of a batch; without dropout."""
-    recipe = two_stages(tiny_decoder, write_hub(tmp_path_factory.mktemp("data") / "hub"))
     full, lora = ({**recipe["stages"][1], "name": name} for name in ("full", "lora"))
     stages = [{**full, "use_peft": False, "learning_rate": "1e-3"}, {**lora, "lora_dropout": 0.0}]
     return {**recipe, "stages": stages, "save_steps": 4, "logging_steps": 1, "max_grad_norm": 1.0, "use_cpu": True}
@@ -107,7 +103,6 @@ def run_two(recipe, tmp_path, runs) -> subprocess.CompletedProcess:
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({**recipe, "per_device_train_batch_size": 4}))
     runs = [(["--config", str(tmp_path / "train.yaml"), *flags], *rest) for flags, *rest in runs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
     program = [sys.executable, "-c", TWO_PROCESSES, json.dumps(runs)]
     done = subprocess.run(program, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

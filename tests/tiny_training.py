@@ -1,7 +1,5 @@
 """What the tests of training share: tiny data, a recipe of two stages, and how far two models are apart."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,17 +46,6 @@ def write_hub(folder: Path, **changed: list[dict]) -> Path:
     names = [{"config_name": n, "data_files": [{"split": "train", "path": f"{n}.parquet"}]} for n in configs]
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': names})}---\n")
     return folder
-
-
-@contextmanager
-def own_cache(folder: Path) -> Iterator[None]:
-    """datasets copies what it reads into its cache: not into the user's."""
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = folder
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 def two_stages(model: Path, hub: Path) -> dict:
