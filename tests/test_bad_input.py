@@ -18,6 +18,7 @@ import bad_input as bad
 import datasets  # noqa: F401  here, as its log keeps the stderr of the moment
 import pytest
 import yaml
+from spoiling import keys
 from tiny_data import write_encoder, write_recipe, write_set
 from tiny_training import two_stages, write_hub
 
@@ -40,7 +41,7 @@ class Command:
         found = {name: (change, [], answer) for name, (change, answer) in self.files.items()}
         for line in self.keys.strip().splitlines():
             case, answer = map(str.strip, line.split(" | "))
-            found[case] = bad.keys(**yaml.safe_load(case)), [], answer
+            found[case] = keys(**yaml.safe_load(case)), [], answer
         for line in self.flags.strip().splitlines():
             case, answer = map(str.strip, line.split(" | "))
             found[case] = (lambda folder: None), shlex.split(case), answer
@@ -186,7 +187,7 @@ def test_a_process_of_its_own_answers_the_same(name, case, spoil, tmp_path):
 )
 def test_a_hub_that_cannot_be_asked_is_told_without_the_token(variables, answer, build_inputs, tmp_path):
     folder = shutil.copytree(build_inputs, tmp_path / "work")
-    bad.keys(source={"kind": "hub", "dataset": "org/none"})(folder)
+    keys(source={"kind": "hub", "dataset": "org/none"})(folder)
     nobody = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path / "home")}
     done = process("build", RECIPE, folder, **{**nobody, **variables})
     assert done.returncode == 2 and answer in refusal(done.stderr)
@@ -197,13 +198,13 @@ def test_a_further_set_without_rows_is_told_before_the_first_is_mined(build_inpu
     from dataset_builders import build
 
     folder = shutil.copytree(build_inputs, tmp_path / "work")
-    bad.keys(publish=[{"num_negatives": 2}, {"num_negatives": 900}], **{"source.path": "elsewhere"})(folder)
+    keys(publish=[{"num_negatives": 2}, {"num_negatives": 900}], **{"source.path": "elsewhere"})(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DATA_ROOT", "/no/such/root")
     with pytest.raises(SystemExit):
         run(build.main, RECIPE)
     assert "searched: /no/such/root/elsewhere, elsewhere" in refusal(capsys.readouterr().err)
-    bad.keys(**{"source.path": "set"})(folder)
+    keys(**{"source.path": "set"})(folder)
     with pytest.raises(SystemExit):
         run(build.main, RECIPE)
     assert "publish: train-n900: " in capsys.readouterr().err.splitlines()[-1]
