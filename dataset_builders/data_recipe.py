@@ -17,7 +17,7 @@ from dataset_builders.dense import Dense
 from dataset_builders.engines import Ray
 from dataset_builders.fusion import Fusion
 from dataset_builders.mine import Mining
-from dataset_builders.sources import Source, check_task_type, registry
+from dataset_builders.sources import Source, check_task_type, prefer_local, registry
 from dataset_builders.sts import Sts
 from dataset_builders.teachers import Given, Hybrid, Teacher
 
@@ -47,7 +47,8 @@ Published = Annotated[tuple[Mining, ...], AfterValidator(_of_different_names)]
 class Graders(Section):
     """How candidates are found, graded and mined, whatever the source."""
 
-    data_root: str | None = None  # where local sets are; else $DATA_ROOT, else the current folder
+    # where local sets and copies of the Hub's are; else $DATA_ROOT, else the current folder
+    data_root: str | None = None
     decontamination: Decontamination | None = None  # evaluations whose texts must not be trained on
     bm25: Bm25 = Bm25()  # search by words
     dense: Dense  # search by vectors
@@ -111,6 +112,7 @@ def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, Gr
     if not isinstance(task_type, str) or task_type not in task_types:
         raise InputError(f"{path}: key 'task_type' is {task_type!r}; it can be {', '.join(task_types)}")
     recipe = parse_recipe(task_types[task_type], values, path, flags)
+    recipe = recipe.model_copy(update={"source": prefer_local(recipe.source, recipe.data_root)})
     check_task_type(recipe.task_type, recipe.source, recipe.data_root)
     return {output: recipe}
 

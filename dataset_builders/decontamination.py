@@ -29,7 +29,7 @@ from common.recipes import Section
 from common.steps import file_sha256
 from dataset_builders.near_duplicates import NEAR_DUPLICATE, band_keys, near_matches, text_keys
 from dataset_builders.readers import read_asked
-from dataset_builders.sources import find_source
+from dataset_builders.sources import find_copy, find_source
 from dataset_builders.tables import FileTables
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Decontamination(Section):
 
     benchmark: str | None = None  # of mteb
     tasks: tuple[str, ...] = ()  # more tasks of mteb, by name
-    local: dict[str, str] = Field(default_factory=dict)  # task name -> folder with its test split: see sources.py
+    # task name -> folder with its test split (see sources.py), in place of mteb's where `tasks` names it too
+    local: dict[str, str] = Field(default_factory=dict)
     similarity: float = Field(NEAR_DUPLICATE, ge=0.7, le=1)  # below 0.7 MinHash would miss too many
 
     @model_validator(mode="after")
@@ -92,19 +93,31 @@ def describe_decontamination(section: Decontamination | None, data_root: str | N
     """What decides the probes, for the fingerprint of the step that compares with them. Raises InputError."""
     if section is None:
         return None
+    folders, others = local_and_mteb(section, data_root)
     tasks = {
         task.metadata.name: {
             **{key: task.metadata.dataset[key] for key in ("path", "revision")},
             "splits": list(task.eval_splits),
             "subsets": list(task.hf_subsets),
         }
-        for task in mteb_tasks(section)
+        for task in others
     }
     local = {
         name: {name: file_sha256(path) for name, path in _local_tables(folder, data_root).files.items()}
-        for name, folder in section.local.items()
+        for name, folder in folders.items()
     }
     return {"similarity": section.similarity, "tasks": tasks, "local": local}
+
+
+def local_and_mteb(section: Decontamination, data_root: str | None) -> tuple[dict[str, str], list[AbsTask]]:
+    """The section's local sets, task name -> folder, and its other tasks. Raises InputError.
+
+    A set that `tasks` names too is local where its folder lies below `data_root`, and else mteb's.
+    """
+    local = section.local.items()
+    folders = {name: path for name, path in local if name not in section.tasks or find_copy(path, data_root)}
+    others = mteb_tasks(section.model_copy(update={"tasks": [name for name in section.tasks if name not in folders]}))
+    return folders, [task for task in others if task.metadata.name not in folders]
 
 
 def mteb_tasks(section: Decontamination) -> list[AbsTask]:
@@ -125,10 +138,11 @@ def mteb_tasks(section: Decontamination) -> list[AbsTask]:
 
 def read_probes(section: Decontamination, data_root: str | None) -> Probes:
     """The probes of a section's tasks, loaded by mteb or read from local sets. Raises InputError."""
+    folders, others = local_and_mteb(section, data_root)
     readers: dict[str, Callable[[], tuple[pl.Series, pl.Series]]] = {
-        name: partial(read_local, folder, data_root) for name, folder in section.local.items()
+        name: partial(read_local, folder, data_root) for name, folder in folders.items()
     }
-    readers |= {task.metadata.name: partial(read_task, task) for task in mteb_tasks(section)}
+    readers |= {task.metadata.name: partial(read_task, task) for task in others}
     asked, searched = [], {}
     for number, (name, read) in enumerate(tqdm(readers.items(), desc="evaluation tasks", unit=" tasks")):
         texts, searched[name] = read()

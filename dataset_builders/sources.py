@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import polars as pl
 import pyarrow as pa
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from common.cli import InputError
 from common.models import expand_user, hub_commit
@@ -27,7 +28,7 @@ from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
 from dataset_builders.generate import Documents, Generate
 from dataset_builders.languages import Language
-from dataset_builders.layouts import COLUMNS, HELD_OUT, PARTS, Layout
+from dataset_builders.layouts import COLUMNS, HELD_OUT, LABEL_SCORES, PARTS, Layout
 from dataset_builders.near_duplicates import stable_hash as stable_hash  # for mining
 from dataset_builders.readers import Draw, Rows, read_graded_pairs, read_layout
 from dataset_builders.schema import LABEL_FLOOR, STS
@@ -73,6 +74,22 @@ class Splits(Section):
         if len(set(self.eval_splits)) < len(self.eval_splits):
             raise ValueError(f"eval_splits {', '.join(self.eval_splits)}: name each once")
         return self
+
+
+class OnTheHub(Splits):
+    """A set on the Hub, in place of which a copy on this machine may be read."""
+
+    # keys of a local source (path, and what differs there): read in place of the Hub's where it lies below data_root
+    local_copy: Mapping[str, Any] | None = None
+
+    @field_validator("local_copy")
+    @classmethod
+    def _of_a_local_source(cls, keys: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        try:
+            _ = keys and parse_recipe(LocalSource, {**keys, "kind": "local"}, "as a local source")
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return keys
 
 
 class SetKeys(TableKeys):
@@ -173,11 +190,11 @@ class LocalSource(Splits, SetKeys):
         return self
 
 
-class HubSource(Splits, HubSet):
+class HubSource(OnTheHub, HubSet):
     kind: Literal["hub"]  # whose keys these are
 
 
-class RegistrySource(Splits):
+class RegistrySource(OnTheHub):
     """A set of sources.yaml, whose `split` and `training_datasets` are filled in."""
 
     kind: Literal["registry"]  # whose keys these are
@@ -210,14 +227,42 @@ class RegistrySource(Splits):
         return name
 
 
-Source = Annotated[PydocsSource | LocalSource | HubSource | RegistrySource, Field(discriminator="kind")]
+def _of_a_path(values: Any) -> Any:
+    """--source.path FOLDER reads a folder by the recipe of a set on the Hub."""
+    if not isinstance(values, dict) or values.get("kind") not in ("hub", "registry") or "path" not in values:
+        return values
+    return {**{name: value for name, value in values.items() if name in LocalSource.model_fields}, "kind": "local"}
+
+
+Source = Annotated[
+    PydocsSource | LocalSource | HubSource | RegistrySource,
+    Field(discriminator="kind"),
+    BeforeValidator(_of_a_path),
+]
+
+
+def prefer_local(source: Source, data_root: str | None) -> Source:
+    """`source`, or its local copy where one lies below `data_root` or $DATA_ROOT; one line tells of it."""
+    keys = getattr(source, "local_copy", None)
+    path = keys and find_copy(keys["path"], data_root)
+    if not path:
+        return source
+    found = _set_keys(source)
+    print(f"reads {path} in place of {found.dataset} on the Hub", file=sys.stderr, flush=True)
+    shared = source.model_dump(include={*Splits.model_fields}) | {"score_range": found.score_range}
+    # columns are known by their names; labels may be the Hub's numbers or words
+    return LocalSource(**{**shared, "label_scores": {**LABEL_SCORES, **found.label_scores}, **keys, "kind": "local"})
+
+
+# keys that make no difference to a source's rows: what is said of them, and where they lie
+NO_MATTER = {"licence", "language", "training_datasets", "path", "queries", "local_copy"}
 
 
 def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
     """What decides a source's rows, for the fingerprint of the step that reads them. Raises InputError."""
     if source.kind != "registry" and source.training_datasets:
         _check_training_datasets(source.training_datasets)
-    keys = source.model_dump(mode="json", exclude={"licence", "language", "training_datasets", "path", "queries"})
+    keys = source.model_dump(mode="json", exclude=NO_MATTER)
     if source.kind == "pydocs":
         packages = {name: importlib.metadata.version(name) for name in pydocs.dependencies(pydocs.PROJECT)}
         parser = file_sha256(Path(pydocs.__file__))
@@ -301,17 +346,25 @@ def open_tables(source: Source, data_root: str | None) -> Tables:
     return HubTables(found.dataset, found.config, revision, found.layout, source.searched, found)
 
 
+def find_copy(path: str, data_root: str | None) -> Path | None:
+    """`path` under `data_root`, else $DATA_ROOT, where it is there."""
+    return next((root / path for root in _roots(data_root) if (root / path).exists()), None)
+
+
 def find_source(path: str, data_root: str | None) -> Path:
     """A local set's file or folder: under `data_root`, else $DATA_ROOT, else as written. Raises InputError."""
-    roots = [root for root in (data_root, os.environ.get("DATA_ROOT")) if root]
-    places = [*(expand_user(root) / path for root in roots), expand_user(path)]
-    for place in places:
-        if place.exists():
-            return place
+    found = find_copy(path, data_root) or expand_user(path)
+    if found.exists():
+        return found
+    places = [*(root / path for root in _roots(data_root)), expand_user(path)]
     searched = ", ".join(map(str, places))
     raise InputError(
         f"source.path {path!r}: no such folder or file (searched: {searched}); set data_root or $DATA_ROOT"
     )
+
+
+def _roots(data_root: str | None) -> list[Path]:
+    return [expand_user(root) for root in (data_root, os.environ.get("DATA_ROOT")) if root]
 
 
 def sources_table() -> str:

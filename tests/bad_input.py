@@ -56,6 +56,7 @@ source.split: dev                         | split 'dev': no query with a positiv
 source.eval_splits: [train]               | cannot be an eval split too
 source: {kind: hub, dataset: org/none}    | dataset 'org/none': not a local folder, and the Hub did not serve it
 source: {kind: registry, name: fever}     | not in the registry; did you mean 'FEVER'
+source: {kind: registry, name: SNLI, local_copy: {pth: x}} | as a local source: unknown key 'pth'; did you mean 'path'
 source: {kind: registry, name: ArguAna}   | ArguAna has a test split alone
 source: {kind: registry, name: FEVER, split: test} | its split to train on is 'train'
 source.score_range: [5, 0]                | score_range is written

@@ -13,6 +13,7 @@ from dataset_builders.decontamination import (
     CONTAMINATION,
     Decontamination,
     describe_decontamination,
+    local_and_mteb,
     mteb_tasks,
     read_local,
     read_probes,
@@ -154,6 +155,15 @@ def test_a_text_of_two_tasks_is_logged_for_both(tmp_path):
     assert counts["contamination"]["queries_dropped"] == 2
     matches = {"first": {"queries": 1, "documents": 0}, "second": {"queries": 2, "documents": 0}}
     assert counts["contamination"]["matches"] == matches
+
+
+def test_a_task_of_mteb_is_read_from_a_copy_where_one_is_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    section = Decontamination(tasks=["STS12", "STS14"], local={"STS12": "sts12", "STS14": "sts14", "Own": "own"})
+    (tmp_path / "sts14").mkdir()
+    asked = {root: local_and_mteb(section, root) for root in (None, str(tmp_path))}
+    found = {root: ([*folders], [task.metadata.name for task in tasks]) for root, (folders, tasks) in asked.items()}
+    assert found == {None: (["Own"], ["STS12", "STS14"]), str(tmp_path): (["STS14", "Own"], ["STS12"])}
 
 
 @pytest.mark.parametrize(

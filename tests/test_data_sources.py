@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from local_hub import LocalHub
-from tiny_data import SHARED_DATA, write_table
+from tiny_data import SHARED_DATA, WORDS, write_encoder, write_table
 
 from common.cli import InputError
 from common.recipes import read_yaml
@@ -35,17 +35,60 @@ DATA_RECIPES = [path for path in RECIPES if path.parent.name == "data" or path.n
 
 
 @pytest.mark.parametrize("path", DATA_RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_recipe_that_ships_is_read(path, tmp_path):
-    local, root = read_yaml(path).get("source", {}).get("kind") == "local", SHARED_DATA
-    if path.parent.name == "own":
-        root = tmp_path
-        (root / "faq.csv").write_text("question,answer\nwhy,so\n")
-    if local and not root.is_dir():
-        pytest.skip("the sets that local recipes name are not on this machine")
-    recipes = load_recipes(str(path), ["--data_root", str(root)] if local else [], Path("data"))
+def test_every_recipe_that_ships_is_read(path, tmp_path, monkeypatch):
+    """Without a set on this machine, but for those of recipes/own."""
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    (tmp_path / "faq.csv").write_text("question,answer\nwhy,so\n")
+    recipes = load_recipes(
+        str(path), ["--data_root", str(tmp_path)] if path.parent.name == "own" else [], Path("data")
+    )
     for recipe in recipes.values():
         assert recipe.source.kind in ("pydocs", "local", "hub", "registry") and recipe.instruction
     assert recipes and ".." not in path.read_text() and "data_root:" not in path.read_text()
+
+
+def test_recipes_of_data_name_sets_of_the_hub_at_a_commit(monkeypatch):
+    import mteb
+
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    paths = [path for path in DATA_RECIPES if path.parent.name == "data"]
+    sources_ = [load_recipes(str(path), [], Path("data"))[Path("data")].source for path in paths]
+    assert len(sources_) >= 7 and {source.kind for source in sources_} == {"hub", "registry"}
+    for source in sources_:
+        if source.kind == "hub":
+            known = mteb.get_task(source.training_datasets[0]).metadata
+            assert {"path": source.dataset, "revision": source.revision} == known.dataset
+            assert source.split not in known.eval_splits and set(source.eval_splits) <= set(known.eval_splits)
+
+
+@pytest.mark.parametrize("words", [False, True], ids=["as on the Hub", "as in the shared sets"])
+def test_a_recipe_of_data_is_built_from_a_copy(tmp_path, monkeypatch, capsys, words):
+    """The copy of snli.yaml: with the Hub's columns and numbers, or with our names and words."""
+    encoder, copy = write_encoder(tmp_path / "encoder"), tmp_path / "sets" / "snli_eval"
+    words_ = [(WORDS[row], WORDS[row + 15], WORDS[(7 * row + 5) % 36]) for row in range(15)]
+    asks, entailed, contradicted = ([" ".join(row[:end]) for row in words_] for end in (3, 2, 1))
+    names = ("text1", "text2", "label_text") if words else ("premise", "hypothesis", "label")
+    labels = ["entailment", "contradiction"] if words else [0, 2]
+    copy.mkdir(parents=True)
+    for split, rows in (("validation", range(12)), ("test", range(12, 15))):
+        pairs = [(asks[row], entailed[row], labels[0]) for row in rows]
+        pairs += [(asks[row], contradicted[row - 1], labels[1]) for row in rows]
+        write_table(copy / f"{split}.parquet", **dict(zip(names, zip(*pairs, strict=True), strict=True)))
+    (recipe,) = (path for path in DATA_RECIPES if path.name == "snli.yaml")
+    models = ["--dense.model", str(encoder), "--teacher.model", str(encoder), "--num_negatives", "1", "--margin", "1"]
+    asked = ["--config", str(recipe), *models, "--margin_type", "none"]
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "sets"))
+    main([*asked, "--output_dir", str(tmp_path / "data")])
+    assert f"reads {copy} in place of stanfordnlp/snli on the Hub" in capsys.readouterr().err
+    corpus = read_manifest(tmp_path / "data" / "corpus")
+    assert corpus["queries"] == {"test": 3, "validation": 12} and corpus["pairs_seen"] == 30
+    rows = pl.read_parquet(tmp_path / "data" / "mined" / "mined.parquet")
+    assert len(rows) and {*rows.select("query", "positive").iter_rows()} <= {*zip(asks, entailed, strict=True)}
+    # another folder by the same recipe
+    monkeypatch.delenv("DATA_ROOT")
+    splits = ["--split", "validation", "--eval_splits", "[test]", "--label_scores", "{'0': 1, '2': 0, entailment: 1}"]
+    main([*asked, *splits, "--source.path", str(copy), "--output_dir", str(tmp_path / "other")])
+    assert read_manifest(tmp_path / "other" / "corpus")["queries"] == corpus["queries"]
 
 
 def test_recipes_cover_every_task_type_and_every_set_of_the_registry():
