@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from common.cli import ArgumentParser, InputError, run
 from common.steps import fingerprint
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD = "README.md"
+Refs = dict[str, str]  # name -> commit
 # Files that are deleted from a repository when the new version lacks them, by name and depth. All others stay:
 # LICENSE, .gitattributes, evaluation results.
 REPLACED = {
@@ -98,24 +99,16 @@ def _parse(argv: Sequence[str]) -> Namespace:
         kind.add_argument("--tag", help="name for the commit that holds the files")
         kind.add_argument("--dry_run", action="store_true", help="verify and render, upload nothing; needs no network")
         kind.add_argument("--output_dir", help="write the card there as README.md")
-    events = (
-        "publish the training's event files: the repository gets a tab of curves (they hold your arguments as text)"
-    )
+    events = "publish the training's event files, for a tab of curves (they hold your arguments as text)"
     model.add_argument("--tensorboard", action="store_true", help=events)
-    model.add_argument(
-        "--adapter",
-        nargs="?",
-        const="",
-        metavar="ORG/NAME-adapter",
-        help="publish RUN/adapter, too, in a repository of its own (default: ORG/NAME-adapter)",
-    )
+    adapter = "publish RUN/adapter, too, in a repository of its own (default: ORG/NAME-adapter)"
+    model.add_argument("--adapter", nargs="?", const="", metavar="ORG/NAME-adapter", help=adapter)
     for kind, reader in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO"), ("gguf", "llama.cpp")):
         model.add_argument(f"--{kind}", action="store_true", help=f"add files for {reader}, compared there first")
     model.add_argument("--run", help="folder with recipe.yaml and ledger.json (default: the one that holds PATH)")
     model.add_argument("--results", help="folder with metrics.json or mteb's results (default: RUN/results)")
-    model.add_argument(
-        "--datasets", nargs="+", default=(), metavar="ORG/NAME", help="where the training data are published"
-    )
+    published = "where the training data are published"
+    model.add_argument("--datasets", nargs="+", default=(), metavar="ORG/NAME", help=published)
     model.add_argument("--ablations", help="folder with ablation.json of eval.ablate")
     model.add_argument("--license", help="licence of the weights, as the Hub writes it (apache-2.0, mit, ...)")
     model.add_argument("--title", help="heading of the card (default: ORG/NAME)")
@@ -291,8 +284,8 @@ def _check_no_token(release: Release, token: str) -> None:
                 raise InputError(f"{release.repo_id}: {name} holds the token; remove it, and make a new token")
 
 
-def find_repository(api: HfApi, release: Release, args: Namespace) -> Refs | None:
-    """What its branches, tags and pull requests point to; None without a repository.
+def find_repository(api: HfApi, release: Release, args: Namespace) -> tuple[Refs, Refs] | None:
+    """Its branches and tags, as `read_refs` gives them; None without a repository.
 
     Raises InputError where flags do not fit them.
     """
@@ -305,33 +298,25 @@ def find_repository(api: HfApi, release: Release, args: Namespace) -> Refs | Non
         return None
     if args.private and not info.private:
         raise InputError(f"{name}: is public already; make it private in its settings, or drop --private")
-    refs = read_refs(api, release)
-    if branch not in refs.branches and branch in refs.tags:
+    branches, tags = read_refs(api, release)
+    if branch not in branches and branch in tags:
         raise InputError(f"{name}: {branch} is a tag; --revision takes a branch")
-    if branch not in refs.branches and args.create_pr:
+    if branch not in branches and args.create_pr:
         raise InputError(f"{name}: no branch {branch} for a pull request; push it first, or drop --revision")
-    if args.tag in refs.tags and refs.tags[args.tag] != refs.branches.get(branch):
-        raise InputError(
-            f"{name}: tag {args.tag} is on another commit, {refs.tags[args.tag][:8]}; choose another name"
-        )
-    return refs
+    if args.tag in tags and tags[args.tag] != branches.get(branch):
+        raise InputError(f"{name}: tag {args.tag} is on another commit, {tags[args.tag][:8]}; choose another name")
+    return branches, tags
 
 
-class Refs(NamedTuple):
-    """Commits by name; branches are those of pull requests, refs/pr/N, as well."""
-
-    branches: dict[str, str]
-    tags: dict[str, str]
-
-
-def read_refs(api: HfApi, release: Release) -> Refs:
+def read_refs(api: HfApi, release: Release) -> tuple[Refs, Refs]:
+    """Branches, with those of pull requests (refs/pr/N), and tags."""
     found = api.list_repo_refs(**release.repository, include_pull_requests=True)
     branches = {ref.name: ref.target_commit for ref in found.branches}
     branches |= {ref.ref: ref.target_commit for ref in found.pull_requests or []}
-    return Refs(branches, {ref.name: ref.target_commit for ref in found.tags})
+    return branches, {ref.name: ref.target_commit for ref in found.tags}
 
 
-def push(api: HfApi, release: Release, refs: Refs | None, args: Namespace) -> str:
+def push(api: HfApi, release: Release, refs: tuple[Refs, Refs] | None, args: Namespace) -> str:
     """Make the repository, the branch, the commit and the tag, as far as they are missing; a line about it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -339,8 +324,9 @@ def push(api: HfApi, release: Release, refs: Refs | None, args: Namespace) -> st
     if refs is None:
         api.create_repo(**repository, private=args.private or None, exist_ok=True)
         refs = read_refs(api, release)
-    head = refs.branches.get(branch, refs.branches["main"])
-    if branch not in refs.branches:
+    branches, tags = refs
+    head = branches.get(branch, branches["main"])
+    if branch not in branches:
         api.create_branch(**repository, branch=branch, revision=head, exist_ok=True)
     additions = [CommitOperationAdd(name, content) for name, content in release.files.items()]
     left = [
@@ -351,7 +337,7 @@ def push(api: HfApi, release: Release, refs: Refs | None, args: Namespace) -> st
     content = fingerprint([[addition.path_in_repo, addition.upload_info.sha256.hex()] for addition in additions])
     title = f"{release.title} {content[:8]}"
     if args.create_pr:
-        for proposal in refs.branches:  # a lost answer hides whether the pull request was opened
+        for proposal in branches:  # a lost answer hides whether the pull request was opened
             if proposal.startswith("refs/pr/"):
                 [newest, *_] = api.list_repo_commits(**repository, revision=proposal)
                 if newest.title == title:
@@ -368,7 +354,7 @@ def push(api: HfApi, release: Release, refs: Refs | None, args: Namespace) -> st
     if made.pr_url:
         return f"{name}: {made.pr_url}"
     if args.tag:
-        tagged = refs.tags.get(args.tag)
+        tagged = tags.get(args.tag)
         if tagged is None:
             api.create_tag(**repository, tag=args.tag, revision=made.oid)
         elif tagged != made.oid:

@@ -1,12 +1,11 @@
 """Mining graded data: our steps against the tools that people would otherwise use, on the same inputs.
 
-    python -m benchmarks.bench_mining [bm25] [negatives] [script] [grading] [--set DATA/scifact --split test]
+    python -m benchmarks.bench_mining [bm25] [negatives] [grading] [--set DATA/scifact --split test]
 
 | part | ours | against |
 |---|---|---|
 | bm25 | BM25 by parts of the corpus, with bm25s inside | rank_bm25 |
 | negatives | dense search by parts, then the margin | sentence-transformers' mine_hard_negatives |
-| script | dense search by parts, grading in shards | one script in the style of FlagEmbedding's two |
 | grading | a cross-encoder's grading in shards | CrossEncoder.predict, over all pairs and query by query |
 
 Texts are synthetic, or those of a --set (a folder that `kind: local` reads). The sides take turns in one process, and
@@ -16,8 +15,6 @@ of a further process for each side, which makes the inputs and then does the sid
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 import statistics
 import tempfile
@@ -58,14 +55,13 @@ from dataset_builders.top_k import ranges
 DEPTH = 100  # documents retrieved for a query
 OKAPI_QUERIES = 20  # that rank_bm25 answers of a synthetic set; its time is scaled to all
 NEGATIVES, MARGIN = 7, 0.95
-SCRIPT_RANKS, SCRIPT_NEGATIVES = (10, 210), 15  # hn_mine.py's defaults
 
 Seconds = dict[str, float]  # of the parts of a side's work
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    print(environment("bm25s", "rank_bm25", "sentence-transformers", "transformers", "torch", "faiss-cpu"), flush=True)
+    print(environment("bm25s", "rank_bm25", "sentence-transformers", "transformers", "torch"), flush=True)
     for name in args.parts:
         rounds, title, remarks = in_child(_timed, name, args)
         memory = {side: in_child(_memory, name, side, args) for side in rounds[0]}
@@ -250,82 +246,6 @@ class Negatives:
         ]
 
 
-class Script:
-    """Fifteen negatives of ranks 10 to 210 of a flat search, then a teacher's score for them and the positive.
-
-    Imitated of FlagEmbedding's hn_mine.py and add_reranker_score.py (commits 1bfdf2c, 68f984e): FAISS IndexFlatIP
-    over all documents in memory, 64 queries at a time, no scores kept, a random draw, one list of all pairs, one
-    write at the end. Its reranker sorts all pairs by length, as CrossEncoder.predict does; batches of 128. Ours reads
-    vectors from disk part by part and grades in shards; it draws the same ranks here, so both grade the same pairs.
-    """
-
-    def __init__(self, args: Namespace, folder: Path) -> None:
-        import faiss  # noqa: F401  imported before the clock starts
-        import sentence_transformers  # noqa: F401
-
-        self.texts, self.folder = read_texts(args, 150), folder
-        self.given = Given.of(self.texts, folder / "encoder")
-        self.reranker = write_cross_encoder(folder / "reranker", self.texts.documents[:10_000])
-        self.sides = {"ours": self._ours, "script": self._script}
-        self.title = (
-            f"{len(self.texts.documents):,} documents, {len(self.texts.queries)} queries, 384 dimensions, vectors "
-            "given; a BERT cross-encoder 128x2"
-        )
-
-    def _draw(self, ranked: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Positions of each query's positives and of its negatives."""
-        chance, drawn = random.Random(0), []
-        for places, judged in zip(ranked, self.texts.judged, strict=True):
-            others = [place for place in places[slice(*SCRIPT_RANKS)] if place not in judged]
-            drawn.append([*judged, *chance.sample(others, SCRIPT_NEGATIVES)])
-        return drawn
-
-    def _ours(self, seconds: Seconds) -> list[dict[int, float]]:
-        work = self.folder / "work"
-        with cpu_seconds(seconds, "search"):
-            positions, _ = self.given.search(work, SCRIPT_RANKS[1])
-            drawn = self._draw(positions.tolist())
-        with cpu_seconds(seconds, "grade"):
-            pairs = np.array([(query, place) for query, places in enumerate(drawn) for place in places])
-            scores = iter(grade(self.reranker, self.texts, pairs, self.folder / "grades").tolist())
-            graded = [{place: next(scores) for place in places} for places in drawn]
-        return graded
-
-    def _script(self, seconds: Seconds) -> list[dict[int, float]]:
-        import faiss
-
-        with cpu_seconds(seconds, "search"):
-            index = faiss.IndexFlatIP(self.given.documents.shape[1])
-            index.add(self.given.documents)
-            ranked: list[list[int]] = []
-            for start in range(0, len(self.given.queries), 64):
-                ranked += index.search(self.given.queries[start : start + 64], SCRIPT_RANKS[1])[1].tolist()
-            drawn = self._draw(ranked)
-        with cpu_seconds(seconds, "grade"):
-            pairs = [
-                (self.texts.queries[query], self.texts.documents[place])
-                for query, places in enumerate(drawn)
-                for place in places
-            ]
-            scores = iter(cross_encoder(self.reranker).predict(pairs, batch_size=128).tolist())
-            graded = [{place: next(scores) for place in places} for places in drawn]
-            lines = []
-            for query, row in zip(self.texts.queries, graded, strict=True):
-                documents = [self.texts.documents[place] for place in row]
-                lines.append({"query": query, "documents": documents, "scores": list(row.values())})
-            (self.folder / "script.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-        return graded
-
-    def remarks(self, results: Mapping[str, list[dict[int, float]]]) -> list[str]:
-        ours, theirs = (
-            {(query, place): score for query, row in enumerate(graded) for place, score in row.items()}
-            for graded in results.values()
-        )
-        both = ours.keys() & theirs.keys()
-        apart = max(abs(ours[pair] - theirs[pair]) for pair in both)
-        return [f"pairs graded: {len(ours):,}, the same by both: {len(both):,}; scores differ by at most {apart:.1e}"]
-
-
 class Grading:
     """A cross-encoder's scores of 20 queries' best 100 documents by dense search."""
 
@@ -390,7 +310,7 @@ class Grading:
         ]
 
 
-PARTS = {"bm25": Bm25Search, "negatives": Negatives, "script": Script, "grading": Grading}
+PARTS = {"bm25": Bm25Search, "negatives": Negatives, "grading": Grading}
 
 
 if __name__ == "__main__":

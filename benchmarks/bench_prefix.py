@@ -27,6 +27,7 @@ side. That has not been run yet.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import itertools
 import statistics
@@ -199,17 +200,18 @@ class Texts:
 
 def docstrings() -> list[str]:
     """English that every Python has."""
-    import argparse
-    import asyncio
-    import collections
-    import datetime
-    import decimal
-    import email.message
-    import logging
-    import pathlib
-    import unittest
-
-    modules = (argparse, asyncio, collections, datetime, decimal, email.message, logging, pathlib, unittest)
+    names = (
+        "argparse",
+        "asyncio",
+        "collections",
+        "datetime",
+        "decimal",
+        "email.message",
+        "logging",
+        "pathlib",
+        "unittest",
+    )
+    modules = [importlib.import_module(name) for name in names]
     members = [value for module in modules for _, value in inspect.getmembers(module, inspect.isclass)]
     parts = [part for value in members for _, part in inspect.getmembers(value, inspect.isroutine)]
     return list(dict.fromkeys(filter(None, map(inspect.getdoc, [*modules, *members, *parts]))))

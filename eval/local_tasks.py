@@ -9,7 +9,7 @@ A task that mteb has keeps its name, class, metadata and prompts; the others are
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,6 @@ class LocalTask:
     shown_from: tuple[str, str] | None = None  # folder and file that demonstrations come from; None: there are none
 
 
-_RETRIEVAL, _TRAIN_TEST = ("corpus", "queries", "qrels"), ("train", "test")
 _SAME_MEANING = {
     "instruction": "Given a sentence, retrieve sentences of the same meaning",
     "shown_from": ("stsb", "train"),
@@ -45,7 +44,14 @@ _SAME_MEANING = {
 
 def _classes(folder: str, instruction: str = "", description: str = "") -> LocalTask:
     shown_from = (folder, "train")
-    return LocalTask(folder, "Classification", _TRAIN_TEST, "test", (), description, instruction, shown_from)
+    return LocalTask(folder, "Classification", ("train", "test"), "test", (), description, instruction, shown_from)
+
+
+def _search(
+    folder: str, instruction: str, description: str = "", split: str = "test", shown: str | None = None
+) -> LocalTask:
+    files, shown_from = ("corpus", "queries", "qrels"), (folder, shown) if shown else None
+    return LocalTask(folder, "Retrieval", files, split, (), description, instruction, shown_from)
 
 
 LOCAL_TASKS = {
@@ -91,44 +97,34 @@ LOCAL_TASKS = {
         instruction="Given a premise, retrieve hypotheses that it entails",
         shown_from=("snli_eval", "validation"),
     ),
-    "SciFact": LocalTask(
-        "scifact",
-        "Retrieval",
-        _RETRIEVAL,
-        instruction="Given a scientific claim, retrieve abstracts that support or refute it",
-        shown_from=("scifact", "train"),
+    "SciFact": _search(
+        "scifact", "Given a scientific claim, retrieve abstracts that support or refute it", shown="train"
     ),
-    "Cranfield": LocalTask(
+    "Cranfield": _search(
         "cranfield",
-        "Retrieval",
-        _RETRIEVAL,
-        description="Abstracts of aerodynamics for questions of researchers.",
-        instruction="Given a question about aerodynamics, retrieve abstracts that answer it",
+        "Given a question about aerodynamics, retrieve abstracts that answer it",
+        "Abstracts of aerodynamics for questions of researchers.",
     ),
-    "Vaswani": LocalTask(
+    "Vaswani": _search(
         "vaswani",
-        "Retrieval",
-        _RETRIEVAL,
-        description="Abstracts of physics and electronics.",
-        instruction="Given a topic of physics or electronics, retrieve abstracts about it",
+        "Given a topic of physics or electronics, retrieve abstracts about it",
+        "Abstracts of physics and electronics.",
     ),
-    "MedQuAD": LocalTask(
+    "MedQuAD": _search(
         "medquad",
-        "Retrieval",
-        _RETRIEVAL,
-        "validation",
-        description="Answers of NIH pages to medical questions.",
-        instruction="Given a medical question, retrieve its answer",
-        shown_from=("medquad", "train"),
+        "Given a medical question, retrieve its answer",
+        "Answers of NIH pages to medical questions.",
+        split="validation",
+        shown="train",
     ),
 }
-_MAIN_SCORES = {
-    "Classification": "accuracy",
-    "Clustering": "v_measure",
-    "PairClassification": "max_ap",
-    "Retrieval": "ndcg_at_10",
+# of tasks that mteb does not have: type -> main score, category
+_KINDS = {
+    "Classification": ("accuracy", "t2c"),
+    "Clustering": ("v_measure", "t2c"),
+    "PairClassification": ("max_ap", "t2t"),
+    "Retrieval": ("ndcg_at_10", "t2t"),
 }
-_CATEGORIES = {"Classification": "t2c", "Clustering": "t2c", "PairClassification": "t2t", "Retrieval": "t2t"}
 
 
 def local_tasks(data_root: Path, names: Sequence[str] | None = None) -> list[AbsTask]:
@@ -164,26 +160,22 @@ def register_local_tasks() -> None:
 
 def _task_class(name: str, task: LocalTask) -> type[AbsTask]:
     """The class of a task that mteb does not have."""
-    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairClassification, AbsTaskRetrieval
+    from mteb import abstasks
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    bases = {
-        "Classification": AbsTaskClassification,
-        "Clustering": AbsTaskClustering,
-        "PairClassification": AbsTaskPairClassification,
-        "Retrieval": AbsTaskRetrieval,
-    }
+    main_score, category = _KINDS[task.kind]
     metadata = TaskMetadata(
         name=name,
         description=task.description,
         type=task.kind,
-        category=_CATEGORIES[task.kind],
+        category=category,
         dataset={"path": f"local/{task.folder}", "revision": "local"},
         eval_splits=[task.split],
         eval_langs=["eng-Latn"],
-        main_score=_MAIN_SCORES[task.kind],
+        main_score=main_score,
     )
-    return type(name, (bases[task.kind],), {"metadata": metadata, **dict(task.settings)})
+    base = getattr(abstasks, f"AbsTask{task.kind}")
+    return type(name, (base,), {"metadata": metadata, **dict(task.settings)})
 
 
 def _local_task(name: str, folder: Path) -> AbsTask:
@@ -196,7 +188,7 @@ def _local_task(name: str, folder: Path) -> AbsTask:
     dataset = {"path": f"local/{task.folder}", "revision": revision}
 
     def load_data(self: AbsTask, num_proc: int | None = None, **_: Any) -> None:
-        self.dataset = _READERS[task.kind](folder, task)
+        self.dataset = _read_task(folder, task)
         self.data_loaded = True
 
     members = {"metadata": base.metadata.model_copy(update={"dataset": dataset}), "load_data": load_data}
@@ -260,35 +252,29 @@ def _read(folder: Path, file: str) -> pl.DataFrame:
     return pl.read_parquet(folder / f"{file}.parquet")
 
 
-def _read_sts(folder: Path, task: LocalTask) -> Any:
-    """All files are the one scored split."""
+def _read_task(folder: Path, task: LocalTask) -> Any:
+    """What mteb's class of that type reads."""
     import polars as pl
-    from datasets import Dataset
-
-    return {task.split: Dataset.from_polars(pl.concat([_read(folder, file) for file in task.files]))}
-
-
-def _read_classification(folder: Path, task: LocalTask) -> Any:
     from datasets import Dataset, DatasetDict
 
-    return DatasetDict({file: Dataset.from_polars(_read(folder, file)) for file in task.files})
+    if task.kind == "Retrieval":
+        return _read_retrieval(folder, task)
+    tables = {file: _rows(task.kind, _read(folder, file)) for file in task.files}
+    if task.kind == "STS":  # all files are the one scored split
+        tables = {task.split: pl.concat(tables.values())}
+    return DatasetDict({split: Dataset.from_polars(table) for split, table in tables.items()})
 
 
-def _read_clustering(folder: Path, task: LocalTask) -> Any:
-    from datasets import Dataset
-
-    rows = _read(folder, task.split).select(sentences="text", labels="label_text")
-    return {task.split: Dataset.from_polars(rows)}
-
-
-def _read_pairs(folder: Path, task: LocalTask) -> Any:
-    """Label 1: duplicate, or entailment. As in mteb's NLI tasks, neutral pairs are left out."""
+def _rows(kind: str, rows: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
-    from datasets import Dataset
 
-    is_positive = pl.col("label_text").is_in(["duplicate", "entailment"]).cast(pl.Int64)
-    rows = _read(folder, task.split).filter(pl.col("label_text") != "neutral")
-    return {task.split: Dataset.from_polars(rows.select(sentence1="text1", sentence2="text2", labels=is_positive))}
+    if kind == "Clustering":
+        return rows.select(sentences="text", labels="label_text")
+    if kind == "PairClassification":  # as in mteb's NLI tasks, neutral pairs are left out
+        is_positive = pl.col("label_text").is_in(["duplicate", "entailment"]).cast(pl.Int64)
+        rows = rows.filter(pl.col("label_text") != "neutral")
+        return rows.select(sentence1="text1", sentence2="text2", labels=is_positive)
+    return rows
 
 
 def _read_retrieval(folder: Path, task: LocalTask) -> Any:
@@ -303,12 +289,3 @@ def _read_retrieval(folder: Path, task: LocalTask) -> Any:
     documents = _read(folder, "corpus").select(id="_id", title="title", text="text")
     split = {"corpus": Dataset.from_polars(documents), "queries": Dataset.from_polars(queries)}
     return {"default": {task.split: split | {"relevant_docs": relevant, "top_ranked": None}}}
-
-
-_READERS: dict[str, Callable[[Path, LocalTask], Any]] = {
-    "STS": _read_sts,
-    "Classification": _read_classification,
-    "Clustering": _read_clustering,
-    "PairClassification": _read_pairs,
-    "Retrieval": _read_retrieval,
-}

@@ -43,6 +43,9 @@ teacher.prompt: x                         | a bi_encoder has a query_prompt
 teacher: {kind: cross_encoder, model: x, query_prompt: x} | has one `prompt`
 publish: [{num_negatives: 3}, {num_negatives: 3, margin: 0.95}] | train-n3 is there twice
 decontamination: {}                       | name a benchmark, tasks or local sets
+decontamination: {benchmark: "MTEB(eng,v2)"} | Did you mean: MTEB(eng, v2)
+decontamination: {tasks: [ArguAn]}        | Did you mean: 'ArguAna'
+decontamination: {tasks: [STSBenchmark]}  | 'STSBenchmark' cannot be loaded
 dense.model: 3                            | 'dense.model' is 3
 dense.model: ../x                         | model '../x': no such folder
 dense.model: ~nobody-here/x               | model '~nobody-here/x': no such folder
@@ -106,7 +109,8 @@ BUILD_FILES = {
         one_file("sts", sentence1=["a", "b"], sentence2=["c", "d"], score=[1.0, 7.0]),
         "score 7.0 in row 1 is outside score_range",
     ),
-    "compared without ids": (another, "no column '_id'"),
+    "compared without ids": (another(_id=None), "no column '_id'"),
+    "compared with what asks nothing": (another("qrels", split="train"), "asks about no text"),
     "output is a file": (write("out", "x"), "a file stands where a folder is needed"),
 }
 
@@ -300,6 +304,12 @@ org/name --adapter org/name     | the merged model has that repository
 org/name --datasets org/a none  | write ORG/NAME
 org/name --run data       | data/recipe.yaml: no such file
 """
+RUN_FILES = {
+    "no recipe": (delete("recipe.yaml"), "no such file; the card holds the recipe"),
+    "no ledger": (delete("ledger.json"), "ledger.json: no such file"),
+    "a ledger of others": (write("ledger.json", '{"stages": [{"stage": "sts"}]}'), "not a ledger of train_st.py"),
+    "scores of others": (write("results/metrics.json", "[]"), "not written by eval.retrieval"),
+}
 META_FLAGS = """
 name                      | mteb knows models as ORG/NAME
 ../name                   | and no Hub id

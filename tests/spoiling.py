@@ -84,8 +84,9 @@ def one_file(folder, task_type, **values):
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def another(folder: Path) -> None:
-    """A local set whose test queries are kept out of training, without its ids."""
+@later
+def another(folder, table="queries", **changed):
+    """A local set whose test queries are kept out of training, with these columns of a table of its own."""
     shutil.copytree(folder / "set", folder / "other")
     keys(decontamination={"local": {"Other": "other"}})(folder)
-    columns("other/queries.parquet", _id=None)(folder)
+    columns(f"other/{table}.parquet", **changed)(folder)

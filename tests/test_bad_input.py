@@ -68,6 +68,7 @@ COMMANDS = {
     "report": Command("eval.report", "run_inputs", REPORT, "", "--x | --x", bad.REPORT_FILES),
     "model_meta": Command("eval.model_meta", "run_inputs", ["--run", ".", "--dry_run"], "", bad.META_FLAGS),
     "push_to_hub": Command("push_to_hub", "run_inputs", ["model", "model", "--dry_run"], "", bad.PUSH_FLAGS),
+    "a run": Command("push_to_hub", "run_inputs", ["model", "model", "org/name", "--dry_run"], "", "", bad.RUN_FILES),
     "bench_mining": Command("benchmarks.bench_mining", "run_inputs", [], "", bad.BENCHMARK_FLAGS),
     "bench_prefix": Command("benchmarks.bench_prefix", "run_inputs", [], "", bad.PREFIX_FLAGS),
     "bench_scale": Command("benchmarks.bench_scale", "run_inputs", [], "", bad.BENCHMARK_FLAGS),

@@ -1,22 +1,17 @@
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from tiny_data import write_set, write_table
 
-from common.cli import InputError
 from common.steps import read_arrow, read_manifest, read_parquet
 from dataset_builders import decontamination
 from dataset_builders.corpus import write_corpus
 from dataset_builders.decontamination import (
     CONTAMINATION,
     Decontamination,
-    describe_decontamination,
     local_and_mteb,
     mteb_tasks,
     read_local,
-    read_probes,
     read_task,
     zero_shot,
 )
@@ -224,29 +219,6 @@ def test_zero_shot_is_what_mteb_says_of_a_published_model():
     assert parts == ["CQADupstackGamingRetrieval", "CQADupstackUnixRetrieval"]
     nothing = zero_shot([], "MTEB(eng, v2)")
     assert (nothing["zero_shot_percentage"], nothing["trained_on"]) == (100, [])
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"benchmark": "MTEB(eng,v2)"}, r"Did you mean: MTEB\(eng, v2\)"),
-        ({"tasks": ["ArguAn"]}, "Did you mean: 'ArguAna'"),
-        ({"local": {"x": "{tmp}/set"}}, "asks about no text"),
-        ({"tasks": ["STSBenchmark"]}, "'STSBenchmark' cannot be loaded"),
-    ],
-)
-def test_bad_input_is_told_in_one_line(tmp_path, monkeypatch, section, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    qrels = write_set(tmp_path / "set") / "qrels.parquet"
-    table = pq.read_table(qrels)
-    pq.write_table(table.set_column(3, "split", pa.array(["train"] * len(table))), qrels)  # and no test split
-    local = {name: path.format(tmp=tmp_path) for name, path in section.get("local", {}).items()}
-    with pytest.raises(InputError, match=message) as raised:
-        section = Decontamination.model_validate({**section, "local": local})
-        describe_decontamination(section, None)
-        read_probes(section, None)
-    assert "\n" not in str(raised.value)
 
 
 def test_graded_pairs_lose_those_that_an_evaluation_task_asks_about(tmp_path, capsys):

@@ -62,20 +62,3 @@ def test_pictures_of_other_results_are_refused(copy):
     write_json(copy / "results" / "metrics.json", {**metrics, "key": "another"})
     with pytest.raises(InputError, match=r"systems.png: drawn from other results .*eval.report"):
         read_evidence(copy)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("recipe.yaml", None, "no such file; the card holds the recipe"),
-        ("ledger.json", None, "no such file"),
-        ("results/metrics.json", "[]", "not written by eval.retrieval"),
-        ("ArguAna.json", "{", r"ArguAna\.json: not a result that mteb can read"),
-    ],
-)
-def test_a_broken_run_is_one_line(copy, name, content, message):
-    path = next((copy / "results").rglob(name)) if name == "ArguAna.json" else copy / name
-    path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(InputError, match=message) as caught:
-        read_evidence(copy)
-    assert "\n" not in str(caught.value)

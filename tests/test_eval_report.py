@@ -6,7 +6,6 @@ import shutil
 import pytest
 from PIL import Image
 
-from common.cli import InputError
 from common.steps import write_json
 from eval import retrieval
 from eval.metrics import read_metrics
@@ -18,7 +17,6 @@ from eval.report import (
     not_run,
     plot_systems,
     plot_training,
-    read_ledger,
     read_manifests,
 )
 
@@ -119,12 +117,6 @@ def test_eight_devices_for_an_hour_are_eight_device_hours():
     hour = stage(training_seconds=3600.0, device_seconds=8 * 3600.0, device="A100")
     row = format_costs({"data": [], "stages": [hour]}).splitlines()[2]
     assert row == "| training: sts | 2 | 1,234 | 3,600 | 8 x A100 | 2.00 GiB | 8.00 |"
-
-
-def test_what_is_no_ledger_is_one_line(tmp_path):
-    write_json(tmp_path / "ledger.json", {"stages": [{"stage": "sts"}]})
-    with pytest.raises(InputError, match=r"ledger.json: not a ledger of train_st.py; run the training command again"):
-        read_ledger(tmp_path)
 
 
 def test_what_was_not_run_is_said(run, metrics):
