@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from common.cli import InputError
+from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import file_sha256, fingerprint
 
 if TYPE_CHECKING:
@@ -22,101 +24,22 @@ if TYPE_CHECKING:
     from mteb import AbsTask
 
 
-@dataclass(frozen=True)
-class LocalTask:
+class LocalTask(Section):
     """A folder below the data root that holds the data of one mteb task."""
 
     folder: str
     kind: str  # mteb's task type
     files: tuple[str, ...] = ("test",)  # Parquet files without suffix
     split: str = "test"  # scored
-    settings: tuple[tuple[str, Any], ...] = ()  # of the task class, for tasks that mteb does not have
+    settings: dict[str, Any] = Field(default_factory=dict)  # of the task class, for tasks that mteb does not have
     description: str = ""  # for tasks that mteb does not have
-    instruction: str = ""  # for tasks outside MTEB(eng, v2), whose instructions modeling/prompts.yaml has
-    shown_from: tuple[str, str] | None = None  # folder and file that demonstrations come from; None: there are none
-
-
-_SAME_MEANING = {
-    "instruction": "Given a sentence, retrieve sentences of the same meaning",
-    "shown_from": ("stsb", "train"),
-}
-
-
-def _classes(folder: str, instruction: str = "", description: str = "") -> LocalTask:
-    shown_from = (folder, "train")
-    return LocalTask(folder, "Classification", ("train", "test"), "test", (), description, instruction, shown_from)
-
-
-def _search(
-    folder: str, instruction: str, description: str = "", split: str = "test", shown: str | None = None
-) -> LocalTask:
-    files, shown_from = ("corpus", "queries", "qrels"), (folder, shown) if shown else None
-    return LocalTask(folder, "Retrieval", files, split, (), description, instruction, shown_from)
+    instruction: str = ""  # for tasks outside MTEB(eng, v2)
+    shown_from: str | None = None  # folder and file that demonstrations come from
 
 
 LOCAL_TASKS = {
-    "STS12": LocalTask("sts12", "STS", **_SAME_MEANING),
-    "STS14": LocalTask("sts14", "STS", **_SAME_MEANING),
-    "STS16": LocalTask("sts16", "STS", **_SAME_MEANING),
-    "STSBenchmark": LocalTask("stsb", "STS", **_SAME_MEANING),
-    # mteb scores all 9,927 pairs as `test`
-    "SICK-R": LocalTask("sick_r", "STS", ("train", "validation", "test"), **_SAME_MEANING),
-    "Banking77Classification": _classes("banking77"),
-    "EmotionClassification": _classes("emotion", "Classify the emotion expressed in the given message"),
-    "TREC6Classification": _classes(
-        "trec6",
-        "Given a question, classify what kind of answer it asks for",
-        "Questions by one of six kinds of answer.",
-    ),
-    "CLINC150Classification": _classes(
-        "clinc150",
-        "Given a request to an assistant, find its intent",
-        "Requests to an assistant by one of 150 intents.",
-    ),
-    "StackOverflow20Clustering": LocalTask(
-        "stackoverflow20",
-        "Clustering",
-        settings=(
-            ("max_fraction_of_documents_to_embed", None),
-            ("max_document_to_embed", 4096),
-            ("max_documents_per_cluster", 4096),
-        ),
-        description="Titles of Stack Overflow questions by one of 20 tags.",
-        instruction="Identify the main technology of Stack Overflow questions based on the titles",
-    ),
-    "QuoraPairs": LocalTask(
-        "quora_pairs",
-        "PairClassification",
-        description="Whether two questions are duplicates.",
-        instruction="Given a question, retrieve questions that ask the same",
-    ),
-    "SNLIPairs": LocalTask(
-        "snli_eval",
-        "PairClassification",
-        description="Entailment against contradiction, neutral pairs left out.",
-        instruction="Given a premise, retrieve hypotheses that it entails",
-        shown_from=("snli_eval", "validation"),
-    ),
-    "SciFact": _search(
-        "scifact", "Given a scientific claim, retrieve abstracts that support or refute it", shown="train"
-    ),
-    "Cranfield": _search(
-        "cranfield",
-        "Given a question about aerodynamics, retrieve abstracts that answer it",
-        "Abstracts of aerodynamics for questions of researchers.",
-    ),
-    "Vaswani": _search(
-        "vaswani",
-        "Given a topic of physics or electronics, retrieve abstracts about it",
-        "Abstracts of physics and electronics.",
-    ),
-    "MedQuAD": _search(
-        "medquad",
-        "Given a medical question, retrieve its answer",
-        "Answers of NIH pages to medical questions.",
-        split="validation",
-        shown="train",
-    ),
+    name: parse_recipe(LocalTask, values, f"local_tasks.yaml: {name}")
+    for name, values in read_yaml(Path(__file__).with_suffix(".yaml")).items()
 }
 # of tasks that mteb does not have: type -> main score, category
 _KINDS = {
@@ -175,7 +98,7 @@ def _task_class(name: str, task: LocalTask) -> type[AbsTask]:
         main_score=main_score,
     )
     base = getattr(abstasks, f"AbsTask{task.kind}")
-    return type(name, (base,), {"metadata": metadata, **dict(task.settings)})
+    return type(name, (base,), {"metadata": metadata, **task.settings})
 
 
 def _local_task(name: str, folder: Path) -> AbsTask:
@@ -205,7 +128,8 @@ def training_pairs(name: str, data_root: Path) -> pl.DataFrame:
     task = LOCAL_TASKS[name]
     if task.shown_from is None:
         return pl.DataFrame(schema={"query": pl.String, "positive": pl.String})
-    folder, file = data_root / task.shown_from[0], task.shown_from[1]
+    home, _, file = task.shown_from.partition("/")
+    folder = data_root / home
     if task.kind == "Retrieval":
         rows, scored = (_relevant_pairs(folder, split) for split in (file, task.split))
     elif task.kind == "Classification":

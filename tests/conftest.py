@@ -147,6 +147,26 @@ def tiny_run(tiny_decoder, tiny_encoder, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def adapted_run(tiny_run, tiny_decoder, tmp_path_factory) -> Path:
+    """`tiny_run` with an adapter and the model that has it merged, as train_st.py writes them; a module's own."""
+    from tiny_release import save_adapted
+
+    run = tmp_path_factory.mktemp("adapted") / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("model"))
+    save_adapted(tiny_decoder, run)
+    return run
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, tmp_path):
+    """What a release's checks do in a clean process, which is slower; that one sees the same is tested once."""
+    from release import verify
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verify, "in_clean_process", lambda describe, *paths, library: describe(*map(str, paths)))
+
+
 @pytest.fixture(scope="session")
 def graded_data(tmp_path_factory):
     """A data set of dataset_builders, compared with a held-out set."""

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCardData
 from local_hub import LocalHub
-from tiny_release import BASE, save_adapted
+from tiny_release import BASE
 
 import push_to_hub
 from common.cli import InputError
@@ -63,10 +63,9 @@ print(json.dumps(push_to_hub.evaluated_commits(asked, [Path(results), Path(resul
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
-    """A run with its merged model, trained on two data sets that state their tasks, both of them published."""
-    folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("run") / "run", ignore=shutil.ignore_patterns("model"))
-    save_adapted(tiny_decoder, folder)
+def run_folder(adapted_run):
+    """Trained on two data sets that state their tasks, both of them published."""
+    folder = adapted_run
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     del recipe["student"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model_name_or_path": BASE}))

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -13,8 +12,7 @@ from hub_client import TOKEN, TOKENS, Client, error_of
 from huggingface_hub import ModelCard
 from local_hub import ROOT, LocalHub
 from release_demo import compare
-from test_release_verify import in_this_process  # noqa: F401
-from tiny_release import BASE, save_adapted, write_published
+from tiny_release import BASE, write_published
 
 import push_to_hub
 from common.cli import InputError
@@ -239,38 +237,29 @@ def test_metadata_that_the_hub_refuses(hub, push):
 # --- what is published ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run_folder(tiny_run, tiny_decoder, tmp_path_factory):
-    """`tiny_run` with an adapter and the model that has it merged, as train_st.py writes them."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("model"))
-    save_adapted(tiny_decoder, folder)
-    return folder
-
-
 @pytest.mark.usefixtures("in_this_process")
-def test_event_files_are_published_where_the_hub_looks_for_them(run_folder):
-    arguments = push_to_hub._parse(["model", str(run_folder / "model"), NAME, "--tensorboard", "--dry_run"])
+def test_event_files_are_published_where_the_hub_looks_for_them(adapted_run):
+    arguments = push_to_hub._parse(["model", str(adapted_run / "model"), NAME, "--tensorboard", "--dry_run"])
     with pytest.raises(InputError, match="logs: no event files of TensorBoard; train with report_to"):
         push_to_hub.prepare_model(arguments)
-    events = run_folder / "logs" / "sts" / "events.out.tfevents.1.host.2.0"
+    events = adapted_run / "logs" / "sts" / "events.out.tfevents.1.host.2.0"
     events.parent.mkdir(parents=True)
     events.write_bytes(b"x")
     [release] = push_to_hub.prepare_model(arguments)
     assert release.files["runs/sts/events.out.tfevents.0"] == events
     card = ModelCard(release.files["README.md"].decode())
     assert "tensorboard" in card.data.tags and f"(https://huggingface.co/{NAME}/tensorboard)" in card.text
-    [plain] = push_to_hub.prepare_model(push_to_hub._parse(["model", str(run_folder / "model"), NAME, "--dry_run"]))
+    [plain] = push_to_hub.prepare_model(push_to_hub._parse(["model", str(adapted_run / "model"), NAME, "--dry_run"]))
     assert not [name for name in plain.files if name.startswith("runs/")]
     assert "ensorboard" not in plain.files["README.md"].decode().replace("report_to", "")
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, monkeypatch):
+def test_dry_run_needs_neither_network_nor_token(adapted_run, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     flags = ["--adapter", "--datasets", "org/graded", "--dry_run", "--output_dir", str(tmp_path / "card")]
     flags += ["--title", "Questions about dates", "--language", "de", "en", "--license", "mit"]
-    push_to_hub.main(["model", str(run_folder / "model"), NAME, *flags])
+    push_to_hub.main(["model", str(adapted_run / "model"), NAME, *flags])
     card = ModelCard((tmp_path / "card" / "README.md").read_text())
     assert (card.data.language, card.data.license) == (["de", "en"], "mit")
     assert "\n# Questions about dates\n" in card.text and "German and English text of up to" in card.text
@@ -282,11 +271,11 @@ def test_dry_run_needs_neither_network_nor_token(run_folder, tmp_path, capsys, m
     assert f"{BASE} is not in the cache" in shown and f"{NAME}-adapter: " in shown and "nothing was uploaded" in shown
 
 
-def test_a_card_with_a_local_folder_is_refused(run_folder, monkeypatch):
+def test_a_card_with_a_local_folder_is_refused(adapted_run, monkeypatch):
     monkeypatch.setattr(verify, "verify_model", lambda folder: {})
     scores = "task: {type: x}, metrics: [{type: x, value: 1}]"
     named = (
-        f"data: {run_folder}/data/hub",
+        f"data: {adapted_run}/data/hub",
         "see https://huggingface.co/datasets/../pairs",
         "---\nbase_model: ./models/x\n---\n",
         f"---\nmodel-index: [{{name: x, results: [{{dataset: {{type: ../pairs, name: x}}, {scores}}}]}}]\n---\n",
@@ -294,7 +283,7 @@ def test_a_card_with_a_local_folder_is_refused(run_folder, monkeypatch):
     for card in named:
         monkeypatch.setattr(model_card, "render_card", lambda *args, card=card, **kwargs: card)
         with pytest.raises(InputError, match=f"the card of {NAME} would publish the local folder"):
-            push_to_hub.main(["model", str(run_folder / "model"), NAME, "--dry_run"])
+            push_to_hub.main(["model", str(adapted_run / "model"), NAME, "--dry_run"])
 
 
 def command(hub, folder, *argv):
@@ -305,8 +294,8 @@ def command(hub, folder, *argv):
     return done.stdout
 
 
-def test_the_real_command_publishes_a_model_that_strangers_load(hub, run_folder, tmp_path):
-    command(hub, tmp_path, "model", run_folder / "model", NAME, "--license", "mit")
+def test_the_real_command_publishes_a_model_that_strangers_load(hub, adapted_run, tmp_path):
+    command(hub, tmp_path, "model", adapted_run / "model", NAME, "--license", "mit")
     assert len(hub.commits(NAME)) == 2
     names = set(hub.files(NAME))
     assert {"README.md", "model.safetensors", "reference_vectors.json"} < names and "manifest.json" not in names

@@ -7,8 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_release_verify import in_this_process  # noqa: F401
-from tiny_release import save_adapted
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -37,18 +35,9 @@ NAME = "org/name"
 
 
 @pytest.fixture(autouse=True)
-def quick(in_this_process, monkeypatch):  # noqa: F811
+def quick(in_this_process, monkeypatch):
     """Readers run in this process; that clean ones see the same is tested with the other checks of a release."""
     monkeypatch.setattr(exports, "in_clean_process", lambda describe, *given, library: describe(*map(str, given)))
-
-
-@pytest.fixture(scope="module")
-def run(tiny_run, tiny_decoder, tmp_path_factory):
-    """A finished run whose model/ is a random Mistral with prompts, demonstrations and a merged adapter."""
-    run = tmp_path_factory.mktemp("run") / "run"
-    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("model"))
-    save_adapted(tiny_decoder, run)
-    return run
 
 
 def save(encoder, folder):
@@ -62,9 +51,9 @@ def save(encoder, folder):
 # --- ONNX and OpenVINO ----------------------------------------------------------------------------------------------
 
 
-def test_published_with_a_card_that_tells_what_read_them(run, tmp_path, capsys):
+def test_published_with_a_card_that_tells_what_read_them(adapted_run, tmp_path, capsys):
     flags = ["--onnx", "--openvino", "--dry_run", "--output_dir", str(tmp_path)]
-    push_to_hub.main(["model", str(run / "model"), NAME, *flags])
+    push_to_hub.main(["model", str(adapted_run / "model"), NAME, *flags])
     card = (tmp_path / "README.md").read_text()
     for kind in ("onnx", "openvino"):
         rows = re.findall(
@@ -76,25 +65,27 @@ def test_published_with_a_card_that_tells_what_read_them(run, tmp_path, capsys):
     needed = re.findall(r'^(?:file = )?hf_hub_download\(repository, "(.*?)"\)', card, flags=re.MULTILINE)
     assert needed == ["onnx/model.onnx", "openvino/openvino_model.xml", "openvino/openvino_model.bin"]
     # nothing of this machine is in what is published: graphs hold lines of source files, if they are let
-    files = [path for path in (run / "exports").rglob("*") if path.suffix in (".onnx", ".xml", ".bin")]
+    files = [path for path in (adapted_run / "exports").rglob("*") if path.suffix in (".onnx", ".xml", ".bin")]
     assert len(files) == 7  # with the graph that both are made of
     for path in files:
         content = path.read_bytes()
-        assert not [text for text in (b"/home/", b"site-packages", bytes(run), b"exports.py") if text in content]
+        assert not [
+            text for text in (b"/home/", b"site-packages", bytes(adapted_run), b"exports.py") if text in content
+        ]
     made = [path.stat().st_mtime_ns for path in files]
-    release = push_to_hub.prepare_model(push_to_hub._parse(["model", str(run / "model"), NAME, "--onnx"]))[0]
+    release = push_to_hub.prepare_model(push_to_hub._parse(["model", str(adapted_run / "model"), NAME, "--onnx"]))[0]
     assert {name for name in release.files if "onnx" in name} == set(FILES["onnx"])
     assert [path.stat().st_mtime_ns for path in files] == made and "making" in capsys.readouterr().err
 
 
-def test_onnx_pooled_by_hand(run):
+def test_onnx_pooled_by_hand(adapted_run):
     """onnxruntime, tokenizers and numpy alone: no transformers, no line of ours."""
     import onnxruntime
     from sentence_transformers import SentenceTransformer
 
-    made = export("onnx", run / "model", run / "exports")
+    made = export("onnx", adapted_run / "model", adapted_run / "exports")
     session = onnxruntime.InferenceSession(made["files"]["onnx/model.onnx"])
-    tokenizer = Tokenizer.from_file(str(run / "model" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(adapted_run / "model" / "tokenizer.json"))
     tokenizer.enable_truncation(64)
     encodings = [tokenizer.encode(text).ids for text in TEXTS]
     ids, mask = np.full((2, len(TEXTS), max(map(len, encodings))), 2)
@@ -106,19 +97,19 @@ def test_onnx_pooled_by_hand(run):
     )
     last = states[np.arange(len(TEXTS)), mask.sum(axis=1) - 1]
     pooled = last / np.linalg.norm(last, axis=1, keepdims=True)
-    expected = SentenceTransformer(str(run / "model"), device="cpu").encode(TEXTS)
+    expected = SentenceTransformer(str(adapted_run / "model"), device="cpu").encode(TEXTS)
     assert np.abs(expected[0] - expected[3]).max() > 0.01
     assert pooled == pytest.approx(expected, abs=1e-5) and vectors == pytest.approx(expected, abs=1e-5)
 
 
-def test_weights_of_more_than_a_file_lie_beside_it(run, tmp_path, monkeypatch):
+def test_weights_of_more_than_a_file_lie_beside_it(adapted_run, tmp_path, monkeypatch):
     monkeypatch.setattr(exports, "ONE_FILE", 10_000)
-    made = export("onnx", run / "model", tmp_path)
+    made = export("onnx", adapted_run / "model", tmp_path)
     assert {"onnx/model.onnx", "onnx/model.onnx_data", "onnx/model_quantized.onnx"} < set(made["files"])
     assert [row["file"] for row in made["compared"]] == list(FILES["onnx"])
 
 
-def test_another_model_is_not_published(run, monkeypatch):
+def test_another_model_is_not_published(adapted_run, monkeypatch):
     """A graph of which one weight is wrong; nothing is left of it."""
     import onnx
 
@@ -129,19 +120,19 @@ def test_another_model_is_not_published(run, monkeypatch):
         matrix.raw_data = (np.frombuffer(matrix.raw_data, np.float32) * np.float32(1.01)).tobytes()
         onnx.save(model, target / "onnx" / "model.onnx")
 
-    export("onnx", run / "model", run / "exports")
+    export("onnx", adapted_run / "model", adapted_run / "exports")
     monkeypatch.setitem(exports._WRITERS, "onnx", write_wrong)
-    shutil.rmtree(run / "exports" / "onnx")
+    shutil.rmtree(adapted_run / "exports" / "onnx")
     with pytest.raises(InputError, match=r"onnx/model.onnx: its vectors have a cosine of [01]\.\d+ to the model's"):
-        export("onnx", run / "model", run / "exports")
-    assert [path.name for path in (run / "exports").iterdir() if "onnx" in path.name] == []
+        export("onnx", adapted_run / "model", adapted_run / "exports")
+    assert [path.name for path in (adapted_run / "exports").iterdir() if "onnx" in path.name] == []
 
 
-def test_eight_bits_that_lose_too_much_are_left_out_and_told(run, tmp_path, monkeypatch, capsys):
-    export("openvino", run / "model", run / "exports")
-    shutil.copytree(run / "exports" / "openvino", tmp_path, dirs_exist_ok=True)
+def test_eight_bits_that_lose_too_much_are_left_out_and_told(adapted_run, tmp_path, monkeypatch, capsys):
+    export("openvino", adapted_run / "model", adapted_run / "exports")
+    shutil.copytree(adapted_run / "exports" / "openvino", tmp_path, dirs_exist_ok=True)
     monkeypatch.setitem(exports.LOWEST, "int8", 1.0)
-    told = exports._compare("openvino", run / "model", tmp_path)
+    told = exports._compare("openvino", adapted_run / "model", tmp_path)
     [row] = told["left_out"]
     assert row["file"] == "openvino/openvino_model_qint8_quantized.xml" and 0.9 < row["cosine"] < 1
     left = {path.name for path in (tmp_path / "openvino").iterdir()}
@@ -276,7 +267,7 @@ def test_a_model_without_the_wanted_backend(tiny_decoder, tmp_path, kind, option
     assert not (tmp_path / "exports").exists()
 
 
-def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(adapted_run, monkeypatch):
     monkeypatch.setitem(exports._NEEDS, "onnx", ("onnx", "no-such-package"))
     with pytest.raises(InputError, match=r"--onnx needs no-such-package; pip install '\.\[export\]'"):
-        export("onnx", run / "model", run / "exports")
+        export("onnx", adapted_run / "model", adapted_run / "exports")

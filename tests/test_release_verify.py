@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tiny_release import BASE, REVISION, save_adapted, write_published
+from tiny_release import BASE, REVISION, write_published
 
 from common.cli import InputError
 from common.steps import MANIFEST, files_of, read_manifest, write_json
@@ -30,25 +30,16 @@ from release.verify import (
 
 
 @pytest.fixture(scope="module")
-def run(tiny_decoder, tmp_path_factory):
-    """model/ and adapter/ as train_st.py saves them, and a cache that has the adapter's base."""
-    run = tmp_path_factory.mktemp("run")
-    save_adapted(tiny_decoder, run)
-    shutil.copytree(tiny_decoder, run / "cache" / "models--org--tiny" / "snapshots" / REVISION)
-    return run
+def run(adapted_run, tiny_decoder):
+    """With a cache that has the adapter's base."""
+    shutil.copytree(tiny_decoder, adapted_run / "cache" / "models--org--tiny" / "snapshots" / REVISION)
+    return adapted_run
 
 
 @pytest.fixture
 def model(run, tmp_path):
     """A copy to break."""
     return shutil.copytree(run / "model", tmp_path / "model")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch, tmp_path):
-    """Which is quicker; that a clean one sees the same is tested below."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verify, "in_clean_process", lambda describe, *paths, library: describe(*map(str, paths)))
 
 
 def sign(folder):
