@@ -30,9 +30,11 @@ def test_a_step_is_made_once_and_again_when_inputs_or_files_change(tmp_path):
     assert make(folder, {"x": 1}) and not make(folder, {"x": 1})
     assert read_manifest(folder)["rows"] == 1
     assert make(folder, {"x": 2}), "other inputs"
-    with (folder / "rows.parquet").open("r+b") as file:
-        file.truncate(20)
-    assert make(folder, {"x": 2}), "a truncated file"
+    rows = folder / "rows.parquet"
+    whole = rows.read_bytes()
+    for damaged in (whole[:20], whole[:-30] + b"?" + whole[-29:], None):
+        rows.write_bytes(damaged) if damaged else rows.unlink()
+        assert make(folder, {"x": 2}), "a truncated, altered or deleted file"
     (folder.parent / "step.outdated").mkdir()  # a kill right after the new folder got its name
     assert not make(folder, {"x": 2})
     assert [path.name for path in folder.parent.iterdir()] == ["step"]
