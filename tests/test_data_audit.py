@@ -59,11 +59,14 @@ def test_quality_by_hand():
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """Graded candidates of 24 queries: each third one has three positives, of which one was not retrieved.
+    """A build with graded candidates of 24 queries: each third one has three positives, of which one was not
+    retrieved.
 
     Document 0 and 1 are near duplicates; labels are random, so that every rule has cases.
     """
-    folder = tmp_path_factory.mktemp("graded")
+    folder = tmp_path_factory.mktemp("graded") / "build"
+    for step in ("corpus", "candidates", "scores", "mined"):
+        (folder / step).mkdir(parents=True)
     rng = np.random.default_rng(7)
     documents = [f"d{number:02d}" for number in range(40)]
     texts = [" ".join(rng.choice(WORDS, 8)) for _ in documents]
@@ -74,6 +77,7 @@ def graded(tmp_path_factory):
         if number % 4 == 0:
             chosen = ["d00", "d01", *[name for name in chosen if name not in ("d00", "d01")]][:CANDIDATES_EACH]
         positives = 3 if number % 3 == 0 else 1
+        counts = {"bm25": 0, "dense": 0}
         for rank, document in enumerate(chosen, start=1):
             is_positive = rank <= positives
             retrieved = not (is_positive and rank == 3)
@@ -81,29 +85,16 @@ def graded(tmp_path_factory):
             by_dense = retrieved and (rank % 3 == 0 or not by_bm25)
             # the teacher grades the positive of q05 below everything: that query gives no row
             score = float(rng.normal(2 if is_positive else 0)) - 9 * (is_positive and number == 5)
-            rows.append(
-                {
-                    "query_id": query,
-                    "document_id": document,
-                    # a retriever's own ranks count its own documents, in the order of the fused list
-                    "bm25_rank": rank if by_bm25 else None,
-                    "bm25_score": 1.0 if by_bm25 else None,
-                    "dense_rank": rank if by_dense else None,
-                    "dense_score": 1.0 if by_dense else None,
-                    "rrf_score": 1 / (60 + rank) if retrieved else None,
-                    "rrf_rank": rank - (positives == 3 and rank > 3) if retrieved else None,
-                    "teacher_score": score,
-                    "label": float(np.clip(1 / (1 + np.exp(-score)), 1e-4, 1 - 1e-4)),
-                    "is_positive": is_positive,
-                }
-            )
-    for query in queries:
-        for name in ("bm25_rank", "dense_rank"):
-            found = [row for row in rows if row["query_id"] == query and row[name] is not None]
-            for rank, row in enumerate(sorted(found, key=lambda row: row[name]), start=1):
-                row[name] = rank
+            row = {"query_id": query, "document_id": document, "teacher_score": score, "is_positive": is_positive}
+            row["label"] = float(np.clip(1 / (1 + np.exp(-score)), 1e-4, 1 - 1e-4))
+            row["rrf_rank"] = rank - (positives == 3 and rank > 3) if retrieved else None
+            row["rrf_score"] = 1 / (60 + rank) if retrieved else None
+            for name, found in (("bm25", by_bm25), ("dense", by_dense)):
+                # a retriever's own ranks count its own documents, in the order of the fused list
+                counts[name] += found
+                row |= {f"{name}_rank": counts[name] if found else None, f"{name}_score": 1.0 if found else None}
+            rows.append(row)
     corpus = folder / "corpus"
-    corpus.mkdir()
     table = pa.table([documents, texts], schema=DOCUMENTS)
     write_arrow(corpus / "documents.arrow", table.to_batches(), DOCUMENTS)
     write_parquet(corpus / "groups.parquet", pa.table([["d00", "d01"], ["d00", "d00"]], schema=GROUPS))
@@ -115,43 +106,26 @@ def graded(tmp_path_factory):
         if row["is_positive"]
     ]
     write_parquet(corpus / "qrels.parquet", pa.table(list(map(list, zip(*judged, strict=True))), schema=QRELS))
-    for name in ("whole", "split"):
-        write_scores_manifest(folder / name)
-    table = pa.Table.from_pylist(rows, schema=SCORES)
-    write_parquet(folder / "whole" / "scores.parquet", table)
-    with parquet_writer(folder / "split" / "scores.parquet", SCORES) as writer:
-        for start in range(0, QUERY_COUNT, 5):
-            writer.write(table.slice(start * CANDIDATES_EACH, 5 * CANDIDATES_EACH))
-    mine_into(folder / "mined", scores="whole")
+    write_json(folder / "candidates" / "manifest.json", COUNTS)
+    calibration = {"a": 1.0, "b": 0.0, "reliability": RELIABILITY}
+    write_json(folder / "scores" / "manifest.json", {"calibration": calibration, **PAIRS})
+    write_scores(folder, rows)
     write_encoder(folder / "encoder")
+    write_mined(build_of(folder), folder / "mined")
     return folder, rows
 
 
-def write_scores_manifest(folder):
-    folder.mkdir()
-    write_json(folder / "manifest.json", {"calibration": {"a": 1.0, "b": 0.0, "reliability": RELIABILITY}, **PAIRS})
+def write_scores(folder, rows):
+    write_parquet(folder / "scores" / "scores.parquet", pa.Table.from_pylist(rows, schema=SCORES))
 
 
-def build_of(folder, *, scores, mined="mined", mining=MINING):
-    """The record of a build whose scores/ and mined/ are folders of these names."""
-    made = folder / "builds" / f"{scores}-{mined}"
-    made.mkdir(parents=True, exist_ok=True)
-    (made / "candidates").mkdir(exist_ok=True)
-    write_json(made / "candidates" / "manifest.json", COUNTS)
-    for step, name in {"corpus": "corpus", "scores": scores, "mined": mined}.items():
-        if not (made / step).is_symlink():
-            (made / step).symlink_to(folder / name)
-    return tiny_build(made, mining=mining, dense={"model": str(folder / "encoder")})
+def build_of(folder, mining=MINING):
+    return tiny_build(folder, mining=mining, dense={"model": str(folder / "encoder")})
 
 
-def mine_into(target, *, scores, mining=MINING):
-    target.mkdir(exist_ok=True)
-    write_mined(build_of(target.parent, scores=scores, mined=target.name, mining=mining), target)
-
-
-def run_audit(folder, *, scores="whole", mined="mined", output="audit", mining=MINING):
-    (folder / output).mkdir(exist_ok=True)
-    return write_audit(build_of(folder, scores=scores, mined=mined, mining=mining), folder / output)
+def run_audit(folder, mining=MINING):
+    (folder / "audit").mkdir(exist_ok=True)
+    return write_audit(build_of(folder, mining), folder / "audit")
 
 
 @pytest.fixture(scope="module")
@@ -159,12 +133,23 @@ def facts(graded):
     return run_audit(graded[0])
 
 
-def test_row_groups_change_nothing(graded, facts, monkeypatch):
+@pytest.fixture
+def copy(graded, tmp_path):
+    """To be changed."""
+    return shutil.copytree(graded[0], tmp_path / "build")
+
+
+def test_row_groups_change_nothing(graded, facts, copy, monkeypatch):
     # bounded memory must not cost exactness: five queries at a time, or all at once; one that hides positives
     monkeypatch.setattr(audit, "PAIRS", 40)
-    assert run_audit(graded[0], scores="split", output="again") == facts
+    table = read_parquet(copy / "scores" / "scores.parquet")
+    with parquet_writer(copy / "scores" / "scores.parquet", SCORES) as writer:
+        for start in range(0, QUERY_COUNT, 5):
+            writer.write(table.slice(start * CANDIDATES_EACH, 5 * CANDIDATES_EACH))
+    shutil.rmtree(copy / "audit")
+    assert run_audit(copy) == facts
     for name in facts["plots"]:
-        assert (graded[0] / "again" / name).read_bytes() == (graded[0] / "audit" / name).read_bytes()
+        assert (copy / "audit" / name).read_bytes() == (graded[0] / "audit" / name).read_bytes()
     assert facts["plots"] == ["labels.png", "false_negatives.png", "reliability.png"]
 
 
@@ -253,12 +238,9 @@ def test_rankings_are_scored_as_by_ir_measures(graded, facts):
         assert facts["ndcg_at_10"][name] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_list_that_fusion_cut_has_no_figure(graded):
-    folder, rows = graded
-    cut = [{**row, "bm25_rank": row["bm25_rank"] and row["bm25_rank"] + 1} for row in rows]
-    write_scores_manifest(folder / "cut")
-    write_parquet(folder / "cut" / "scores.parquet", pa.Table.from_pylist(cut, schema=SCORES))
-    found = run_audit(folder, scores="cut", output="audit_cut")["ndcg_at_10"]
+def test_a_list_that_fusion_cut_has_no_figure(graded, copy):
+    write_scores(copy, [{**row, "bm25_rank": row["bm25_rank"] and row["bm25_rank"] + 1} for row in graded[1]])
+    found = run_audit(copy)["ndcg_at_10"]
     assert found["bm25"] is None and found["dense"] > 0
 
 
@@ -282,9 +264,9 @@ def test_strategies_are_compared_on_the_encoders_own_cosines(graded, facts):
     assert all(row["useful"] <= row["hardness"] for row in found)
 
 
-def test_rules_broken_in_the_file_are_counted(graded):
-    folder, rows = graded
-    table = read_parquet(folder / "mined" / "mined.parquet")
+def test_rules_broken_in_the_file_are_counted(graded, copy):
+    _, rows = graded
+    table = read_parquet(copy / "mined" / "mined.parquet")
     broken = table.to_pylist()
     query = next(row["query_id"] for row in broken if row["positive_id"] == "d00")
     first, second = [row for row in broken if row["query_id"] == query][:2]  # rows of one query: d00 is in q00, q12
@@ -292,9 +274,8 @@ def test_rules_broken_in_the_file_are_counted(graded):
     above = next(name for name, row in known.items() if row["label"] >= 0.95 * second["label"][0])
     first["negative_ids"] = [first["negative_ids"][0], first["negative_ids"][0], second["positive_id"]]
     second["negative_ids"] = ["d39" if "d39" not in known else "d38", above, second["negative_ids"][0]]
-    (folder / "tampered").mkdir()
-    write_parquet(folder / "tampered" / "mined.parquet", pa.Table.from_pylist(broken, schema=table.schema))
-    found = run_audit(folder, mined="tampered", output="audit_tampered")["mined_rows"]["violations"]
+    write_parquet(copy / "mined" / "mined.parquet", pa.Table.from_pylist(broken, schema=table.schema))
+    found = run_audit(copy)["mined_rows"]["violations"]
     expected = {"repeated_in_row": 1, "labelled_positive": 1 + known[above]["is_positive"]}
     # a document that was never graded breaks the margin, too
     too_high = known[second["positive_id"]]["label"] >= np.float32(0.95) * np.float32(first["label"][0])
@@ -302,17 +283,12 @@ def test_rules_broken_in_the_file_are_counted(graded):
     assert {name: found[name] for name in expected} == expected
 
 
-def test_without_several_positives_there_is_a_reason_instead_of_an_estimate(graded):
-    folder, rows = graded
-    single = []
-    for _, group in groupby(rows, key=lambda row: row["query_id"]):
-        group = list(group)
-        # the first positive stays one; the others are plain candidates
-        single += [{**row, "is_positive": place == 0} for place, row in enumerate(group)]
-    write_scores_manifest(folder / "single")
-    write_parquet(folder / "single" / "scores.parquet", pa.Table.from_pylist(single, schema=SCORES))
-    mine_into(folder / "single_mined", scores="single")
-    found = run_audit(folder, scores="single", mined="single_mined", output="audit_single")
+def test_without_several_positives_there_is_a_reason_instead_of_an_estimate(graded, copy):
+    # the first positive stays one; the others are plain candidates
+    write_scores(copy, [{**row, "is_positive": at % CANDIDATES_EACH == 0} for at, row in enumerate(graded[1])])
+    write_mined(build_of(copy), copy / "mined")
+    shutil.rmtree(copy / "audit", ignore_errors=True)
+    found = run_audit(copy)
     assert found["false_negatives"] == {
         "reason": "no query has two labelled positives of which one was retrieved",
         "by_margin": [],
@@ -320,15 +296,12 @@ def test_without_several_positives_there_is_a_reason_instead_of_an_estimate(grad
     assert "false_negatives.png" not in found["plots"]
 
 
-def test_documents_of_one_class_say_nothing_of_false_negatives(graded, tmp_path):
-    folder, _ = graded
-    shutil.copytree(folder, tmp_path / "classes", ignore=shutil.ignore_patterns("builds"))
-    folder = tmp_path / "classes"
-    classes = [f"c{number % 5}" for number in range(40)]
-    table = pa.table({"document_id": [f"d{number:02d}" for number in range(40)], "class": classes})
-    write_parquet(folder / "corpus" / "classes.parquet", table)
-    (folder / "mined" / "mined.parquet").unlink()
-    mine_into(folder / "mined", scores="whole", mining=Mining(num_negatives=1))
-    found = run_audit(folder, mining=Mining(num_negatives=1), output="audit_classes")
+def test_documents_of_one_class_say_nothing_of_false_negatives(copy):
+    names = [f"d{number:02d}" for number in range(40)]
+    table = pa.table({"document_id": names, "class": [f"c{number % 5}" for number in range(40)]})
+    write_parquet(copy / "corpus" / "classes.parquet", table)
+    mining = Mining(num_negatives=1)
+    write_mined(build_of(copy, mining), copy / "mined")
+    found = run_audit(copy, mining)
     assert found["false_negatives"]["reason"].startswith("documents of one class")
     assert found["mined_rows"]["violations"]["same_class"] == 0 < found["mined_rows"]["rows"]
