@@ -22,7 +22,7 @@ from dataset_builders.calibration import check_spread
 from dataset_builders.embeddings import load_model
 from dataset_builders.schema import check_finite
 from dataset_builders.scores import scorer_of, write_pairs
-from dataset_builders.teachers import Teacher, load_reranker, take_texts
+from dataset_builders.teachers import FOLD, Teacher, load_reranker, take_texts
 
 # Of the reference scores' standard deviation: how far the build may be from the reference. bfloat16 stays below;
 # scores that are random differ by about 1 in the mean.
@@ -41,6 +41,8 @@ def check_teacher(build: Build, sample: int) -> dict[str, Any]:
     teacher = build.recipe.teacher
     if teacher.kind in ("hybrid", "given"):
         raise InputError(f"--check_teacher: teacher {teacher.kind} has no reference scorer; check one that is a model")
+    if FOLD in teacher.model:
+        raise InputError(f"--check_teacher: {teacher.model} is several models; check one: --teacher.model NAME")
     build.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build.cache) as name:  # beside the vectors: every worker of a cluster sees it
         folder = Path(name)

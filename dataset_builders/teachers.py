@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 from pydantic import ValidationInfo, field_validator
 
 from common.cli import InputError
+from common.models import expand_user
 from common.recipes import Section
 from common.steps import read_arrow, write_arrow
 from dataset_builders.columns import TextColumn, take
@@ -32,6 +34,7 @@ from dataset_builders.embeddings import (
     token_batches,
 )
 from dataset_builders.engines import Engine, Shards, compute_shards
+from dataset_builders.near_duplicates import normalised, stable_hash
 from dataset_builders.schema import check_finite
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
 SHARD_PAIRS = 8192  # pairs in a shard: what a killed process loses at most; sorted by length, they hardly need padding
+FOLD = "{fold}"  # in a model's name: a model for each fold of the queries, trained without it
 TOKENISED = 256  # pairs tokenised together
 # Positions of the query and of the document of a pair. Positive: labelled so, or of the class of one that is.
 PAIRS = pa.schema(
@@ -59,9 +63,32 @@ class Teacher(EncoderSection):
     kind: Literal["cross_encoder", "bi_encoder"]  # reads both texts together, or compares their vectors
     prompt: str | None = None  # a cross-encoder's instruction; without one, that saved with the model is used
 
+    def describe(self) -> dict[str, Any]:
+        if FOLD not in self.model:
+            return super().describe()
+        return {"folds": [member.describe() for member in self.members], "model": self.model}
+
+    @property
+    def members(self) -> tuple[Teacher, ...]:
+        """The teacher alone; or, where its model's name holds FOLD, the models that were each trained without a fold.
+
+        Raises InputError where these are less than two folders (train_teacher.py makes them).
+        """
+        if FOLD not in self.model:
+            return (self,)
+        names = takewhile(lambda name: expand_user(name).is_dir(), (self.model.replace(FOLD, str(n)) for n in count()))
+        members = tuple(self.model_copy(update={"model": name}) for name in names)
+        if len(members) < 2:
+            raise InputError(
+                f"teacher {self.model!r}: {len(members)} such folders; a cross-fitted teacher has 2 or more"
+            )
+        return members
+
     @field_validator("kind")
     @classmethod
     def _without_a_bi_encoders_prompts(cls, kind: str, info: ValidationInfo) -> str:
+        if kind == "bi_encoder" and FOLD in info.data.get("model", ""):
+            raise ValueError(f"{FOLD} stands in the name of a cross_encoder")
         if kind == "cross_encoder" and (info.data.get("query_prompt") or info.data.get("document_prompt")):
             raise ValueError("query_prompt and document_prompt are a bi_encoder's; a cross_encoder has one `prompt`")
         return kind
@@ -133,9 +160,10 @@ class PairScorer:
         if self.teacher.kind == "bi_encoder":
             work = _Comparison(pairs, self.teacher, *self.vectors)
         else:
-            work = _Reading(pairs, self.teacher, self.queries, self.texts)
-        count = len(read_arrow(pairs))
-        sizes = [min(SHARD_PAIRS, count - start) for start in range(0, count, SHARD_PAIRS)]
+            kind = _Reading if len(self.teacher.members) == 1 else _CrossFitted
+            work = kind(pairs, self.teacher, self.queries, self.texts)
+        total = len(read_arrow(pairs))
+        sizes = [min(SHARD_PAIRS, total - start) for start in range(0, total, SHARD_PAIRS)]
         return compute_shards(work, sizes, folder, self.engine, description="teacher", unit="pairs")
 
 
@@ -225,6 +253,31 @@ class _Reading(_Shard):
     @cached_property
     def _model(self) -> CrossEncoder:
         return load_reranker(self.teacher).eval()
+
+
+@dataclass(frozen=True)
+class _CrossFitted(_Shard):
+    """Each query's pairs as the member reads them that was trained without its fold."""
+
+    queries: Texts
+    texts: Texts
+
+    def _grade(self, queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        grades = np.empty(len(queries), GRADE)
+        folds = np.array([fold_of(query, len(self._readings)) for query in take_texts(self.queries, queries)])
+        for fold in np.unique(folds):
+            here = folds == fold
+            grades[here] = self._readings[fold]._grade(queries[here], texts[here])
+        return grades
+
+    @cached_property
+    def _readings(self) -> list[_Reading]:
+        return [_Reading(self.pairs, member, self.queries, self.texts) for member in self.teacher.members]
+
+
+def fold_of(query: str, folds: int) -> int:
+    """The fold of a query, decided by its text alone, case and white space aside."""
+    return stable_hash("teacher", normalised(query)) % folds
 
 
 def load_reranker(teacher: Teacher) -> CrossEncoder:
