@@ -28,6 +28,7 @@ from dataset_builders.decontamination import (
     Decontamination,
     Probes,
     contamination_log,
+    count_by_kind,
     count_by_task,
     count_searched,
     find_matches,
@@ -215,6 +216,7 @@ def _decontaminate(
         - number_of_bad
         - _number_of_queries(cleaned.filter(is_train)),
         "matches": count_by_task(log),
+        "by_kind": count_by_kind(log),
         "documents_that_tasks_search": count_searched(kept["key"], probes),
     }
     return cleaned, dropped, log, counts

@@ -2,13 +2,14 @@
 
 A task's probes are the texts that it asks about, of its evaluation splits alone: the queries of retrieval and
 reranking, both sides of STS and pair classification, the texts of classification, clustering and summarization. A
-training query or document that equals a probe (case and white space aside), or is nearly one (see
-near_duplicates.py), shows the model a test item, whatever its label. So it is dropped with its qrels from the split
-to be trained on; other splits stay as they are. The documents that a task searches are no probes: training and test
-questions share a corpus by design (SciFact's 809 training claims are answered by the 5,183 abstracts of its test), and
-without the test question such a document tells nothing. They are counted.
+training query or document that equals a probe (case and white space aside), is nearly one (see near_duplicates.py),
+or is short and one typo apart from one (typos.py), shows the model a test item, whatever its label. So it is dropped
+with its qrels from the split to be trained on; other splits stay as they are. The documents that a task searches are
+no probes: training and test questions share a corpus by design (SciFact's 809 training claims are answered by the
+5,183 abstracts of its test), and without the test question such a document tells nothing. They are counted.
 
-Not found: a copy that is cut to less than `similarity` of the probe's 5-grams, a paraphrase, a translation.
+Not found: a copy that is cut to less than `similarity` of the probe's 5-grams, a short one with two typos, a
+paraphrase, a translation.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dataset_builders.near_duplicates import NEAR_DUPLICATE, band_keys, near_mat
 from dataset_builders.readers import read_asked
 from dataset_builders.sources import find_copy, find_source
 from dataset_builders.tables import FileTables
+from dataset_builders.typos import SHORT, typo_matches
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -43,11 +45,12 @@ CONTAMINATION = pa.schema(
         ("text", pa.string()),
         ("task", pa.string()),
         ("matched_text", pa.string()),
-        ("kind", pa.string()),  # exact | near
+        ("kind", pa.string()),  # exact | near | typo
         ("similarity", pa.float32()),
         ("dropped", pa.bool_()),
     ]
 )
+KINDS = ("exact", "near", "typo")
 TEST = "test"  # the evaluation split of a local set
 # Where a task of mteb names its text columns, whatever its type; retrieval's are fixed.
 _COLUMN_NAMES = (
@@ -106,7 +109,7 @@ def describe_decontamination(section: Decontamination | None, data_root: str | N
         name: {name: file_sha256(path) for name, path in _local_tables(folder, data_root).files.items()}
         for name, folder in folders.items()
     }
-    return {"similarity": section.similarity, "tasks": tasks, "local": local}
+    return {"similarity": section.similarity, "short": SHORT, "tasks": tasks, "local": local}
 
 
 def local_and_mteb(section: Decontamination, data_root: str | None) -> tuple[dict[str, str], list[AbsTask]]:
@@ -202,10 +205,10 @@ def find_matches(texts: pl.DataFrame, bands: np.ndarray, probes: Probes) -> pl.D
     texts = texts.with_columns(row=pl.int_range(pl.len()))
     exact = texts.join(probes.texts, on="key").select("row", "probe", similarity=1.0, kind=pl.lit("exact"))
     near = near_matches(texts["text"], bands, probes.texts["text"], probes.bands, probes.similarity)
-    near = (
-        near.rename({"other": "probe"}).with_columns(kind=pl.lit("near")).join(exact, on=["row", "probe"], how="anti")
-    )
-    found = pl.concat([exact, near]).join(probes.uses, on="probe")
+    typos = typo_matches(texts["text"], probes.texts["text"], probes.similarity)
+    found = pl.concat([near.with_columns(kind=pl.lit("near")), typos.with_columns(kind=pl.lit("typo"))])
+    found = pl.concat([exact, found.rename({"other": "probe"})])
+    found = found.unique(["row", "probe"], keep="first", maintain_order=True).join(probes.uses, on="probe")
     found = found.sort("row", "task", "kind", "similarity", "probe", descending=[False, False, False, True, False])
     found = found.unique(["row", "task"], keep="first", maintain_order=True)
     found = found.join(texts.select("row", "id", "text"), on="row", maintain_order="left")
@@ -233,7 +236,8 @@ def clean_pairs(pairs: pa.Table, probes: Probes) -> tuple[pa.Table, pa.Table, di
     log = contamination_log(query=matches)
     matching = ids.is_in(matches["id"].implode())
     sentences = {task: sides["queries"] for task, sides in count_by_task(log).items()}
-    return pairs.filter((~matching).to_arrow()), log, {"pairs_dropped": matching.sum(), "sentences": sentences}
+    counts = {"pairs_dropped": matching.sum(), "sentences": sentences, "by_kind": count_by_kind(log)}
+    return pairs.filter((~matching).to_arrow()), log, counts
 
 
 def count_by_task(log: pa.Table) -> dict[str, dict[str, int]]:
@@ -244,6 +248,16 @@ def count_by_task(log: pa.Table) -> dict[str, dict[str, int]]:
         .agg(queries=(pl.col("side") == "query").sum(), documents=(pl.col("side") == "document").sum())
     )
     return {row.pop("task"): row for row in counts.sort("task").to_dicts()}
+
+
+def count_by_kind(log: pa.Table) -> dict[str, int]:
+    """exact | near | typo -> number of texts, each under the first that it is to any probe."""
+    texts = (
+        pl.from_arrow(log.select(["side", "id", "text", "kind"]))
+        .group_by("side", "id", "text")
+        .agg(pl.col("kind").min())
+    )
+    return {kind: texts.filter(kind=kind).height for kind in KINDS}
 
 
 def count_searched(keys: pl.Series, probes: Probes) -> dict[str, int]:

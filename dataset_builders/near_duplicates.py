@@ -144,9 +144,13 @@ def shingles(text: str) -> np.ndarray:
     return np.unique(_gram_hashes(_compared(text)))
 
 
+def compared_words(text: str) -> str:
+    """Its words in lower case, joined by one space; its other characters where it has no word."""
+    return " ".join(_WORD.findall(text.casefold())) or normalised(text)
+
+
 def _compared(text: str) -> bytes:
-    words = " ".join(_WORD.findall(text.casefold())) or normalised(text)
-    return words.encode().ljust(SHINGLE)
+    return compared_words(text).encode().ljust(SHINGLE)
 
 
 def _gram_hashes(data: bytes) -> np.ndarray:

@@ -9,16 +9,22 @@ from dataset_builders.corpus import write_corpus
 from dataset_builders.decontamination import (
     CONTAMINATION,
     Decontamination,
+    Probes,
+    contamination_log,
+    count_by_kind,
+    find_matches,
     local_and_mteb,
     mteb_tasks,
     read_local,
+    read_probes,
     read_task,
     zero_shot,
 )
-from dataset_builders.near_duplicates import text_keys
+from dataset_builders.near_duplicates import band_keys, text_keys
 from dataset_builders.readers import Rows
 from dataset_builders.schema import QRELS
 from dataset_builders.sources import Splits
+from dataset_builders.typos import typo_matches
 
 RNG = np.random.default_rng(0)
 # As long as ArguAna's test queries, which are whole arguments.
@@ -128,6 +134,7 @@ def test_test_queries_inside_training_data_are_dropped_and_logged(tmp_path, eval
         "documents_kept_for_other_splits": 1,
         "queries_left_without_positive_dropped": 1,
         "matches": {"ArguAna": {"queries": 5, "documents": 2}},
+        "by_kind": {"exact": 3, "near": 4, "typo": 0},
         "documents_that_tasks_search": {"ArguAna": 2},
     }
 
@@ -150,6 +157,45 @@ def test_a_text_of_two_tasks_is_logged_for_both(tmp_path):
     assert counts["contamination"]["queries_dropped"] == 2
     matches = {"first": {"queries": 1, "documents": 0}, "second": {"queries": 2, "documents": 0}}
     assert counts["contamination"]["matches"] == matches
+
+
+def edits_of(text: str) -> set[str]:
+    """All texts that are one typo apart, by trying every place."""
+    letters = "abo "
+    places = range(len(text) + 1)
+    left_out = {text[:place] + text[place + 1 :] for place in places}
+    put_in = {text[:place] + letter + text[place:] for place in places for letter in letters}
+    changed = {text[:place] + letter + text[place + 1 :] for place in places[:-1] for letter in letters}
+    swapped = {text[:place] + text[place : place + 2][::-1] + text[place + 2 :] for place in places}
+    return (left_out | put_in | changed | swapped) - {text}
+
+
+def test_short_texts_that_are_one_typo_apart_are_found_and_no_others():
+    rng = np.random.default_rng(0)
+    texts = pl.Series(sorted({"".join(rng.choice([*"abo"], size)) for size in rng.integers(3, 7, 120)}))
+    expected = {(a, b) for a in range(len(texts)) for b in range(len(texts)) if texts[b] in edits_of(texts[a])}
+    found = typo_matches(texts, texts, 0)
+    assert len(expected) > 100 and len(expected) < len(texts) ** 2 / 2
+    assert set(found.select("row", "other").iter_rows()) == expected
+    longest = [max(len(texts[row]), len(texts[other])) for row, other, _ in found.iter_rows()]
+    np.testing.assert_allclose(found["similarity"], 1 - 1 / np.array(longest))
+    assert len(typo_matches(texts, texts, 0.8)) == sum(length >= 5 for length in longest)
+
+
+def test_a_typo_in_a_short_text_is_found_and_counted_apart(tmp_path):
+    """In 5-grams a sentence of 24 letters with a typo is as far from itself as another sentence."""
+    probes = ["A man is riding a horse.", "Three dogs run over snow.", "It rains in the old town today."]
+    asked = ["A man is ridnig a horse!", "three dogs run over  snow.", "It rains in the old town today, today.", "No."]
+    write_table(tmp_path / "test.parquet", text=probes, label_text=["x", "y", "z"])
+    probes = read_probes(Decontamination(local={"task": str(tmp_path)}, similarity=0.75), None)
+    texts = pl.Series("text", asked)
+    table = pl.DataFrame({"id": ["a", "b", "c", "d"], "text": texts, "key": text_keys(texts)})
+    found = find_matches(table, band_keys(texts), probes)
+    assert found.select("id", "kind").rows() == [("a", "typo"), ("b", "exact"), ("c", "near")]
+    log = contamination_log(query=found.with_columns(dropped=pl.lit(True)))
+    assert count_by_kind(log) == {"exact": 1, "near": 1, "typo": 1}
+    whole = Probes(**{**vars(probes), "similarity": 1.0})
+    assert find_matches(table, band_keys(texts), whole)["id"].to_list() == ["b"], "as asked for"
 
 
 def test_a_task_of_mteb_is_read_from_a_copy_where_one_is_there(tmp_path, monkeypatch):
@@ -246,8 +292,15 @@ def test_graded_pairs_lose_those_that_an_evaluation_task_asks_about(tmp_path, ca
     )
     main(["--config", str(recipe), "--output_dir", str(tmp_path / "out")])
     manifest = read_manifest(tmp_path / "out" / "sts")
-    assert manifest["contamination"] == {"pairs_dropped": 2, "sentences": {"MySTS": 2}}
+    assert manifest["contamination"] == {
+        "pairs_dropped": 2,
+        "sentences": {"MySTS": 2},
+        "by_kind": {"exact": 1, "near": 1, "typo": 0},
+    }
     assert read_parquet(tmp_path / "out" / "sts" / "sts.parquet")["sentence1"].to_pylist() == ["It rains."]
     log = read_parquet(tmp_path / "out" / "sts" / "contamination.parquet").to_pylist()
     assert [(row["id"], row["kind"]) for row in log] == [("0", "exact"), ("1", "near")]
-    assert "2 of 3 pairs were dropped: MySTS 2 sentences" in (tmp_path / "out" / "hub" / "README.md").read_text()
+    assert (
+        "2 of 3 pairs were dropped (1 equal, 1 nearly so, 0 by a typo): MySTS 2 sentences"
+        in (tmp_path / "out" / "hub" / "README.md").read_text()
+    )
