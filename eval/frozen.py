@@ -26,7 +26,7 @@ from common.steps import fingerprint, folder_step
 from eval.leaderboard import format_means, format_tasks, make_leaderboard
 from eval.local_tasks import LOCAL_TASKS, training_pairs
 from eval.run_mteb import evaluate, load_for_mteb, load_tasks
-from eval.systems import saved_encoder
+from eval.systems import demonstrations, saved_encoder
 from modeling.prompts import ASYMMETRIC, few_shot_prompt, instruction_prompt, task_instructions
 
 if TYPE_CHECKING:
@@ -117,13 +117,6 @@ def task_prompts(
     reference: str, tasks: Sequence[AbsTask], data_root: Path, shots: int, max_tokens: int
 ) -> dict[str, str]:
     """Prompts by the names that mteb looks up, each with `shots` demonstrations of its task in `max_tokens`."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    from modeling.demonstrations import Demonstrations
-
-    model = resolve_model(reference)
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=model.revision)
     instructions = {name: text for of_type in task_instructions().values() for name, text in of_type.items()}
     prompts: dict[str, str] = {}
     for task in tasks:
@@ -135,12 +128,7 @@ def task_prompts(
             if rows.is_empty():
                 print(f"{name}: no training split, so no demonstrations: its instruction alone", file=sys.stderr)
             else:
-                shown = Demonstrations(Dataset.from_polars(rows), instruction, shots).freeze(
-                    shots,
-                    lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]],
-                    max_tokens,
-                )
-                prompt = few_shot_prompt(instruction, shown)
+                prompt = few_shot_prompt(instruction, demonstrations(reference, rows, instruction, shots, max_tokens))
         if task.metadata.type in ASYMMETRIC:
             prompts |= {f"{name}-query": prompt, f"{name}-document": ""}
         else:

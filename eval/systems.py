@@ -8,15 +8,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, resolve_model
 from common.steps import files_of, fingerprint, folder_step
 from dataset_builders.embeddings import EncoderSection
 from modeling.encoder import read_setting
-from modeling.prompts import baked_prompts, few_shot_prompt, few_shot_prompts
+from modeling.prompts import QUERY_TEMPLATE, baked_prompts, few_shot_prompt, few_shot_prompts
 from modeling.recipe import read_stages
+
+if TYPE_CHECKING:
+    import polars as pl
 
 SHOTS = (1, 2)  # demonstrations shown to the untrained model
 
@@ -90,9 +93,12 @@ def untrained_systems(run_folder: Path, data: Path, output: Path) -> list[System
     instruction, template = keys["instruction"], keys["query_template"]
     prompts = baked_prompts(instruction, (), template, keys["document_prompt"])
     if instruction is not None and not is_student:
+        import polars as pl
+
         for shots in SHOTS:
             with contextlib.suppress(InputError):  # no rows that fit
-                shown = demonstrations(model, keys, data, shots)
+                rows = pl.read_parquet(data / "mined" / "mined.parquet", columns=["query", "positive"])
+                shown = demonstrations(model, rows, instruction, shots, keys["max_seq_length"] // 2, template)
                 prompts[f"query-{shots}-shot"] = few_shot_prompt(instruction, shown, template)
     names = ("dtype", "max_seq_length", "min_text_tokens", "pooling", "num_hidden_layers")
     settings = {"prompts": prompts, **{name: keys[name] for name in names}}
@@ -108,9 +114,10 @@ def untrained_systems(run_folder: Path, data: Path, output: Path) -> list[System
     return systems
 
 
-def demonstrations(reference: str, keys: Mapping[str, Any], data: Path, shots: int) -> list[tuple[str, str]]:
-    """Seeded mined rows of the build as demonstrations, in at most half of the model's length."""
-    import polars as pl
+def demonstrations(
+    reference: str, rows: pl.DataFrame, instruction: str, shots: int, most: int, template: str = QUERY_TEMPLATE
+) -> list[tuple[str, str]]:
+    """Seeded (query, positive) rows as demonstrations, in at most `most` of the model's tokens."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -118,11 +125,12 @@ def demonstrations(reference: str, keys: Mapping[str, Any], data: Path, shots: i
 
     model = resolve_model(reference)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=model.revision)
-    rows = Dataset.from_polars(pl.read_parquet(data / "mined" / "mined.parquet", columns=["query", "positive"]))
-    return Demonstrations(rows, keys["instruction"], shots, template=keys["query_template"]).freeze(
-        shots,
-        lambda texts: [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]],
-        keys["max_seq_length"] // 2,
+
+    def lengths(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+
+    return Demonstrations(Dataset.from_polars(rows), instruction, shots, template=template).freeze(
+        shots, lengths, most
     )
 
 

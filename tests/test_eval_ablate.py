@@ -14,7 +14,6 @@ import yaml
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 from tiny_data import write_encoder, write_recipe, write_set
-from tiny_training import two_stages, write_hub
 
 from common.cli import InputError
 from common.steps import folder_step, write_arrow, write_parquet
@@ -82,11 +81,10 @@ def write_pairs(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_decoder, tmp_path_factory) -> Path:
+def folder(recipe, hub, tmp_path_factory) -> Path:
     """An ablation of three variants, one of which fails when its data are read."""
     folder = tmp_path_factory.mktemp("ablation")
-    hub = write_hub(folder / "hub")
-    base = two_stages(tiny_decoder, hub) | {"eval_strategy": "no", "num_train_epochs": 1, "learning_rate": "1e-2"}
+    base = recipe | {"eval_strategy": "no", "num_train_epochs": 1, "learning_rate": "1e-2"}
     (folder / "train.yaml").write_text(yaml.safe_dump(base))
     ablation = {
         "base": str(folder / "train.yaml"),
@@ -312,7 +310,7 @@ def test_a_run_ends_with_a_killed_ablation(tmp_path):
 # --- mined anew -----------------------------------------------------------------------------------------------------
 
 
-def test_other_margins_are_mined_from_the_same_grades(folder, tiny_decoder, tmp_path):
+def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
     from datasets import load_dataset
 
     judged = write_set(tmp_path / "set") / "qrels.parquet"

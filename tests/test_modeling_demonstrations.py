@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from tiny_training import INSTRUCTION as TRAINED
-from tiny_training import train, two_stages, write_hub
+from tiny_training import train
 
 from common.cli import InputError
 from modeling.demonstrations import DemonstrationCollator, Demonstrations, fitting_prompt
@@ -169,23 +169,21 @@ def test_rows_without_positives_make_no_demonstrations():
 
 
 @pytest.fixture(scope="module")
-def few_shot_run(tiny_decoder, tmp_path_factory):
+def few_shot_run(recipe, tmp_path_factory):
     """A run whose adapter trains with shots, and whose model carries a prompt of two."""
-    folder = tmp_path_factory.mktemp("few_shot")
-    recipe = two_stages(tiny_decoder, write_hub(folder / "hub"))
-    recipe["max_seq_length"] = 120
-    recipe["stages"] = [{**recipe["stages"][1], "shots": 2, "prompt_shots": 2, "shots_budget": 60}]
-    return train(folder, recipe, "--max_steps", "2", "--eval_strategy", "no"), recipe
+    stage = {**recipe["stages"][1], "shots": 2, "prompt_shots": 2, "shots_budget": 60}
+    recipe = {**recipe, "max_seq_length": 120, "stages": [stage]}
+    return train(tmp_path_factory.mktemp("few_shot"), recipe, "--max_steps", "2", "--eval_strategy", "no"), recipe
 
 
-def test_a_saved_model_carries_its_few_shot_prompt(few_shot_run):
+def test_a_saved_model_carries_its_few_shot_prompt(few_shot_run, hub):
     """By prompt_name alone, and the adapter with it; zero-shot stays what it is."""
     run, _ = few_shot_run
     model = SentenceTransformer(str(run / "model"), device="cpu")
     prompt = model.prompts.pop("query-2-shot")
     assert model.prompts == baked_prompts(TRAINED)
-    hub = pq.read_table(run.parent / "hub" / "train.parquet")
-    pairs = list(zip(hub["query"].to_pylist(), hub["positive"].to_pylist(), strict=True))
+    rows = pq.read_table(hub / "train.parquet")
+    pairs = list(zip(rows["query"].to_pylist(), rows["positive"].to_pylist(), strict=True))
     [shots] = [[a, b] for a in pairs for b in pairs if few_shot_prompt(TRAINED, [a, b]) == prompt]
     assert shots[0] != shots[1]
     assert len(model.tokenizer(prompt)["input_ids"]) <= 60
