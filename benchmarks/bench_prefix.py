@@ -40,14 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.measure import (
-    counted_tokens,
-    environment,
-    live_memory,
-    matmul_rate,
-    median_and_range,
-    timed,
-)
+from benchmarks.measure import counted_tokens, environment, live_memory, matmul_rate, median_and_range, timed
 from benchmarks.synthetic import word_tokenizer, zipf_texts
 from common.cli import ArgumentParser, at_least_1, run
 from common.tables import markdown_table

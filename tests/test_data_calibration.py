@@ -9,18 +9,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from common.cli import InputError
-from dataset_builders.calibration import (
-    calibrate,
-    calibration_error,
-    count_flat_and_one_hot,
-    reliability,
-    warnings_of,
-)
+from dataset_builders.calibration import calibrate, calibration_error, count_flat_and_one_hot, reliability, warnings_of
 from dataset_builders.schema import LABEL_FLOOR
 
 rng = np.random.default_rng(0)
-
-
 POSITIVES, OTHERS = rng.normal(0.6, 0.1, 500), rng.normal(0.4, 0.15, 20_000)
 
 

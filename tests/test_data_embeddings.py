@@ -12,13 +12,7 @@ from common.cli import InputError
 from common.steps import write_arrow
 from dataset_builders import embeddings
 from dataset_builders.columns import TextColumn
-from dataset_builders.embeddings import (
-    Embedder,
-    EncoderSection,
-    count_positions,
-    token_batches,
-    warn_of_cut_texts,
-)
+from dataset_builders.embeddings import Embedder, EncoderSection, count_positions, token_batches, warn_of_cut_texts
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 200))

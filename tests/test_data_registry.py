@@ -1,22 +1,12 @@
 """The registry agrees with mteb and the paper, and says which evaluations its sets hold."""
 
-from dataset_builders.sources import (
-    registry,
-)
+from dataset_builders.sources import registry
 
 # mteb's newer copies, or what mteb drew its sets from, and sets that mteb does not have
 NOT_OF_MTEB = {"ELI5", "NQ", "SQuAD", "TriviaQA", "SciDocsReranking", "StackOverflowDupQuestions", "Quora", "SNLI"}
-
-
 NOT_OF_MTEB |= {f"{site}Clustering{side}" for site in ("Arxiv", "Biorxiv", "Medrxiv") for side in ("S2S", "P2P")}
-
-
 NOT_OF_MTEB |= {"RedditClustering", "RedditClusteringP2P", "TwentyNewsgroupsClustering"}
-
-
 TASK_TYPES = {"Retrieval": {"retrieval", "duplicates"}, "Reranking": {"retrieval"}, "STS": {"sts"}}
-
-
 TASK_TYPES |= {"Classification": {"classification"}, "Clustering": {"clustering"}}
 
 

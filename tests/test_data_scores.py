@@ -20,11 +20,7 @@ from common.steps import parquet_writer, read_arrow, read_parquet, write_arrow, 
 from dataset_builders import calibration as calibration_module
 from dataset_builders import scores as scores_module
 from dataset_builders import teachers
-from dataset_builders.calibration import (
-    Calibration,
-    calibrate,
-    count_flat_and_one_hot,
-)
+from dataset_builders.calibration import Calibration, calibrate, count_flat_and_one_hot
 from dataset_builders.check_teacher import check_teacher, compare_scores
 from dataset_builders.columns import positions_of
 from dataset_builders.engines import LocalEngine

@@ -9,16 +9,7 @@ from PIL import Image
 from common.steps import write_json
 from eval import retrieval
 from eval.metrics import read_metrics
-from eval.report import (
-    KEY,
-    VALIDATION_KEY,
-    format_costs,
-    main,
-    not_run,
-    plot_systems,
-    plot_training,
-    read_manifests,
-)
+from eval.report import KEY, VALIDATION_KEY, format_costs, main, not_run, plot_systems, plot_training, read_manifests
 
 LOGS = {
     "sts": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}],

@@ -5,8 +5,6 @@ from pathlib import Path
 from tiny_data import WORDS
 
 LETTERS = list("abcdefghijklmnop")
-
-
 TEMPLATE = (
     "{%- for m in messages %}{%- if m.role == 'system' %}sys {{ m.content }} {% endif %}"
     "{%- if m.role == 'query' %}query {{ m.content }} {% endif %}"
