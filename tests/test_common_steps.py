@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import common.steps
 from common.cli import InputError
-from common.steps import code_commit, fingerprint, folder_step, read_manifest, read_parquet, write_parquet
+from common.steps import code_commit, fingerprint, folder_step, read_manifest, write_parquet
 
 
 def make(folder: Path, inputs: dict, rows: int = 1) -> bool:
@@ -69,18 +69,6 @@ def test_bad_input_leaves_nothing_and_a_crash_leaves_its_shards(tmp_path, monkey
     with folder_step(tmp_path / "step", {"x": 4}) as step:
         assert not (step.path / "shard").exists()
         step.finish()
-
-
-def test_unreadable_parquet_is_bad_input(tmp_path):
-    write_parquet(tmp_path / "good.parquet", pa.table({"id": [1]}))
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really PAR1")
-    for name, columns, message in [
-        ("good", ["text"], "no column 'text'; it has id"),
-        ("bad", None, "not a readable Parquet file"),
-        ("none", None, "no such file"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            read_parquet(tmp_path / f"{name}.parquet", columns)
 
 
 @given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.none())))

@@ -8,7 +8,6 @@ from sentence_transformers import SentenceTransformer
 from tiny_data import write_table
 from transformers import AutoModel, AutoTokenizer
 
-from common.cli import InputError
 from eval.frozen import TEMPLATES, main, save_template
 from eval.local_tasks import LOCAL_TASKS, training_pairs
 
@@ -101,9 +100,3 @@ def test_relevant_documents_are_joined_with_their_titles(tmp_path):
     pairs = training_pairs("SciFact", tmp_path)
     assert pairs.rows() == [("one", "Title body")]  # d1 belongs to a query that is scored
     assert pairs.schema == {"query": pl.String, "positive": pl.String}
-
-
-def test_tasks_of_the_hub_are_refused(root, pretrained_decoder, tmp_path):
-    arguments = ["--model", str(pretrained_decoder), "--data_root", str(root), "--output_dir", str(tmp_path)]
-    with pytest.raises(InputError, match="task ArguAna: demonstrations are read from local data"):
-        main([*arguments, "--tasks", "ArguAna"])
