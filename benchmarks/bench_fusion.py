@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-import ir_measures
 import numpy as np
 import polars as pl
 
 from benchmarks.measure import environment
 from common.steps import read_manifest
 from common.tables import markdown_table
+from eval.held_out import load_documents, load_queries
 from eval.intervals import bootstrap_interval, format_interval
+from eval.metrics import ranking_scores
 
-MEASURES = (ir_measures.nDCG @ 10, ir_measures.R @ 100)
+MEASURES = ("nDCG@10", "R@100")
 RANKINGS = {
-    "BM25": -pl.col("bm25_rank"),
-    "dense": -pl.col("dense_rank"),
-    "RRF": -pl.col("rrf_rank"),
-    "convex": -pl.col("convex_rank"),
-    "teacher": pl.when(pl.col("rrf_rank").is_not_null()).then(pl.col("teacher_score")),
+    "BM25": pl.col("bm25_rank"),
+    "dense": pl.col("dense_rank"),
+    "RRF": pl.col("rrf_rank"),
+    "convex": pl.col("convex_rank"),
+    "teacher": pl.when(pl.col("rrf_rank").is_not_null()).then(-pl.col("teacher_score")),
 }
 
 
@@ -37,9 +39,9 @@ def main() -> None:
     rows = []
     for folder in parser.parse_args().data:
         values = scores(folder)
-        difference = values["teacher"][MEASURES[0]] - values["RRF"][MEASURES[0]]
+        difference = np.subtract(values["teacher"]["per_query"], values["RRF"]["per_query"])
         interval = format_interval(*bootstrap_interval(difference[None]), "+.3f")
-        means = [" / ".join(f"{values[name][measure].mean():.3f}" for measure in MEASURES) for name in RANKINGS]
+        means = [" / ".join(f"{values[name][measure]:.3f}" for measure in MEASURES) for name in RANKINGS]
         weight = read_manifest(folder / "candidates")["bm25_weight"]
         rows.append(
             [str(folder), f"{len(difference):,}", *means, f"{weight:.2f}", f"{difference.mean():+.3f} {interval}"]
@@ -49,23 +51,15 @@ def main() -> None:
     print(markdown_table(["data", "queries", *RANKINGS, "BM25's weight", "teacher - RRF, nDCG@10 [95 %]"], rows))
 
 
-def scores(folder: Path) -> dict[str, dict[object, np.ndarray]]:
-    """Ranking -> measure -> its value for each graded query, in order."""
+def scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """Ranking -> its measures over the graded queries, as eval.metrics has them."""
     split = read_manifest(folder / "hub")["inputs"]["recipe"]["source"]["split"]
-    judged = pl.read_parquet(folder / "corpus" / "qrels.parquet").filter(pl.col("split") == split)
-    qrels: dict[str, dict[str, int]] = {}
-    for query, document, gain in judged.select("query_id", "document_id", "score").iter_rows():
-        qrels.setdefault(query, {})[document] = gain
+    queries = load_queries(folder, split, set(load_documents(folder).ids))
     table, found = pl.read_parquet(folder / "scores" / "scores.parquet"), {}
     for name, key in RANKINGS.items():
-        ranked = table.select("query_id", "document_id", key=key.cast(pl.Float64)).drop_nulls("key")
-        run: dict[str, dict[str, float]] = {query: {} for query in qrels}
-        for query, document, score in ranked.iter_rows():
-            run[query][document] = score
-        values = {measure: dict.fromkeys(qrels, 0.0) for measure in MEASURES}
-        for metric in ir_measures.iter_calc(MEASURES, qrels, run):
-            values[metric.measure][metric.query_id] = metric.value
-        found[name] = {measure: np.array(list(by_query.values())) for measure, by_query in values.items()}
+        ranked = table.select("query_id", "document_id", key=key).drop_nulls("key").sort("key", maintain_order=True)
+        by_query = ranked.group_by("query_id").agg("document_id").rows()
+        found[name] = ranking_scores(queries, dict(by_query))
     return found
 
 
