@@ -121,16 +121,13 @@ def row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Tabl
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A finished folder's manifest. Raises InputError when the folder is missing or was not finished."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder}: not a finished folder ({MANIFEST} is missing); run the step that makes it"
         ) from None
     except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{folder / MANIFEST}: not a manifest; delete the folder and make it again")
-    return manifest
+        raise InputError(f"{folder / MANIFEST}: not JSON; delete the folder and make it again") from None
 
 
 class Step:
@@ -156,10 +153,7 @@ class Step:
         inputs = self.path / INPUTS
         if self.path.exists() and (not inputs.is_file() or inputs.read_text(encoding="utf-8") != self.key):
             self.discard()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # as file systems such as /proc answer
-            raise InputError(f"{error.filename}: no folder can be made here; choose another") from None
+        self.path.mkdir(parents=True, exist_ok=True)
         inputs.write_text(self.key, encoding="utf-8")
         self.commit = code_commit()  # now: the code may be edited while the step runs
 
