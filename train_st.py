@@ -60,36 +60,19 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-from accelerate import PartialState
-from accelerate.utils.memory import should_reduce_batch_size
+from typing import TYPE_CHECKING
 
 from common.cli import InputError, run
-from common.steps import MANIFEST, Step, link_files, write_json
-from modeling.adapters import continue_adapter, quantization
-from modeling.arguments import MergeArguments
-from modeling.encoder import name_base, save_adapter, save_merged
-from modeling.keys import recipe_keys
-from modeling.ledger import closing_line, write_ledger
-from modeling.merging import merge_models
-from modeling.processes import joint_step, keep_freed_memory, launched_with, refuse_shards
+from common.steps import MANIFEST, Step, link_files
+from modeling.arguments import MergeArguments, recipe_keys
+from modeling.ledger import closing_line, write_ledger, write_log
+from modeling.processes import joint_step, keep_freed_memory, launched_with, processes, refuse_shards
 from modeling.recipe import Recipe, Stage, read_recipe, write_recipe, write_stages
-from modeling.reference import write_reference
-from modeling.shared_prefix import share_prefix
-from modeling.stages import (
-    StageData,
-    build_model,
-    build_trainer,
-    check_layers,
-    check_lengths,
-    cut_texts,
-    header,
-    load_data,
-    load_encoder,
-    stage_prompts,
-)
-from modeling.start import Start, TrainedAdapter, first_start, load_tokenizer, settle, start_facts, start_line
-from modeling.trainer import EmbedderTrainer, drop_checkpoints, forget_deepspeed, last_checkpoint, logs_in
+
+if TYPE_CHECKING:
+    from modeling.stages import StageData
+    from modeling.start import Start
+    from modeling.trainer import EmbedderTrainer
 
 # Keys that decide where a result lies and how it is shown, not what it is: a stage is not trained again for them.
 NO_INPUTS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "save_total_limit")
@@ -107,16 +90,20 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(recipe_keys()))
         return
     recipe = read_recipe(argv, description=__doc__)
+    from modeling.stages import load_data
+
     refuse_shards(recipe.stages)
     if launched_with("DEEPSPEED"):
+        from modeling.trainer import forget_deepspeed
+
         forget_deepspeed()
-    with PartialState().main_process_first():  # who comes later finds the rows in the cache of `datasets`
+    with processes().main_process_first():  # who comes later finds the rows in the cache of `datasets`
         data = {stage.name: load_data(stage) for stage in recipe.stages}
     start, stages = check_start(recipe, data)
     results = {}
     for stage in stages:
         start = results[stage.name] = train_stage(stage, start, data[stage.name], recipe.output_dir)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             write_ledger(stages, recipe.output_dir)
     if recipe.merge:
         publish_merge(recipe.merge, results, recipe.output_dir)
@@ -128,12 +115,15 @@ def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, l
     """The model that the first stage starts from, and the stages with what they leave to it, once everything that they
     ask of it is known to be there.
     """
+    from modeling.stages import check_layers, check_lengths
+    from modeling.start import first_start, load_tokenizer, settle, start_facts, start_line
+
     start, published = first_start(recipe)
     stages = [settle(stage, published) for stage in recipe.stages]
     tokenizer = load_tokenizer(start, stages[0])
     check_lengths(stages, data, tokenizer)
     check_layers(stages, start)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         write_recipe(recipe)
         write_stages(stages, start_facts(start, published), recipe.output_dir)
         print(start_line(start, stages[0], tokenizer), flush=True)
@@ -142,6 +132,8 @@ def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, l
 
 def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -> Start:
     """Train one stage, unless it is done already, and return its result as the start of the next one."""
+    from modeling.start import Start, TrainedAdapter
+
     folder = output_dir / stage.name
     keys = {key: value for key, value in stage.values.items() if key not in NO_INPUTS}
     if stage.values.get("datasets"):
@@ -149,7 +141,7 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
         keys["datasets"] = [{key: value for key, value in entry.items() if key not in NO_INPUTS} for entry in entries]
     try:
         with joint_step(folder, {"keys": keys, "data": data.keys, "start": start.key}) as step:
-            if step.done and PartialState().is_main_process:
+            if step.done and processes().is_main_process:
                 print(f"stage {stage.name}: done before, kept in {folder}", flush=True)
             elif not step.done:
                 run_stage(stage, start, data, step, output_dir / "logs")
@@ -164,29 +156,40 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
 
 def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Path) -> None:
     """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
+    from modeling.adapters import continue_adapter, quantization
+    from modeling.encoder import save_adapter, save_merged
+    from modeling.reference import write_reference
+    from modeling.stages import build_model, build_trainer, cut_texts, header, load_encoder, stage_prompts
+    from modeling.trainer import drop_checkpoints, last_checkpoint, logs_in
+
     checkpoints = step.path / "checkpoints"
-    if PartialState().is_main_process:
-        if not stage.own.resume_from_checkpoint:
+    resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"
+    if processes().is_main_process:
+        if not resuming:
             drop_checkpoints(checkpoints)
         if last_checkpoint(checkpoints) is None:
             shutil.rmtree(logs / stage.name, ignore_errors=True)  # of a run that this one does not go on with
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     encoder, base = build_model(stage, start)
     if encoder.device.type == "cpu":
         keep_freed_memory()
     with logs_in(logs, stage.name):
         trainer = build_trainer(stage, encoder, data, checkpoints)
         cut = cut_texts(stage, data, encoder.tokenizer)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             print(header(stage, data, trainer, cut), flush=True)
         encoder.max_seq_length = stage.own.train_max_seq_length
-        sharing = share_prefix(encoder) if stage.own.share_prefix else contextlib.nullcontext()
+        sharing = contextlib.nullcontext()
+        if stage.own.share_prefix:
+            from modeling.shared_prefix import share_prefix
+
+            sharing = share_prefix(encoder)
         with sharing as counts, stopping(stage, trainer, checkpoints):
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
     cost = trainer.cost(counts)
     weights = trainer.whole_weights()
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     if weights is not None:  # those of `encoder` are shards
         encoder, base = build_model(stage, start)
@@ -200,8 +203,7 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
         continue_adapter(encoder, step.path / ADAPTER)
     save_merged(encoder, step.path)
     write_reference(encoder, step.path)
-    logs.mkdir(exist_ok=True)
-    write_json(logs / f"{stage.name}.json", trainer.state.log_history)
+    write_log(trainer.state.log_history, logs / f"{stage.name}.json")
     drop_checkpoints(checkpoints, logs / stage.name)
     step.finish(**cost, cut_texts=cut)
     print(closing_line(stage.name, cost, trainer, step.folder), flush=True)
@@ -212,6 +214,10 @@ def stopping(stage: Stage, trainer: EmbedderTrainer, checkpoints: Path) -> Itera
     """What ends training as one line: what happened and what to lower. Raises TrainingStopped where there is a
     checkpoint to go on from, else InputError.
     """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    from modeling.trainer import last_checkpoint
+
     try:
         yield
         return
@@ -236,21 +242,22 @@ def sizes(stage: Stage) -> str:
     rows = f"per_device_train_batch_size ({stage.training.per_device_train_batch_size})"
     cached = dict.fromkeys(own.mini_batch_size for own in stage.datasets.values())
     now = ", ".join("null, which is all" if size is None else str(size) for size in cached)
-    memory = stage.values.get("activation_memory", "auto")
-    return f"activation_memory ({memory}) or mini_batch_size ({now}): same results; or {rows}"
+    return f"activation_memory ({stage.own.activation_memory}) or mini_batch_size ({now}): same results; or {rows}"
 
 
 def publish(result: Start, output_dir: Path) -> None:
     """model/ and, if the last stage trained LoRA, adapter/: the last stage's two results under fixed names."""
+    from modeling.encoder import name_base
+
     with joint_step(output_dir / "model", {"stage": result.key}) as step:
-        if not step.done and PartialState().is_main_process:
+        if not step.done and processes().is_main_process:
             link_files(Path(result.name_or_path), step.path, without=(ADAPTER, MANIFEST))
             step.finish()
     if result.adapter is None:
         drop_adapter(output_dir)
         return
     with joint_step(output_dir / ADAPTER, {"stage": result.key}) as step:
-        if not step.done and PartialState().is_main_process:
+        if not step.done and processes().is_main_process:
             link_files(result.adapter.folder, step.path)
             base = result.adapter.base
             name_base(step.path, base.name_from(step.path), base.revision)
@@ -259,10 +266,12 @@ def publish(result: Start, output_dir: Path) -> None:
 
 def publish_merge(merge: MergeArguments, results: Mapping[str, Start], output_dir: Path) -> None:
     """model/: the average of stages, without an adapter/, which would be that of one stage."""
+    from modeling.merging import merge_models
+
     chosen = [results[name] for name in merge.stages]
     inputs = {"stages": [result.key for result in chosen], "method": merge.method, "weights": merge.weights}
     with joint_step(output_dir / "model", inputs) as step:
-        if not step.done and PartialState().is_main_process:
+        if not step.done and processes().is_main_process:
             weights = merge.weights or [1.0] * len(chosen)
             merge_models([Path(result.name_or_path) for result in chosen], weights, merge.method, step.path)
             step.finish()
@@ -271,7 +280,7 @@ def publish_merge(merge: MergeArguments, results: Mapping[str, Start], output_di
 
 def drop_adapter(output_dir: Path) -> None:
     """Of an earlier run into the same folder, whose model/ it belonged to."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         shutil.rmtree(output_dir / ADAPTER, ignore_errors=True)
 
 

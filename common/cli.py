@@ -15,10 +15,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# When it is imported, it warns that a kernel for some CPUs is not installed, which it does without.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# Disk errors that the user can mend; any other OSError is a defect and keeps its traceback.
-_OF_THE_DISK = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "EEXIST", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG")
+_OTHER_FOLDER = "choose another folder"
+# Disk errors that the user can fix; any other OSError is a defect and keeps its traceback.
+_DISK_ADVICE = {
+    errno.ENOSPC: f"the disk is full; free space or {_OTHER_FOLDER}",
+    errno.EDQUOT: f"the disk quota is used up; free space or {_OTHER_FOLDER}",
+    errno.EACCES: f"permission denied; {_OTHER_FOLDER}",
+    errno.EPERM: f"operation not permitted; {_OTHER_FOLDER}",
+    errno.EROFS: f"the file system is read-only; {_OTHER_FOLDER}",
+    errno.EEXIST: f"a file stands where a folder is needed; {_OTHER_FOLDER}",
+    errno.ENOTDIR: f"a file stands where a folder is needed; {_OTHER_FOLDER}",
+    errno.EISDIR: f"a folder stands where a file is needed; {_OTHER_FOLDER}",
+    errno.ELOOP: f"a symbolic link leads back to itself; {_OTHER_FOLDER}",
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
+}
 # How safetensors and torch.save report a full disk: by no OSError.
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
 
@@ -60,6 +70,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     """Call `main(argv)` and exit: 0 when it returns, 2 on bad input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    # it warns that a kernel for some CPUs is not installed, which it does without
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main([arg for arg in argv if arg != "--debug"])
     except BrokenPipeError:  # the reader of our output, such as `head`, has exited
@@ -81,11 +93,10 @@ def _user_message(error: Exception) -> str | None:
     """The message about bad input or the disk; None for a defect."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, OSError) and errno.errorcode.get(error.errno) in _OF_THE_DISK:
-        return f"{error.filename or 'output'}: {os.strerror(error.errno)}; choose another folder, or free space"
+    advice = _DISK_ADVICE.get(error.errno) if isinstance(error, OSError) else None
     if any(words in str(error) for words in _FULL_DISK):
-        return "output: No space left on device; choose another folder, or free space"
-    return None
+        advice = _DISK_ADVICE[errno.ENOSPC]
+    return advice and f"{getattr(error, 'filename', None) or 'output'}: {advice}"
 
 
 def one_line(message: str, longest: int = 2000) -> str:

@@ -102,28 +102,44 @@ def check_model_folder(folder: Path) -> None:
 
     if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
         raise InputError(f"{folder}: no model in this folder (no modules.json, no config.json); name another")
-    for path in sorted((*folder.rglob("*.json"), *folder.rglob("*.safetensors"))):
+    for path in sorted(folder.rglob("*.json")):
         try:
-            if path.suffix == ".json":
-                _check_settings(path, json.loads(path.read_text(encoding="utf-8")))
-            else:
-                safe_open(path, "np")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be loaded: {error}; fetch or save the model again") from None
+            problem = _problem_of(path, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            problem = f"not readable as JSON: {error}"
+        if problem:
+            raise InputError(f"{path}: {problem}; fetch or save the model again")
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: not readable as safetensors: {error}; fetch or save the model again") from None
 
 
-def _check_settings(path: Path, content: Any) -> None:
-    """Raises ValueError for what no loader reads, and for modules with code of their own."""
-    if path.name in ("config.json", "tokenizer.json") and not isinstance(content, dict):
-        raise ValueError("not a mapping")
-    if path.name == "tokenizer.json" and "model" not in content:
-        raise ValueError("no tokenizer's: it has no model")
-    for module in content if path.name == "modules.json" else ():
-        if not module["type"].startswith("sentence_transformers."):
-            raise ValueError(f"module {module['type']} is not one of sentence-transformers' own")
-        # Normalize keeps no file, so packages and git lose its folder, and loaders do not ask for it
-        if not (path.parent / module["path"]).is_dir() and not module["type"].endswith(".Normalize"):
-            raise ValueError(f"module {module['type']} has no folder {module['path']!r} here")
+def _problem_of(path: Path, content: Any) -> str | None:
+    """What is wrong with a JSON file of a model folder, if anything is."""
+    if path.name == "modules.json":
+        for module in content if isinstance(content, list) and content else [None]:
+            if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
+                return "not a list of modules, each with a type and a path"
+            if not module["type"].startswith("sentence_transformers."):
+                return f"module {module['type']} is not one of sentence-transformers' own"
+            inside = os.path.normpath(module["path"])
+            # Normalize keeps no file, so packages and git lose its folder, and loaders do not ask for it
+            there = (path.parent / inside).is_dir() or module["type"].endswith(".Normalize")
+            if inside.startswith(("..", "/")) or not there:
+                return f"module {module['type']} has no folder {module['path']!r} here"
+    elif path.name in ("config.json", "config_sentence_transformers.json", "tokenizer.json"):
+        if not isinstance(content, dict):
+            return "not a mapping"
+        if path.name == "tokenizer.json" and "model" not in content:
+            return "no tokenizer's: it has no model"
+        prompts = content.get("prompts") if path.name == "config_sentence_transformers.json" else None
+        wrong = [name for name, prompt in (prompts or {}).items() if not isinstance(prompt, str | None)]
+        if wrong:
+            return f"prompt {wrong[0]!r} is {prompts[wrong[0]]!r}, which is no text"
+    return None
 
 
 @contextlib.contextmanager
@@ -184,25 +200,26 @@ def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> 
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return revision  # a commit never changes: nothing to ask
     from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RevisionResolutionError,
+    )
 
-    with _served(f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it"):
+    try:
         if repo_type == "model" and is_offline_mode():
             return HfApi().resolve_revision(repo_id, revision=revision, local_files_only=True).resolved
         return HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type).sha
-
-
-@contextlib.contextmanager
-def _served(what: str) -> Iterator[None]:
-    """Errors of the Hub, of the network and, offline, of the cache in one line that begins with `what`."""
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RevisionResolutionError
-
-    try:
-        yield
     except UnicodeEncodeError:  # of the request's headers
         raise InputError("HF_TOKEN holds a character that no token has; set it again") from None
+    # also no network, or no such host, or offline nothing in the cache
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, RevisionResolutionError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{what}: {reason}; check the name, the network and HF_TOKEN, then run again") from None
+        raise InputError(
+            f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it: {reason}; "
+            "check the name, the network and HF_TOKEN, then run again"
+        ) from None
 
 
 def fetch_settings(model: ModelReference) -> str | None:
@@ -216,14 +233,18 @@ def fetch_settings(model: ModelReference) -> str | None:
     if model.is_local:
         return None
     from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import HTTPError
 
     commit = hub_commit(model.name_or_path, model.revision)
     if is_offline_mode():
         return commit  # a cache that has the weights has the settings, which are fetched before them
-    with _served(f"model {model.reference!r}: the Hub did not serve all of it"):
+    try:
         for name in HfApi().list_repo_files(model.name_or_path, revision=commit):
             if name.endswith(_SETTINGS):
                 hf_hub_download(model.name_or_path, name, revision=commit)
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model {model.reference!r}: the Hub did not serve all of it: {reason}; run again") from None
     return commit
 
 
@@ -231,10 +252,14 @@ def fetch_settings(model: ModelReference) -> str | None:
 def _hub_file(repo_id: str, revision: str | None, name: str) -> Path:
     """A file of a Hub repository, brought into the cache. Raises InputError when the Hub does not serve it."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
 
     commit = hub_commit(repo_id, revision)
-    with _served(f"model '{repo_id}:{name}': the Hub did not serve this file"):
+    try:
         return Path(hf_hub_download(repo_id, name, revision=commit))
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model '{repo_id}:{name}': the Hub did not serve this file: {reason}") from None
 
 
 def _in_package(name: str) -> Path:

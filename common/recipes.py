@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from common.cli import InputError
 
@@ -24,10 +24,27 @@ from common.cli import InputError
 _ADVICE = {"tuple_type": "write a list, such as [a, b]", "model_type": "write a mapping, such as {a: 1}"}
 
 
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and what it is made of: the members of a union, what Annotated annotates, ..."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, and strict about the names and the types of its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, values: Any) -> Any:
+        """pydantic reads `yes` as 1; as a word it is refused."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
+            if isinstance(value, bool) and any(part in (int, float) for part in _parts(annotation)):
+                values = {**values, name: str(value).lower()}
+        return values
 
 
 Recipe = TypeVar("Recipe", bound=Section)
@@ -87,43 +104,32 @@ def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: 
 def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The path of a key and its value, for each flag."""
     is_text = dict(_keys(kind))  # members of a union (source: local | hub | ...) may hold the same key
-    for name, values in split_flags(flags):
+    parts = iter(part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag]))
+    for flag in parts:
+        if not flag.startswith("--"):
+            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
+        name = flag.removeprefix("--")
         matches = [path for path in is_text if name in (".".join(path), path[-1])]
         if not matches:
-            raise InputError(f"unknown option --{name}{_suggestion(name, ['.'.join(path) for path in is_text])}")
+            raise InputError(f"unknown option {flag}{_suggestion(name, ['.'.join(path) for path in is_text])}")
         if len(matches) > 1:
             raise InputError(
-                f"--{name} could be any of {', '.join('--' + '.'.join(path) for path in matches)}: name one"
+                f"{flag} could be any of {', '.join('--' + '.'.join(path) for path in matches)}: name one"
             )
-        yield matches[0], flag_value(values, is_text[matches[0]])
-
-
-def split_flags(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Name and values of --name value, --name=value and --name value value, a list."""
-    groups: list[list[str]] = []
-    for flag in flags:
-        if flag.startswith("--"):
-            groups.append(flag.split("=", 1))
-        elif not groups:
-            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
-        else:
-            groups[-1].append(flag)
-    for flag, *values in groups:
-        if not values:
+        value = next(parts, None)
+        if value is None:
             raise InputError(f"{flag} needs a value")
-        yield flag.removeprefix("--"), values
+        yield matches[0], flag_value(value, is_text[matches[0]])
 
 
-def flag_value(texts: Sequence[str], is_text: bool) -> Any:
+def flag_value(value: str, is_text: bool) -> Any:
     """What a flag says: YAML; for a key that holds text the text as it is (as YAML, `query: ` would be a mapping)."""
-    if len(texts) > 1:
-        return [flag_value([text], is_text) for text in texts]
     if is_text:
-        return None if texts[0] in ("", "null") else texts[0]
+        return None if value in ("", "null") else value
     try:
-        return load_yaml(texts[0])
+        return load_yaml(value)
     except ValueError:
-        return texts[0]
+        return value
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
@@ -181,7 +187,7 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
 def _suggestion(name: str, paths: list[str]) -> str:
     leaves = {path.rsplit(".", 1)[-1]: path for path in paths}
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
-    return f"; did you mean {leaves[close[0]]!r}?" if close else "; --list_keys prints all"
+    return f"; did you mean {leaves[close[0]]!r}?" if close else f"; known keys: {', '.join(paths)}"
 
 
 # --- what the keys mean ---------------------------------------------------------------------------------------------

@@ -121,13 +121,16 @@ def row_groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Tabl
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A finished folder's manifest. Raises InputError when the folder is missing or was not finished."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder}: not a finished folder ({MANIFEST} is missing); run the step that makes it"
         ) from None
     except ValueError:
-        raise InputError(f"{folder / MANIFEST}: not JSON; delete the folder and make it again") from None
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{folder / MANIFEST}: not a manifest; delete the folder and make it again")
+    return manifest
 
 
 class Step:
@@ -153,7 +156,10 @@ class Step:
         inputs = self.path / INPUTS
         if self.path.exists() and (not inputs.is_file() or inputs.read_text(encoding="utf-8") != self.key):
             self.discard()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as file systems such as /proc answer
+            raise InputError(f"{error.filename}: no folder can be made here; choose another") from None
         inputs.write_text(self.key, encoding="utf-8")
         self.commit = code_commit()  # now: the code may be edited while the step runs
 

@@ -19,14 +19,17 @@ def quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
 
     Quantised weights are for training: merged into them, an adapter would be rounded to 4 bits too. Publish it merged
     into the weights as they were: `build_encoder` without `quantization_config`, `continue_adapter`, `save_merged`.
-    Raises InputError for quantised weights that nothing would train.
+    Raises InputError for quantised weights that nothing would train, or without bitsandbytes.
     """
+    from transformers import utils
     from trl import get_quantization_config
 
     if not (model.load_in_4bit or model.load_in_8bit):
         return None
     if not model.use_peft:
         raise InputError("load_in_4bit and load_in_8bit freeze the weights; add an adapter to train: use_peft: true")
+    if not utils.is_bitsandbytes_available():
+        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes; pip install bitsandbytes, or drop them")
     return get_quantization_config(model)
 
 

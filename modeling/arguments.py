@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from common.recipes import Section
+from common.recipes import Section, key_line, key_lines, list_keys
+from modeling.keys import LARGEST, REFUSED, library_keys
 
 DEFAULT_LENGTH = 512  # tokens, of a start that names none: E5-mistral's
 OF_THE_RECIPE = ("model_name_or_path", "model_revision", "num_hidden_layers", "output_dir")  # not a stage's
 
-LARGEST = 2**32
 Amount = Annotated[int, Field(ge=0, lt=LARGEST)]
 Count = Annotated[int, Field(ge=1, lt=LARGEST)]
-one_or_more = BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)  # a flag of one value
-_auto = BeforeValidator(lambda value: None if value == "auto" else value)
-Texts = Annotated[tuple[str, ...], one_or_more]
+_one_or_more = BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)  # a flag of one value
+Texts = Annotated[tuple[str, ...], _one_or_more]
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
+
+
+def memory_bytes(size: str) -> int | None:
+    """
+    >>> memory_bytes("1.5GiB"), memory_bytes("0"), memory_bytes("auto")
+    (1610612736, 0, None)
+    """
+    return None if size == "auto" else int(float(size[:-3] or 0) * _UNITS.get(size[-3:], 0))
+
+
+def _memory(size: Any) -> str:
+    if not re.fullmatch(rf"auto|0|\d+(\.\d+)?({'|'.join(_UNITS)})", str(size)):
+        raise ValueError("write auto, 0, or a number and its unit, such as 8GiB or 500MiB")
+    return str(size)
+
+
+Memory = Annotated[str, BeforeValidator(_memory)]
 
 
 class DatasetArguments(Section):
@@ -57,25 +76,18 @@ class StageArguments(DatasetArguments):
     pooling: Literal["eos", "mean", "cls", "mean_without_prompt", "weighted_mean"] | None = None
     num_hidden_layers: Count | None = None  # keep the first so many; null = all
     # train vectors cut to these lengths, too (arXiv 2205.13147); name the whole length among them
-    matryoshka_dims: Annotated[tuple[Count, ...], one_or_more] = ()
+    matryoshka_dims: Annotated[tuple[Count, ...], _one_or_more] = ()
     prompt_shots: Amount = 0  # demonstrations in a prompt that the saved model carries
     share_prefix: bool = False  # compute a prompt that a batch shares once, and no padding
-    # where mini_batch_size keeps graphs, so as not to embed their texts twice: 8GiB, 0, or auto (null), half of what
-    # is free when a step begins; of weights in shards none
-    activation_memory: Annotated[ByteSize | None, Field(ge=0), _auto] = None
+    # where mini_batch_size keeps graphs, so as not to embed their texts twice: 8GiB, 0, or auto, half of what is free
+    # when a step begins; of weights in shards none
+    activation_memory: Memory = "auto"
     eval_queries: Count = 200  # sample of the validation queries, at each evaluation
     eval_documents: Count = 2000  # sample they search, with all their relevant ones
     # sets of NanoBEIR (50 queries each, from the Hub) measured beside the validation queries: msmarco, nq, ...
-    nanobeir: Annotated[tuple[str, ...], one_or_more] = ()
+    nanobeir: Annotated[tuple[str, ...], _one_or_more] = ()
     # evaluations without a better score, after which a stage ends with its best checkpoint; null = never
     early_stopping_patience: Count | None = None
-    # the libraries' own, with defaults of ours
-    lora_task_type: Literal["FEATURE_EXTRACTION"] = "FEATURE_EXTRACTION"  # an embedder has no LM head
-    # pattern of parameters' names: their rate
-    learning_rate_mapping: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    logging_steps: float = Field(10, gt=0)  # steps from one line of the log to the next; below 1 a share of all
-    save_total_limit: Count = 1  # checkpoints to keep: resuming needs the last alone, and a 7B one is 14 GB
-    resume_from_checkpoint: bool = False  # go on from the last checkpoint of a stage that was killed
 
 
 class StudentConfig(Section):
@@ -118,3 +130,21 @@ class RecipeArguments(Section):
     merge: MergeArguments | None = None  # publish an average of stages as model/, not the last one
     # optimizer steps, shared out equally among the stages that run; max_steps, by contrast, holds for each stage
     total_steps: Count | None = None
+
+
+def recipe_keys() -> Iterator[str]:
+    """Lines of Markdown: every key with its default and meaning, by where it may stand."""
+    libraries = {name: key for name, key in library_keys().items() if name not in REFUSED}
+    own, of_data = key_lines(StageArguments), DatasetArguments.model_fields
+    lines = own | {name: key_line(name, key.default, key.meaning) for name, key in libraries.items()}
+    places = {
+        "Above the stages": OF_THE_RECIPE,
+        "Recipe, stage or entry of `datasets`": of_data,
+        "Recipe or stage": [name for name in own if name not in (*of_data, *OF_THE_RECIPE)],
+        "Recipe or stage: trl's, transformers' and sentence-transformers' own": [
+            name for name in libraries if name not in OF_THE_RECIPE
+        ],
+    }
+    yield from list_keys(RecipeArguments, "Above the stages, beside `stages`, a list of mappings with a `name`")
+    for title, names in places.items():
+        yield from (f"### {title}", "", *(lines[name] for name in names), "")

@@ -1,22 +1,29 @@
-"""All keys of training recipes: ours, and those that trl, transformers and sentence-transformers read."""
+"""Keys that trl, transformers and sentence-transformers read: which there are, how a recipe's values reach them."""
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
-
-from pydantic import BeforeValidator, Field, create_model
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli import InputError
-from common.recipes import flag_value, key_line, key_lines, list_keys, split_flags
-from modeling.arguments import LARGEST, OF_THE_RECIPE, DatasetArguments, RecipeArguments, StageArguments, one_or_more
+from common.recipes import flag_value
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig
 
+# Defaults that are ours and not the libraries'.
+DEFAULTS = {
+    "lora_task_type": "FEATURE_EXTRACTION",  # trl's CAUSAL_LM adapter would not load on a model without LM head
+    "save_total_limit": 1,  # resuming needs the last checkpoint alone, and a 7B one is 14 GB
+    "logging_steps": 10,
+}
 _BATCHES = "has no effect: batches are made by modeling/batches.py; leave it out"
 _PUBLISH = "is not for training: leave it out, and run push_to_hub.py afterwards"
 _HUB = ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
@@ -30,93 +37,144 @@ REFUSED = {
     "label_smoothing_factor": "has no effect: soft labels take its place; leave it out",
     "auto_find_batch_size": "has no effect on the batches made here; lower mini_batch_size, which changes no result",
     "save_only_model": "leaves nothing for a killed stage to go on from; leave it out",
-    "fsdp": "is the launcher's: leave it out, and use recipes/accelerate/fsdp.yaml",
-    "deepspeed": "is the launcher's: leave it out, and use recipes/accelerate/zero3.yaml",
-    "parallelism_config": "is the launcher's: leave it out, and use recipes/accelerate",
     **dict.fromkeys(("push_to_hub", *_HUB), _PUBLISH),
 }
-# What the libraries do not check of their numbers.
-RANGES = {
-    "num_train_epochs adam_epsilon eval_steps save_steps lora_alpha": {"gt": 0},
-    "learning_rate weight_decay max_grad_norm warmup_steps eval_delay": {"ge": 0},
-    "seed data_seed dataloader_num_workers": {"ge": 0},
-    "lora_r max_steps per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps": {"ge": 1},
-    "eval_accumulation_steps ddp_timeout ddp_bucket_cap_mb": {"ge": 1},
-    "warmup_ratio": {"ge": 0, "le": 1},
-    "adam_beta1 adam_beta2 lora_dropout": {"ge": 0, "lt": 1},
+# What the libraries do not check of their numbers. All are finite, too, and whole ones below LARGEST.
+LARGEST = 2**32
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "above 0": (lambda n: n > 0, "num_train_epochs adam_epsilon logging_steps eval_steps save_steps lora_alpha"),
+    "0 or more": (
+        lambda n: n >= 0,
+        "learning_rate learning_rate_mapping weight_decay max_grad_norm seed data_seed warmup_steps eval_delay "
+        "dataloader_num_workers",
+    ),
+    "1 or more": (
+        lambda n: n >= 1,
+        "lora_r per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
+        "eval_accumulation_steps ddp_timeout ddp_bucket_cap_mb",
+    ),
+    "in [0, 1]": (lambda n: 0 <= n <= 1, "warmup_ratio"),
+    "in [0, 1)": (lambda n: 0 <= n < 1, "adam_beta1 adam_beta2 lora_dropout"),
+    "1 or more, or -1 where epochs say how long": (lambda n: n >= 1 or n == -1, "max_steps"),
 }
-_no_strategy = BeforeValidator(lambda value: "no" if value is False else value)  # which YAML reads as false
+# package -> {file: class that defines keys}
+_LIBRARIES = {
+    "trl": {"trainer/model_config.py": "ModelConfig"},
+    "transformers": {"training_args.py": "TrainingArguments"},
+    "sentence_transformers": {
+        "base/training_args.py": "BaseTrainingArguments",
+        "sentence_transformer/training_args.py": "SentenceTransformerTrainingArguments",
+    },
+}
 
 
-def _library_classes() -> tuple[type[ModelConfig], type[SentenceTransformerTrainingArguments]]:
-    from sentence_transformers import SentenceTransformerTrainingArguments
-    from trl import ModelConfig
-
-    return ModelConfig, SentenceTransformerTrainingArguments
+class LibraryKey(NamedTuple):
+    default: Any
+    meaning: str  # the first sentence of the library's own help
 
 
 @functools.cache
-def stage_keys() -> type[StageArguments]:
-    """`StageArguments` and the fields of the libraries' dataclasses, described by the first sentence of their help."""
-    ranges = {name: limits for names, limits in RANGES.items() for name in names.split()}
-    keys: dict[str, Any] = {}
-    for kind in _library_classes():
-        types = get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            name, annotation = field.name, types[field.name]
-            if name in REFUSED or name in StageArguments.model_fields:
-                continue
-            if annotation == list[str] | None:
-                annotation = Annotated[annotation, one_or_more]
-            elif name.endswith("_strategy"):
-                annotation = Annotated[annotation, _no_strategy]
-            limits = ranges.get(name, {})
-            if annotation in (int, int | None):
-                limits = {"lt": LARGEST, **limits}
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            meaning = " ".join(field.metadata["help"].split()).partition(". ")[0].removesuffix(".")
-            keys[name] = annotation, Field(default, description=meaning, **limits)
-    return create_model("StageKeys", __base__=StageArguments, **keys)
+def library_keys() -> dict[str, LibraryKey]:
+    """The libraries' keys by name, read from their source: importing them takes longer than a typo should."""
+    keys = {}
+    for package, files in _LIBRARIES.items():
+        folder = Path(importlib.util.find_spec(package).origin).parent
+        for name, kind in files.items():
+            tree = ast.parse((folder / name).read_text(encoding="utf-8"))
+            [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind]
+            for node in body:
+                if isinstance(node, ast.AnnAssign):
+                    keys[node.target.id] = _library_key(node)
+    return {name: key._replace(default=DEFAULTS.get(name, key.default)) for name, key in keys.items()}
 
 
-def library_arguments(keys: StageArguments, where: str) -> tuple[ModelConfig, SentenceTransformerTrainingArguments]:
-    """A stage's `stage_keys` as the libraries' dataclasses. Raises InputError on values that they refuse."""
-    given = {name: getattr(keys, name) for name in (*StageArguments.model_fields, *keys.model_fields_set)}
+def _library_key(node: ast.AnnAssign) -> LibraryKey:
+    """A key out of `name: type = field(default=..., metadata={"help": ...})`."""
+    words = {word.arg: word.value for word in node.value.keywords}
+    default = words.get("default", words.get("default_factory"))
     try:
-        model, training = (
-            kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
-            for kind in _library_classes()
-        )
+        value = ast.literal_eval(default)
+    except ValueError:  # a name: of a constant, or of the type whose empty value it is
+        value = {"list": [], "dict": {}}.get(ast.unparse(default), "see the library")
+    found = words["metadata"]
+    texts = [text for key, text in zip(found.keys, found.values, strict=True) if ast.literal_eval(key) == "help"]
+    return LibraryKey(value, " ".join(ast.literal_eval(texts[0]).split()).partition(". ")[0].removesuffix("."))
+
+
+def parse_library_keys(
+    values: Mapping[str, Any], where: str
+) -> tuple[ModelConfig, SentenceTransformerTrainingArguments]:
+    """`values` as the libraries' dataclasses. Raises InputError on a key or a value that they do not take."""
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from trl import ModelConfig, TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> None:
+            raise InputError(f"{where}: {message}")
+
+    parser = Parser([ModelConfig, SentenceTransformerTrainingArguments], allow_abbrev=False)
+    # what no flag says: an empty list, and several of a key that is text or a list
+    values = {key: value for key, value in values.items() if value is not None}
+    unsaid = {key: value for key, value in values.items() if value == [] or key == "report_to"}
+    parser.set_defaults_with_config(**DEFAULTS, **unsaid)
+    # the rest as flags, so that a recipe's values are checked and converted as those of the command line are
+    flags = [part for key, value in values.items() if key not in unsaid for part in _as_flags(key, value)]
+    try:
+        model, training = parser.parse_args_and_config(args=flags)
+        rates = training.learning_rate_mapping  # YAML reads 1e-5 as a text
+        training.learning_rate_mapping = {pattern: float(rate) for pattern, rate in rates.items()}
     except (ValueError, TypeError, OSError, ImportError) as error:  # a wrong value, or what it names is not there
         raise InputError(f"{where}: {error}") from None
+    for key, found in (*vars(model).items(), *vars(training).items()):
+        for value in _numbers(found):
+            wrong = [words for words, (holds, keys) in RANGES.items() if key in keys.split() and not holds(value)]
+            if not math.isfinite(value):
+                wrong = ["a finite number"]
+            elif isinstance(value, int) and abs(value) >= LARGEST:
+                wrong = [f"below {LARGEST:,}"]
+            if wrong:
+                raise InputError(f"{where}: key {key!r} is {value}: it must be {wrong[0]}")
     return model, training
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value, and in a list or a mapping."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(inner)
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    if value is False and key.endswith("_strategy"):
+        value = "no"  # which YAML reads as false
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
 def read_flags(flags: Sequence[str], texts: set[str]) -> dict[str, Any]:
-    """Flags as a mapping, those of the keys in `texts` as they are; --PART.key goes into a mapping PART."""
+    """--key value, --key=value and --key value value (a list) as a mapping; --PART.key goes into a mapping PART.
+
+    Values are YAML, but for the keys in `texts`.
+    """
+    groups: list[list[str]] = []
+    for flag in flags:
+        if flag.startswith("--"):
+            groups.append(flag.split("=", 1))
+        elif not groups:
+            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
+        else:
+            groups[-1].append(flag)
     values: dict[str, Any] = {}
-    for flag, parts in split_flags(flags):
-        part, _, key = flag.rpartition(".")
+    for flag, *parts in groups:
+        if not parts:
+            raise InputError(f"{flag} needs a value")
+        part, _, key = flag.removeprefix("--").rpartition(".")
+        parsed = [flag_value(text, key in texts) for text in parts]
         target = values.setdefault(part, {}) if part else values
         if not isinstance(target, dict):
-            raise InputError(f"--{flag}: --{part} has a value already")
-        target[key] = flag_value(parts, key in texts)
+            raise InputError(f"{flag}: --{part} has a value already")
+        target[key] = parsed[0] if len(parsed) == 1 else parsed
     return values
-
-
-def recipe_keys() -> Iterator[str]:
-    """Lines of Markdown: every key with its default and meaning, by where it may stand."""
-    libraries = {name: key for name, key in stage_keys().model_fields.items() if key.description}
-    own, of_data = key_lines(StageArguments), DatasetArguments.model_fields
-    lines = own | {name: key_line(name, key.default, key.description) for name, key in libraries.items()}
-    places: Mapping[str, Sequence[str]] = {
-        "Above the stages": OF_THE_RECIPE,
-        "Recipe, stage or entry of `datasets`": [*of_data],
-        "Recipe or stage": [name for name in own if name not in (*of_data, *OF_THE_RECIPE)],
-        "Recipe or stage: trl's, transformers' and sentence-transformers' own": [
-            name for name in libraries if name not in OF_THE_RECIPE
-        ],
-    }
-    yield from list_keys(RecipeArguments, "Above the stages, beside `stages`, a list of mappings with a `name`")
-    for title, names in places.items():
-        yield from (f"### {title}", "", *(lines[name] for name in names), "")

@@ -13,17 +13,26 @@ if TYPE_CHECKING:
     from modeling.trainer import EmbedderTrainer
 
 
+def write_log(history: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, history)
+
+
 def closing_line(name: str, cost: dict[str, Any], trainer: EmbedderTrainer, folder: Path) -> str:
-    """What a stage took and came to, in one line."""
-    state = trainer.state
+    """What a stage took and came to, in one line; its last score is that of the saved model, the best checkpoint's
+    with load_best_model_at_end.
+    """
+    history = trainer.state.log_history
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     seconds, tokens = cost["training_seconds"], cost["tokens"]
     parts = [f"{cost['steps']} steps", f"{tokens:,} tokens in {seconds:.0f} s ({tokens / max(seconds, 1e-9):,.0f}/s)"]
     for key, title in (("loss", "loss"), ("eval_validation_cosine_ndcg@10", "validation nDCG@10")):
-        found = [entry[key] for entry in state.log_history if key in entry]
-        if found:
-            parts.append(f"{title} {found[0]:.4f} -> {found[-1]:.4f}")
-    if trainer.args.load_best_model_at_end and state.best_global_step:
-        parts.append(f"saved as of step {state.best_global_step} at {state.best_metric:.4f}")
+        found = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if not found:
+            continue
+        saved = [value for step, value in found if step == best] if key.startswith("eval_") else []
+        last = f"{saved[-1]:.4f} (best, of step {best})" if saved else f"{found[-1][1]:.4f}"
+        parts.append(f"{title} {found[0][1]:.4f} -> {last}" if len(found) > 1 else f"{title} {found[0][1]:.4f}")
     parts.append(f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
     if cost["peak_device_memory_bytes"]:
         parts.append(f"on {cost['device']} {cost['peak_device_memory_bytes'] / 2**30:.2f} GiB")

@@ -23,21 +23,24 @@ class GradedLoss(KeepingLossMixin, nn.Module):
     """An objective of `modeling.objectives` over rows of query, positive, negative_1, ..., negative_n, and labels
     (B, n+1): soft labels in (0, 1), NaN where a document (then an empty text) is missing.
 
-    Scores are cosines / temperature. Objectives that take a `mask` compare a row with the documents of the other rows,
-    too, less those known to be no negatives: equal texts (token ids), positives of rows with the same query, and the
-    query's known positives (`POSITIVES`, which modeling.demonstrations' collator adds). Graded pairs (one document a
-    row) want CoSENT, or "bixse".
+    Scores are cosines / temperature. A row is compared with its own documents and, by objectives that take a `mask`,
+    with those of the other rows, less those known to be no negatives: equal texts, positives of rows with the same
+    query, and the query's known positives (`POSITIVES`, which modeling.demonstrations' collator adds). Texts are
+    compared as the model sees them, as token ids. Graded pairs (one document a row) want CoSENT, or "bixse".
 
     Args:
         model: the SentenceTransformer to train.
         objective: a name in `OBJECTIVES`.
         temperature: divides the cosines; 0.02 is what most LLM embedders train with.
-        mini_batch_size: texts embedded at a time, by GradCache (arXiv 2101.06983), documents in order of their
-            length; None = one plain pass.
-        activation_memory: bytes in which GradCache keeps graphs; None = half of what is free when a step begins.
+        mini_batch_size: texts embedded at a time, by GradCache (arXiv 2101.06983): one forward pass more, memory for
+            so many texts only. Documents are sorted by length first, so that a mini-batch holds next to no padding.
+            None = one plain pass.
+        activation_memory: bytes in which GradCache keeps graphs, whose texts need no second forward pass; None = half
+            of what is free when a step begins.
         target_temperature: divides the teacher's logits, in the objectives that read more than their order.
         alpha: weight of the objective against 1 - alpha of InfoNCE; 0 is InfoNCE alone, and needs no labels.
-        in_batch_negatives: False where rows share labels (classification, clustering): other rows are left out.
+        in_batch_negatives: False leaves all documents of other rows out: classification and clustering need it, where
+            rows with the same label are no negatives.
         false_negative_margin: leave out documents of other rows whose cosine exceeds that of the row's positive by
             more than this (Qwen3 Embedding, arXiv 2506.05176, eq. 2, with 0.1). The model in training is the judge, so
             the line lies above the positive: below it the hard negatives that are still to be learnt would go first.
@@ -60,6 +63,12 @@ class GradedLoss(KeepingLossMixin, nn.Module):
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        if min(temperature, target_temperature) <= 0 or not 0 <= alpha <= 1:
+            raise ValueError(
+                f"temperatures must be > 0, got {temperature} and {target_temperature}; alpha in [0, 1], got {alpha}"
+            )
         self.model = model
         self.objective = objective
         self.temperature = temperature
@@ -75,11 +84,7 @@ class GradedLoss(KeepingLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         columns = [dict(column) for column in sentence_features]
         positives = columns[0].pop(POSITIVES, None)
-        if self.alpha > 0 and len(columns) - 1 < OBJECTIVES[self.objective].documents:
-            raise ValueError(
-                f"{self.objective} learns nothing from the label of a row with one document: it compares documents. "
-                "Add negatives, or train graded pairs with CoSENTLoss"
-            )
+        self._check(columns, labels)
         batch = self._batch(columns, labels, positives)
         if self.uses_gradient_cache:
             columns, order = sort_by_length(columns)
@@ -120,6 +125,8 @@ class GradedLoss(KeepingLossMixin, nn.Module):
         missing = torch.zeros_like(documents, dtype=torch.bool)
         if labels is not None and labels.shape == documents.T.shape:
             missing = labels.isnan().T
+            if missing[0].any():
+                raise ValueError("the first label of a row is NaN: its positive is missing; drop the row")
         documents = documents.masked_fill(missing, MISSING)
         rows = len(queries)
         first, everywhere = 0, rows
@@ -185,6 +192,20 @@ class GradedLoss(KeepingLossMixin, nn.Module):
         """(N, ...) of all processes, in the order of one batch of all their rows."""
         by_process = all_gather(documents, with_grad=with_grad).unflatten(0, (-1, len(documents) // rows, rows))
         return by_process.transpose(0, 1).flatten(end_dim=2)
+
+    def _check(self, columns: list[Features], labels: Tensor | None) -> None:
+        documents = len(columns) - 1
+        if documents < 1:
+            raise ValueError(f"expected a query and at least one document column, got {len(columns)} column(s)")
+        objective = OBJECTIVES[self.objective]
+        if self.alpha > 0 and documents < objective.documents:
+            raise ValueError(
+                f"{self.objective} learns nothing from the label of a row with one document: it compares documents. "
+                "Add negatives, or train graded pairs with CoSENTLoss"
+            )
+        if self.alpha > 0 and "labels" in objective.needs and (labels is None or labels.shape[1:] != (documents,)):
+            shape = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"expected {documents} soft labels a row, one a document, got labels {shape}")
 
 
 class SoftInfoNCELoss(GradedLoss):

@@ -9,18 +9,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-
 from common.cli import InputError
 from common.steps import Step, folder_step
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from modeling.recipe import Stage
 
 # What `accelerate launch` has to say of shards: FSDP_KEY, ACCELERATE_DEEPSPEED_KEY
 FSDP = {"VERSION": "2", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 ZERO3 = {"ZERO_STAGE": "3", "ZERO3_INIT": "false", "OFFLOAD_OPTIMIZER_DEVICE": "none", "OFFLOAD_PARAM_DEVICE": "none"}
+
+
+def processes() -> PartialState:
+    """Rank and world size: one process, or as many as `accelerate launch` or torchrun started."""
+    from accelerate import PartialState
+
+    return PartialState()
 
 
 def launched_with(kind: str) -> bool:
@@ -30,6 +37,11 @@ def launched_with(kind: str) -> bool:
 
 def refuse_shards(stages: Sequence[Stage]) -> None:
     """Refuse, before hours of training, sharding strategies that were not seen to train and save correctly."""
+    for key, name in (("fsdp", "fsdp"), ("deepspeed", "zero3")):
+        if any(getattr(stage.training, key) for stage in stages):
+            raise InputError(
+                f"{key} is the launcher's: drop it from the recipe, and use recipes/accelerate/{name}.yaml"
+            )
     fsdp, deepspeed = launched_with("FSDP"), launched_with("DEEPSPEED")
     if not (fsdp or deepspeed):
         return
@@ -48,21 +60,21 @@ def refuse_shards(stages: Sequence[Stage]) -> None:
         )
     if deepspeed and any(stage.training.mixed_precision == "fp16" for stage in stages):
         raise InputError("fp16 with ZeRO-3 is not supported; set bf16")
-    if PartialState().distributed_type.value in ("NO", "MULTI_CPU"):
+    if processes().distributed_type.value in ("NO", "MULTI_CPU"):
         raise InputError("accelerate shares weights out among two GPUs or more alone; use recipes/accelerate/ddp.yaml")
 
 
 @contextlib.contextmanager
 def joint_step(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Step]:
     """`folder_step` of all processes: the main one makes the folder and finishes it, and they leave together."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         with folder_step(folder, inputs) as step:
-            PartialState().wait_for_everyone()
+            processes().wait_for_everyone()
             yield step
     else:
-        PartialState().wait_for_everyone()  # until the partial folder is there
+        processes().wait_for_everyone()  # until the partial folder is there
         yield Step(folder, inputs)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
 
 
 def keep_freed_memory(size: int = 1 << 30) -> None:

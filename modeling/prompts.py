@@ -62,8 +62,12 @@ def task_instructions() -> dict[str, dict[str, str]]:
     return {kind: of_kind for kind, of_kind in _instructions().items() if kind != "types"}
 
 
+def type_instructions() -> dict[str, str]:
+    """Task type -> instruction of tasks that `task_instructions` does not have."""
+    return _instructions()["types"]
+
+
 def _instructions() -> dict[str, dict[str, str]]:
-    """Those of `task_instructions` and, under "types", task type -> instruction of its other tasks."""
     return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 
 
@@ -102,7 +106,7 @@ def baked_prompts(
                 prompts |= {f"{task}-query": instruction_prompt(text, template), f"{task}-document": document_prompt}
             else:
                 prompts[task] = instruction_prompt(text, template)
-    return prompts | {kind: instruction_prompt(text, template) for kind, text in _instructions()["types"].items()}
+    return prompts | {kind: instruction_prompt(text, template) for kind, text in type_instructions().items()}
 
 
 def with_demonstrations(prompts: Mapping[str, str], shots: int) -> dict[str, str]:

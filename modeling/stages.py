@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, get_dataset_config_names
 from huggingface_hub.errors import HTTPError
 from peft import PeftConfig
@@ -23,10 +22,11 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedTo
 
 from common.cli import InputError
 from modeling.adapters import continue_adapter, quantization
+from modeling.arguments import memory_bytes
 from modeling.demonstrations import Demonstrations
 from modeling.encoder import build_encoder
 from modeling.losses import CachedCoSENTLoss, GradedLoss
-from modeling.processes import launched_with
+from modeling.processes import launched_with, processes
 from modeling.prompts import instruction_prompt
 from modeling.recipe import Stage
 from modeling.start import Start, column_prompts, saved_prompts
@@ -146,10 +146,16 @@ def stage_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrai
 
 def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demonstrations]:
     """Where batches get their shots from, by data set; those without shots are left out."""
-    keys = {"instruction", "shots", "shots_budget", "zero_shot_probability"}
-    seed = stage.training.seed
     return {
-        name: Demonstrations(train[name], seed=seed, template=own.query_template, **own.model_dump(include=keys))
+        name: Demonstrations(
+            train[name],
+            own.instruction,
+            own.shots,
+            own.shots_budget,
+            own.zero_shot_probability,
+            stage.training.seed,
+            own.query_template,
+        )
         for name, own in stage.datasets.items()
         if own.shots
     }
@@ -189,14 +195,14 @@ def build_model(stage: Stage, start: Start) -> tuple[SentenceTransformer, Start]
 
 
 def build_loss(stage: Stage, dataset: str, encoder: SentenceTransformer) -> nn.Module:
-    own, dims, parallel = stage.datasets[dataset], stage.own.matryoshka_dims, PartialState().num_processes > 1
+    own, dims, parallel = stage.datasets[dataset], stage.own.matryoshka_dims, processes().num_processes > 1
     size = own.mini_batch_size
     if dims and parallel and size is None:
         # without GradCache MatryoshkaLoss asks the model, then DDP's wrapper, for its dimensions as soon as labels are
         # lists, as ours are: AttributeError (sentence-transformers 6.2)
         size = stage.training.per_device_train_batch_size
     sharded = launched_with("FSDP") or launched_with("DEEPSPEED")  # kept graphs would hold gathered weights
-    memory = 0 if sharded else stage.own.activation_memory
+    memory = 0 if sharded else memory_bytes(stage.own.activation_memory)
     everywhere = {"mini_batch_size": size, "activation_memory": memory, "gather_across_devices": parallel}
     if own.loss == "cosent":
         loss = CachedCoSENTLoss(encoder, scale=1 / own.temperature, **everywhere)
@@ -247,7 +253,7 @@ def build_trainer(stage: Stage, encoder: SentenceTransformer, data: StageData, c
     batch_size = arguments.per_device_eval_batch_size
     evaluators = [build_evaluator(name, sample, encoder, batch_size) for name, sample in data.validation.items()]
     for evaluator in evaluators:
-        evaluator.shows_bar = PartialState().is_main_process and not arguments.disable_tqdm
+        evaluator.shows_bar = processes().is_main_process and not arguments.disable_tqdm
     try:
         return EmbedderTrainer(
             model=encoder,
@@ -276,8 +282,9 @@ def cut_texts(stage: Stage, data: StageData, tokenizer: PreTrainedTokenizerBase)
 def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping[str, Mapping[str, CutTexts]]) -> str:
     """What a stage is about to train on, a line for each data set: rows, loss, steps, batch, tokens, cut texts."""
     arguments = trainer.args
+    steps = arguments.max_steps if arguments.max_steps > 0 else None
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    length = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
+    length = f"{steps} steps" if steps else f"{arguments.num_train_epochs:g} epochs"
     lines = []
     for name, own in stage.datasets.items():
         counts = cut[name].values()
@@ -313,6 +320,7 @@ def check_layers(stages: Sequence[Stage], start: Start) -> None:
             with torch.device("meta"):
                 model = AutoModel.from_config(config, attn_implementation=stage.model.attn_implementation)
             modules = [name for name, _ in model.named_modules()]
+            parameters = [name for name, _ in model.named_parameters()]
             if stage.peft_config:
                 model.add_adapter(stage.peft_config)
         except (HTTPError, OSError, ValueError, TypeError, ImportError) as error:
@@ -320,8 +328,15 @@ def check_layers(stages: Sequence[Stage], start: Start) -> None:
         if not stage.peft_config:
             continue
         # peft passes over names that it does not find; of modules to save, any ending is one
-        for key, before in (("modules_to_save", ""), ("target_modules", ".")):
+        kinds = {
+            "modules_to_save": ("", modules),
+            "target_modules": (".", modules),
+            "target_parameters": (".", parameters),
+        }
+        for key, (before, names) in kinds.items():
             wanted = getattr(stage.peft_config, key) or ()
-            for name in sorted(wanted) if not isinstance(wanted, str) else ():  # a pattern, which peft looks for
-                if not any(f".{there}".endswith(before + name) for there in modules):
+            if isinstance(wanted, str):  # a pattern, which peft itself looks for
+                continue
+            for name in sorted(wanted):
+                if not any(f".{there}".endswith(before + name) for there in names):
                     raise InputError(f"stage {stage.name!r}: lora_{key}: {where} has no {name!r}")

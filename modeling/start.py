@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from huggingface_hub.errors import HTTPError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -20,7 +19,7 @@ from common.steps import files_of, fingerprint
 from modeling.arguments import DEFAULT_LENGTH, DatasetArguments
 from modeling.batches import LABEL
 from modeling.encoder import Published, read_published
-from modeling.processes import joint_step
+from modeling.processes import joint_step, processes
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, instruction_prompt, template_of
 from modeling.recipe import Recipe, Stage
 from modeling.student import build_student
@@ -76,7 +75,7 @@ def first_start(recipe: Recipe) -> tuple[Start, Published | None]:
         "corpus": fingerprint(files_of(Path(config.corpus))),
     }
     with joint_step(folder, inputs) as step:
-        if not step.done and PartialState().is_main_process:
+        if not step.done and processes().is_main_process:
             build_student(config, step.path)
             step.finish()
     return Start(str(folder), None, step.key, "student"), None
@@ -137,8 +136,10 @@ def load_tokenizer(start: Start, stage: Stage) -> PreTrainedTokenizerBase:
 
 def start_facts(start: Start, published: Published | None) -> dict[str, Any]:
     """What stages.json and cards say of the model that a run started from."""
+    if start.reference == "student":
+        return {"model": "student", "revision": None, "published": None, "quantisation": None}
     facts = published and {**dataclasses.asdict(published), "pooling": published.pooling_name}
-    quantisation = None if start.reference == "student" else resolve_model(start.reference).quantisation()
+    quantisation = resolve_model(start.reference).quantisation()
     return {"model": start.reference, "revision": start.revision, "published": facts, "quantisation": quantisation}
 
 

@@ -22,6 +22,7 @@ load or to train it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def build_student(config: StudentConfig, folder: Path) -> None:
     tokenizer = student_tokenizer(AutoTokenizer.from_pretrained(teacher.name_or_path, revision=teacher.revision))
     teacher_model = AutoModel.from_pretrained(teacher.name_or_path, revision=teacher.revision, dtype=torch.float32)
     words = teacher_model.get_input_embeddings().weight.detach().numpy()
-    counts = token_counts(tokenizer.backend_tokenizer, config)
+    counts = token_counts(tokenizer.backend_tokenizer, corpus_texts(config))
     inputs = input_vectors(words, sif_log_weights(counts, config.sif), tokenizer, config)
 
     torch.manual_seed(config.seed)
@@ -103,15 +104,18 @@ def student_tokenizer(teacher_tokenizer: PreTrainedTokenizerFast) -> PreTrainedT
     return tokenizer
 
 
-def token_counts(tokenizer: Tokenizer, config: StudentConfig) -> np.ndarray:
-    """How often each token id occurs in the documents and the (prompted) training queries of a data folder's corpus:
-    shape (vocabulary,), int64.
-    """
-    texts = read_arrow(Path(config.corpus) / "documents.arrow", ["text"])["text"].to_pylist()
+def corpus_texts(config: StudentConfig) -> Iterable[str]:
+    """The documents and the (prompted) training queries of a data folder's corpus."""
+    documents = read_arrow(Path(config.corpus) / "documents.arrow", ["text"])
     queries = read_parquet(Path(config.corpus) / "queries.parquet", ["text", "split"]).to_pylist()
-    texts += [config.prompt + query["text"] for query in queries if query["split"] == "train"]
+    yield from documents["text"].to_pylist()
+    yield from (config.prompt + query["text"] for query in queries if query["split"] == "train")
+
+
+def token_counts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """How often each token id occurs in `texts`: shape (vocabulary,), int64."""
     counts = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+    for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
         np.add.at(counts, encoding.ids, 1)
     return counts
 

@@ -29,7 +29,6 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from common.cli import InputError
 from common.models import without_bars
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from modeling.shared_prefix import TokenCounts
 
 _NDCG = "_cosine_ndcg@10"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."  # transformers saves adapters under the names that peft's own wrapper gives
 
 
@@ -224,13 +224,15 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         """
         if self.is_fsdp_enabled:
             return Trainer._load_from_checkpoint(self, checkpoint_path, model)
-        weights = Path(checkpoint_path, ADAPTER_SAFE_WEIGHTS_NAME)
+        weights = Path(checkpoint_path, _ADAPTER_WEIGHTS)
         if not weights.is_file():
             return super()._load_from_checkpoint(checkpoint_path)
         from peft import set_peft_model_state_dict
 
         state = {name.removeprefix(_PEFT_PREFIX): value for name, value in load_file(weights).items()}
-        set_peft_model_state_dict(self.model.transformers_model, state)
+        result = set_peft_model_state_dict(self.model.transformers_model, state)
+        if result.unexpected_keys:
+            raise RuntimeError(f"{weights}: weights that the model has not: {result.unexpected_keys[:3]}")
 
 
 def forget_deepspeed() -> None:

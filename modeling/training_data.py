@@ -216,6 +216,7 @@ class CutTexts(NamedTuple):
 
     cut: int
     texts: int
+    all_equal: bool  # the texts differ, and what the model reads of them does not
     tokens: int = 0  # that the model reads of them
 
 
@@ -232,33 +233,39 @@ def count_cut(
     """
     if len(rows) > max_rows:
         rows = rows.select(np.linspace(0, len(rows) - 1, max_rows).astype(int))
-    counts = {name: CutTexts(0, 0) for name in rows.column_names if name != LABEL}
-    for block in rows.iter(1000):
-        for name, count in counts.items():
-            texts = [prompts.get(name, "") + text for text in block[name] if text]  # "" is a missing document
-            lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
-            cut = sum(length > max_seq_length for length in lengths)
-            read = sum(min(length, max_seq_length) for length in lengths)
-            counts[name] = CutTexts(count.cut + cut, count.texts + len(texts), count.tokens + read)
-    return counts
+    read: dict[str, tuple[int, int]] = {}  # prompted text -> its tokens, hash of the ids that are read
+
+    def of_column(texts: Sequence[str], prompt: str) -> CutTexts:
+        texts = [prompt + text for text in texts if text]  # "" is a missing document
+        new = list(set(texts) - read.keys())
+        for begin in range(0, len(new), 1000):
+            block = new[begin : begin + 1000]
+            for text, ids in zip(block, tokenizer(block, verbose=False)["input_ids"], strict=True):
+                read[text] = len(ids), hash(tuple(ids[: max_seq_length - 1]))
+        all_equal = len(set(texts)) > 1 and len({read[text][1] for text in texts}) == 1
+        lengths = [read[text][0] for text in texts]
+        cut = sum(length > max_seq_length for length in lengths)
+        return CutTexts(cut, len(texts), all_equal, sum(min(length, max_seq_length) for length in lengths))
+
+    return {name: of_column(rows[name][:], prompts.get(name, "")) for name in rows.column_names if name != LABEL}
 
 
 def cut_line(counts: Mapping[str, CutTexts], max_seq_length: int) -> str | None:
     """What a person should know of `count_cut`; None where nothing is cut.
 
-    >>> cut_line({"query": CutTexts(0, 8), "positive": CutTexts(3, 4)}, 64)
+    >>> cut_line({"query": CutTexts(0, 8, False), "positive": CutTexts(3, 4, False)}, 64)
     '3 of 12 texts are cut at 64 tokens; positive: 3 of 4, more than half; raise max_seq_length'
     """
     cut, texts = (sum(count[at] for count in counts.values()) for at in range(2))
     if not cut:
         return None
-    most = [
-        f"{name}: {count.cut:,} of {count.texts:,}, more than half; "
-        for name, count in counts.items()
-        if 2 * count.cut > count.texts
-    ]
-    advice = f"; {''.join(most)}raise max_seq_length" if most else ""
-    return f"{cut:,} of {texts:,} texts are cut at {max_seq_length} tokens{advice}"
+    parts = [f"{cut:,} of {texts:,} texts are cut at {max_seq_length} tokens"]
+    for name, count in counts.items():
+        if count.all_equal:
+            parts.append(f"all {count.texts:,} of {name} read the same")
+        elif 2 * count.cut > count.texts:
+            parts.append(f"{name}: {count.cut:,} of {count.texts:,}, more than half")
+    return "; ".join(parts + ["raise max_seq_length"] * (len(parts) > 1))
 
 
 def search_sample(

@@ -35,6 +35,7 @@ source.kind: web                          | 'web' found using 'kind'
 source.dataset: x                         | 'source.dataset' does not go with
 mining.margin: 1.5                        | 'mining.margin' is 1.5
 mining.margin: .nan                       | 'mining.margin' is nan: Input should be a finite number
+mining.margin: true                       | 'mining.margin' is 'true': Input should be a valid number
 mining.num_negatives: 1000000000          | less than or equal to 1000
 fusion.rrf_k: -1                          | 'fusion.rrf_k' is -1
 dense.faiss_probes: 100000000000000000000 | 'dense.faiss_probes' is 1000
@@ -75,7 +76,7 @@ stray                       | unexpected argument 'stray'
 --max_shard_size 500        | such as 500MB
 --check_teacher 1           | --check_teacher 1: use 2 or more
 --output_dir ''             | argument --output_dir: '' names no folder
---output_dir recipe.yaml/x  | choose another folder
+--output_dir recipe.yaml/x  | a file stands where a folder
 """
 BUILD_FILES = {
     **RECIPE_FILES,
@@ -83,13 +84,13 @@ BUILD_FILES = {
     "no source": (write("recipe.yaml", "task_type: sts\ninstruction: x\n"), "key 'source' is missing"),
     "no sources": (write("recipe.yaml", "sources: []\ndense: {model: m}\n"), "'sources' is []: the list"),
     "model of 100,000 letters": (keys(**{"dense.model": "x" * 100_000}), " ... "),
-    "weights are cut": (cut("encoder/model.safetensors", -9), "model.safetensors: cannot be loaded"),
-    "modules are no JSON": (write("encoder/modules.json", "{"), "modules.json: cannot be loaded"),
+    "weights are cut": (cut("encoder/model.safetensors", -9), "not readable as safetensors"),
+    "modules are no JSON": (write("encoder/modules.json", "{"), "modules.json: not readable as JSON"),
     "module is code": (
         write("encoder/modules.json", '[{"idx": 0, "name": "0", "path": "", "type": "os.system"}]'),
         "module os.system is not one of sentence-transformers' own",
     ),
-    "tokenizer is none": (write("encoder/tokenizer.json", "{}"), "no tokenizer's: it has no model"),
+    "tokenizer is none": (write("encoder/tokenizer.json", "{}"), "tokenizer.json: no tokenizer's"),
     "set is missing": (delete("set"), "'set': no such folder"),
     "no queries": (delete(QUERIES), "queries.parquet: no such file"),
     "file cut in half": (cut(CORPUS, 2000), "not a readable Parquet file"),
@@ -110,7 +111,7 @@ BUILD_FILES = {
     ),
     "compared without ids": (another(_id=None), "no column '_id'"),
     "compared with what asks nothing": (another("qrels", split="train"), "asks about no text"),
-    "output is a file": (write("out", "x"), "; choose another folder"),
+    "output is a file": (write("out", "x"), "a file stands where a folder is needed"),
 }
 
 # --- train_st -------------------------------------------------------------------------------------------------------
@@ -128,6 +129,7 @@ stages: [{name: model}]                | stage name 'model' is taken
 student: [1]                           | key 'student' is [1]: write a mapping
 student: {teacher: model, corpus: x}   | one of the two alone
 student: {hiden_size: 64}              | unknown key 'student.hiden_size'
+total_steps: true                      | key 'total_steps' is 'true'
 merge: {stages: [sts, retrieval], weights: [.nan, 1]} | key 'merge.weights.0' is
 merge: {stages: [sts, retrieval], weights: [0, 0]}    | not all 0
 merge: {stages: [sts, retrieval], weights: [1]}       | one a stage is needed
@@ -135,16 +137,15 @@ merge: {stages: [sts, retrieval], method: mean}       | key 'merge.method' is 'm
 merge: {stages: [sts, other]}          | no stage 'other' is run; there are sts
 {shots: 2, instruction: null}          | shots stand before an instruction
 load_in_4bit: true                     | stage 'sts': load_in_4bit and load_in_8bit freeze
-fsdp: full_shard                       | fsdp is the launcher's
 batch_sampler: no_duplicates           | batch_sampler has no effect
-learning_rate_mapping: {norm: fast}    | mapping.norm' is 'fast'
-learning_rate_mapping: {norm: nan}     | mapping.norm' is 'nan'
+learning_rate_mapping: {norm: fast}    | string to float: 'fast'
+learning_rate_mapping: {norm: nan}     | learning_rate_mapping' is nan
 stages: [{name: a, los: 1}]            | stage 'a': unknown key 'los'
 stages: [{name: a, model_name_or_path: b}]            | stages go on from one another
 stages: [{name: a, loss: cosent, dataset_config: train}] | no column 'sentence1', which cosent needs
 stages: [{name: a, use_peft: true, lora_target_modules: [q_proj, p_proj]}] | lora_target_modules: model
 share_prefix: maybe                    | key 'share_prefix' is 'maybe'
-optim: sgdd                            | sgdd is not a valid OptimizerNames
+optim: sgdd                            | invalid choice: 'sgdd'
 lr_scheduler_kwargs: "{"               | stage 'sts': Expecting property name
 zero_shot_probability: 2               | key 'zero_shot_probability' is 2
 max_seq_length: 16                     | at least 8 are needed
@@ -165,17 +166,17 @@ stray                                  | stray
 --stages mining                        | no stage 'mining'; the recipe has sts, retrieval
 --stages sts,sts                       | a stage twice
 --output_dir ''                        | name one output_dir
---warmup_ratio .nan                    | key 'warmup_ratio' is nan: Input should be a finite number
+--warmup_ratio .nan                    | is nan: it must be a finite number
 --max_steps 10 --total_steps 5         | both say how long
 --train_max_seq_length 4000            | train_max_seq_length 4000 is above max_seq_length
 --num_negatives 0                      | num_negatives is 0; soft_info_nce needs more
 {ONE} --lora_modules_to_save norm nrm  | has no 'nrm'
 {ONE} --temperature 0                  | stage 'retrieval': key 'temperature' is 0: 
-{ONE} --report_to nothing              | nothing is not supported
+{ONE} --report_to nothing              | report_to: 'nothing' is not installed
 {ONE} --temperature .inf               | stage 'retrieval': key 'temperature' is inf: 
 {ONE} --alpha 2                        | stage 'retrieval': key 'alpha' is 2: 
-{ONE} --learning_rate 1e400            | stage 'retrieval': key 'learning_rate' is '1e400': 
-{ONE} --num_train_epochs 0             | stage 'retrieval': key 'num_train_epochs' is 0: 
+{ONE} --learning_rate 1e400            | stage 'retrieval': key 'learning_rate' is inf: 
+{ONE} --num_train_epochs 0             | stage 'retrieval': key 'num_train_epochs' is 0.0: 
 {ONE} --max_steps 99999999999          | stage 'retrieval': key 'max_steps' is 99999999999: 
 {ONE} --seed 4294967296                | stage 'retrieval': key 'seed' is 4294967296: 
 {ONE} --push_to_hub true               | push_to_hub.py
@@ -184,7 +185,7 @@ stray                                  | stray
 {ONE} --lora_target_modules nothing    | Target modules nothing not found
 {ONE} --optim galore_adamw             | install `galore_torch`
 {ONE} --lr_scheduler_type cosine_with_min_lr     | min_lr_rate should be set
-{ONE} --resume_from_checkpoint out/checkpoint-9  | key 'resume_from_checkpoint' is 'out/checkpoint-9'
+{ONE} --resume_from_checkpoint out/checkpoint-9  | true goes on from a stage's last checkpoint
 {ONE} --dataset_config ../x            | config '../x' of dataset 'hub' cannot be read
 {ONE} --prompted_columns question      | no column 'question' to prompt
 """
@@ -207,7 +208,7 @@ TRAIN_FILES = {
     "unknown document": (columns("hub/documents.parquet", document_id=["x"]), "qrels name document 'd0'"),
     "unknown query": (columns("hub/queries.parquet", query_id=["x"]), "qrels name query 'q0'"),
     "no validation": (columns("hub/qrels.parquet", split="train"), "no split 'validation'"),
-    "output is a file": (write("out", "x"), "; choose another folder"),
+    "output is a file": (write("out", "x"), "a file stands where"),
 }
 
 # --- eval, push_to_hub and benchmarks -------------------------------------------------------------------------------
@@ -216,8 +217,8 @@ DOCUMENTS, ASKED = "data/corpus/documents.arrow", "data/corpus/queries.parquet"
 JUDGED, MANIFEST = "data/corpus/qrels.parquet", "data/candidates/manifest.json"
 BAD_MODEL = {
     "no model": (delete("model"), "model"),
-    "settings are a list": (write("model/config.json", "[]"), "not a mapping"),
-    "weights are text": (write("model/model.safetensors", "x"), "model.safetensors: cannot be loaded"),
+    "settings are a list": (write("model/config.json", "[]"), "config.json: not a mapping"),
+    "weights are text": (write("model/model.safetensors", "x"), "not readable as safetensors"),
     "pooling is gone": (delete("model/1_Pooling"), "has no folder '1_Pooling' here"),
 }
 RETRIEVAL_FILES = {
@@ -231,7 +232,7 @@ RETRIEVAL_FILES = {
     "unfinished candidates": (delete(MANIFEST), "candidates: not a finished folder"),
     "manifest says nothing": (write(MANIFEST, "{}"), "no inputs.fusion.top_k"),
     "candidates are none": (no_rows("data/candidates/candidates.parquet"), "no candidates for the queries"),
-    "output is a file": (write("out", "x"), "; choose another folder"),
+    "output is a file": (write("out", "x"), "a file stands where"),
 }
 RETRIEVAL_FLAGS = r"""
 --run none                | none: not a training run

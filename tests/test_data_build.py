@@ -244,6 +244,11 @@ def test_a_teacher_of_nan_is_refused_and_leaves_no_scores(inputs, tmp_path, caps
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
+def test_a_place_without_room_for_folders_is_refused(recipe, capsys):
+    assert "no folder can be made here" in refusal(["--config", str(recipe), "--output_dir", "/proc/data"], capsys)
+
+
 def test_a_bad_model_does_not_cost_the_finished_folders(recipe, built, tmp_path, capsys):
     shutil.copytree(built, tmp_path / "data")
     command = ["--config", str(recipe), "--output_dir", str(tmp_path / "data"), "--from_step", "corpus"]

@@ -50,19 +50,11 @@ VALUES = {"source": {"kind": "generated"}, "mining": {"margin": 0.9}}
     ("failure", "code", "answer"),
     [
         (InputError("queries.parquet: no rows\nadd some"), 2, "error: queries.parquet: no rows add some"),
-        (OSError(28, "No space left on device", "/data/x"), 2, "error: /data/x: No space left on device; choose"),
-        (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: Permission denied"),
-        (OSError(30, "Read-only file system", "/data/x"), 2, "error: /data/x: Read-only file system"),
-        (
-            SafetensorError("I/O error: No space left on device (os error 28)"),
-            2,
-            "error: output: No space left on device",
-        ),
-        (
-            RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 576 vs 534"),
-            2,
-            "error: output: No space",
-        ),
+        (OSError(28, "No space left on device", "/data/x"), 2, "error: /data/x: the disk is full"),
+        (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: permission denied"),
+        (OSError(30, "Read-only file system", "/data/x"), 2, "error: /data/x: the file system is read-only"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "error: output: the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 576 vs 534"), 2, "error: output: the"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
     ],
 )

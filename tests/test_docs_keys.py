@@ -14,8 +14,7 @@ from trl import ModelConfig
 import train_st
 from dataset_builders import build
 from eval import ablate
-from modeling.arguments import StageArguments
-from modeling.keys import REFUSED
+from modeling.keys import DEFAULTS, REFUSED
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "keys.md"
@@ -50,7 +49,7 @@ def test_every_key_has_a_meaning_and_those_of_libraries_their_default(printed):
     }
     assert {name for name, field in fields.items() if field.init} - set(REFUSED) <= set(shown)
     for name, field in fields.items():
-        if name in shown and isinstance(field.default, int | float) and name not in StageArguments.model_fields:
+        if name in shown and isinstance(field.default, int | float) and name not in DEFAULTS:
             assert float(shown[name].replace("true", "1").replace("false", "0")) == field.default, name
 
 

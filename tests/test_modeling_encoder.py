@@ -334,10 +334,13 @@ def qlora(**kwargs) -> ModelConfig:
     return ModelConfig(**{"load_in_4bit": True, "use_bnb_nested_quant": True, "use_peft": True, **kwargs})
 
 
-def test_quantisation_that_cannot_work_is_refused():
+def test_quantisation_that_cannot_work_is_refused(monkeypatch):
     assert quantization(ModelConfig()) is None
     with pytest.raises(InputError, match="use_peft: true"):
         quantization(qlora(use_peft=False))
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(InputError, match="pip install bitsandbytes"):
+        quantization(qlora())
 
 
 def test_an_adapter_trained_on_quantised_weights_is_merged_into_the_whole_ones(mistral, tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.measure import live_tensors
 from modeling import gradcache
 from modeling.adapters import add_adapter
+from modeling.arguments import memory_bytes
 from modeling.encoder import build_encoder
 from modeling.gradcache import saved_bytes
 from modeling.losses import CachedCoSENTLoss, GradedLoss, text_keys
@@ -98,7 +99,7 @@ def test_auto_is_half_of_what_is_free(encoder, monkeypatch, tmp_path):
     assert gradcache.free_memory(torch.device("cpu")) == 4000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert gradcache.free_memory(torch.device("cpu")) == 2000
-    loss = GradedLoss(encoder, mini_batch_size=2, activation_memory=None)
+    loss = GradedLoss(encoder, mini_batch_size=2, activation_memory=memory_bytes("auto"))
     assert step(encoder, loss, columns, LABELS)[1] == 2 * 12 - 2  # the first mini-batch, whose size was not known
     monkeypatch.undo()
     assert gradcache._container_free(tmp_path) == math.inf

@@ -325,11 +325,13 @@ def test_text_keys_tell_texts_apart_whatever_the_padding(encoder):
 
 
 BAD = {
-    "no documents": (COLUMNS[:1], LABELS, "CoSENTLoss"),
+    "no documents": (COLUMNS[:1], LABELS, "at least one document column"),
     "one document": (COLUMNS[:2], LABELS[:, :1], "CoSENTLoss"),
-    "fewer labels": (COLUMNS, LABELS[:, :2], "one column for each own document"),
-    "one label a row": (COLUMNS, LABELS[:, 0], "one column for each own document"),
+    "no labels": (COLUMNS, None, "got labels None"),
+    "fewer labels": (COLUMNS, LABELS[:, :2], "expected 3 soft labels"),
+    "one label a row": (COLUMNS, LABELS[:, 0], "expected 3 soft labels"),
     "raw scores": (COLUMNS, LABELS * 9, "calibrate"),
+    "no label of a positive": (COLUMNS, torch.where(LABELS == 0.9, NAN, LABELS), "positive is missing"),
 }
 
 
@@ -338,6 +340,14 @@ def test_batches_that_cannot_be_trained_on(encoder, case):
     columns, labels, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         SoftInfoNCELoss(encoder)(features(encoder, columns), labels)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"target_temperature": -1}, {"alpha": 1.5}, {"objective": "x"}]
+)
+def test_settings_that_make_no_sense(settings):
+    with pytest.raises(ValueError, match="must"):
+        GradedLoss(torch.nn.Identity(), **settings)
 
 
 def test_graded_pairs_train_those_objectives_alone_that_learn_from_one_document(encoder):

@@ -144,8 +144,8 @@ def test_cut_texts_are_counted_by_column(tiny_encoder):
         }
     )
     counts = count_cut(rows, tokenizer, 8, {"query": "query : "})
-    assert counts == {"query": (1, 2, 15), "positive": (2, 2, 16), "negative_1": (1, 1, 8)}
-    most = "positive: 2 of 2, more than half; negative_1: 1 of 1, more than half"
-    assert cut_line(counts, 8) == f"4 of 5 texts are cut at 8 tokens; {most}; raise max_seq_length"
+    assert counts == {"query": (1, 2, False, 15), "positive": (2, 2, True, 16), "negative_1": (1, 1, False, 8)}
+    line = "4 of 5 texts are cut at 8 tokens; all 2 of positive read the same; negative_1: 1 of 1, more than half"
+    assert cut_line(counts, 8) == line + "; raise max_seq_length"
     assert cut_line(count_cut(rows, tokenizer, 15, {}), 15) is None
     assert count_cut(rows, tokenizer, 8, {}, max_rows=1)["positive"].texts == 1

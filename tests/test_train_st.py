@@ -154,7 +154,7 @@ def test_checkpoints_of_another_recipe_are_not_resumed(tmp_path, recipe, monkeyp
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_st, "write_json", die)
+    monkeypatch.setattr(train_st, "write_log", die)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, recipe)
     checkpoints = tmp_path / "run" / "sts.partial" / "checkpoints"

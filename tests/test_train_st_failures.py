@@ -188,7 +188,7 @@ def test_a_full_disk_stops_and_goes_on(one_stage, whole, tmp_path, capsys, monke
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         line = stop(tmp_path, one_stage, capsys)
-    assert "No space left on device" in line
+    assert "the disk is full" in line
     from modeling.trainer import last_checkpoint
 
     assert last_checkpoint(tmp_path / "run" / "retrieval.partial" / "checkpoints").endswith("checkpoint-3")

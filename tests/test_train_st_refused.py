@@ -30,16 +30,18 @@ SHARDS = [
     (ZERO3, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps with ZeRO-3"),
     (ZERO3, {"mixed_precision": "fp16"}, "fp16 with ZeRO-3"),
     (ZERO3, {}, "among two GPUs or more alone"),
+    ({}, {"deepspeed": "zero3.json"}, "deepspeed is the launcher's"),
     ({**FSDP, "FSDP_VERSION": "1"}, {}, "version 2 with SHARDED_STATE_DICT alone is supported"),
     ({**FSDP, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, "version 2 with SHARDED_STATE_DICT alone"),
     (FSDP, {}, "among two GPUs or more alone"),  # this process is one, on a CPU
+    ({}, {"fsdp": "full_shard"}, "fsdp is the launcher's"),
 ]
 
 
 @pytest.mark.parametrize(("environment", "changes", "message"), SHARDS)
 def test_what_was_not_seen_to_train_and_save_is_not_trained(environment, changes, message, monkeypatch):
     """As `accelerate launch` tells its processes of FSDP and DeepSpeed."""
-    training = {"gradient_accumulation_steps": 1, "mixed_precision": "no", **changes}
+    training = {"fsdp": None, "deepspeed": None, "gradient_accumulation_steps": 1, "mixed_precision": "no", **changes}
     stage = Stage("a", {}, None, {}, ModelConfig(), SimpleNamespace(**training))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
