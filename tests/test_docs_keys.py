@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,31 @@ def test_every_key_has_a_meaning_and_those_of_libraries_their_default(printed):
     for name, field in fields.items():
         if name in shown and isinstance(field.default, int | float) and name not in DEFAULTS:
             assert float(shown[name].replace("true", "1").replace("false", "0")) == field.default, name
+
+
+TYPOS = {
+    "train_st": ["--config", "recipes/demo/train.yaml", "--learning_rat", "1"],
+    "dataset_builders.build": ["--config", "recipes/demo/data.yaml", "--output_dir", "none", "--margn", "1"],
+    "eval.ablate": ["--config", "recipes/ablations/labels.yaml", "--output_dir", "none", "--sed", "1"],
+}
+
+
+@pytest.mark.parametrize("module", [*COMMANDS, "push_to_hub", "eval.retrieval", "eval.run_mteb", "eval.report"])
+def test_help_and_a_wrong_key_wait_for_no_library(module):
+    """Importing torch and its like takes some seven seconds."""
+    slow = {"torch", "transformers", "sentence_transformers", "datasets", "peft", "trl", "mteb"}
+    for flags in [["--help"], *([TYPOS[module]] if module in TYPOS else [])]:
+        program = f"""
+import atexit, importlib, sys
+atexit.register(lambda: print("imported:", sorted({slow!r} & {{*sys.modules}})))
+sys.argv[0] = "{module}"
+command = importlib.import_module("{module}")
+command.run(command.main, {flags!r})
+"""
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.endswith("imported: []\n")
+        assert done.returncode == (0 if flags == ["--help"] else 2), done.stderr
+        assert flags == ["--help"] or "did you mean" in done.stderr
 
 
 def test_no_dead_link_in_readme_and_docs():
