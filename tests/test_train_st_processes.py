@@ -29,7 +29,7 @@ from sentence_transformers.sentence_transformer import evaluation, losses
 from transformers import TrainerCallback
 import train_st
 from common.cli import run
-from modeling import encoder, losses, recipe, reference, trainer, training_data
+from modeling import encoder, losses, recipe, reference, stages, trainer, training_data
 
 class Killed(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -59,8 +59,8 @@ def shards(stage, *args):
     return trainer
 
 asks = train_st.launched_with
-start, read, build = PartialState.__init__, DeepSpeedPlugin.__post_init__, train_st.build_trainer
-train_st.build_trainer = shards
+start, read, build = PartialState.__init__, DeepSpeedPlugin.__post_init__, stages.build_trainer
+stages.build_trainer = shards
 for argv, environment, dies_at in json.loads(sys.argv[1]):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
