@@ -110,20 +110,21 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
         qrels = qrels.join(dealt, on="query_id", how="left", maintain_order="left")
         qrels = qrels.with_columns(split=pl.when(is_train).then("dealt").otherwise("split")).drop("dealt")
     qrels = pl.concat([draw.keeps(qrels.filter(is_train)), qrels.filter(~is_train)])
+    known_queries = queries
     if tables.published or draw.num_pairs:  # the judgements of other splits were not read
         queries = queries.join(qrels, on="query_id", how="semi", maintain_order="left")
     given = None
     if tables.has_scores:
         where, table = tables.where("scores"), tables.read_part("scores")
         given = _with_scores(table, "document_ids", "given", where).rename({"document_ids": "document_id"})
-        for texts, part in ((queries, "queries"), (documents, "corpus")):
+        for texts, part in ((known_queries, "queries"), (documents, "corpus")):
             unknown = given.join(texts, on=texts.columns[0], how="anti")
             if len(unknown):
                 name = texts.columns[0]
                 raise InputError(
                     f"{where}: {name} {unknown[name][0]!r} is not in {tables.where(part)}; add its text there"
                 )
-        given = given.select("query_id", "document_id", "given")
+        given = given.join(queries, on="query_id", how="semi").select("query_id", "document_id", "given")
     return Rows(documents, queries, qrels, seen, given)
 
 
