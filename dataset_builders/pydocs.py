@@ -19,9 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm import tqdm
+
+from dataset_builders.readers import Draw, Rows
 
 PROJECT = "graded-embedder"
 # Below these a summary asks nothing ("Returns self.") and a body answers nothing ("Parameters: x").
@@ -166,3 +169,15 @@ def dependencies(project: str) -> Sequence[str]:
 def _module_name(relative: Path) -> str:
     parts = relative.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def read_docstrings(draw: Draw) -> Rows:
+    """Summaries as queries, bodies as documents, both under the name of what they describe; no splits."""
+    pairs = pl.DataFrame(docstring_pairs()).with_columns(score=pl.lit(1, pl.Int32), split=pl.lit(None, pl.String))
+    kept = draw.keeps(pairs, "name")
+    return Rows(
+        documents=kept.select(document_id="name", text="body"),
+        queries=kept.select(query_id="name", text="summary"),
+        qrels=kept.select("score", "split", query_id="name", document_id="name"),
+        seen=len(pairs),
+    )

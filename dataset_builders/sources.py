@@ -313,7 +313,7 @@ def check_task_type(task_type: str, source: Source, data_root: str | None) -> No
 def read_rows(source: Source, data_root: str | None) -> Rows:
     """Documents, queries and qrels. Raises InputError at the first row that cannot be used."""
     if source.kind == "pydocs":
-        return _read_pydocs(source)
+        return pydocs.read_docstrings(Draw(source.num_pairs, source.seed))
     tables = open_tables(source, data_root)
     rows = read_layout(tables, source.searched, Draw(source.num_pairs, source.seed))
     tables.tell()
@@ -391,16 +391,3 @@ def sources_table() -> str:
 
 def _set_keys(source: LocalSource | HubSource | RegistrySource) -> Any:
     return source.entry if source.kind == "registry" else source
-
-
-def _read_pydocs(source: PydocsSource) -> Rows:
-    pairs = pl.DataFrame(pydocs.docstring_pairs()).with_columns(
-        score=pl.lit(1, pl.Int32), split=pl.lit(None, pl.String)
-    )
-    kept = Draw(source.num_pairs, source.seed).keeps(pairs, "name")
-    return Rows(
-        documents=kept.select(document_id="name", text="body"),
-        queries=kept.select(query_id="name", text="summary"),
-        qrels=kept.select("score", "split", query_id="name", document_id="name"),
-        seen=len(pairs),
-    )
