@@ -242,12 +242,14 @@ Source = Annotated[
 
 
 def prefer_local(source: Source, data_root: str | None) -> Source:
-    """`source`, or its local copy where one lies below `data_root` or $DATA_ROOT; one line tells of it."""
+    """`source`, or its local copy where one lies below `data_root` or $DATA_ROOT; one line tells which."""
     keys = getattr(source, "local_copy", None)
-    path = keys and find_copy(keys["path"], data_root)
-    if not path:
+    if not keys:
         return source
-    found = _set_keys(source)
+    found, path = _set_keys(source), find_copy(keys["path"], data_root)
+    if not path:
+        print(f"reads {found.dataset} on the Hub: no {keys['path']} below --data_root", file=sys.stderr, flush=True)
+        return source
     print(f"reads {path} in place of {found.dataset} on the Hub", file=sys.stderr, flush=True)
     shared = source.model_dump(include={*Splits.model_fields}) | {"score_range": found.score_range}
     # columns are known by their names; labels may be the Hub's numbers or words
