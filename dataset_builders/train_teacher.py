@@ -36,9 +36,7 @@ class TeacherRecipe(Section):
     model: str  # to start from: Hub id, folder or package:NAME
     max_seq_length: int | None = Field(None, ge=8)  # tokens of query and document together; null: the model's own
     folds: int = Field(2, ge=1)  # of the queries; a model for each
-    num_negatives: int = Field(
-        4, ge=1
-    )  # candidates of a query that are drawn, evenly, from those that are no positive
+    num_negatives: int = Field(4, ge=1)  # candidates of a query, drawn evenly from those that are no positive
     learning_rate: float = Field(1e-4, gt=0)
     num_train_epochs: float = Field(1, gt=0)
     per_device_train_batch_size: int = Field(32, ge=1)
