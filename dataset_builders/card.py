@@ -182,12 +182,15 @@ def public_name(reference: str) -> str:
 
     >>> public_name("org/model@main"), public_name("/home/me/models/mine"), public_name("package:name")
     ('org/model@main', 'mine', 'package:name')
+    >>> public_name("teacher/without-{fold}")
+    'without-{fold}'
     >>> public_name("http://10.0.0.7:8000/v1")
     'a server of chat completions'
     """
     if reference.startswith(("http://", "https://")):
         return "a server of chat completions"
     is_path = reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
+    is_path |= "{" in reference  # folders of a cross-fitted teacher
     return Path(reference).name if is_path else reference
 
 
