@@ -234,6 +234,7 @@ def plot_training(logs: Mapping[str, Log]) -> Figure:
     axes = figure.subplots(2, len(logs), squeeze=False, sharex="col")
     for column, (stage, log) in enumerate(logs.items()):
         axes[0][column].set_title(stage)
+        axes[1][column].set_xlim(0, 1.03 * max((entry["step"] for entry in log), default=1))
         axes[1][column].set_xlabel("step")
         for axis, key, colour in ((axes[0][column], "loss", BLUE), (axes[1][column], VALIDATION_KEY, ORANGE)):
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
@@ -243,7 +244,6 @@ def plot_training(logs: Mapping[str, Log]) -> Figure:
                 axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, clip_on=False)
             else:
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GREY)
-            axis.set_xlim(left=0)
             axis.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1][1:]:

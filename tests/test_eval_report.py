@@ -84,6 +84,11 @@ def test_curves_are_the_logged_points():
     assert not ndcg_sts.lines and [text.get_text() for text in ndcg_sts.texts] == ["not measured"]
 
 
+def test_a_measurement_after_the_last_logged_loss_lies_inside():
+    for axis in plot_training({"sts": [{"step": 60, "loss": 1.0}, {"step": 63, VALIDATION_KEY: 0.6}]}).axes:
+        assert axis.get_xlim()[1] > 63
+
+
 def test_costs_add_up(metrics):
     ledger = {"data": [{"data": "x", "step": "corpus", "seconds": 10.0, "peak_memory_bytes": 2**29}]}
     ledger["stages"] = [stage()]
