@@ -20,6 +20,10 @@ RETRIEVERS = {"BM25": "bm25", "dense retriever": "dense", "RRF": "rrf", "convex 
 Ranking = dict[str, dict[str, float]]  # query id -> document id -> score, best first
 
 
+class NoQueries(InputError):
+    """A split that a build does not have."""
+
+
 @dataclass(frozen=True)
 class Documents:
     """A document collection, in file order."""
@@ -49,7 +53,10 @@ def load_documents(data: Path) -> Documents:
 
 
 def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
-    """The queries of `split` with at least one relevant document (a measure is undefined for the others)."""
+    """The queries of `split` with at least one relevant document (a measure is undefined for the others).
+
+    Raises NoQueries where there is none.
+    """
     queries_path, qrels_path = (data / "corpus" / name for name in ("queries.parquet", "qrels.parquet"))
     queries = to_schema(read_parquet(queries_path, QUERIES.names), QUERIES, str(queries_path)).to_pylist()
     qrels = to_schema(read_parquet(qrels_path, QRELS.names), QRELS, str(qrels_path)).to_pylist()
@@ -66,7 +73,7 @@ def load_queries(data: Path, split: str, document_ids: set[str]) -> Queries:
     asked = [row for row in queries if row["split"] == split and row["query_id"] in judged]
     if not asked:
         splits = ", ".join(sorted({row["split"] for row in queries}))
-        raise InputError(f"{data / 'corpus'}: split {split!r} has no query with a relevant document; splits: {splits}")
+        raise NoQueries(f"{data / 'corpus'}: split {split!r} has no query with a relevant document; splits: {splits}")
     ids = _unique([row["query_id"] for row in asked], queries_path)
     own: dict[str, list[str]] = {}
     path = data / "candidates" / "own.parquet"

@@ -40,6 +40,8 @@ class SystemScores(BaseModel):
     model: str | None = None
     seconds: float = 0.0  # 0 for vectors that were ready
     shots: int = 0
+    dimensions: int | None = None  # to which vectors were cut; None: all
+    precision: str = "float32"  # of the documents' vectors
     cosines: dict[str, list[int | float] | None] | None = None
     weight: float | None = None  # of BM25 in a fused row
     relevance: dict[str, Any] | None = None  # of eval.thresholds

@@ -28,7 +28,17 @@ from common.steps import file_sha256, fingerprint, peak_memory_bytes, stack_vers
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, Vectors
 from dataset_builders.fusion import convex_fusion
-from eval.held_out import DEPTH, Documents, Queries, Ranking, candidate_rankings, count, load_documents, load_queries
+from eval.held_out import (
+    DEPTH,
+    Documents,
+    NoQueries,
+    Queries,
+    Ranking,
+    candidate_rankings,
+    count,
+    load_documents,
+    load_queries,
+)
 from eval.metrics import (
     BASELINE,
     COMPARED,
@@ -57,6 +67,10 @@ def main(argv: Sequence[str]) -> None:
     ids = set(documents.ids)
     queries = load_queries(data, args.split, ids)
     rankings = candidate_rankings(data, queries, ids)
+    validation = None
+    with contextlib.suppress(NoQueries):
+        held_out = load_queries(data, "validation", ids)
+        validation = held_out, candidate_rankings(data, held_out, ids)[BASELINE][0]
     systems = run_systems(run_folder, data, output) if run_folder else named_systems(args.model, output)
     systems += [
         row for system in systems if system.with_bm25 for row in compressed(system, args.truncate_dim, args.precision)
@@ -68,10 +82,7 @@ def main(argv: Sequence[str]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         cache = data / "embeddings"
         rows = [retriever_row(name, queries, *rankings[name]) for name in rankings]
-        fused, notes, validation = [], [], None
-        with contextlib.suppress(InputError):  # a build without validation queries
-            held_out = load_queries(data, "validation", ids)
-            validation = held_out, candidate_rankings(data, held_out, ids)[BASELINE][0]
+        fused, notes = [], []
         for system in systems:
             row, ranking = model_row(system, cache, documents, queries)
             rows.append(row)

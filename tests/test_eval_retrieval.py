@@ -27,6 +27,7 @@ from eval.retrieval import (
 )
 from eval.systems import run_systems
 from modeling.prompts import baked_prompts, few_shot_prompts
+from release.card_metadata import final_row, shortened_rows
 
 
 def evaluate(run, output, *flags):
@@ -158,6 +159,10 @@ def test_weights_are_chosen_on_validation_and_told(tiny_run, tmp_path, rows, met
     assert "chosen on 1 validation queries" in found["notes"][0] and found["counts"]["queries"] == 3
     best = evaluate(run, tmp_path / "out2", "--run", str(run), "--split", "validation")
     assert best["systems"][-1]["weight"] == found["systems"][-1]["weight"]
+    write_parquet(path, read_parquet(path).set_column(1, "document_id", pa.array(["d0", "other", "d2", "d5"])))
+    with pytest.raises(InputError, match="document 'other' of query 'q1' is not in documents.arrow"):
+        evaluate(run, tmp_path / "out3", "--run", str(run))  # of validation, but no reason to do without
+    assert not (tmp_path / "out3").exists()
 
 
 # --- any model, no run ----------------------------------------------------------------------------------------------
@@ -190,6 +195,8 @@ def test_any_models_are_compared_without_a_run(run, tiny_decoder, tmp_path, held
         assert [line["document"] for line in shown.values() if line["relevant"]] == list(
             held_out[1].qrels[held_out[1].ids[held_out[1].texts.index(row["title"])]]
         )
+    [short] = shortened_rows(found, {"model": names[0]})
+    assert short["name"] == f"{names[0]}, 8 dimensions" and final_row(found)["name"] == names[1]  # for the card
     assert found["run"] is None and all(row["difference"] for row in found["systems"][1:])
     scores = {row["name"]: row["nDCG@10"] for row in found["systems"]}
     truncated = sentence_transformers_scores(run / "model", held_out, query_prompt_name="query", truncate_dim=8)
