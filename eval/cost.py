@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.tables import markdown_table
 
 if TYPE_CHECKING:
     from mteb import AbsTask
+    from sentence_transformers import SentenceTransformer
 
 # Dense bfloat16 peak in FLOP/s, from NVIDIA's data sheets (without sparsity)
 PEAKS = {"L4": 121e12, "A100": 312e12, "H100 SXM": 989e12}
@@ -17,12 +17,9 @@ UTILISATION = 0.4  # of the peak: what large batches of texts of like length rea
 CHARACTERS_PER_TOKEN = 4.0  # English; German or Russian text has two to three, Chinese one
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Texts and tokens that a task embeds, documents as they are and all others with a prompt."""
+class Cost(NamedTuple):
+    """What a task embeds: documents as they are, all others with a prompt."""
 
-    task: str
-    kind: str
     texts: int
     tokens: int
 
@@ -38,13 +35,12 @@ def task_cost(task: AbsTask, max_seq_length: int, prompt_tokens: int) -> Cost | 
     for split in task.eval_splits:
         of_split = splits.get(split, {})
         subsets = of_split.get("hf_subset_descriptive_stats") or {"default": of_split}
-        wanted = set(getattr(task, "hf_subsets", None) or subsets) & set(subsets) or set(subsets)
-        for subset in wanted:
+        for subset in set(task.hf_subsets or subsets) & set(subsets) or subsets:
             for name, number, average in text_statistics(subsets[subset]):
                 longest = average / CHARACTERS_PER_TOKEN + (0 if name.startswith("documents") else prompt_tokens)
                 texts += number
                 tokens += number * min(longest, max_seq_length)
-    return Cost(task.metadata.name, task.metadata.type, texts, round(tokens)) if texts else None
+    return Cost(texts, round(tokens)) if texts else None
 
 
 def text_statistics(statistics: Mapping[str, Any]) -> Iterable[tuple[str, int, float]]:
@@ -69,26 +65,30 @@ def hours(tokens: int, parameters: int) -> dict[str, float]:
     return {device: 2 * parameters * tokens / (UTILISATION * peak) / 3600 for device, peak in PEAKS.items()}
 
 
-def format_cost(tasks: Sequence[AbsTask], parameters: int, max_seq_length: int, prompt_tokens: int) -> str:
-    """Texts, tokens and hours by task type, and which tasks mteb has no counts of.
+def format_cost(model: SentenceTransformer, tasks: Sequence[AbsTask]) -> str:
+    """Texts, tokens and hours by task type, and which tasks mteb has no counts of."""
+    from modeling.encoder import UNLIMITED
 
-    `parameters`: without those of token embeddings, which cost no multiplication.
-    """
-    costs = {task.metadata.name: task_cost(task, max_seq_length, prompt_tokens) for task in tasks}
-    known = [cost for cost in costs.values() if cost]
-    kinds = sorted({cost.kind for cost in known})
+    parameters = sum(weight.numel() for weight in model.parameters())
+    backbone = getattr(model[0], "model", model[0])
+    if hasattr(backbone, "get_input_embeddings"):  # looked up, not multiplied
+        parameters -= backbone.get_input_embeddings().weight.numel()
+    length = model.max_seq_length or UNLIMITED
+    prompts = [len(prompt) for prompt in model.prompts.values() if prompt]
+    prompt_tokens = round(sum(prompts) / max(len(prompts), 1) / CHARACTERS_PER_TOKEN)
+    costs = {task: task_cost(task, length, prompt_tokens) for task in tasks}
+    known = {task: cost for task, cost in costs.items() if cost}
     rows = []
-    for kind in [*kinds, "all"]:
-        chosen = [cost for cost in known if kind in (cost.kind, "all")]
-        tokens = sum(cost.tokens for cost in chosen)
-        counts = [kind, str(len(chosen)), f"{sum(cost.texts for cost in chosen):,}", f"{tokens / 1e6:,.1f} M"]
-        rows.append([*counts, *(f"{spent:,.2f}" for spent in hours(tokens, parameters).values())])
+    for kind in [*sorted({task.metadata.type for task in known}), "all"]:
+        chosen = [cost for task, cost in known.items() if kind in (task.metadata.type, "all")]
+        texts, tokens = (sum(counts) for counts in zip(*chosen, strict=True)) if chosen else (0, 0)
+        spent = [f"{value:,.2f}" for value in hours(tokens, parameters).values()]
+        rows.append([kind, str(len(chosen)), f"{texts:,}", f"{tokens / 1e6:,.1f} M", *spent])
     titles = ["type", "tasks", "texts", "tokens", *(f"{device} hours" for device in PEAKS)]
-    unknown = [name for name, cost in costs.items() if cost is None]
     below = (
-        f"An estimate: mteb's counts, texts cut at {max_seq_length} tokens, {CHARACTERS_PER_TOKEN:.0f} characters a "
+        f"An estimate: mteb's counts, texts cut at {length} tokens, {CHARACTERS_PER_TOKEN:.0f} characters a token, "
     )
-    below += f"token, {UTILISATION:.0%} of the dense bfloat16 peak, {parameters / 1e6:,.0f} M parameters."
-    if unknown:
+    below += f"{UTILISATION:.0%} of the dense bfloat16 peak, {parameters / 1e6:,.0f} M parameters."
+    if unknown := [task.metadata.name for task in tasks if task not in known]:
         below += f" Without counts, not in it: {', '.join(unknown)}."
     return f"{markdown_table(titles, rows)}\n\n{below}"

@@ -15,6 +15,7 @@ said. Templates have no instruction and no demonstrations.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from common.models import resolve_model
 from common.steps import fingerprint, folder_step
 from eval.leaderboard import format_means, format_tasks, make_leaderboard
 from eval.local_tasks import LOCAL_TASKS, training_pairs
-from eval.run_mteb import evaluate, load_for_mteb, load_tasks
+from eval.run_mteb import evaluate, load_for_mteb, load_tasks, update_meta
 from eval.systems import demonstrations, saved_encoder
 from modeling.prompts import ASYMMETRIC, few_shot_prompt, instruction_prompt, task_instructions
 
@@ -94,14 +95,13 @@ def save_rows(args: Any, tasks: Sequence[AbsTask], settings: Mapping[str, Any]) 
     from modeling.encoder import read_published
 
     published = read_published(resolve_model(args.model))
-    models = args.output_dir / "models"
+    longest, models = args.max_seq_length // 2, args.output_dir / "models"
+    prompts = {shots: task_prompts(args.model, tasks, args.data_root, shots, longest) for shots in args.shots}
     rows = {}
-    for pooling in [None] if published else args.pooling:
-        for shots in args.shots:
-            prompts = task_prompts(args.model, tasks, args.data_root, shots, args.max_seq_length // 2)
-            name = ", ".join([*([pooling] if pooling else []), f"{shots}-shot"])
-            own = {**settings, "pooling": pooling, "prompts": prompts}
-            rows[name] = [saved_encoder(args.model, models / fingerprint([name, args.model]), own)]
+    for pooling, shots in itertools.product([None] if published else args.pooling, args.shots):
+        name = f"{pooling}, {shots}-shot" if pooling else f"{shots}-shot"
+        own = {**settings, "pooling": pooling, "prompts": prompts[shots]}
+        rows[name] = [saved_encoder(args.model, models / fingerprint([name, args.model]), own)]
     for name in args.templates:
         rows[name] = [
             save_template(args.model, models / fingerprint([template, args.model]), template, settings)
@@ -184,8 +184,7 @@ def averaged(models: Sequence[MTEBModels]) -> MTEBModels:
     first = models[0]
     if len(models) > 1:
         encoders = [model.model.encode for model in models]
-        revision = fingerprint([model.mteb_model_meta.revision for model in models])
-        first.mteb_model_meta = first.mteb_model_meta.model_copy(update={"revision": revision})
+        update_meta(first, revision=fingerprint([model.mteb_model_meta.revision for model in models]))
 
         def encode(*args: Any, **kwargs: Any) -> Any:
             return sum(encode(*args, **kwargs) for encode in encoders) / len(encoders)

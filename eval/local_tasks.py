@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from common.cli import InputError
-from common.recipes import Section, parse_recipe, read_yaml
-from common.steps import file_sha256, fingerprint
+from common.recipes import Section, read_yaml
+from common.steps import file_sha256, fingerprint, read_parquet
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,10 +37,7 @@ class LocalTask(Section):
     shown_from: str | None = None  # folder and file that demonstrations come from
 
 
-LOCAL_TASKS = {
-    name: parse_recipe(LocalTask, values, f"local_tasks.yaml: {name}")
-    for name, values in read_yaml(Path(__file__).with_suffix(".yaml")).items()
-}
+LOCAL_TASKS = {name: LocalTask(**values) for name, values in read_yaml(Path(__file__).with_suffix(".yaml")).items()}
 # of tasks that mteb does not have: type -> main score, category
 _KINDS = {
     "Classification": ("accuracy", "t2c"),
@@ -129,51 +126,43 @@ def training_pairs(name: str, data_root: Path) -> pl.DataFrame:
     if task.shown_from is None:
         return pl.DataFrame(schema={"query": pl.String, "positive": pl.String})
     home, _, file = task.shown_from.partition("/")
-    folder = data_root / home
-    if task.kind == "Retrieval":
-        rows, scored = (_relevant_pairs(folder, split) for split in (file, task.split))
-    elif task.kind == "Classification":
-        rows, scored = (
-            _read(folder, split).select(query="text", positive="label_text") for split in (file, task.split)
-        )
-        return rows.join(scored, on="query", how="anti")  # labels are the same on both sides
-    else:
-        pairs = ("sentence1", "sentence2") if task.kind == "STS" else ("text1", "text2")
-        rows = _read(folder, file)
-        best = (
-            pl.col("score") >= 0.9 * rows["score"].max()
-            if task.kind == "STS"
-            else pl.col("label_text") == "entailment"
-        )
-        rows = rows.filter(best).select(query=pairs[0], positive=pairs[1])
-        tested = [_read(data_root / task.folder, own).select(query=pairs[0], positive=pairs[1]) for own in task.files]
-        scored = pl.concat(tested)
+    rows = _pairs(task.kind, data_root / home, file, are_equal=True)
+    files = task.files if task.kind in ("STS", "PairClassification") else [task.split]
+    scored = pl.concat([_pairs(task.kind, data_root / task.folder, own) for own in files])
+    if task.kind == "Classification":  # labels are the same on both sides
+        return rows.join(scored, on="query", how="anti")
     texts = pl.concat([scored["query"], scored["positive"]]).implode()
     return rows.filter(~pl.col("query").is_in(texts), ~pl.col("positive").is_in(texts))
 
 
-def _relevant_pairs(folder: Path, split: str) -> pl.DataFrame:
+def _pairs(kind: str, folder: Path, split: str, are_equal: bool = False) -> pl.DataFrame:
+    """(query, positive) of a split; `are_equal`: of pairs of texts only those of equal meaning."""
     import polars as pl
 
-    queries, documents = _read(folder, "queries"), _read(folder, "corpus")
+    if kind == "Retrieval":
+        documents = pl.concat_str("title", "text", separator=" ").str.strip_chars()
+        relevant = _read(folder, "qrels").filter(pl.col("split") == split, pl.col("score") > 0)
+        relevant = relevant.join(_read(folder, "queries").select(query_id="_id", query="text"), on="query_id")
+        texts = _read(folder, "corpus").select(corpus_id="_id", positive=documents)
+        return relevant.join(texts, on="corpus_id").select("query", "positive")
+    rows = _read(folder, split)
+    if kind == "Classification":
+        return rows.select(query="text", positive="label_text")
+    is_sts = kind == "STS"
+    if are_equal:
+        best = pl.col("score") >= 0.9 * rows["score"].max() if is_sts else pl.col("label_text") == "entailment"
+        rows = rows.filter(best)
     return (
-        _read(folder, "qrels")
-        .filter(pl.col("split") == split, pl.col("score") > 0)
-        .join(queries.select(query_id="_id", query="text"), on="query_id")
-        .join(
-            documents.select(
-                corpus_id="_id", positive=pl.concat_str("title", "text", separator=" ").str.strip_chars()
-            ),
-            on="corpus_id",
-        )
-        .select("query", "positive")
+        rows.select(query="sentence1", positive="sentence2")
+        if is_sts
+        else rows.select(query="text1", positive="text2")
     )
 
 
 def _read(folder: Path, file: str) -> pl.DataFrame:
     import polars as pl
 
-    return pl.read_parquet(folder / f"{file}.parquet")
+    return pl.from_arrow(read_parquet(folder / f"{file}.parquet"))
 
 
 def _read_task(folder: Path, task: LocalTask) -> Any:
@@ -182,7 +171,7 @@ def _read_task(folder: Path, task: LocalTask) -> Any:
     from datasets import Dataset, DatasetDict
 
     if task.kind == "Retrieval":
-        return _read_retrieval(folder, task)
+        return {"default": {task.split: _read_retrieval(folder, task.split)}}
     tables = {file: _rows(task.kind, _read(folder, file)) for file in task.files}
     if task.kind == "STS":  # all files are the one scored split
         tables = {task.split: pl.concat(tables.values())}
@@ -201,15 +190,15 @@ def _rows(kind: str, rows: pl.DataFrame) -> pl.DataFrame:
     return rows
 
 
-def _read_retrieval(folder: Path, task: LocalTask) -> Any:
+def _read_retrieval(folder: Path, split: str) -> dict[str, Any]:
     import polars as pl
     from datasets import Dataset
 
-    qrels = _read(folder, "qrels").filter(pl.col("split") == task.split)
+    qrels = _read(folder, "qrels").filter(pl.col("split") == split)
     relevant: dict[str, dict[str, int]] = {}
     for query_id, document_id, score in qrels.select("query_id", "corpus_id", "score").iter_rows():
         relevant.setdefault(query_id, {})[document_id] = score
     queries = _read(folder, "queries").select(id="_id", text="text").filter(pl.col("id").is_in(list(relevant)))
     documents = _read(folder, "corpus").select(id="_id", title="title", text="text")
-    split = {"corpus": Dataset.from_polars(documents), "queries": Dataset.from_polars(queries)}
-    return {"default": {task.split: split | {"relevant_docs": relevant, "top_ranked": None}}}
+    tables = {"corpus": Dataset.from_polars(documents), "queries": Dataset.from_polars(queries)}
+    return tables | {"relevant_docs": relevant, "top_ranked": None}

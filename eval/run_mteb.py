@@ -20,13 +20,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.models import fetch_settings, resolve_model
 from common.plain_text import use_plain_text
 from dataset_builders.embeddings import load_model
-from eval.cost import CHARACTERS_PER_TOKEN, format_cost
+from eval.cost import format_cost
 from eval.leaderboard import format_means, make_leaderboard
 from eval.local_tasks import LOCAL_TASKS, local_tasks, register_local_tasks
 from eval.systems import encoder_section
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from mteb import AbsTask
     from mteb.models import MTEBModels
     from mteb.results import TaskResult
-    from sentence_transformers import SentenceTransformer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
             f"{args.model}: mteb does not run it by sentence-transformers; leave out --estimate and --share_prefix"
         )
     if is_encoder:
-        print(estimate(model.model, tasks), file=sys.stderr)
+        print(format_cost(model.model, tasks), file=sys.stderr)
     if args.estimate:
         return
     results, failures = evaluate(model, tasks, Path(args.output_dir), args.batch_size, args.share_prefix)
@@ -82,19 +81,6 @@ def _parse(argv: Sequence[str]):
     parser.add_argument("--share_prefix", action="store_true", help=share)
     parser.add_argument("--estimate", action="store_true", help="print texts, tokens and GPU hours, and stop")
     return parser.parse_args(argv)
-
-
-def estimate(model: SentenceTransformer, tasks: Sequence[AbsTask]) -> str:
-    """A table of what the tasks cost."""
-    from modeling.encoder import UNLIMITED
-
-    parameters = sum(weight.numel() for weight in model.parameters())
-    embedding = getattr(model[0], "model", model[0])
-    embedding = embedding.get_input_embeddings() if hasattr(embedding, "get_input_embeddings") else None
-    parameters -= embedding.weight.numel() if embedding is not None else 0
-    prompts = [prompt for prompt in model.prompts.values() if prompt]
-    prompt_tokens = round(sum(len(prompt) for prompt in prompts) / max(len(prompts), 1) / CHARACTERS_PER_TOKEN)
-    return format_cost(tasks, parameters, model.max_seq_length or UNLIMITED, prompt_tokens)
 
 
 def load_tasks(benchmark: str | None, names: Sequence[str] | None, data_root: Path | None = None) -> list[AbsTask]:
@@ -156,13 +142,13 @@ def load_for_mteb(reference: str) -> MTEBModels:
             use_plain_text(wrapper.model, model.name_or_path, commit)
         return wrapper
     wrapper = SentenceTransformerEncoderWrapper(load_model(SentenceTransformer, encoder_section(reference)))
-    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
-        update={
-            "name": "/".join(Path(model.name_or_path).resolve().parts[-2:]),
-            "revision": model.fingerprint(),
-        }
-    )
+    update_meta(wrapper, name="/".join(Path(model.name_or_path).resolve().parts[-2:]), revision=model.fingerprint())
     return wrapper
+
+
+def update_meta(model: MTEBModels, **fields: Any) -> None:
+    """Change what mteb knows of a loaded model."""
+    model.mteb_model_meta = model.mteb_model_meta.model_copy(update=fields)
 
 
 def show_demonstrations(model: MTEBModels, shots: int) -> None:
@@ -178,12 +164,8 @@ def show_demonstrations(model: MTEBModels, shots: int) -> None:
         raise InputError(f"--shots {shots}: the model has no prompt of so many demonstrations; {there}")
     model.model_prompts = with_demonstrations(prompts, shots)
     meta = model.mteb_model_meta
-    model.mteb_model_meta = meta.model_copy(
-        update={
-            "revision": f"{meta.revision}-{shots}-shot",
-            "loader_kwargs": {**meta.loader_kwargs, "model_prompts": model.model_prompts},
-        }
-    )
+    shown = {**meta.loader_kwargs, "model_prompts": model.model_prompts}
+    update_meta(model, revision=f"{meta.revision}-{shots}-shot", loader_kwargs=shown)
 
 
 def evaluate(
@@ -199,23 +181,20 @@ def evaluate(
     from modeling.shared_prefix import share_prefix
 
     cache = mteb.ResultCache(output)
-    for task in tasks:
-        _drop_if_broken(cache.get_task_result_path(task.metadata.name, model.mteb_model_meta))
+    for task in tasks:  # mteb writes results in place: a kill while writing leaves a file that it cannot read
+        path = cache.get_task_result_path(task.metadata.name, model.mteb_model_meta)
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            path.unlink()
     with share_prefix(model.model) if share else nullcontext():
         found = mteb.evaluate(
             model, tasks, cache=cache, encode_kwargs={"batch_size": batch_size}, raise_error=False, co2_tracker=False
         )
     failures = {failure.task_name: failure.exception for failure in found.exceptions or []}
     return list(found.task_results), failures
-
-
-def _drop_if_broken(path: Path) -> None:
-    """mteb writes results in place: a kill while writing leaves a file that mteb cannot read."""
-    if path.exists():
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            path.unlink()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer
 from tiny_data import write_table
 from transformers import AutoModel, AutoTokenizer
 
+from common.cli import InputError
 from eval.frozen import TEMPLATES, main, save_template
 from eval.local_tasks import LOCAL_TASKS, training_pairs
 
@@ -88,6 +89,8 @@ def test_pairs_for_demonstrations_share_no_text_with_what_is_scored(tmp_path):
     write_table(tmp_path / "stsb" / "test.parquet", sentence1=["q"], sentence2=["b"], score=[2.0])
     assert training_pairs("STSBenchmark", tmp_path).rows() == [("a", "x")]
     assert training_pairs("Vaswani", tmp_path).is_empty()
+    with pytest.raises(InputError, match=r"qrels\.parquet: no such file"):
+        training_pairs("SciFact", tmp_path)
 
 
 def test_relevant_documents_are_joined_with_their_titles(tmp_path):

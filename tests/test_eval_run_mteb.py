@@ -111,14 +111,6 @@ def test_a_failing_task_does_not_end_the_run(model, mock_tasks, tmp_path, monkey
     assert f"| m | 2/3 | | | | {by_type} |" in shown.out
 
 
-def test_tasks_and_benchmarks_are_found_by_name():
-    assert len(load_tasks("MTEB(eng, v2)", None)) == 41
-    assert [task.metadata.name for task in load_tasks(None, ["STSBenchmark", "SciFact"])] == [
-        "STSBenchmark",
-        "SciFact",
-    ]
-
-
 def test_the_estimate_is_mtebs_counts_times_the_models_length(tiny_encoder, tmp_path, capsys):
     """SciFact: 5,183 documents of 1,499 characters on average, cut at the model's length, and 300 queries of 90."""
     model = load_for_mteb(str(tiny_encoder)).model
