@@ -19,8 +19,8 @@ import polars as pl
 from benchmarks.measure import environment
 from common.steps import read_manifest
 from common.tables import markdown_table
-from eval.held_out import load_documents, load_queries
-from eval.intervals import bootstrap_interval, format_interval
+from eval.held_out import load_held_out
+from eval.intervals import format_mean, mean_with_interval
 from eval.metrics import ranking_scores
 
 MEASURES = ("nDCG@10", "R@100")
@@ -40,12 +40,10 @@ def main() -> None:
     for folder in parser.parse_args().data:
         values = scores(folder)
         difference = np.subtract(values["teacher"]["per_query"], values["RRF"]["per_query"])
-        interval = format_interval(*bootstrap_interval(difference[None]), "+.3f")
+        against = format_mean(mean_with_interval(difference[None]), "+.3f")
         means = [" / ".join(f"{values[name][measure]:.3f}" for measure in MEASURES) for name in RANKINGS]
         weight = read_manifest(folder / "candidates")["bm25_weight"]
-        rows.append(
-            [str(folder), f"{len(difference):,}", *means, f"{weight:.2f}", f"{difference.mean():+.3f} {interval}"]
-        )
+        rows.append([str(folder), f"{len(difference):,}", *means, f"{weight:.2f}", against])
     print(environment("bm25s", "sentence-transformers", "scikit-learn"))
     print("nDCG@10 / R@100")
     print(markdown_table(["data", "queries", *RANKINGS, "BM25's weight", "teacher - RRF, nDCG@10 [95 %]"], rows))
@@ -54,12 +52,12 @@ def main() -> None:
 def scores(folder: Path) -> dict[str, dict[str, Any]]:
     """Ranking -> its measures over the graded queries, as eval.metrics has them."""
     split = read_manifest(folder / "hub")["inputs"]["recipe"]["source"]["split"]
-    queries = load_queries(folder, split, set(load_documents(folder).ids))
+    qrels = load_held_out(folder, split).qrels
     table, found = pl.read_parquet(folder / "scores" / "scores.parquet"), {}
     for name, key in RANKINGS.items():
         ranked = table.select("query_id", "document_id", key=key).drop_nulls("key").sort("key", maintain_order=True)
         by_query = ranked.group_by("query_id").agg("document_id").rows()
-        found[name] = ranking_scores(queries, dict(by_query))
+        found[name] = ranking_scores(qrels, dict(by_query))
     return found
 
 

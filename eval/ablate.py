@@ -35,7 +35,6 @@ ablation.json holds, for programs:
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -56,15 +55,16 @@ import numpy as np
 from common.cli import InputError, run
 from common.recipes import list_keys
 from common.steps import file_sha256, fingerprint, stack_versions, write_json
-from eval.ablation_page import write_ablation_page
 from eval.ablation_recipe import Ablation, Variant, folder_name, read_ablation, read_variants, write_mined_rows
 from eval.ablation_table import choose, is_compared, notes, save, summary
-from eval.held_out import count, load_documents, load_queries
+from eval.held_out import HeldOut, load_documents, load_held_out
 from eval.intervals import LEVEL, METHOD, RESAMPLES
-from eval.metrics import COMPARED, MEASURES
+from eval.metrics import COMPARED, MEASURES, read_json
+from eval.pages import write_ablation_page
+from eval.report import read_ledger
 from eval.retrieval import model_row
 from eval.systems import System
-from modeling.recipe import parse_recipe, write_recipe
+from modeling.recipe import parse_recipe, read_stages, write_recipe
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -92,7 +92,7 @@ class Run:
     def scores(self, name: str) -> dict[str, Any]:
         """What `train_and_score_one` wrote of a split, or of TASKS; {} where it did not."""
         path = self.folder / f"scores-{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -100,12 +100,15 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(list_keys(Ablation, "An ablation")))
         return
     config, ablation = read_ablation(argv, __doc__)
+    data, output = Path(ablation.data), Path(ablation.output_dir)
     variants = read_variants(ablation, config)
-    counts, keys = read_evaluation(Path(ablation.data), ablation.splits)
+    asked = load_splits(ablation)
+    keys = {split: split_key(split, data) for split in ablation.splits}
     if ablation.tasks:
         keys[TASKS] = fingerprint([(task.metadata.name, task.metadata.dataset) for task in read_tasks(ablation)])
-    for rows in {rows.folder: rows for variant in variants for rows in variant.mined}.values():
-        write_mined_rows(rows)
+    for variant in variants:
+        for folder, source in variant.mined.items():
+            write_mined_rows(folder, source, variant.mining)
     runs = [
         Run(
             variant,
@@ -118,30 +121,31 @@ def main(argv: Sequence[str]) -> None:
     ]
     failed = train_and_score(runs, ablation)
     rows = make_rows(variants, runs, ablation)
+    reported = ablation.splits[-1]
     result = {
         "config": config,
         "command": "python -m eval.ablate " + shlex.join(argv),
         "base": ablation.base,
         "shared": ablation.shared,
         "metric": COMPARED,
-        "split": ablation.splits[-1],
+        "split": reported,
         "chosen_on": ablation.split,
         "chosen": choose(rows),
         "baseline": ablation.compared_with,
         "seeds": list(ablation.seeds),
-        "counts": counts,
+        "counts": asked[reported].counts,
         "interval": {"level": LEVEL, "resamples": RESAMPLES, "method": METHOD},
         "rows": rows,
         "failed": failed,
         "versions": stack_versions(),
     }
     result["notes"] = notes(result)
-    save(result, Path(ablation.output_dir))
+    save(result, output)
     if is_compared(result):
         scores: dict[str, dict[int, list[float]]] = {row["name"]: {} for row in rows}
         for run_ in runs:
-            scores[run_.variant.name][run_.seed] = run_.scores(result["split"]).get("per_query", [])
-        write_ablation_page(result, scores, Path(ablation.data), Path(ablation.output_dir))
+            scores[run_.variant.name][run_.seed] = run_.scores(reported).get("per_query", [])
+        write_ablation_page(result, scores, asked[reported], output)
     if failed:
         raise InputError(
             f"{len(failed)} of {len(runs)} runs failed, first {failed[0]['name']}, seed {failed[0]['seed']}: "
@@ -155,21 +159,25 @@ def runs_folder(ablation: Ablation, variant: Variant) -> Path:
     return Path(ablation.output_dir) / "runs" / folder_name(variant.name)
 
 
-def read_evaluation(data: Path, splits: Sequence[str]) -> tuple[dict[str, int], dict[str, str]]:
-    """Counts of queries and documents of the last split; and for each split a key that changes with its data."""
+def load_splits(ablation: Ablation) -> dict[str, HeldOut]:
+    data = Path(ablation.data)
     documents = load_documents(data)
-    files = [file_sha256(data / "corpus" / name) for name in ("documents.arrow", "queries.parquet", "qrels.parquet")]
-    counts = [count(documents, load_queries(data, split, set(documents.ids))) for split in splits]
-    return counts[-1], {split: fingerprint([split, files]) for split in splits}
+    return {split: load_held_out(data, split, documents) for split in ablation.splits}
 
 
-# --- training and scoring -------------------------------------------------------------------------------------------
+def split_key(split: str, data: Path) -> str:
+    """Changes with what is asked, and of which documents."""
+    names = ("documents.arrow", "queries.parquet", "qrels.parquet")
+    return fingerprint([split, [file_sha256(data / "corpus" / name) for name in names]])
 
 
 def read_tasks(ablation: Ablation) -> list[AbsTask]:
     from eval.run_mteb import load_tasks
 
     return load_tasks(None, list(ablation.tasks), Path(ablation.data_root) if ablation.data_root else None)
+
+
+# --- training and scoring -------------------------------------------------------------------------------------------
 
 
 def train_and_score(runs: Sequence[Run], ablation: Ablation) -> list[dict[str, Any]]:
@@ -227,14 +235,9 @@ def train_and_score_one(folder: Path, ablation: Ablation, keys: Mapping[str, str
     train_st.main(["--config", str(folder / "recipe.yaml")])
     if TASKS in keys:
         write_json(folder / f"scores-{TASKS}.json", {**score_tasks(folder, ablation), "key": keys[TASKS]})
-    data = Path(ablation.data)
-    documents = load_documents(data)
-    rows = {}
-    for split in ablation.splits:
-        queries = load_queries(data, split, set(documents.ids))
-        # under the run's folder: these vectors are not needed again
-        rows[split] = model_row(System("model", str(folder / "model")), folder / "embeddings", documents, queries)[0]
-    shutil.rmtree(folder / "embeddings")
+    system, vectors = System("model", str(folder / "model")), folder / "embeddings"  # not needed again
+    rows = {split: model_row(system, vectors, asked)[0] for split, asked in load_splits(ablation).items()}
+    shutil.rmtree(vectors)
     for split, row in rows.items():  # last: with these the run counts as finished
         write_json(folder / f"scores-{split}.json", {**row, "model": "model", "key": keys[split]})
 
@@ -279,12 +282,11 @@ def make_rows(variants: Sequence[Variant], runs: Sequence[Run], ablation: Ablati
     for run_ in runs:
         if run_.is_scored:
             found[run_.variant.name][run_.seed] = run_
-    split = ablation.splits[-1]
+    split, against = ablation.splits[-1], found[ablation.compared_with]
 
-    def matrix(done: Mapping[int, Run], seeds: Iterable[int], split: str) -> np.ndarray:
+    def per_query(done: Mapping[int, Run], seeds: Sequence[int], split: str) -> np.ndarray:
         return np.array([done[seed].scores(split)["per_query"] for seed in seeds])
 
-    against = found[ablation.compared_with]
     rows = []
     for variant in variants:
         done = found[variant.name]
@@ -292,41 +294,43 @@ def make_rows(variants: Sequence[Variant], runs: Sequence[Run], ablation: Ablati
         row |= dict.fromkeys(("mean", "low", "high", "standard_deviation", "difference", "chosen_on_mean"))
         row |= {"per_seed": [], "measures": {}}
         if done:
-            row |= summary(matrix(done, done, split))
+            row |= summary(per_query(done, row["seeds"], split))
             if len(done) > 1:
                 row["standard_deviation"] = round(float(np.std(row["per_seed"], ddof=1)), 6)
-            row["chosen_on_mean"] = round(float(matrix(done, done, ablation.split).mean()), 6)
-            scores = [run_.scores(split) for run_ in done.values()]
-            row["measures"] = {name: round(float(np.mean([one[name] for one in scores])), 4) for name in MEASURES}
-            row |= costs(list(done.values()), split)
+            row["chosen_on_mean"] = round(float(per_query(done, row["seeds"], ablation.split).mean()), 6)
+            row["measures"] = averages([run_.scores(split) for run_ in done.values()], MEASURES, 4)
+            of_runs = [costs(run_, split) for run_ in done.values()]
+            row |= averages(of_runs, of_runs[0], 2)
             if ablation.tasks:
                 means = [run_.scores(TASKS)["means"] for run_ in done.values()]
                 row["tasks"] = {name: [round(one[name], 6) for one in means] for name in means[0]}
         both = [seed for seed in done if seed in against]
         if both and done is not against:
-            row["difference"] = summary(matrix(done, both, split) - matrix(against, both, split)) | {"seeds": both}
+            difference = per_query(done, both, split) - per_query(against, both, split)
+            row["difference"] = summary(difference) | {"seeds": both}
         rows.append(row)
     return rows
 
 
-def costs(runs: Sequence[Run], split: str) -> dict[str, Any]:
-    """What one seed of a row cost on average."""
-    totals = []
-    for run_ in runs:
-        ledger = json.loads((run_.folder / "ledger.json").read_text(encoding="utf-8"))
-        steps = {row["stage"]: row["steps"] for row in ledger["stages"]}
-        arguments = {stage.name: stage.training for stage in run_.variant.recipe.stages}
-        batch = {
-            name: own.per_device_train_batch_size * own.gradient_accumulation_steps for name, own in arguments.items()
-        }
-        total = {"steps": sum(steps.values()), "examples": sum(steps[name] * batch[name] for name in steps)}
-        total |= {name: ledger["total"][name] for name in ("tokens", "training_seconds", "device_seconds")}
-        total["scoring_seconds"] = run_.scores(split)["seconds"]
-        total["peak_memory_bytes"] = max(
+def averages(entries: Sequence[Mapping[str, float]], names: Iterable[str], digits: int) -> dict[str, float]:
+    return {name: round(float(np.mean([entry[name] for entry in entries])), digits) for name in names}
+
+
+def costs(run_: Run, split: str) -> dict[str, float]:
+    """What a run cost, by its ledger."""
+    ledger = read_ledger(run_.folder)
+    keys = {stage["name"]: stage["keys"] for stage in read_stages(run_.folder)["stages"]}
+    steps = {row["stage"]: row["steps"] for row in ledger["stages"]}
+    batch = {name: of["per_device_train_batch_size"] * of["gradient_accumulation_steps"] for name, of in keys.items()}
+    return {
+        "steps": sum(steps.values()),
+        "examples": sum(steps[name] * batch[name] for name in steps),
+        **{name: ledger["total"][name] for name in ("tokens", "training_seconds", "device_seconds")},
+        "scoring_seconds": run_.scores(split)["seconds"],
+        "peak_memory_bytes": max(
             row["peak_device_memory_bytes"] or row["peak_memory_bytes"] for row in ledger["stages"]
-        )
-        totals.append(total)
-    return {name: round(float(np.mean([total[name] for total in totals])), 2) for name in totals[0]}
+        ),
+    }
 
 
 if __name__ == "__main__":

@@ -57,22 +57,14 @@ class Ablation(Section):
 
 
 @dataclass(frozen=True)
-class MinedRows:
-    """Training rows mined again from the candidates in `source`, a published folder."""
-
-    source: str
-    mining: dict[str, Any]
-    folder: Path
-
-
-@dataclass(frozen=True)
 class Variant:
     """One row of the table: the base with overrides, read and checked."""
 
     name: str
     overrides: dict[str, Any]
     recipe: Recipe
-    mined: list[MinedRows]
+    mining: dict[str, Any]
+    mined: dict[Path, str]  # folders of rows mined again by `mining`, each from the candidates of a published folder
     key: str  # changes when the settings, the training data or the weights to start from do
 
 
@@ -93,8 +85,10 @@ def read_ablation(argv: Sequence[str], description: str) -> tuple[str, Ablation]
 def combinations(variants: Mapping[str, dict[str, Any]], grid: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
     """Name -> overrides of every variant with every combination of the grid's values.
 
-    >>> list(combinations({"kl": {"loss": "kl"}}, {"alpha": [0, 1]}))
-    ['kl, alpha=0', 'kl, alpha=1']
+    >>> combinations({"kl": {"loss": "kl", "alpha": 0.5}}, {"alpha": [0, 1]})
+    {'kl, alpha=0': {'loss': 'kl', 'alpha': 0}, 'kl, alpha=1': {'loss': 'kl', 'alpha': 1}}
+    >>> combinations({}, {"sts.shots": [2]})
+    {'sts.shots=2': {'sts.shots': 2}}
     """
     rows = {}
     for name, overrides in (variants or {"": {}}).items():
@@ -127,13 +121,12 @@ def read_variants(ablation: Ablation, config: str) -> list[Variant]:
         shared = {key: value for key, value in ablation.shared.items() if key.rpartition(".")[2] not in overrides}
         recipe = override(base, {**shared, **overrides}, where, ablation.output_dir)
         key = input_key(recipe, where)
-        mining = read_mining({**shared, **overrides}, where)
-        mined = []
+        mining, mined = read_mining({**shared, **overrides}, where), {}
         if mining:
             values = copy.deepcopy(recipe.values)
             mined = use_mined_rows(values, recipe, mining, Path(ablation.output_dir) / "mined", where)
             recipe = parse_training_recipe(values, where)
-        variants.append(Variant(name, overrides, recipe, mined, fingerprint([key, mining])))
+        variants.append(Variant(name, overrides, recipe, mining, mined, fingerprint([key, mining])))
     return variants
 
 
@@ -208,39 +201,38 @@ def read_mining(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def use_mined_rows(
     values: Mapping[str, Any], recipe: Recipe, mining: dict[str, Any], output: Path, where: str
-) -> list[MinedRows]:
-    """Let every data set of mined rows in `values` be one in a folder below `output`, and say how these are made."""
-    made = []
+) -> dict[Path, str]:
+    """Let each data set of mined rows in `values` be one below `output`; its folder -> the one it is mined from."""
+    made = {}
     for holder, stage in zip(values["stages"], recipe.stages, strict=True):
         mappings = {entry["name"]: entry for entry in holder.get("datasets") or []} or {stage.name: holder}
         for name, own in stage.datasets.items():
-            if own.dataset_config != "train":
-                continue
-            if not Path(own.dataset_name).is_dir():
-                raise InputError(f"{where}: mining.*: {own.dataset_name!r} is no folder here; download the data first")
-            folder = output / fingerprint([data_content(own.dataset_name, None), mining])
-            made.append(MinedRows(own.dataset_name, mining, folder))
-            mappings[name]["dataset_name"] = str(folder)
+            if own.dataset_config == "train":
+                source = own.dataset_name
+                if not Path(source).is_dir():
+                    raise InputError(f"{where}: mining.*: {source!r} is no folder here; download the data first")
+                folder = output / fingerprint([data_content(source, None), mining])
+                mappings[name]["dataset_name"], made[folder] = str(folder), source
     if not made:
         raise InputError(f"{where}: mining.*: no stage trains on mined rows (dataset_config: train)")
     return made
 
 
-def write_mined_rows(rows: MinedRows) -> None:
+def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:
     import datasets
 
     from dataset_builders.builders import GradedDataset
 
-    with folder_step(rows.folder, {"source": data_content(rows.source, None), "mining": rows.mining}) as step:
+    with folder_step(folder, {"source": data_content(source, None), "mining": mining}) as step:
         if step.done:
             return
-        print(f"mining {rows.source} anew: {rows.mining}", flush=True)
+        print(f"mining {source} anew: {mining}", flush=True)
         datasets.disable_progress_bars()
         cache = step.path / "cache"
         made = {}
-        for name, keys in {"train": rows.mining, "positives": {}}.items():  # known positives, where any were published
-            if name == "train" or (Path(rows.source) / name).is_dir():
-                builder = GradedDataset(config_name=name, data_dir=rows.source, cache_dir=str(cache), **keys)
+        for name, keys in {"train": mining, "positives": {}}.items():  # known positives, where any were published
+            if name == "train" or (Path(source) / name).is_dir():
+                builder = GradedDataset(config_name=name, data_dir=source, cache_dir=str(cache), **keys)
                 builder.download_and_prepare(str(step.path / name), file_format="parquet")
                 made[name] = builder.info.splits["train"].num_examples
         shutil.rmtree(cache)

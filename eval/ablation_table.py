@@ -5,26 +5,22 @@ Reads only what eval.ablate keeps as ablation.json (its docstring has the fields
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
 from common.steps import write_json
 from common.tables import markdown_table
-from eval.intervals import LEVEL, bootstrap_interval, format_interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from eval.figures import plot_differences
+from eval.intervals import LEVEL, format_mean, mean_with_interval
 
 
 def summary(scores: np.ndarray) -> dict[str, Any]:
     """Mean, interval and each seed's mean of scores (seeds, queries)."""
-    low, high = bootstrap_interval(scores) or (None, None)
-    per_seed = [round(float(value), 6) for value in scores.mean(axis=1)]
-    return {"mean": round(float(scores.mean()), 6), "low": low, "high": high, "per_seed": per_seed}
+    return mean_with_interval(scores) | {"per_seed": [round(float(value), 6) for value in scores.mean(axis=1)]}
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -69,54 +65,41 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 def format_table(result: Mapping[str, Any]) -> str:
     """The rows as a Markdown table, in their order."""
-    level = f"[{result['interval']['level']:.0%}]"
-    chosen_on = result["chosen_on"] if result["chosen_on"] != result["split"] else None
-    titles = [
-        "variant",
-        f"{result['metric']} {level}",
-        f"against {result['baseline']} {level}",
-        "SD of seeds",
-        "seeds",
-    ]
-    titles += ["steps", "tokens", "seconds", "peak memory"]
-    titles[1:1] = [f"{result['metric']} on {chosen_on}"] if chosen_on else []
+    metric, level = result["metric"], f"[{result['interval']['level']:.0%}]"
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {}
+    if result["chosen_on"] != result["split"]:
+        columns[f"{metric} on {result['chosen_on']}"] = lambda row: f"{row['chosen_on_mean']:.4f}"
+    columns |= {
+        f"{metric} {level}": lambda row: format_mean(row, ".4f"),
+        f"against {result['baseline']} {level}": lambda row: format_mean(row["difference"], "+.4f"),
+        "SD of seeds": lambda row: f"{row['standard_deviation']:.4f}" if len(row["seeds"]) > 1 else "",
+        "seeds": lambda row: str(len(row["seeds"])),
+        "steps": lambda row: f"{row['steps']:,.0f}",
+        "tokens": lambda row: f"{row['tokens']:,.0f}",
+        "seconds": lambda row: f"{row['training_seconds']:,.0f}",
+        "peak memory": lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+    }
     rows = []
     for row in result["rows"]:
-        cells = [f"**{row['name']}**" if row["name"] == result["chosen"] else row["name"]]
-        if row["seeds"]:
-            difference, deviation = row["difference"], row["standard_deviation"]
-            cells += [f"{row['chosen_on_mean']:.4f}"] if chosen_on else []
-            cells += [
-                f"{row['mean']:.4f} {format_interval(row['low'], row['high'], '.4f')}",
-                f"{difference['mean']:+.4f} {format_interval(difference['low'], difference['high'], '+.4f')}"
-                if difference
-                else "",
-                "" if deviation is None else f"{deviation:.4f}",
-                str(len(row["seeds"])),
-                f"{row['steps']:,.0f}",
-                f"{row['tokens']:,.0f}",
-                f"{row['training_seconds']:,.0f}",
-                f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
-            ]
-        else:
-            cells += ["failed", *[""] * (len(titles) - 2)]
-        rows.append(cells)
-    return markdown_table(titles, rows)
+        name = f"**{row['name']}**" if row["name"] == result["chosen"] else row["name"]
+        cells = [cell(row) for cell in columns.values()] if row["seeds"] else ["failed"]
+        rows.append([name, *cells, *[""] * (len(columns) - len(cells))])
+    return markdown_table(["variant", *columns], rows)
 
 
 def format_tasks(result: Mapping[str, Any]) -> str:
     """Means of mteb's tasks, in %, over seeds; after them the difference of the mean over types, seed by seed."""
-    rows = [row for row in result["rows"] if row.get("tasks")]
-    kinds = list(rows[0]["tasks"])
-    baseline = {row["name"]: dict(zip(row["seeds"], row["tasks"]["mean over types"], strict=True)) for row in rows}
-    against = baseline.get(result["baseline"], {})
+    rows = {row["name"]: row for row in result["rows"] if row.get("tasks")}
+    overall = {
+        name: dict(zip(row["seeds"], row["tasks"]["mean over types"], strict=True)) for name, row in rows.items()
+    }
+    baseline = overall.get(result["baseline"], {})
+    kinds = list(next(iter(rows.values()))["tasks"])
     table = []
-    for row in rows:
-        of_seed = baseline[row["name"]].items()
-        each = [f"{100 * (score - against[seed]):+.2f}" for seed, score in of_seed if seed in against]
-        own = row["name"] == result["baseline"]
-        table.append([row["name"], *(f"{100 * np.mean(row['tasks'][kind]):.2f}" for kind in kinds)])
-        table[-1].append("" if own else ", ".join(each))
+    for name, row in rows.items():
+        changes = [score - baseline[seed] for seed, score in overall[name].items() if seed in baseline]
+        changes = [] if name == result["baseline"] else [f"{100 * change:+.2f}" for change in changes]
+        table.append([name, *(f"{100 * np.mean(row['tasks'][kind]):.2f}" for kind in kinds), ", ".join(changes)])
     return markdown_table(["variant", *kinds, f"mean over types against {result['baseline']}, by seed"], table)
 
 
@@ -144,32 +127,6 @@ def format_page(result: Mapping[str, Any]) -> str:
 
 def is_compared(result: Mapping[str, Any]) -> bool:
     return any(row["difference"] for row in result["rows"])
-
-
-def plot_differences(result: Mapping[str, Any]) -> Figure:
-    """Every row's difference to the baseline: mean, interval, and a dot for each seed."""
-    from eval.report import BLUE, GREY, ORANGE, new_figure
-
-    rows = [row for row in result["rows"] if row["difference"]]
-    figure = new_figure((7, 0.4 * len(rows) + 1.5))
-    axis = figure.subplots()
-    axis.axvline(0, color=GREY, linestyle="--", linewidth=1, label=result["baseline"])
-    for place, row in enumerate(rows):
-        difference = row["difference"]
-        seeds = difference["per_seed"]
-        if difference["low"] is not None:
-            axis.plot([difference["low"], difference["high"]], [place, place], color=BLUE, linewidth=2)
-        label = f"mean and {LEVEL:.0%} interval" if place == 0 else None
-        axis.plot(difference["mean"], place, "|", color=BLUE, markersize=14, markeredgewidth=2, label=label)
-        label = "one seed" if place == 0 else None  # below the line, which would hide them
-        axis.plot(seeds, [place + 0.25] * len(seeds), "o", color=ORANGE, markersize=4, label=label)
-    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel(f"difference in {result['metric']} ({result['counts']['queries']:,} {result['split']} queries)")
-    axis.tick_params(axis="y", length=0)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return figure
 
 
 def save(result: Mapping[str, Any], output: Path) -> None:

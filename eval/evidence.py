@@ -20,7 +20,8 @@ from dataset_builders.card import BENCHMARK, compared_tasks, public_name, source
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 from eval.leaderboard import BESIDE_RESULTS, read_result
-from eval.report import KEY, read_json, read_ledger, read_manifests, read_metrics
+from eval.metrics import read_json, read_metrics
+from eval.report import KEY, read_ledger, read_manifests
 from modeling import recipe as recipes
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 LEVEL, RESAMPLES = 0.95, 10_000
@@ -43,9 +45,18 @@ def _weights(generator: np.random.Generator, length: int, size: int) -> np.ndarr
     return generator.multinomial(length - 1, np.full(length, 1 / length), size) / (length - 1)
 
 
-def format_interval(low: float | None, high: float | None, form: str) -> str:
+def mean_with_interval(scores: np.ndarray, digits: int = 6) -> dict[str, float | None]:
+    """mean, low and high of scores (seeds, queries), rounded; low and high are None for a single score."""
+    low, high = bootstrap_interval(scores) or (None, None)
+    named = {"mean": float(scores.mean()), "low": low, "high": high}
+    return {name: value if value is None else round(value, digits) for name, value in named.items()}
+
+
+def format_mean(values: Mapping[str, float | None] | None, form: str) -> str:
     """
-    >>> format_interval(-0.1, 0.25, "+.2f")
-    '[-0.10, +0.25]'
+    >>> format_mean({"mean": 0.1, "low": -0.1, "high": 0.25}, "+.2f"), format_mean(None, "+.2f")
+    ('+0.10 [-0.10, +0.25]', '')
     """
-    return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+    if not values or values["low"] is None:
+        return f"{values['mean']:{form}}" if values else ""
+    return f"{values['mean']:{form}} [{values['low']:{form}}, {values['high']:{form}}]"

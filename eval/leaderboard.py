@@ -6,6 +6,7 @@ a row of their own. Other people's results (mteb.ResultCache's layout) may lie i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -68,6 +69,7 @@ def read_result(path: Path) -> TaskResult:
     return result
 
 
+@functools.cache
 def benchmark_tasks(benchmark: str = BENCHMARK) -> dict[str, AbsTask]:
     """The tasks of a benchmark by name, limited to the splits and languages that it asks for."""
     import mteb
@@ -90,14 +92,13 @@ def make_leaderboard(results: Mapping[str, Sequence[TaskResult]], tasks: Iterabl
     That one of BENCHMARKS which holds most of them decides which splits and languages of its tasks count; of other
     tasks all count that mteb evaluates.
     """
-    names = {task.metadata.name for task in tasks}
-    names |= {result.task_name for result in itertools.chain(*results.values())}
-    benchmark = max(BENCHMARKS, key=lambda name: len(names & {*benchmark_tasks(name)}))
-    in_benchmark = benchmark_tasks(benchmark)
     by_name = {task.metadata.name: task for task in tasks}
-    for result in itertools.chain(*results.values()):
+    found = list(itertools.chain(*results.values()))
+    names = by_name.keys() | {result.task_name for result in found}
+    benchmark = max(BENCHMARKS, key=lambda name: len(names & benchmark_tasks(name).keys()))
+    for result in found:
         if result.task_name not in by_name:
-            by_name[result.task_name] = in_benchmark.get(result.task_name) or result.task
+            by_name[result.task_name] = benchmark_tasks(benchmark).get(result.task_name) or result.task
     ordered = sorted(by_name.values(), key=lambda task: (task.metadata.type, task.metadata.name))
     columns = {task.metadata.name: column for column, task in enumerate(ordered)}
     scores = np.full((len(results), len(columns)), np.nan)

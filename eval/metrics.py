@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,20 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.cli import InputError
 from common.tables import markdown_table
-from eval.held_out import DEPTH, Queries
-from eval.intervals import bootstrap_interval, format_interval
+from eval.held_out import DEPTH
+from eval.intervals import format_mean, mean_with_interval
 
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
 MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}
 BASELINE, COMPARED = "BM25", "nDCG@10"  # differences are to this system, in this measure
-
-
-class Difference(BaseModel):
-    """To BASELINE in COMPARED, paired by query, with its interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class SystemScores(BaseModel):
@@ -36,7 +29,7 @@ class SystemScores(BaseModel):
     ndcg: float | None = Field(alias="nDCG@10")
     recall: float | None = Field(None, alias="R@100")
     reciprocal_rank: float | None = Field(None, alias="RR")
-    difference: Difference | None = None
+    difference: dict[str, float] | None = None  # to BASELINE in COMPARED, paired by query: mean, low, high
     model: str | None = None
     seconds: float = 0.0  # 0 for vectors that were ready
     shots: int = 0
@@ -66,20 +59,26 @@ class Metrics(BaseModel):
     versions: dict[str, str]
 
 
+def read_json(path: Path, written_by: str = "the step that writes it") -> Any:
+    """The content of a JSON file. Raises InputError when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; run {written_by}") from None
+    except ValueError:
+        raise InputError(f"{path}: not readable as JSON; delete it and run {written_by}") from None
+
+
 def read_metrics(results: Path) -> dict[str, Any]:
     """OUTPUT_DIR/metrics.json as it was written. Raises InputError where it is not eval.retrieval's."""
-    path = results / "metrics.json"
+    path, command = results / "metrics.json", "python -m eval.retrieval"
     try:
-        return Metrics.model_validate_json(path.read_bytes()).model_dump(by_alias=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file; run python -m eval.retrieval") from None
+        return Metrics.model_validate(read_json(path, command)).model_dump(by_alias=True)
     except ValidationError as error:
-        problem = error.errors()[0]
-    if problem["type"] == "json_invalid":
-        raise InputError(f"{path}: not readable as JSON; delete it and run python -m eval.retrieval")
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][:2])[1:]
-    if not where or problem["loc"] == ("key",):
-        raise InputError(f"{path}: not written by eval.retrieval; run python -m eval.retrieval")
+        location = error.errors()[0]["loc"][:2]
+    if not location or location == ("key",):
+        raise InputError(f"{path}: not written by eval.retrieval; run {command}")
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
     raise InputError(f"{path}: {where} is not as eval.retrieval writes it; delete the file and run it again")
 
 
@@ -92,24 +91,27 @@ def finished_metrics(output: Path, key: str) -> dict[str, Any] | None:
     return metrics if metrics["key"] == key else None
 
 
-def ranking_scores(queries: Queries, ranking: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    """Mean of each measure over the queries (by ir_measures), and COMPARED of each query, in the order of `queries`.
+def ranking_scores(
+    qrels: Mapping[str, Mapping[str, int]], ranking: Mapping[str, Iterable[str]]
+) -> dict[str, float | list[float]]:
+    """Mean of each measure over the queries (by ir_measures), and COMPARED of each query, in the order of `qrels`.
 
-    `ranking`: documents by query, best first. A query for which nothing was found counts 0.
+    Args:
+        qrels: grades of documents by query.
+        ranking: documents by query, best first. A query for which nothing was found counts 0.
     """
     import ir_measures
 
-    measures = [ir_measures.parse_measure(name) for name in MEASURES]
     # the rank is the score: trec_eval orders by score, and would break ties its own way
     scored = {
         query_id: {document_id: -float(rank) for rank, document_id in enumerate(list(found)[:DEPTH])}
         for query_id, found in ranking.items()
     }
     values: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
-    for metric in ir_measures.iter_calc(measures, queries.qrels, scored):
+    for metric in ir_measures.iter_calc(map(ir_measures.parse_measure, MEASURES), qrels, scored):
         values[str(metric.measure)][metric.query_id] = metric.value
-    means = {name: round(float(np.mean([values[name][query_id] for query_id in queries.ids])), 4) for name in values}
-    return means | {"per_query": [values[COMPARED][query_id] for query_id in queries.ids]}
+    means = {name: round(float(np.mean([of_query[id] for id in qrels])), 4) for name, of_query in values.items()}
+    return means | {"per_query": [values[COMPARED][query_id] for query_id in qrels]}
 
 
 def with_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -117,16 +119,10 @@ def with_differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     baseline = next(np.array(row["per_query"]) for row in rows if row["name"] == BASELINE)
     finished = []
     for row in rows:
-        row = dict(row)
-        differences = np.array(row.pop("per_query")) - baseline
+        differences = np.array(row["per_query"]) - baseline
         if row["name"] != BASELINE and len(differences) > 1:
-            low, high = bootstrap_interval(differences[None])
-            row["difference"] = {
-                "mean": round(float(differences.mean()), 4),
-                "low": round(low, 4),
-                "high": round(high, 4),
-            }
-        finished.append(row)
+            row = row | {"difference": mean_with_interval(differences[None], digits=4)}
+        finished.append({key: value for key, value in row.items() if key != "per_query"})
     return finished
 
 
@@ -136,10 +132,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     rows = []
     for row in metrics["systems"]:
         scores = ["-" if row[name] is None else f"{row[name]:.3f}" for name in measures]
-        difference = row["difference"]
-        against = f"{difference['mean']:+.3f} " if difference else ""
-        against += format_interval(difference["low"], difference["high"], "+.3f") if difference else ""
-        rows.append([row["name"], *scores, against])
+        rows.append([row["name"], *scores, format_mean(row["difference"], "+.3f")])
     lines = [
         f"{counts['queries']:,} queries of split {metrics['split']}, {counts['documents']:,} documents",
         markdown_table(["system", *measures, f"{metrics['compared']} against {metrics['baseline']} [95 %]"], rows),

@@ -12,11 +12,12 @@ Vectors are kept under DATA/embeddings, so a killed evaluation resumes and `eval
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,16 @@ from common.models import resolve_model
 from common.steps import file_sha256, fingerprint, peak_memory_bytes, stack_versions, write_json
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, Vectors
-from dataset_builders.fusion import convex_fusion
+from dataset_builders.fusion import WEIGHTS, convex_fusion
 from eval.held_out import (
     DEPTH,
     Documents,
+    HeldOut,
     NoQueries,
-    Queries,
     Ranking,
     candidate_rankings,
-    count,
     load_documents,
-    load_queries,
+    load_held_out,
 )
 from eval.metrics import (
     BASELINE,
@@ -49,7 +49,7 @@ from eval.metrics import (
     ranking_scores,
     with_differences,
 )
-from eval.queries_page import write_queries_page
+from eval.pages import write_queries_page
 from eval.systems import System, compressed, encoder_section, named_systems, run_systems
 from eval.thresholds import relevance
 from modeling.recipe import read_stages
@@ -57,73 +57,61 @@ from modeling.recipe import read_stages
 # Of the cosines that a model gives: in %, and down to which rank documents that are not relevant are looked at.
 QUANTILES, NEAR = (5, 25, 50, 75, 95), 10
 BLOCK = 8192  # pairs of vectors in memory at a time
-WEIGHTS = [step / 20 for step in range(21)]  # of BM25 in the fused rows, tried on validation queries
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    run_folder, data, output = args.run, args.data, args.output_dir
-    documents = load_documents(data)
-    ids = set(documents.ids)
-    queries = load_queries(data, args.split, ids)
-    rankings = candidate_rankings(data, queries, ids)
-    validation = None
-    with contextlib.suppress(NoQueries):
-        held_out = load_queries(data, "validation", ids)
-        validation = held_out, candidate_rankings(data, held_out, ids)[BASELINE][0]
-    systems = run_systems(run_folder, data, output) if run_folder else named_systems(args.model, output)
-    systems += [
-        row for system in systems if system.with_bm25 for row in compressed(system, args.truncate_dim, args.precision)
-    ]
+    documents = load_documents(args.data)
+    asked = load_held_out(args.data, args.split, documents)
+    retrieved = candidate_rankings(args.data, asked)
+    validation = load_validation(args.data, documents)
+    systems = (
+        run_systems(args.run, args.data, args.output_dir) if args.run else named_systems(args.model, args.output_dir)
+    )
+    for system in [system for system in systems if system.with_bm25]:
+        systems += compressed(system, args.truncate_dim, args.precision)
 
-    key = evaluation_key(data, args.split, systems)
-    metrics = finished_metrics(output, key)
+    key = evaluation_key(args.data, args.split, systems)
+    metrics = finished_metrics(args.output_dir, key)
     if metrics is None:
-        output.mkdir(parents=True, exist_ok=True)
-        cache = data / "embeddings"
-        rows = [retriever_row(name, queries, *rankings[name]) for name in rankings]
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        rows = [retriever_row(name, asked, *found) for name, found in retrieved.items()]
+        rankings = {name: ranking for name, (ranking, _) in retrieved.items()}
         fused, notes = [], []
         for system in systems:
-            row, ranking = model_row(system, cache, documents, queries)
+            row, rankings[system.name] = model_row(system, args.data / "embeddings", asked)
             rows.append(row)
             if system.with_bm25:
-                found = rankings[BASELINE][0], ranking
-                mixed, note, row["relevance"] = fused_row(system, cache, documents, queries, found, validation)
+                found = rankings[BASELINE], rankings[system.name]
+                mixed, note, row["relevance"] = fused_row(system, args.data / "embeddings", asked, found, validation)
                 fused.append(mixed)
                 notes.append(note)
-            rankings[system.name] = ranking, DEPTH
         whole = [system.name for system in systems if system.with_bm25]
-        compared = (whole[0] if len(whole) > 1 else BASELINE, whole[-1])
+        compared = [whole[0] if len(whole) > 1 else BASELINE, whole[-1]]
         per_query = {row["name"]: row["per_query"] for row in rows}
-        write_queries_page(
-            output / "queries.html",
-            documents,
-            queries,
-            compared,
-            tuple(rankings[name][0] for name in compared),
-            tuple(per_query[name] for name in compared),
-        )
+        shown = {name: (rankings[name], per_query[name]) for name in compared}
+        write_queries_page(args.output_dir / "queries.html", asked, shown)
         metrics = Metrics(
             key=key,
             command="python -m eval.retrieval " + shlex.join(argv),
-            run=os.path.relpath(run_folder, output) if run_folder else None,
-            data=os.path.relpath(data, output),
-            split=queries.split,
-            counts=count(documents, queries),
+            run=os.path.relpath(args.run, args.output_dir) if args.run else None,
+            data=os.path.relpath(args.data, args.output_dir),
+            split=asked.split,
+            counts=asked.counts,
             measures=list(MEASURES),
             baseline=BASELINE,
             compared=COMPARED,
             systems=with_differences([*rows, *fused]),
-            not_evaluated=missing_stages(run_folder) if run_folder else [],
+            not_evaluated=missing_stages(args.run) if args.run else [],
             notes=notes,
             peak_memory_bytes=peak_memory_bytes(),
             versions=stack_versions(),
         ).model_dump(by_alias=True)
-        write_json(output / "metrics.json", metrics)
+        write_json(args.output_dir / "metrics.json", metrics)
     print(format_table(metrics))
 
 
-def _parse(argv: Sequence[str]):
+def _parse(argv: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m eval.retrieval", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="folder that train_st.py wrote")
@@ -138,6 +126,15 @@ def _parse(argv: Sequence[str]):
     return parser.parse_args(argv)
 
 
+def load_validation(data: Path, documents: Documents) -> tuple[HeldOut, Ranking] | None:
+    """The validation queries and BM25's ranking of them; None where a build has no such split."""
+    try:
+        held_out = load_held_out(data, "validation", documents)
+    except NoQueries:
+        return None
+    return held_out, candidate_rankings(data, held_out)[BASELINE][0]
+
+
 def missing_stages(run_folder: Path) -> list[str]:
     """Names of stages that the recipe lists and the run has no model of."""
     return [stage["name"] for stage in read_stages(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
@@ -145,8 +142,8 @@ def missing_stages(run_folder: Path) -> list[str]:
 
 def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     """Changes when any figure could: with a model, the texts, the grades or the retrievers' rankings."""
-    names = ["documents.arrow", "queries.parquet", "qrels.parquet"]
-    names = [*(f"corpus/{name}" for name in names), "candidates/candidates.parquet", "candidates/own.parquet"]
+    names = [f"corpus/{name}" for name in ("documents.arrow", "queries.parquet", "qrels.parquet")]
+    names += ["candidates/candidates.parquet", "candidates/own.parquet"]
     files = {name: file_sha256(data / name) for name in names if (data / name).exists()}
     models = {
         system.name: [resolve_model(system.model).fingerprint(), system.query_prompt, system.dimensions]
@@ -155,31 +152,58 @@ def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     return fingerprint({"split": split, "files": files, "models": models, "cosines": [QUANTILES, NEAR]})
 
 
-def retriever_row(name: str, queries: Queries, ranking: Ranking, complete: int) -> dict[str, Any]:
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def retriever_row(name: str, asked: HeldOut, ranking: Ranking, complete: int) -> dict[str, Any]:
     """Scores of a ranking found in the data; None for a measure that looks further than it is `complete`."""
     unknown = dict.fromkeys(measure for measure, depth in MEASURES.items() if depth > complete)
-    return {"name": name, "kind": "retriever"} | ranking_scores(queries, ranking) | unknown
+    return {"name": name, "kind": "retriever"} | ranking_scores(asked.qrels, ranking) | unknown
 
 
-def model_row(system: System, cache: Path, documents: Documents, queries: Queries) -> tuple[dict[str, Any], Ranking]:
+def model_row(system: System, cache: Path, asked: HeldOut) -> tuple[dict[str, Any], Ranking]:
     """Scores of a model over all documents, and the seconds it took (0: vectors were ready); its ranking."""
     start = time.monotonic()
-    vectors = embed(system, cache, documents, queries)
-    positions, scores = ranked(vectors, documents, queries)
-    ranking = as_ranking(positions, scores, documents, queries)
+    vectors = embed(system, cache, asked)
+    ranking = rank(vectors, asked)
     row = {"name": system.name, "kind": "model", "model": system.model, "shots": system.shots}
     row |= {"dimensions": system.dimensions, "precision": system.precision}
-    row |= {"seconds": round(time.monotonic() - start, 1)} | ranking_scores(queries, ranking)
-    relevant = relevant_rows(documents, queries)
-    cosines = {"quantiles": QUANTILES} | cosine_quantiles(*vectors, positions, scores, relevant)
-    return row | {"cosines": cosines}, ranking
+    row |= {"seconds": round(time.monotonic() - start, 1)} | ranking_scores(asked.qrels, ranking)
+    return row | {"cosines": {"quantiles": QUANTILES} | cosine_quantiles(vectors, ranking, asked)}, ranking
 
 
-def embed(system: System, cache: Path, documents: Documents, queries: Queries) -> tuple[np.ndarray | Vectors, ...]:
+def fused_row(
+    system: System,
+    cache: Path,
+    asked: HeldOut,
+    found: tuple[Ranking, Ranking],
+    validation: tuple[HeldOut, Ranking] | None,
+) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
+    """Scores of BM25 fused with `system`, and what validation queries choose: a sentence on the weight; thresholds.
+
+    found: the rankings by BM25 and by `system`. validation: of `load_validation`.
+    """
+    weight, chosen, cut = 0.5, "not chosen, there are no validation queries", None
+    if validation:
+        held_out, sparse = validation
+        dense = rank(embed(system, cache, held_out), held_out)
+        cut = relevance(held_out.qrels, dense, asked.qrels, found[1])
+        weight = choose_weight(held_out.qrels, sparse, dense)
+        chosen = f"chosen on {len(held_out.queries):,} validation queries"
+    row = {"name": f"BM25 + {system.name}", "kind": "fusion", "model": system.model, "weight": weight}
+    row |= ranking_scores(asked.qrels, fuse(*found, weight, DEPTH))
+    what = "sum of scores, each min-max normalised over a query's first 100 documents"
+    return row, f"BM25 + {system.name}: {what}; weight of BM25 {weight:.2f}, {chosen}.", cut
+
+
+# --- from vectors to rankings ---------------------------------------------------------------------------------------
+
+
+def embed(system: System, cache: Path, asked: HeldOut) -> tuple[np.ndarray | Vectors, ...]:
     """Vectors of queries and documents, as `system` has them."""
     section = encoder_section(system.model).model_copy(update={"query_prompt": system.query_prompt})
     embedder = Embedder(section, cache)
-    vectors = embedder.queries(queries.texts), embedder.documents(documents.texts)
+    vectors = embedder.queries(list(asked.queries.values())), embedder.documents(list(asked.documents.values()))
     if system.dimensions:
         if system.dimensions > vectors[0].shape[1]:
             raise InputError(f"--truncate_dim {system.dimensions}: {system.name} has fewer; lower it")
@@ -203,97 +227,48 @@ def dequantised(vectors: np.ndarray, precision: str) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def ranked(
-    vectors: tuple[np.ndarray | Vectors, ...], documents: Documents, queries: Queries
-) -> tuple[np.ndarray, np.ndarray]:
-    """(queries, up to DEPTH) positions and cosines of the nearest documents, best first, a query's own texts left out;
-    where documents run out, position -1."""
-    positions, scores = dense_top_k(*vectors, DEPTH + max(map(len, queries.own.values()), default=0))
-    rows = {document_id: row for row, document_id in enumerate(documents.ids)}
-    for query, query_id in enumerate(queries.ids):
-        for document_id in queries.own.get(query_id, ()):
-            scores[query, positions[query] == rows[document_id]] = -np.inf
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
-    positions, scores = (np.take_along_axis(found, order, axis=1) for found in (positions, scores))
-    return np.where(np.isinf(scores), -1, positions), scores
-
-
-def as_ranking(positions: np.ndarray, scores: np.ndarray, documents: Documents, queries: Queries) -> Ranking:
-    return {
-        query_id: {documents.ids[place]: float(score) for place, score in zip(*found, strict=True) if place >= 0}
-        for query_id, *found in zip(queries.ids, positions, scores, strict=True)
-    }
-
-
-def fused_row(
-    system: System,
-    cache: Path,
-    documents: Documents,
-    queries: Queries,
-    found: tuple[Ranking, Ranking],
-    validation: tuple[Queries, Ranking] | None,
-) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
-    """Scores of BM25 fused with `system`, and what validation queries choose: a sentence on the weight; thresholds.
-
-    found: the rankings by BM25 and by `system`. validation: queries, and BM25's ranking of them.
-    """
-    weight, chosen, cut = 0.5, "not chosen, there are no validation queries", None
-    if validation:
-        asked, sparse = validation
-        dense = as_ranking(*ranked(embed(system, cache, documents, asked), documents, asked), documents, asked)
-        cut = relevance(asked, dense, queries, found[1])
-        weight = choose_weight(asked, sparse, dense)
-        chosen = f"chosen on {len(asked.ids):,} validation queries"
-    row = {"name": f"BM25 + {system.name}", "kind": "fusion", "model": system.model, "weight": weight}
-    row |= ranking_scores(queries, fuse(*found, weight, DEPTH))
-    what = "sum of scores, each min-max normalised over a query's first 100 documents"
-    return row, f"BM25 + {system.name}: {what}; weight of BM25 {weight:.2f}, {chosen}.", cut
+def rank(vectors: tuple[np.ndarray | Vectors, ...], asked: HeldOut) -> Ranking:
+    """The DEPTH documents with the highest cosines of each query, which are the scores; its own texts left out."""
+    ids, most_own = list(asked.documents), max(map(len, asked.own.values()), default=0)
+    positions, cosines = dense_top_k(*vectors, DEPTH + most_own)
+    ranking = {}
+    for query_id, *found in zip(asked.queries, positions.tolist(), cosines.tolist(), strict=True):
+        own = asked.own.get(query_id, ())
+        others = ((ids[place], cosine) for place, cosine in zip(*found, strict=True) if ids[place] not in own)
+        ranking[query_id] = dict(islice(others, DEPTH))
+    return ranking
 
 
 def fuse(sparse: Ranking, dense: Ranking, weight: float, top_k: int) -> Ranking:
     return {query: dict(convex_fusion(sparse[query], dense[query], weight, top_k)) for query in dense}
 
 
-def choose_weight(queries: Queries, sparse: Ranking, dense: Ranking) -> float:
-    """That of WEIGHTS with the best COMPARED; of equal ones the smallest."""
+def choose_weight(qrels: dict[str, dict[str, int]], sparse: Ranking, dense: Ranking) -> float:
+    """BM25's share, that of WEIGHTS with the best COMPARED; of equal ones the smallest."""
     depth = MEASURES[COMPARED]
-    return max(WEIGHTS, key=lambda weight: ranking_scores(queries, fuse(sparse, dense, weight, depth))[COMPARED])
-
-
-def relevant_rows(documents: Documents, queries: Queries) -> list[list[int]]:
-    """The positions of each query's relevant documents."""
-    rows = {document_id: row for row, document_id in enumerate(documents.ids)}
-    grades = (queries.qrels[query_id] for query_id in queries.ids)
-    return [[rows[document_id] for document_id, grade in graded.items() if grade > 0] for graded in grades]
+    return max(WEIGHTS, key=lambda weight: ranking_scores(qrels, fuse(sparse, dense, weight, depth))[COMPARED])
 
 
 def cosine_quantiles(
-    queries: Vectors | np.ndarray,
-    documents: Vectors | np.ndarray,
-    positions: np.ndarray,
-    scores: np.ndarray,
-    relevant: Sequence[Sequence[int]],
+    vectors: tuple[np.ndarray | Vectors, ...], ranking: Ranking, asked: HeldOut
 ) -> dict[str, list[float] | None]:
     """QUANTILES of the cosines of queries with their relevant documents, wherever these are ranked, and with the
     others among the first NEAR; None where there are none.
 
-    Args:
-        queries: (queries, dimensions) unit vectors.
-        documents: (documents, dimensions) unit vectors.
-        positions: (queries, k) of the retrieved documents, best first.
-        scores: (queries, k) cosines of `positions`.
-        relevant: the positions of each query's relevant documents.
+    vectors: of unit length, of queries and of documents.
     """
-    pairs = np.array([(query, document) for query, rows in enumerate(relevant) for document in rows])
+    rows = {document_id: row for row, document_id in enumerate(asked.documents)}
+    relevant = {query_id: asked.relevant(query_id) for query_id in asked.queries}
+    pairs = np.array([(query, rows[id]) for query, found in enumerate(relevant.values()) for id in found])
     blocks = np.split(pairs, range(BLOCK, len(pairs), BLOCK))
-    found = [np.einsum("nd,nd->n", queries[rows[:, 0]], documents[rows[:, 1]]) for rows in blocks]
+    found = [np.einsum("nd,nd->n", vectors[0][block[:, 0]], vectors[1][block[:, 1]]) for block in blocks]
     others = [
-        score
-        for near, cosines, rows in zip(positions[:, :NEAR], scores[:, :NEAR], relevant, strict=True)
-        for position, score in zip(near, cosines, strict=True)
-        if position not in rows and position >= 0
+        cosine
+        for query_id, near in ranking.items()
+        for document_id, cosine in islice(near.items(), NEAR)
+        if document_id not in relevant[query_id]
     ]
-    groups = {"relevant": np.concatenate(found), "others": np.array(others)}
+    groups = {"relevant": np.concatenate(found), "others": np.array(others, np.float32)}
     return {
         name: [round(float(value), 4) for value in np.percentile(group, QUANTILES)] if len(group) else None
         for name, group in groups.items()

@@ -33,17 +33,16 @@ class Result(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    data = Path(args.data)
-    documents, language = load_documents(data), read_manifest(data / "candidates")["inputs"].get("language")
-    results = search(args.model, args.question, documents, data / "embeddings", args.top_k, args.hybrid, language)
-    print(format_results(results))
+    documents, language = load_documents(args.data), read_manifest(args.data / "candidates")["inputs"].get("language")
+    cache = args.data / "embeddings"
+    print(format_results(search(args.model, args.question, documents, cache, args.top_k, args.hybrid, language)))
 
 
 def _parse(argv: Sequence[str]):
     parser = ArgumentParser(prog="python -m eval.search", description=__doc__)
     parser.add_argument("question")
     parser.add_argument("--model", required=True, help="folder of a model, Hub id or package:NAME")
-    parser.add_argument("--data", required=True, help="folder that dataset_builders.build wrote")
+    parser.add_argument("--data", required=True, type=Path, help="folder that dataset_builders.build wrote")
     parser.add_argument("--top_k", type=at_least_1, default=5, help="documents to show (default: 5)")
     parser.add_argument("--hybrid", type=float, metavar="WEIGHT", help="weight of BM25 in the score, in [0, 1]")
     args = parser.parse_args(argv)
@@ -71,15 +70,15 @@ def search(
     from sentence_transformers import SentenceTransformer
 
     section = encoder_section(model)
-    vectors = Embedder(section, cache).documents(documents.texts)
+    ids, texts = list(documents), list(documents.values())
+    vectors = Embedder(section, cache).documents(texts)
     # not through the cache: a question is asked once
     question_vector = load_model(SentenceTransformer, section).encode_query([question], normalize_embeddings=True)
     positions, scores = dense_top_k(question_vector, vectors, top_k if hybrid is None else max(top_k, DEPTH))
     best = list(zip(positions[0].tolist(), scores[0].tolist(), strict=True))
     if hybrid is not None:
-        bm25 = search_bm25(question, documents.texts, max(top_k, DEPTH), language)
-        best = convex_fusion(bm25, dict(best), hybrid, top_k)
-    return [Result(score, documents.ids[position], documents.texts[position]) for position, score in best]
+        best = convex_fusion(search_bm25(question, texts, max(top_k, DEPTH), language), dict(best), hybrid, top_k)
+    return [Result(score, ids[position], texts[position]) for position, score in best]
 
 
 def search_bm25(question: str, texts: Sequence[str], top_k: int, language: str | None = None) -> dict[int, float]:

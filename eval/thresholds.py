@@ -7,23 +7,25 @@ the table of thresholds is of the evaluated queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from eval.held_out import Queries
-
 FIRST = 10  # documents of a query
 STEP = 0.05  # between thresholds
 
+Qrels = Mapping[str, Mapping[str, int]]
+Shown = list[tuple[float, bool]]  # cosine, and whether it is relevant, of a query's first documents
+
 
 def relevance(
-    validation: Queries, found: Mapping[str, Mapping[str, float]], queries: Queries, ranking: Mapping[str, Mapping]
+    validation: Qrels, found: Mapping[str, Mapping[str, float]], qrels: Qrels, ranking: Mapping[str, Mapping]
 ) -> dict[str, Any] | None:
     """{"a", "b", "queries", "table"}: P(relevant) = sigmoid(a * cosine + b) among a query's first 10 documents.
 
-    found, ranking: cosines by document of each query of `validation` and of `queries`, best first. None where all or
+    found, ranking: cosines by document of each query of `validation` and of `qrels`, best first. None where all or
     none of the validation's documents are relevant, or cosines do not tell which.
     """
     from sklearn.linear_model import LogisticRegression
@@ -37,24 +39,19 @@ def relevance(
     if a <= 0:
         return None
     b = float(fit.intercept_[0] - a * cosines.mean())
-    table = thresholds(list(first_documents(queries, ranking)), relevant_documents(queries))
-    return {"a": round(a, 4), "b": round(b, 4), "queries": len(validation.ids), "table": table}
+    relevant = sum(grade > 0 for grades in qrels.values() for grade in grades.values())
+    table = thresholds(first_documents(qrels, ranking), relevant)
+    return {"a": round(a, 4), "b": round(b, 4), "queries": len(validation), "table": table}
 
 
-def first_documents(
-    queries: Queries, ranking: Mapping[str, Mapping[str, float]]
-) -> Iterator[list[tuple[float, bool]]]:
-    """Of each query: cosine, and whether it is relevant, of its first 10 documents."""
-    for query_id in queries.ids:
-        grades = queries.qrels[query_id]
-        yield [(cosine, grades.get(document, 0) > 0) for document, cosine in list(ranking[query_id].items())[:FIRST]]
+def first_documents(qrels: Qrels, ranking: Mapping[str, Mapping[str, float]]) -> list[Shown]:
+    return [
+        [(cosine, grades.get(document, 0) > 0) for document, cosine in islice(ranking[query_id].items(), FIRST)]
+        for query_id, grades in qrels.items()
+    ]
 
 
-def relevant_documents(queries: Queries) -> int:
-    return sum(grade > 0 for grades in queries.qrels.values() for grade in grades.values())
-
-
-def thresholds(shown: Sequence[Sequence[tuple[float, bool]]], relevant: int) -> list[dict[str, float]]:
+def thresholds(shown: Sequence[Shown], relevant: int) -> list[dict[str, float]]:
     """For each cosine to cut at: precision of what is left, recall of all `relevant` documents, and the share of
     queries that are left with any document.
 
@@ -65,13 +62,8 @@ def thresholds(shown: Sequence[Sequence[tuple[float, bool]]], relevant: int) -> 
     best = np.array([max((cosine for cosine, _ in query), default=-1.0) for query in shown])
     table = []
     for step in range(int(np.ceil(pairs[:, 0].min() / STEP)), int(np.floor(pairs[:, 0].max() / STEP)) + 1):
-        left = pairs[pairs[:, 0] >= step * STEP]
-        table.append(
-            {
-                "cosine": round(step * STEP, 2),
-                "precision": round(float(left[:, 1].mean()), 4),
-                "recall": round(float(left[:, 1].sum() / relevant), 4),
-                "answered": round(float((best >= step * STEP).mean()), 4),
-            }
-        )
+        left = pairs[pairs[:, 0] >= step * STEP, 1]
+        shares = {"precision": left.mean(), "recall": left.sum() / relevant, "answered": (best >= step * STEP).mean()}
+        rounded = {name: round(float(share), 4) for name, share in shares.items()}
+        table.append({"cosine": round(step * STEP, 2), **rounded})
     return table

@@ -1,7 +1,6 @@
 """Ablations: runs that resume, failures that stop no other run, bad recipes refused."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,11 @@ from tiny_data import write_encoder, write_recipe, write_set
 from common.cli import InputError
 from common.steps import folder_step, write_arrow, write_parquet
 from dataset_builders import build
-from eval import ablate, ablation_recipe, ablation_table
+from eval import ablate, ablation_recipe
 from eval.ablate import main
-from eval.ablation_recipe import Ablation, combinations, override, read_ablation, read_variants, write_mined_rows
+from eval.ablation_recipe import Ablation, override, read_ablation, read_variants, write_mined_rows
+from eval.ablation_table import save
+from eval.figures import plot_differences
 from eval.intervals import bootstrap_interval
 
 ROOT = Path(__file__).parents[1]
@@ -28,13 +29,6 @@ SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 
 
 # --- what is run ----------------------------------------------------------------------------------------------------
-
-
-def test_combinations_are_variants_times_grid():
-    rows = combinations({"a": {"loss": "kl", "alpha": 0}, "b": {}}, {"alpha": [0.5, 1], "sts.seed": [3]})
-    assert rows["a, alpha=0.5, sts.seed=3"] == {"loss": "kl", "alpha": 0.5, "sts.seed": 3}
-    assert len(rows) == 4
-    assert combinations({}, {"shots": [0, 2]}) == {"shots=0": {"shots": 0}, "shots=2": {"shots": 2}}
 
 
 def test_overrides_are_those_of_flags_and_of_single_stages():
@@ -208,7 +202,7 @@ def test_the_page_says_all_of_it(folder, result):
         assert words in page
     assert f"{result['rows'][0]['mean']:.4f} [" in page and "nDCG@10 on validation" in page
     assert (folder / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    axis = ablation_table.plot_differences(result).axes[0]
+    axis = plot_differences(result).axes[0]
     [label] = axis.get_yticklabels()
     assert label.get_text() == "one-hot"
     dots = next(line for line in axis.lines if line.get_marker() == "o")
@@ -241,31 +235,17 @@ def test_what_is_finished_is_only_tabled(folder, result, tmp_path, capsys):
     assert again["failed"] == []
 
 
-def test_ablations_share_runs_of_equal_settings(folder, result, tmp_path, monkeypatch, capsys):
-    """Two questions with one row in common, whatever either calls it: three runs of a seed, not four."""
-    done = []
-
-    def copy_of_a_finished_run(run_folder, ablation, keys):
-        done.append(run_folder)
-        shutil.copytree(folder / "out" / "runs" / "soft_labels" / "seed-0", run_folder, dirs_exist_ok=True)
-        for path in run_folder.glob("scores-*.json"):
-            name = path.stem.removeprefix("scores-")
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"key": keys.get(name)}))
-        return 0
-
-    monkeypatch.setattr(ablate, "run_in_new_process", copy_of_a_finished_run)
-    recipe = yaml.safe_load((folder / "ablation.yaml").read_text()) | {
-        "runs_dir": str(tmp_path / "runs"),
-        "seeds": [0],
-    }
-    for name, variants in {
-        "a": {"x": {}, "hot": {"retrieval.alpha": 0}},
-        "b": {"y": {}, "half": {"alpha": 0.5}},
-    }.items():
-        (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(recipe | {"variants": variants}, sort_keys=False))
-        main(["--config", str(tmp_path / "ablation.yaml"), "--output_dir", str(tmp_path / name)])
-        assert (tmp_path / name / "ablation.md").is_file()
-    assert len(set(done)) == len(done) == 3 and "1 of 2 runs are done before" in capsys.readouterr().out
+def test_ablations_share_runs_of_equal_settings(folder, result, tmp_path):
+    """Two questions with one row in common, whatever either calls it; each has tables in a folder of its own."""
+    recipe = yaml.safe_load((folder / "ablation.yaml").read_text())
+    places = []
+    for variants in ({"x": {}, "hot": {"retrieval.alpha": 0}}, {"y": {}, "half": {"alpha": 0.5}}):
+        keys = recipe | {"runs_dir": str(tmp_path / "runs"), "output_dir": "out", "variants": variants}
+        ablation = Ablation(**keys)
+        places += [ablate.runs_folder(ablation, variant) for variant in read_variants(ablation, "x")]
+    assert places[0] == places[2] and len(set(places)) == 3
+    save(result, tmp_path / "of its own")
+    assert (tmp_path / "of its own" / "ablation.md").is_file()
 
 
 def test_a_run_has_a_process_of_its_own(folder, tmp_path):
@@ -326,11 +306,11 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
     assert low.key != high.key
     rows = {}
     for variant in (low, high):
-        [mined] = variant.mined
-        write_mined_rows(mined)
+        [(mined, source)] = variant.mined.items()
+        write_mined_rows(mined, source, variant.mining)
         [stage] = variant.recipe.stages
         rows[variant.name] = load_dataset(
-            stage.own.dataset_name, "train", split="train", cache_dir=str(tmp_path / "cache" / mined.folder.name)
+            stage.own.dataset_name, "train", split="train", cache_dir=str(tmp_path / "cache" / mined.name)
         )
     few, many = rows.values()
     assert len(many) > 10 and "negative_2" in many.column_names and "negative_3" not in many.column_names
@@ -338,7 +318,7 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
         assert all(max(label[1:]) < margin * label[0] for label in table["label"])
     assert any(max(label[1:]) >= 0.5 * label[0] for label in many["label"])
     # the two positives of q00 go along: neither is an in-batch negative of it, at whatever margin
-    positives = load_dataset(str(mined.folder), "positives", split="train", cache_dir=str(tmp_path / "positives"))
+    positives = load_dataset(str(mined), "positives", split="train", cache_dir=str(tmp_path / "positives"))
     assert len(positives) == 2 and len(set(positives["query"])) == 1
 
 

@@ -6,8 +6,8 @@ from tiny_mteb import write_result
 
 from common.cli import InputError
 from eval import report
+from eval.figures import plot_leaderboard
 from eval.leaderboard import borda_ranks, format_means, format_tasks, read_leaderboard
-from eval.report import plot_leaderboard
 
 SCORES = {
     ("org__a", "0123456789abcdef"): {"ArguAna": 0.50, "SCIDOCS": 0.20, "STS12": 0.70, "STSBenchmark": 0.80},

@@ -8,12 +8,13 @@ from PIL import Image
 
 from common.steps import write_json
 from eval import retrieval
+from eval.figures import VALIDATION_KEY, plot_systems, plot_training
 from eval.metrics import read_metrics
-from eval.report import KEY, VALIDATION_KEY, format_costs, main, not_run, plot_systems, plot_training, read_manifests
+from eval.report import KEY, format_costs, main, not_run, read_manifests
 
 LOGS = {
     "sts": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}],
-    "retrieval": [{"step": 10, "loss": 1.0, "seconds": 3.0}, {"step": 10, VALIDATION_KEY: 0.25}, {"step": 20, "x": 1}],
+    "retrieval": [{"step": 10, "loss": 1.0, "seconds": 3.0}, {"step": 63, VALIDATION_KEY: 0.25}, {"step": 20, "x": 1}],
 }
 
 
@@ -80,17 +81,13 @@ def test_curves_are_the_logged_points():
     loss_sts, loss_retrieval, ndcg_sts, ndcg_retrieval = plot_training(LOGS).axes
     assert loss_sts.lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5]]
     assert loss_retrieval.lines[0].get_xydata().tolist() == [[10, 1.0]]
-    assert ndcg_retrieval.lines[0].get_xydata().tolist() == [[10, 0.25]]
+    assert ndcg_retrieval.lines[0].get_xydata().tolist() == [[63, 0.25]]
+    assert ndcg_retrieval.get_xlim()[1] > 63  # a measurement after the last logged loss
     assert not ndcg_sts.lines and [text.get_text() for text in ndcg_sts.texts] == ["not measured"]
 
 
-def test_a_measurement_after_the_last_logged_loss_lies_inside():
-    log = [{"step": 10, "loss": 2.0}, {"step": 60, "loss": 1.0}, {"step": 63, VALIDATION_KEY: 0.6}]
-    for axis in plot_training({"sts": log}).axes:
-        assert axis.get_xlim()[1] > 63
-
-
 def test_costs_add_up(metrics):
+    """Eight devices for an hour are eight device hours."""
     ledger = {"data": [{"data": "x", "step": "corpus", "seconds": 10.0, "peak_memory_bytes": 2**29}]}
     ledger["stages"] = [stage()]
     manifests = {"corpus": {"seconds": 10.0, "peak_memory_bytes": 2**29, "counts": ["rows"], "rows": 1200}}
@@ -108,9 +105,6 @@ def test_costs_add_up(metrics):
         "| training: sts | 2 | 1,234 | 90 | cpu | 2.00 GiB | 0.03 |",
         "| **all** | | 1,234 | **100** | | | **0.03** |",
     ]
-
-
-def test_eight_devices_for_an_hour_are_eight_device_hours():
     hour = stage(training_seconds=3600.0, device_seconds=8 * 3600.0, device="A100")
     row = format_costs({"data": [], "stages": [hour]}).splitlines()[2]
     assert row == "| training: sts | 2 | 1,234 | 3,600 | 8 x A100 | 2.00 GiB | 8.00 |"

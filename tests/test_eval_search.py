@@ -29,12 +29,13 @@ def test_results_are_those_of_sentence_transformers(tiny_encoder, data):
     model = SentenceTransformer(str(tiny_encoder))
     [expected] = semantic_search(
         model.encode_query(["how do i parse a date"], convert_to_tensor=True),
-        model.encode_document(documents.texts, convert_to_tensor=True),
+        model.encode_document(list(documents.values()), convert_to_tensor=True),
         top_k=50,
     )
     found = search(str(tiny_encoder), "how do i parse a date", documents, data / "embeddings", top_k=50)
     assert len(found) == 6
-    assert [result.document_id for result in found] == [documents.ids[hit["corpus_id"]] for hit in expected]
+    ids = list(documents)
+    assert [result.document_id for result in found] == [ids[hit["corpus_id"]] for hit in expected]
     assert [result.score for result in found] == pytest.approx([hit["score"] for hit in expected], abs=1e-5)
 
 
@@ -49,9 +50,10 @@ def test_a_hybrid_search_is_the_convex_sum_of_both(tiny_encoder, data):
     documents = load_documents(data)
     ask = "sort a list"
     dense = search(str(tiny_encoder), ask, documents, data / "embeddings", top_k=6)
-    bm25 = search_bm25(ask, documents.texts, 6)
-    assert documents.texts[max(bm25, key=bm25.get)] == ask and 0 < len(bm25) < 6
-    places = {document_id: place for place, document_id in enumerate(documents.ids)}
+    texts = list(documents.values())
+    bm25 = search_bm25(ask, texts, 6)
+    assert texts[max(bm25, key=bm25.get)] == ask and 0 < len(bm25) < 6
+    places = {document_id: place for place, document_id in enumerate(documents)}
     for weight in (0.0, 0.4, 1.0):
         found = search(str(tiny_encoder), ask, documents, data / "embeddings", 3, hybrid=weight)
         cosines = {places[result.document_id]: result.score for result in dense}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from eval.held_out import Queries
 from eval.thresholds import relevance
 
 
@@ -18,19 +17,19 @@ def drawn(seed, count=300, a=9.0, b=-4.0):
         ranking[query] = {f"d{place}": float(cosine) for place, cosine in enumerate(cosines)}
         qrels[query] = {f"d{place}": int(rng.random() < expit(a * cosine + b)) for place, cosine in enumerate(cosines)}
         qrels[query]["never found"] = 1
-    return Queries("test", ids, ids, qrels), ranking
+    return qrels, ranking
 
 
 def test_constants_are_those_that_relevance_was_drawn_by_and_counts_are_plain():
-    queries, ranking = drawn(1)
-    found = relevance(*drawn(0, count=2000), queries, ranking)
+    qrels, ranking = drawn(1)
+    found = relevance(*drawn(0, count=2000), qrels, ranking)
     assert (found["a"], found["b"]) == (pytest.approx(9, rel=0.1), pytest.approx(-4, rel=0.1))
     assert found["queries"] == 2000 and len(found["table"]) > 10
-    everything = sum(sum(grades.values()) for grades in queries.qrels.values())
+    everything = sum(sum(grades.values()) for grades in qrels.values())
     for row in found["table"]:
         left = [
-            queries.qrels[query][document]
-            for query in queries.ids
+            qrels[query][document]
+            for query in qrels
             for place, (document, cosine) in enumerate(ranking[query].items())
             if place < 10 and cosine >= row["cosine"] - 1e-9
         ]
@@ -40,9 +39,9 @@ def test_constants_are_those_that_relevance_was_drawn_by_and_counts_are_plain():
 
 
 def test_cosines_that_tell_nothing_give_no_thresholds():
-    queries, ranking = drawn(0, count=5)
-    nothing = Queries("test", queries.ids, queries.texts, {query: {"never found": 1} for query in queries.ids})
-    assert relevance(nothing, ranking, queries, ranking) is None
+    qrels, ranking = drawn(0, count=5)
+    nothing = {query: {"never found": 1} for query in qrels}
+    assert relevance(nothing, ranking, qrels, ranking) is None
     many, found = drawn(2, count=500)
     turned = {query: {document: -cosine for document, cosine in row.items()} for query, row in found.items()}
-    assert relevance(many, found, queries, ranking) and relevance(many, turned, queries, ranking) is None
+    assert relevance(many, found, qrels, ranking) and relevance(many, turned, qrels, ranking) is None

@@ -19,7 +19,6 @@ from dataset_builders.calibration import calibrate
 from dataset_builders.candidates import reciprocal_rank_fusion
 from dataset_builders.near_duplicates import band_keys, text_keys
 from dataset_builders.schema import LABEL_FLOOR
-from eval.held_out import Queries
 from eval.metrics import ranking_scores
 from modeling.merging import linear, merge_weights, slerp
 from modeling.prompts import few_shot_prompt, instruction_prompt
@@ -97,8 +96,8 @@ judged = st.lists(st.integers(0, 2), min_size=3, max_size=14).filter(any)
 def test_measures_by_hand(grades, data):
     """nDCG@10 with gain = grade, R@100 and RR of one query, by their definitions."""
     found = data.draw(st.permutations(range(len(grades))))[: data.draw(st.integers(0, len(grades)))]
-    queries = Queries("test", ["q"], ["?"], {"q": {f"d{row}": grade for row, grade in enumerate(grades)}})
-    scores = ranking_scores(queries, {"q": [f"d{row}" for row in found]})
+    qrels = {"q": {f"d{row}": grade for row, grade in enumerate(grades)}}
+    scores = ranking_scores(qrels, {"q": [f"d{row}" for row in found]})
     gains = [grades[row] for row in found]
 
     def dcg(values):
