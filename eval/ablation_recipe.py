@@ -123,9 +123,7 @@ def read_variants(ablation: Ablation, config: str) -> list[Variant]:
         key = input_key(recipe, where)
         mining, mined = read_mining({**shared, **overrides}, where), {}
         if mining:
-            values = copy.deepcopy(recipe.values)
-            mined = use_mined_rows(values, recipe, mining, Path(ablation.output_dir) / "mined", where)
-            recipe = parse_training_recipe(values, where)
+            recipe, mined = on_mined_rows(recipe, mining, Path(ablation.output_dir) / "mined", where)
         variants.append(Variant(name, overrides, recipe, mining, mined, fingerprint([key, mining])))
     return variants
 
@@ -199,23 +197,21 @@ def read_mining(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
     return given
 
 
-def use_mined_rows(
-    values: Mapping[str, Any], recipe: Recipe, mining: dict[str, Any], output: Path, where: str
-) -> dict[Path, str]:
-    """Let each data set of mined rows in `values` be one below `output`; its folder -> the one it is mined from."""
-    made = {}
+def on_mined_rows(recipe: Recipe, mining: dict[str, Any], output: Path, where: str) -> tuple[Recipe, dict[Path, str]]:
+    """`recipe` with a folder below `output` for each data set of mined rows, and these folders' published sources."""
+    values, mined = copy.deepcopy(recipe.values), {}
     for holder, stage in zip(values["stages"], recipe.stages, strict=True):
-        mappings = {entry["name"]: entry for entry in holder.get("datasets") or []} or {stage.name: holder}
+        entries = {entry["name"]: entry for entry in holder.get("datasets") or []} or {stage.name: holder}
         for name, own in stage.datasets.items():
             if own.dataset_config == "train":
                 source = own.dataset_name
                 if not Path(source).is_dir():
                     raise InputError(f"{where}: mining.*: {source!r} is no folder here; download the data first")
                 folder = output / fingerprint([data_content(source, None), mining])
-                mappings[name]["dataset_name"], made[folder] = str(folder), source
-    if not made:
+                entries[name]["dataset_name"], mined[folder] = str(folder), source
+    if not mined:
         raise InputError(f"{where}: mining.*: no stage trains on mined rows (dataset_config: train)")
-    return made
+    return parse_training_recipe(values, where), mined
 
 
 def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, resolve_model
-from common.steps import files_of, fingerprint, folder_step
+from common.steps import files_of, fingerprint, folder_step, read_parquet
 from dataset_builders.embeddings import EncoderSection
 from modeling.encoder import read_setting
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, few_shot_prompt, few_shot_prompts
@@ -72,11 +72,16 @@ def run_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
     else:
         stages.append(System("final model", str(final), with_bm25=True))
     settings = json.loads((final / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-    few_shot = [
-        System(f"{stages[-1].name}, {shots}-shot", str(final), shots, prompt)
-        for shots, prompt in few_shot_prompts(settings.get("prompts", {})).items()
+    shown = with_shots(stages[-1], settings.get("prompts", {}))
+    return [*untrained_systems(run_folder, data, output), *stages, *shown]
+
+
+def with_shots(system: System, prompts: Mapping[str, str]) -> list[System]:
+    """`system` with each of the few-shot prompts that its model was saved with."""
+    return [
+        System(f"{system.name}, {shots}-shot", system.model, shots, prompt)
+        for shots, prompt in few_shot_prompts(prompts).items()
     ]
-    return [*untrained_systems(run_folder, data, output), *stages, *few_shot]
 
 
 def untrained_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
@@ -92,22 +97,19 @@ def untrained_systems(run_folder: Path, data: Path, output: Path) -> list[System
     model = str(run_folder / "student") if is_student else start["model"] + revision
     instruction, template = keys["instruction"], keys["query_template"]
     prompts = baked_prompts(instruction, (), template, keys["document_prompt"])
-    if instruction is not None and not is_student:
+    mined = data / "mined" / "mined.parquet"
+    if instruction is not None and not is_student and mined.is_file():
         import polars as pl
 
+        rows = pl.from_arrow(read_parquet(mined, ["query", "positive"]))
         for shots in SHOTS:
             with contextlib.suppress(InputError):  # no rows that fit
-                rows = pl.read_parquet(data / "mined" / "mined.parquet", columns=["query", "positive"])
                 shown = demonstrations(model, rows, instruction, shots, keys["max_seq_length"] // 2, template)
                 prompts[f"query-{shots}-shot"] = few_shot_prompt(instruction, shown, template)
     names = ("dtype", "max_seq_length", "min_text_tokens", "pooling", "num_hidden_layers")
     settings = {"prompts": prompts, **{name: keys[name] for name in names}}
-    folder = str(saved_encoder(model, output / "untrained", settings))
-    systems = [System("untrained", folder)]
-    systems += [
-        System(f"untrained, {shots}-shot", folder, shots, prompt)
-        for shots, prompt in few_shot_prompts(prompts).items()
-    ]
+    bare = System("untrained", str(saved_encoder(model, output / "untrained", settings)))
+    systems = [bare, *with_shots(bare, prompts)]
     if not is_student:
         mean = saved_encoder(model, output / "untrained-mean", settings | {"pooling": "mean"})
         systems.append(System("untrained, mean pooling", str(mean)))

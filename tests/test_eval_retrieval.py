@@ -219,18 +219,16 @@ def test_a_published_embedder_starts_as_it_is_and_a_decoder_with_demonstrations(
         return systems.untrained_systems(tmp_path, data, tmp_path / "out")
 
     zero, one, two, mean = untrained(tiny_decoder, None)
-    assert [system.name for system in (zero, one, two, mean)] == [
-        "untrained",
-        "untrained, 1-shot",
-        "untrained, 2-shot",
-        "untrained, mean pooling",
-    ]
+    names = [f"untrained{how}" for how in ("", ", 1-shot", ", 2-shot", ", mean pooling")]
+    assert [system.name for system in (zero, one, two, mean)] == names
     assert one.model == two.model == zero.model and two.query_prompt.count("Response: ") == 2
     bare, averaged = (SentenceTransformer(system.model) for system in (zero, mean))
     assert bare.prompts["query"] == "Instruct: retrieve its answer\nQuery: "
     assert few_shot_prompts(averaged.prompts) == {1: one.query_prompt, 2: two.query_prompt}  # for run_mteb --shots
     assert (bare[1].pooling_mode, averaged[1].pooling_mode) == ("lasttoken", "mean")
     assert untrained(run / "model", {"pooling": "lasttoken"}) == [System("untrained", str(run / "model"))]
+    shutil.rmtree(data / "mined")  # graded elsewhere
+    assert [system.name for system in untrained(tiny_decoder, None)] == [names[0], names[-1]]
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
