@@ -21,22 +21,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import polars as pl
+import pyarrow as pa
 from pydantic import Field
 
 from common.recipes import Section
 from dataset_builders.columns import TextColumn
 from dataset_builders.engines import Engine, Shards, compute_shards
 from dataset_builders.languages import STEMMERS, STOP_WORDS, language_name
+from dataset_builders.near_duplicates import ASCII_WORDS
 from dataset_builders.top_k import Ranking, Search, best, in_threads, ranges
 
 if TYPE_CHECKING:
     import bm25s
 
-QUERY_BLOCK = 64  # queries whose scores of a part are in memory at a time
+QUERY_BLOCK = 8  # queries whose scores of a part are in memory at a time: a processor's cache holds them
+THREAD_BLOCK = 512  # queries that a thread is given at a time
 COLUMNS = 1 << 26  # bytes of scores of a part's most frequent terms that are kept by document
 _STOP = -2  # the place of a word that is no term
 TEXT_BLOCK = 4096  # texts whose words are in memory at a time
+KNOWN = 1 << 18  # words whose stems are kept for the next part
 # How often a term (by its place in the vocabulary) occurs in a document (by its place in the part). Term -1 stands
 # for all terms: its count is the document's length.
 POSTING = np.dtype([("term", np.int32), ("document", np.int32), ("count", np.int32)])
@@ -91,21 +94,24 @@ def _tokenised(texts: Sequence[str], language: str | None) -> bm25s.tokenization
     return bm25s.tokenize(texts, token_pattern=_term(), stopwords=stop_words, stemmer=stemmer, show_progress=False)
 
 
-def split_words(texts: pl.Series) -> pl.DataFrame:
-    """row, word: the words of each text before stop words and stems, as `tokenise` reads them, in order.
-
-    Texts of ASCII alone, most of many languages', are split by compiled code.
+def split_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The row and number of each word of the texts, in order, as `tokenise` reads them before stop words and stems;
+    and the words by number.
     """
-    is_ascii = texts.str.len_bytes() == texts.str.len_chars()
-    rows = pl.int_range(len(texts), dtype=pl.Int64, eager=True)
-    plain = texts.filter(is_ascii).str.to_lowercase().str.extract_all("[0-9a-z_]{2,}")
+    import pyarrow.compute as pc  # slow to import: --help needs none
+
     split = re.compile(_term()).findall
-    others = [split(re.sub(_SPACELESS, _bigrams, text).lower()) for text in texts.filter(~is_ascii)]
-    found = pl.DataFrame({"row": rows.filter(is_ascii), "word": plain})
-    found = found.vstack(
-        pl.DataFrame({"row": rows.filter(~is_ascii), "word": pl.Series(others, dtype=pl.List(pl.String))})
-    )
-    return found.explode("word").drop_nulls()
+    spaced = [
+        text.translate(ASCII_WORDS) if text.isascii() else " ".join(split(re.sub(_SPACELESS, _bigrams, text).lower()))
+        for text in texts
+    ]
+    lists = pc.ascii_split_whitespace(pa.array(spaced, pa.string()))
+    words = lists.flatten().dictionary_encode()
+    rows = np.repeat(np.arange(len(texts), dtype=np.int32), lists.value_lengths().to_numpy())
+    numbers, distinct = words.indices.to_numpy(), words.dictionary
+    is_word = pc.binary_length(distinct).to_numpy() > 1  # of two letters, or one of a script without spaces
+    kept = is_word[numbers]
+    return rows[kept], numbers[kept], distinct.to_pylist()
 
 
 def _bigrams(run: re.Match) -> str:
@@ -160,33 +166,37 @@ class _Postings:
     language: str | None
 
     def __call__(self, number: int) -> np.ndarray:
+        from scipy.sparse import coo_array
+
         part = self.parts[number]
         count = len(part)
-        known: dict[str, int] = {}  # places by words
+        known = self._known
+        if len(known) > KNOWN:
+            known.clear()
 
         def read(block: range) -> tuple[np.ndarray, np.ndarray]:
             """Row and place of each word but stop words."""
-            words = split_words(self.documents.series(part[block.start : block.stop]))
-            if words.is_empty():
-                return np.empty(0, np.int64), np.empty(0, np.int64)
-            codes = words["word"].cast(pl.Categorical).to_physical().to_numpy()
-            where = np.zeros(int(codes.max()) + 1, np.int64)
-            where[codes] = np.arange(len(codes))  # one occurrence of each word
-            distinct = words["word"].gather(where).to_list()
-            known.update(self._places([word for word in distinct if word not in known]))
-            places = np.array([known[word] for word in distinct], np.int64)[codes]
-            return block.start + words["row"].to_numpy()[places > _STOP], places[places > _STOP]
+            rows, numbers, words = split_words(self.documents[part.start + block.start : part.start + block.stop])
+            known.update(self._places([word for word in words if word not in known]))
+            places = np.array([known[word] for word in words], np.int32)[numbers]
+            return block.start + rows[places > _STOP], places[places > _STOP]
 
-        lengths, found = np.zeros(count, np.int64), [np.empty(0, np.int64)]
+        lengths, found = np.zeros(count, np.int32), []
         for rows, places in in_threads(read, ranges(count, TEXT_BLOCK)):
             lengths += np.bincount(rows, minlength=count)
-            found.append((places * count + rows)[places >= 0])
-        pairs, counts = np.unique(np.concatenate(found), return_counts=True)
-        postings = np.empty(count + len(pairs), POSTING)
-        postings["term"] = np.concatenate([np.full(count, -1), pairs // count])
-        postings["document"] = np.concatenate([np.arange(count), pairs % count])
-        postings["count"] = np.concatenate([lengths, counts])
+            found.append((places[places >= 0], rows[places >= 0]))
+        pairs = np.concatenate(found, axis=1)
+        counts = coo_array((np.ones(pairs.shape[1], np.int32), tuple(pairs)), (len(self.vocabulary), count)).tocsr()
+        postings = np.empty(count + counts.nnz, POSTING)
+        postings["term"] = np.repeat(np.arange(-1, len(self.vocabulary)), [count, *np.diff(counts.indptr)])
+        postings["document"] = np.concatenate([np.arange(count), counts.indices])
+        postings["count"] = np.concatenate([lengths, counts.data])
         return postings
+
+    @functools.cached_property
+    def _known(self) -> dict[str, int]:
+        """Places by words, kept from one part to the next."""
+        return {}
 
     def _places(self, words: list[str]) -> dict[str, int]:
         """The places of the words' terms; -1 for a term that no query holds, _STOP for a stop word."""
@@ -209,13 +219,16 @@ class _SparseSearch(Search):
         add, rows = self.scorer(part), self.parts[part]
 
         def found(block: range) -> np.ndarray:
-            scores = np.zeros((len(block), len(rows)), np.float32)
-            for place, query in enumerate(block):
-                if self.queries[query]:
+            buffer, found = np.empty((QUERY_BLOCK, len(rows)), np.float32), []
+            for some in ranges(len(block), QUERY_BLOCK):
+                scores = buffer[: len(some)]
+                scores.fill(0)
+                for place, query in enumerate(block[some.start : some.stop]):
                     add(self.queries[query], scores[place])
-            return best(scores, self.top_k, rows.start, above=0)
+                found.append(best(scores, self.top_k, rows.start, above=0))
+            return np.concatenate(found)
 
-        blocks = ranges(len(queries), QUERY_BLOCK)
+        blocks = ranges(len(queries), THREAD_BLOCK)
         return np.concatenate([*in_threads(found, [queries[block.start : block.stop] for block in blocks])])
 
 
@@ -227,14 +240,12 @@ class _Bm25sSearch(_SparseSearch):
 
     def scorer(self, part: int) -> Callable[[list, np.ndarray], None]:
         k1, b = self.section.k1, self.section.b
-        postings = self.postings[part]
-        indexed = postings["term"] >= 0
-        lengths, postings = postings["count"][~indexed], postings[indexed]
-        length = lengths[postings["document"]] / self.average_length
-        saturated = postings["count"] / (postings["count"] + k1 * (1 - b + b * length))
-        scores = (self.idf[postings["term"]] * saturated).astype(np.float32)
-        documents = postings["document"].astype(np.intp)
-        bounds = np.searchsorted(postings["term"], np.arange(len(self.idf) + 1))  # sorted by term
+        terms, documents, counts = (np.ascontiguousarray(self.postings[part][name]) for name in POSTING.names)
+        lengths, first = counts[: len(self.parts[part])], len(self.parts[part])
+        terms, documents, counts = terms[first:], documents[first:].astype(np.intp), counts[first:]
+        length = lengths[documents] / self.average_length
+        scores = (self.idf[terms] * (counts / (counts + k1 * (1 - b + b * length)))).astype(np.float32)
+        bounds = np.searchsorted(terms, np.arange(len(self.idf) + 1))  # sorted by term
         spans = [slice(start, stop) for start, stop in pairwise(bounds.tolist())]
         columns = {}  # a whole column is added faster than many scattered scores
         for term in np.argsort(-np.diff(bounds), kind="stable")[: COLUMNS // (4 * len(lengths))].tolist():

@@ -32,9 +32,11 @@ AGREEING = 2  # bands
 WINDOW = 16  # neighbours in a bucket that a text is compared with
 BLOCK = 1024  # texts in memory at a time
 PAIRS = 256  # pairs whose 5-grams are in memory at a time
-_HASHES = 1024  # 5-grams permuted at a time: half a MiB, which a processor's cache holds
+_HASHED = 128  # texts whose 5-grams are permuted at a time: a processor's cache holds them
 _ROWS = 1 << 16  # of texts whose bands are joined at a time
 _WORD = re.compile(r"\w+")
+# An ASCII character in lower case if it is one of a word, else a space: much faster than the pattern.
+ASCII_WORDS = "".join(char.lower() if _WORD.match(char) else " " for char in map(chr, range(128)))
 
 
 def in_blocks(values: pl.Series) -> Iterator:
@@ -67,24 +69,26 @@ def band_keys(texts: pl.Series, description: str = "MinHash") -> np.ndarray:
     """
     found = []
     with tqdm(total=len(texts), desc=description, unit=" texts", smoothing=0) as progress:
-        for keys in in_threads(_block_keys, (texts.slice(start, BLOCK) for start in range(0, len(texts), BLOCK))):
+        for keys in in_threads(_block_keys, texts.to_frame().iter_slices(_HASHED)):
             found.append(keys)
             progress.update(len(keys))
     return np.concatenate([np.empty((0, BANDS), np.uint32), *found])
 
 
-def _block_keys(texts: pl.Series) -> np.ndarray:
-    data = [_compared(text) for text in texts.to_list()]
-    ends = np.cumsum([len(part) for part in data]).tolist()
-    grams = _mixed(_gram_hashes(b"".join(data)))  # those across two texts are in no range below
-    minima = np.full((len(data), BANDS * ROWS), 0xFFFFFFFF, np.uint32)
-    factors, offsets = _permutations()
-    for row, (part, end) in enumerate(zip(data, ends, strict=True)):
-        for first in range(end - len(part), end - SHINGLE + 1, _HASHES):
-            permuted = factors * grams[first : min(first + _HASHES, end - SHINGLE + 1)]
-            permuted += offsets
-            np.minimum(minima[row], permuted.min(axis=1), out=minima[row])
-    return _fold(minima)
+def _block_keys(texts: pl.DataFrame) -> np.ndarray:
+    data = [_compared(text) for text in texts.to_series().to_list()]
+    ends = np.cumsum([len(part) for part in data])
+    within = np.ones(ends[-1], bool)
+    within[(ends[:, None] - np.arange(1, SHINGLE)).ravel()] = False  # 5-grams that begin there reach the next text
+    hashes = _mixed(_gram_hashes(b"".join(data))[within[: 1 - SHINGLE]])
+    starts = np.concatenate([[0], ends[:-1]]) - (SHINGLE - 1) * np.arange(len(data))
+    minima = np.empty((BANDS * ROWS, len(data)), np.uint32)
+    permuted = np.empty_like(hashes)
+    for row, (factor, offset) in enumerate(_permutations()):
+        np.multiply(hashes, factor, out=permuted)
+        permuted += offset
+        np.minimum.reduceat(permuted, starts, out=minima[row])
+    return _fold(minima.T)
 
 
 def near_duplicate_groups(texts: pl.Series, keys: np.ndarray, similarity: float = NEAR_DUPLICATE) -> np.ndarray:
@@ -146,7 +150,8 @@ def shingles(text: str) -> np.ndarray:
 
 def compared_words(text: str) -> str:
     """Its words in lower case, joined by one space; its other characters where it has no word."""
-    return " ".join(_WORD.findall(text.casefold())) or normalised(text)
+    words = text.translate(ASCII_WORDS).split() if text.isascii() else _WORD.findall(text.casefold())
+    return " ".join(words) or normalised(text)
 
 
 def _compared(text: str) -> bytes:
@@ -163,10 +168,10 @@ def _gram_hashes(data: bytes) -> np.ndarray:
 
 
 def _permutations() -> np.ndarray:
-    """Two (BANDS * ROWS, 1) columns a, b of uint32, a odd: h -> a h + b modulo 2 ** 32 is one to one."""
+    """(BANDS * ROWS, 2) uint32 pairs a, b, a odd: h -> a h + b modulo 2 ** 32 is one to one."""
     random = np.random.RandomState(0)
     factors = random.randint(0, 1 << 31, BANDS * ROWS, np.uint32) * np.uint32(2) + np.uint32(1)
-    return np.stack([factors, random.randint(0, 1 << 32, BANDS * ROWS, np.uint32)])[:, :, None]
+    return np.stack([factors, random.randint(0, 1 << 32, BANDS * ROWS, np.uint32)], axis=1)
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
@@ -194,7 +199,10 @@ def _neighbours(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     The next band orders a bucket, which brings equals together.
     """
     for band in range(BANDS):
-        order = np.lexsort((keys[:, (band + 1) % BANDS], keys[:, band]))
+        order = np.argsort(keys[:, band])
+        is_next = np.diff(keys[order, band]) == 0
+        rows = np.sort(order[np.append(is_next, False) | np.append(False, is_next)])  # few: not alone in their bucket
+        order = rows[np.lexsort((keys[rows, (band + 1) % BANDS], keys[rows, band]))]
         bucket = keys[order, band]
         for distance in range(1, WINDOW + 1):
             places = np.flatnonzero(bucket[distance:] == bucket[:-distance])

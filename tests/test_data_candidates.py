@@ -158,8 +158,8 @@ def zipf():
 
 @given(st.lists(st.text(st.sampled_from("aB_9 .é猫タा²ßİ\n-"), max_size=12), max_size=6))
 def test_words_are_split_as_bm25s_splits_them(texts):
-    words = split_words(pl.Series(texts, dtype=pl.String))
-    found = [words.filter(pl.col("row") == row)["word"].to_list() for row in range(len(texts))]
+    rows, numbers, words = split_words(texts)
+    found = [[words[number] for number in numbers[rows == row]] for row in range(len(texts))]
     assert found == tokenise(texts, "vi")  # neither stop words nor stems
 
 
