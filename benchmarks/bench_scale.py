@@ -1,16 +1,18 @@
-"""Seconds and memory of a build as the corpus grows, and as the number of queries does.
+"""Seconds and memory of a build as the corpus grows, and as the number of queries does; of another commit's too.
 
     python -m benchmarks.bench_scale [--documents 10000 100000] [--queries 10000] [--last_step candidates]
+                                     [--against COMMIT]
 
 For every number of documents and of queries: a synthetic set, and a build of it in a process of its own, with a static
-embedding model of 384 dimensions, until --last_step is done. Seconds are the manifests'. Memory is what the kernel
-says of the process, twenty times a second, at its highest: what is no file (RssAnon), by step; and all that is
-resident, mapped documents and vectors too, which the kernel may drop at any time.
+embedding model of 384 dimensions, until --last_step is done. Processor seconds and memory are what the kernel says of
+the process, twenty times a second: memory at its highest, what is no file (RssAnon) by step, and all that is resident,
+mapped documents and vectors too, which the kernel may drop at any time. Seconds of the clock are the manifests'.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import polars as pl
 import pyarrow.parquet as pq
 import yaml
 
@@ -31,13 +34,16 @@ from common.tables import markdown_table
 
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "hub")
 INTERVAL = 0.05  # seconds between two samples
+HERE = Path(__file__).parents[1]
 
 
 @dataclass
 class Measured:
     documents: int
     queries: int
-    seconds: dict[str, float] = field(default_factory=dict)  # of each step
+    code: str = "this"
+    seconds: dict[str, float] = field(default_factory=dict)  # of the clock, in each step
+    processor: dict[str, float] = field(default_factory=dict)  # seconds of all threads, in each step
     anonymous: dict[str, float] = field(default_factory=dict)  # peak MiB in each step
     resident: float = 0.0  # peak MiB
     disk: float = 0.0  # MiB that the build left
@@ -48,18 +54,30 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--documents", type=at_least_1, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--queries", type=at_least_1, nargs="+", default=[10_000])
     parser.add_argument("--last_step", choices=STEPS, default="candidates")
+    parser.add_argument("--against", metavar="COMMIT", help="build with the code of this commit as well")
     args = parser.parse_args(argv)
-    print(environment("bm25s", "sentence-transformers", "torch", "pyarrow", "polars"), flush=True)
-    runs = [measured(*counts, args) for counts in itertools.product(args.documents, args.queries)]
+    print(environment("bm25s", "sentence-transformers", "torch", "numpy", "pyarrow", "polars"), flush=True)
+    runs = [one for counts in itertools.product(args.documents, args.queries) for one in measured(*counts, args)]
     print(f"\n{format_table(runs)}")
 
 
-def measured(documents: int, queries: int, args: Namespace) -> Measured:
-    with tempfile.TemporaryDirectory() as folder:
-        in_child(prepare, Path(folder), documents, queries)
-        found = Measured(documents, queries)
-        build(Path(folder), args.last_step, found)
-        return found
+def measured(documents: int, queries: int, args: Namespace) -> list[Measured]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, codes = Path(name), {"this": HERE}
+        if args.against:
+            codes[args.against] = folder / "code"
+            git = ["git", "-C", str(HERE), "worktree"]
+            if subprocess.run([*git, "add", "-q", "--detach", str(folder / "code"), args.against]).returncode:
+                raise InputError(f"--against {args.against}: git has no such commit; see above")
+        in_child(prepare, folder, documents, queries)
+        runs = [Measured(documents, queries, code) for code in codes]
+        for found in runs:
+            build(folder, args.last_step, found, codes[found.code])
+        if args.against:
+            subprocess.run([*git, "remove", "--force", str(folder / "code")], check=True)
+            if args.last_step != "corpus":
+                print(f"{documents:,} documents: {agreement(*(folder / code for code in codes))}", flush=True)
+        return runs
 
 
 def prepare(folder: Path, documents: int, queries: int) -> None:
@@ -78,14 +96,15 @@ def prepare(folder: Path, documents: int, queries: int) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
-def build(folder: Path, last_step: str, found: Measured) -> None:
-    """Run the build until `last_step` is done, and sample its memory."""
-    output = folder / "build"
+def build(folder: Path, last_step: str, found: Measured, code: Path = HERE) -> None:
+    """Run the build by `code` into a folder of its name until `last_step` is done, and watch its process."""
+    output = folder / found.code
     command = [sys.executable, "-m", "dataset_builders.build", "--config", str(folder / "recipe.yaml")]
-    with subprocess.Popen([*command, "--output_dir", str(output)]) as process:
+    environ = {**os.environ, "PYTHONPATH": str(code)}
+    with subprocess.Popen([*command, "--output_dir", str(output)], cwd=code, env=environ) as process:
         while process.poll() is None and not (output / last_step / MANIFEST).exists():
             step = next((name for name in STEPS if not (output / name / MANIFEST).exists()), last_step)
-            sample_memory(process.pid, step, found)
+            sample(process.pid, step, found)
             time.sleep(INTERVAL)
         process.terminate()  # the build would go on with the next step
     steps = STEPS[: STEPS.index(last_step) + 1]
@@ -97,46 +116,41 @@ def build(folder: Path, last_step: str, found: Measured) -> None:
     found.disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 2**20
 
 
-def sample_memory(process: int, step: str, found: Measured) -> None:
+def sample(process: int, step: str, found: Measured) -> None:
     try:
         found.resident = max(found.resident, status_mib(process, "VmHWM"))
         found.anonymous[step] = max(found.anonymous.get(step, 0.0), status_mib(process, "RssAnon"))
+        ticks = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
+        before = sum(seconds for name, seconds in found.processor.items() if name != step)
+        found.processor[step] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") - before
     except (FileNotFoundError, StopIteration, ProcessLookupError):
         pass  # it has just ended
 
 
-def format_table(runs: Sequence[Measured]) -> str:
-    """The last two columns: what 1,000 more documents (or queries) cost, from the row above to this one."""
-    steps = list(runs[0].seconds)
-    rows = []
-    for above, one in zip([None, *runs], runs, strict=False):
-        rows.append(
-            [
-                f"{one.documents:,}",
-                f"{one.queries:,}",
-                *(f"{one.seconds[step]:,.0f}" for step in steps),
-                *(f"{one.anonymous[step]:,.0f}" for step in steps),
-                f"{one.resident:,.0f}",
-                f"{one.disk:,.0f}",
-                *(["", ""] if above is None else slopes(above, one)),
-            ]
-        )
-    header = ["documents", "queries", *(f"{step}, s" for step in steps), *(f"{step}, MiB" for step in steps)]
-    return markdown_table(
-        [*header, "with mapped files, MiB", "disk, MiB", "s for 1,000 more", "MiB for 1,000 more"], rows
+def agreement(ours: Path, theirs: Path) -> str:
+    """How many of their candidates ours hold with the same ranks and scores by both retrievers."""
+    columns = ["query_id", "document_id", "bm25_rank", "bm25_score", "dense_rank", "dense_score"]
+    one, other = (
+        pl.scan_parquet(path / "candidates" / "candidates.parquet").select(columns) for path in (ours, theirs)
     )
+    same = other.join(one, on=columns, how="semi", nulls_equal=True).select(pl.len()).collect().item()
+    return f"{same:,} of their {other.select(pl.len()).collect().item():,} candidates are ours in ranks and scores"
 
 
-def slopes(above: Measured, one: Measured) -> list[str]:
-    """
-    >>> above = Measured(1000, 5, seconds={"corpus": 2.0}, anonymous={"corpus": 90.0})
-    >>> slopes(above, Measured(5000, 5, seconds={"corpus": 3.0}, anonymous={"corpus": 92.0}))
-    ['0.25', '0.50']
-    """
-    thousands = max(one.documents - above.documents, one.queries - above.queries) / 1000
-    seconds = sum(one.seconds.values()) - sum(above.seconds.values())
-    memory = max(one.anonymous.values()) - max(above.anonymous.values())
-    return [f"{seconds / thousands:.2f}", f"{memory / thousands:.2f}"]
+def format_table(runs: Sequence[Measured]) -> str:
+    steps = list(runs[0].seconds)
+    units = {"s": "seconds", "processor s": "processor", "MiB": "anonymous"}
+    rows = []
+    for one in runs:
+        figures = [f"{getattr(one, name)[step]:,.0f}" for name in units.values() for step in steps]
+        total = sum(one.processor.values())
+        ours = sum(runs[runs.index(one) - (one.code != "this")].processor.values())
+        figures += [f"{one.resident:,.0f}", f"{one.disk:,.0f}", f"{total / ours:.2f}"]
+        rows.append([f"{one.documents:,}", f"{one.queries:,}", one.code, *figures])
+    header = [f"{step}, {unit}" for unit in units for step in steps]
+    return markdown_table(
+        ["documents", "queries", "code", *header, "with mapped files, MiB", "disk, MiB", "processor, ratio"], rows
+    )
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def test_the_synthetic_set_is_built_with_its_duplicates_found(tmp_path):
         assert (again / f"{name}.parquet").read_bytes() == (tmp_path / "set" / f"{name}.parquet").read_bytes()
     found = bench_scale.Measured(1000, 50)
     bench_scale.build(tmp_path, "corpus", found)
-    assert list(found.seconds) == ["corpus"] and found.anonymous["corpus"] > 50
-    corpus = tmp_path / "build" / "corpus"
+    assert list(found.seconds) == ["corpus"] and found.anonymous["corpus"] > 50 and found.processor["corpus"] > 0
+    corpus = tmp_path / "this" / "corpus"
     assert len(read_parquet(corpus / "groups.parquet")) == 2  # one document of a thousand, and what nearly repeats it
     assert '"documents": 999' in (corpus / "manifest.json").read_text()
 
