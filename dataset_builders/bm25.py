@@ -1,8 +1,8 @@
 """BM25 by parts of the corpus: the scores of one index over all of it, with one part in memory at a time.
 
-Tokens and scores are bm25s's (method "lucene"), bit for bit. What a part cannot know by itself (how many documents
-hold a term, how long the average document is) is counted first, over all parts. Only terms that occur in a query are
-indexed.
+Words, stop words and scores are bm25s's (method "lucene"), bit for bit. What a part cannot know by itself (how many
+documents hold a term, how long the average document is) is counted first, over all parts. Only terms that occur in a
+query are indexed.
 
 Words are stemmed by Snowball and lose bm25s's stop words, by the language of the texts, where these have some. Scripts
 that write no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) are read as overlapping pairs of
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +30,6 @@ from dataset_builders.engines import Engine, Shards, compute_shards
 from dataset_builders.languages import STEMMERS, STOP_WORDS, language_name
 from dataset_builders.near_duplicates import ASCII_WORDS
 from dataset_builders.top_k import Ranking, Search, best, in_threads, ranges
-
-if TYPE_CHECKING:
-    import bm25s
 
 QUERY_BLOCK = 8  # queries whose scores of a part are in memory at a time: a processor's cache holds them
 THREAD_BLOCK = 512  # queries that a thread is given at a time
@@ -66,9 +63,13 @@ def _term() -> str:
 
 def tokenise(texts: Sequence[str], language: str | None = None) -> list[list[str]]:
     """Words of two letters or more in lower case, without stop words, by their stem; English's where none is named."""
-    tokens = _tokenised(texts, language)
-    words = {number: word for word, number in tokens.vocab.items()}
-    return [[words[number] for number in text] for text in tokens.ids]
+    rows, numbers, words = split_words(texts)
+    stems = _stems(words, language)
+    tokens: list[list[str]] = [[] for _ in texts]
+    for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+        if (stem := stems[number]) is not None:
+            tokens[row].append(stem)
+    return tokens
 
 
 def describe_words(language: str | None) -> str:
@@ -83,21 +84,19 @@ def describe_words(language: str | None) -> str:
     return f"words of two letters or more in lower case, {stop_words} removed, {stems}"
 
 
-def _tokenised(texts: Sequence[str], language: str | None) -> bm25s.tokenization.Tokenized:
-    import bm25s
+def _stems(words: list[str], language: str | None) -> list[str | None]:
+    """None for a stop word."""
     import Stemmer
+    from bm25s.tokenization import _infer_stopwords
 
     language = language or "en"
-    texts = [text if text.isascii() else re.sub(_SPACELESS, _bigrams, text) for text in texts]
-    stop_words = language if language in STOP_WORDS else None
-    stemmer = Stemmer.Stemmer(STEMMERS[language]) if language in STEMMERS else None
-    return bm25s.tokenize(texts, token_pattern=_term(), stopwords=stop_words, stemmer=stemmer, show_progress=False)
+    stop_words = frozenset(_infer_stopwords(language) if language in STOP_WORDS else ())
+    stems = Stemmer.Stemmer(STEMMERS[language]).stemWords(words) if language in STEMMERS else words
+    return [None if word in stop_words else stem for word, stem in zip(words, stems, strict=True)]
 
 
 def split_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The row and number of each word of the texts, in order, as `tokenise` reads them before stop words and stems;
-    and the words by number.
-    """
+    """The row and number of each word of the texts, in order, stop words too; and the words by number."""
     import pyarrow.compute as pc  # slow to import: --help needs none
 
     split = re.compile(_term()).findall
@@ -105,7 +104,7 @@ def split_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str]
         text.translate(ASCII_WORDS) if text.isascii() else " ".join(split(re.sub(_SPACELESS, _bigrams, text).lower()))
         for text in texts
     ]
-    lists = pc.ascii_split_whitespace(pa.array(spaced, pa.string()))
+    lists = pc.ascii_split_whitespace(pa.array(spaced, pa.large_string()))
     words = lists.flatten().dictionary_encode()
     rows = np.repeat(np.arange(len(texts), dtype=np.int32), lists.value_lengths().to_numpy())
     numbers, distinct = words.indices.to_numpy(), words.dictionary
@@ -200,10 +199,8 @@ class _Postings:
 
     def _places(self, words: list[str]) -> dict[str, int]:
         """The places of the words' terms; -1 for a term that no query holds, _STOP for a stop word."""
-        tokens = tokenise(words, self.language)
-        return {
-            word: self.vocabulary.get(term[0], -1) if term else _STOP for word, term in zip(words, tokens, strict=True)
-        }
+        places = [_STOP if stem is None else self.vocabulary.get(stem, -1) for stem in _stems(words, self.language)]
+        return dict(zip(words, places, strict=True))
 
 
 @dataclass(frozen=True)

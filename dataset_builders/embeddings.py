@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from common.cli import InputError
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 SHARD = 1024  # texts in a shard: what a killed process loses at most
 MAX_SHARDS = 1024  # beyond that many texts, longer shards rather than more files
-Texts: TypeAlias = Sequence[str] | pa.ChunkedArray | TextColumn
+Texts: TypeAlias = Sequence[str] | TextColumn
 
 
 class ModelSection(Section):
@@ -195,7 +194,7 @@ class _Encoding:
 
     def __call__(self, number: int) -> np.ndarray:
         rows = self.rows[number]
-        texts = text_list(self.texts[rows.start : rows.stop])
+        texts = self.texts[rows.start : rows.stop]
         model = _encoder(self.section, self.fingerprint)
         encode = model.encode_query if self.side == "query" else model.encode_document
         if is_static(model):
@@ -243,14 +242,10 @@ def is_static(model: SentenceTransformer) -> bool:
     return hasattr(model.tokenizer, "encode_batch")
 
 
-def text_list(texts: Sequence[str] | pa.ChunkedArray) -> list[str]:
-    return texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else list(texts)
-
-
 def _digest(texts: Texts) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(texts), SHARD):
-        for text in text_list(texts[start : start + SHARD]):
+        for text in texts[start : start + SHARD]:
             digest.update(text.encode("utf-8", "surrogatepass") + b"\x00")
     return digest.hexdigest()
 
