@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.models import resolve_model
 from common.steps import file_sha256, fingerprint, peak_memory_bytes, stack_versions, write_json
 from dataset_builders.dense import dense_top_k
@@ -119,10 +119,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--data", required=True, type=Path, help="folder that dataset_builders.build wrote")
     parser.add_argument("--output_dir", required=True, type=Path, help="where metrics.json goes")
     parser.add_argument("--split", default="test", help="whose queries are asked (default: test)")
-    parser.add_argument("--truncate_dim", nargs="+", type=int, default=[], help="also with only the first dimensions")
-    parser.add_argument(
-        "--precision", nargs="+", choices=("int8", "binary"), default=[], help="also with documents' vectors in it"
-    )
+    cut = "also with only the first dimensions"
+    parser.add_argument("--truncate_dim", nargs="+", type=at_least_1, default=[], metavar="N", help=cut)
+    precision = "also with documents' vectors in it"
+    parser.add_argument("--precision", nargs="+", choices=("int8", "binary"), default=[], help=precision)
     return parser.parse_args(argv)
 
 

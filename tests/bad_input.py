@@ -239,6 +239,7 @@ RETRIEVAL_FLAGS = r"""
 --split dev               | splits: test, train
 --split train             | source.eval_splits
 --top 5                   | unrecognized arguments
+--truncate_dim 0          | argument --truncate_dim: '0' is no whole number from 1 on
 """
 SEARCH_FLAGS = """
 again                     | unrecognized arguments: again
