@@ -9,7 +9,7 @@ weight of the convex sum is one number, chosen on these queries (at most 1,000 o
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.measure import environment
+from common.cli import ArgumentParser, run
 from common.steps import read_manifest
 from common.tables import markdown_table
 from eval.held_out import load_held_out
@@ -33,11 +34,11 @@ RANKINGS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.bench_fusion", description=__doc__)
     parser.add_argument("data", nargs="+", type=Path, help="folders that dataset_builders.build wrote")
     rows = []
-    for folder in parser.parse_args().data:
+    for folder in parser.parse_args(argv).data:
         values = scores(folder)
         difference = np.subtract(values["teacher"]["per_query"], values["RRF"]["per_query"])
         against = format_mean(mean_with_interval(difference[None]), "+.3f")
@@ -62,4 +63,4 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,24 +6,24 @@ another one, or two that changed places. Then it is searched for among the sente
 
 from __future__ import annotations
 
-import argparse
 import random
 import string
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
+from common.cli import ArgumentParser, run
 from common.tables import markdown_table
 from dataset_builders.near_duplicates import NEAR_DUPLICATE, band_keys, near_matches, normalised, text_keys
 from dataset_builders.typos import typo_matches
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.bench_typos", description=__doc__)
     parser.add_argument("folder", type=Path, help="Parquet files with sentence1 and sentence2")
-    args = parser.parse_args()
-    rows = pl.read_parquet(args.folder / "*.parquet")
+    rows = pl.read_parquet(parser.parse_args(argv).folder / "*.parquet")
     texts = pl.concat([rows["sentence1"], rows["sentence2"].alias("sentence1")]).rename("text")
     texts = pl.DataFrame([texts, text_keys(texts)]).unique("key", maintain_order=True)["text"]
     texts = texts.filter(texts.str.len_chars() >= 5)
@@ -53,17 +53,11 @@ def with_typo(text: str, rng: random.Random) -> str:
     while True:
         place, letter = rng.randrange(len(text) - 1), rng.choice(string.ascii_lowercase)
         before, here, after = text[:place], text[place], text[place + 1 :]
-        made = rng.choice(
-            (
-                before + letter + after,
-                before + letter + here + after,
-                before + after,
-                before + after[0] + here + after[1:],
-            )
-        )
+        middle_and_end = (letter + after, letter + here + after, after, after[0] + here + after[1:])
+        made = before + rng.choice(middle_and_end)
         if normalised(made) != normalised(text):
             return made
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
