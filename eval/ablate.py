@@ -59,10 +59,10 @@ from eval.ablation_recipe import Ablation, Variant, folder_name, read_ablation, 
 from eval.ablation_table import choose, is_compared, notes, save, summary
 from eval.held_out import HeldOut, load_documents, load_held_out
 from eval.intervals import LEVEL, METHOD, RESAMPLES
-from eval.metrics import COMPARED, MEASURES, read_json
+from eval.metrics import COMPARED, MEASURES
 from eval.pages import write_ablation_page
-from eval.report import read_ledger
 from eval.retrieval import model_row
+from eval.run_files import read_json, read_ledger
 from eval.systems import System
 from modeling.recipe import parse_recipe, read_stages, write_recipe
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: safe for colour-blind readers, and in grey print.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 KINDS = (("retriever", "retrievers", BLUE), ("model", "models", ORANGE), ("fusion", "both, fused", GREEN))
+KEY = "Results"  # the text chunk of a PNG that holds metrics.json's `key`
 VALIDATION_KEY = "eval_validation_cosine_ndcg@10"
 
 

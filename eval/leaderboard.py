@@ -1,7 +1,8 @@
 """What eval.run_mteb left, model against model: means by task type and Borda as mteb's leaderboard has them.
 
 A model is told from another by name and revision, so that weights trained anew, or shown demonstrations (-2-shot), are
-a row of their own. Other people's results (mteb.ResultCache's layout) may lie in the same folder.
+a row of their own; mteb's own table joins them, and is of a whole benchmark. Other people's results
+(mteb.ResultCache's layout) may lie in the same folder.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from common.cli import InputError
 from common.tables import markdown_table
 from eval.held_out import DEPTH
 from eval.intervals import format_mean, mean_with_interval
+from eval.run_files import read_json
 
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
 MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}
@@ -57,16 +57,6 @@ class Metrics(BaseModel):
     notes: list[str] = []
     peak_memory_bytes: int | None = None
     versions: dict[str, str]
-
-
-def read_json(path: Path, written_by: str = "the step that writes it") -> Any:
-    """The content of a JSON file. Raises InputError when it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file; run {written_by}") from None
-    except ValueError:
-        raise InputError(f"{path}: not readable as JSON; delete it and run {written_by}") from None
 
 
 def read_metrics(results: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from common.models import hub_commit, resolve_model
 from common.steps import written_whole
 from dataset_builders.languages import MTEB_CODES
 from eval.evidence import base_model, disclosure, other_files, read_evidence
-from eval.metrics import read_json
+from eval.run_files import read_json
 from modeling.reference import REFERENCE
 
 if TYPE_CHECKING:

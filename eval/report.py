@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import ArgumentParser, InputError, run
-from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, read_manifest
+from common.steps import BUILD_FOLDERS
 from common.tables import in_words, markdown_table
-from eval.figures import plot_leaderboard, plot_systems, plot_training
+from eval.figures import KEY, plot_leaderboard, plot_systems, plot_training
 from eval.leaderboard import format_means, format_tasks, read_leaderboard
-from eval.metrics import format_table, read_json, read_metrics
+from eval.metrics import format_table, read_metrics
+from eval.run_files import Log, read_ledger, read_logs, read_manifests
 from modeling.recipe import read_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = "Results"  # the text chunk of a PNG that holds metrics.json's `key`
 MTEB_NOT_RUN = (
     "MTEB and other collections: the table is about held-out queries of the run's own data. "
     "`python -m eval.run_mteb` runs the others."
@@ -33,8 +33,6 @@ MTEB_NOT_RUN = (
 COSTS = ("step", "made", "steps", "tokens", "saved by share_prefix", "seconds", "device", "peak memory")
 COSTS += ("device hours",)
 OTHER_SEEDS = "Other seeds: this is one training run. The intervals cover the choice of queries, not that of the seed."
-
-Log = list[dict[str, Any]]  # the trainer's: step, and loss or evaluation figures
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,28 +74,6 @@ def _parse(argv: Sequence[str]):
     parser.add_argument("results", type=Path, help="--output_dir of eval.retrieval or of eval.run_mteb")
     parser.add_argument("--output_dir", required=True, type=Path, help="where report.md and the pictures go")
     return parser.parse_args(argv)
-
-
-def read_ledger(run_folder: Path) -> dict[str, Any]:
-    """What train_st.py says the run cost."""
-    path = run_folder / "ledger.json"
-    ledger = read_json(path)
-    rows = ledger.get("stages") if isinstance(ledger, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "device_seconds" in row for row in rows):
-        raise InputError(f"{path}: not a ledger of train_st.py; run the training command again, it keeps what is done")
-    return ledger
-
-
-def read_logs(run_folder: Path, stages: Sequence[str]) -> dict[str, Log]:
-    """Stage -> the trainer's log, for the stages that have one."""
-    paths = {stage: run_folder / "logs" / f"{stage}.json" for stage in stages}
-    return {stage: read_json(path) for stage, path in paths.items() if path.is_file()}
-
-
-def read_manifests(data: Path) -> dict[str, dict[str, Any]]:
-    """Step -> manifest, for the steps of the data folder that were made."""
-    names = (GENERATED, *BUILD_FOLDERS)
-    return {name: read_manifest(data / name) for name in names if (data / name / MANIFEST).is_file()}
 
 
 def format_costs(

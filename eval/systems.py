@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, resolve_model
 from common.steps import files_of, fingerprint, folder_step, read_parquet
 from dataset_builders.embeddings import EncoderSection
+from eval.run_files import read_json
 from modeling.encoder import read_setting
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, few_shot_prompt, few_shot_prompts
 from modeling.recipe import read_stages
@@ -71,7 +71,7 @@ def run_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
         stages[-1] = System(f"{stages[-1].name} (final)", str(final), with_bm25=True)  # the same weights: one row
     else:
         stages.append(System("final model", str(final), with_bm25=True))
-    settings = json.loads((final / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    settings = read_json(final / "config_sentence_transformers.json")
     shown = with_shots(stages[-1], settings.get("prompts", {}))
     return [*untrained_systems(run_folder, data, output), *stages, *shown]
 

@@ -215,6 +215,7 @@ TRAIN_FILES = {
 
 DOCUMENTS, ASKED = "data/corpus/documents.arrow", "data/corpus/queries.parquet"
 JUDGED, MANIFEST = "data/corpus/qrels.parquet", "data/candidates/manifest.json"
+CANDIDATES = "data/candidates/candidates.parquet"
 BAD_MODEL = {
     "no model": (delete("model"), "model"),
     "settings are a list": (write("model/config.json", "[]"), "config.json: not a mapping"),
@@ -223,6 +224,7 @@ BAD_MODEL = {
 }
 RETRIEVAL_FILES = {
     **BAD_MODEL,
+    "no model": (delete("model"), "model: no such folder; finish the training"),
     "no data": (delete("data"), "documents.arrow: no such file"),
     "document without text": (columns(DOCUMENTS, text=["a", None]), "row 1 has no 'text'"),
     "ids are equal": (columns(DOCUMENTS, document_id="d0"), "id 'd0' occurs 6 times"),
@@ -231,7 +233,8 @@ RETRIEVAL_FILES = {
     "judgements are halves": (columns(JUDGED, score=0.5), "'score' cannot be read as int32"),
     "unfinished candidates": (delete(MANIFEST), "candidates: not a finished folder"),
     "manifest says nothing": (write(MANIFEST, "{}"), "no inputs.fusion.top_k"),
-    "candidates are none": (no_rows("data/candidates/candidates.parquet"), "no candidates for the queries"),
+    "candidates are none": (no_rows(CANDIDATES), "no candidates for the queries"),
+    "candidates of other documents": (columns(CANDIDATES, document_id="x"), "'x' is not in documents.arrow"),
     "output is a file": (write("out", "x"), "a file stands where"),
 }
 RETRIEVAL_FLAGS = r"""
@@ -244,11 +247,15 @@ RETRIEVAL_FLAGS = r"""
 SEARCH_FLAGS = """
 again                     | unrecognized arguments: again
 --top_k 0                 | argument --top_k: '0' is no whole number from 1 on
+--hybrid 1.5              | --hybrid 1.5: use a weight from 0 to 1
 --model ../../x           | model '../../x': no such folder
 """
 MTEB_FLAGS = """
 --tasks STSBenchmar       | Did you mean: 'STSBenchmark'
 --tasks                   | expected at least one argument
+--tasks MedQuAD           | task MedQuAD is read from local files; name their folder
+--tasks local             | name the folder of the data sets with --data_root
+--tasks local --data_root data  | none of the folders sts12
 --batch_size 0            | argument --batch_size: '0' is no whole
 --model org/none          | not a local folder, and the Hub did not serve it
 """
@@ -274,6 +281,10 @@ REPORT_FILES = {
     "metrics are no JSON": (write("results/metrics.json", "{"), "not readable as JSON"),
     "metrics of another": (write("results/metrics.json", "{}"), "not written by eval.retrieval"),
     "half a system": (measured(systems=[{"name": "x", "kind": "model"}]), "systems[0] is not as"),
+    "half a result of mteb": (
+        write("results/results/org__a/main/ArguAna.json", "{"),
+        "not a result that mteb can read",
+    ),
     "run is elsewhere": (measured(run="none"), "none: not a training run"),
 }
 ABLATE_KEYS = """

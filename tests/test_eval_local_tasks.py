@@ -5,7 +5,6 @@ import pytest
 from scipy.stats import spearmanr
 from tiny_data import write_table
 
-from common.cli import InputError
 from eval.leaderboard import read_leaderboard
 from eval.local_tasks import LOCAL_TASKS
 from eval.run_mteb import evaluate, load_for_mteb, load_tasks
@@ -93,14 +92,8 @@ def test_the_report_reads_them_and_mteb_tells_them_from_the_hubs(found):
     assert not results["SICK-R"].is_mergeable(hub)
 
 
-def test_named_tasks_take_the_local_copy_where_there_is_one(root, tmp_path):
+def test_named_tasks_take_the_local_copy_where_there_is_one(root):
     stsb, arguana = load_tasks(None, ["STSBenchmark", "ArguAna"], root)
     assert stsb.metadata.dataset["path"] == "local/stsb" and arguana.metadata.dataset["path"].startswith("mteb/")
     tasks = {task.metadata.name: task for task in load_tasks("MTEB(eng, v2)", None, root)}
     assert len(tasks) == 41 and tasks["STS12"].metadata.dataset["path"] == "local/sts12"
-    with pytest.raises(InputError, match="task MedQuAD is read from local files; name their folder"):
-        load_tasks(None, ["MedQuAD"])
-    with pytest.raises(InputError, match="name the folder of the data sets with --data_root"):
-        load_tasks(None, ["local"])
-    with pytest.raises(InputError, match="none of the folders sts12"):
-        load_tasks(None, ["local"], tmp_path)

@@ -8,9 +8,10 @@ from PIL import Image
 
 from common.steps import write_json
 from eval import retrieval
-from eval.figures import VALIDATION_KEY, plot_systems, plot_training
+from eval.figures import KEY, VALIDATION_KEY, plot_systems, plot_training
 from eval.metrics import read_metrics
-from eval.report import KEY, format_costs, main, not_run, read_manifests
+from eval.report import format_costs, main, not_run
+from eval.run_files import read_manifests
 
 LOGS = {
     "sts": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}],

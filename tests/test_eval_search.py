@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 
-from common.cli import InputError
 from dataset_builders.fusion import convex_fusion
 from eval.held_out import load_documents
 from eval.search import Result, format_results, main, search, search_bm25
@@ -61,8 +60,6 @@ def test_a_hybrid_search_is_the_convex_sum_of_both(tiny_encoder, data):
         assert [places[result.document_id] for result in found] == [place for place, _ in expected]
         assert [result.score for result in found] == pytest.approx([score for _, score in expected])
     assert found[0].text == ask
-    with pytest.raises(InputError, match=r"--hybrid 1\.5: use a weight from 0 to 1"):
-        main(["--model", "m", "--data", "d", "--hybrid", "1.5", ask])
 
 
 def test_rank_score_id_and_the_beginning_of_the_text_are_shown():
