@@ -16,6 +16,7 @@ said. Templates have no instruction and no demonstrations.
 from __future__ import annotations
 
 import itertools
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,8 @@ def main(argv: Sequence[str]) -> None:
             raise InputError(f"{name}: task {task} failed: {reason}; run the same command again to go on from there")
     board = make_leaderboard(results, tasks)
     page = f"{format_means(board)}\n\n{format_tasks(board)}\n"
-    (args.output_dir / "frozen.md").write_text(f"`python -m eval.frozen {' '.join(argv)}`\n\n{page}", encoding="utf-8")
+    command = f"python -m eval.frozen {shlex.join(argv)}"
+    (args.output_dir / "frozen.md").write_text(f"`{command}`\n\n{page}", encoding="utf-8")
     print(page)
 
 

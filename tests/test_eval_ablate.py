@@ -17,8 +17,8 @@ from tiny_data import write_encoder, write_recipe, write_set
 from common.cli import InputError
 from common.steps import folder_step, write_arrow, write_parquet
 from dataset_builders import build
-from eval import ablate, ablation_recipe
-from eval.ablate import main
+from eval import ablation_recipe, ablation_runs
+from eval.ablate import main, runs_folder
 from eval.ablation_recipe import Ablation, override, read_ablation, read_variants, write_mined_rows
 from eval.ablation_table import save
 from eval.figures import plot_differences
@@ -100,7 +100,7 @@ def folder(recipe, hub, tmp_path_factory) -> Path:
 def run_here(folder, ablation, keys):
     """`run_in_new_process` without the seconds that a new process takes."""
     try:
-        ablate.train_and_score_one(folder, ablation, keys)
+        ablation_runs.train_and_score_one(folder, ablation, keys)
     except InputError as error:
         (folder / "run.log").write_text(f"...\nerror: {error}\n")
         return 2
@@ -122,12 +122,12 @@ def finished(folder):
         return run_here(run_folder, ablation, keys)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablate, "run_in_new_process", interrupted)
+        patch.setattr(ablation_runs, "run_in_new_process", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(arguments(folder))
         trained = (first / "model" / "manifest.json").stat().st_mtime_ns
         assert not (folder / "out" / "ablation.json").exists()
-        patch.setattr(ablate, "run_in_new_process", run_here)
+        patch.setattr(ablation_runs, "run_in_new_process", run_here)
         with pytest.raises(InputError) as error:
             main(arguments(folder, "--report_split", "test"))
     assert (first / "model" / "manifest.json").stat().st_mtime_ns == trained
@@ -242,7 +242,7 @@ def test_ablations_share_runs_of_equal_settings(folder, result, tmp_path):
     for variants in ({"x": {}, "hot": {"retrieval.alpha": 0}}, {"y": {}, "half": {"alpha": 0.5}}):
         keys = recipe | {"runs_dir": str(tmp_path / "runs"), "output_dir": "out", "variants": variants}
         ablation = Ablation(**keys)
-        places += [ablate.runs_folder(ablation, variant) for variant in read_variants(ablation, "x")]
+        places += [runs_folder(ablation, variant) for variant in read_variants(ablation, "x")]
     assert places[0] == places[2] and len(set(places)) == 3
     save(result, tmp_path / "of its own")
     assert (tmp_path / "of its own" / "ablation.md").is_file()
@@ -256,13 +256,13 @@ def test_a_run_has_a_process_of_its_own(folder, tmp_path):
     run = tmp_path / "out" / "runs" / "soft_labels" / "seed-0"
     assert "stage retrieval" in (run / "run.log").read_text() and (run / "scores-validation.json").is_file()
     (run / "run.log").write_text("going on\nerror: no such data\n")
-    assert ablate.reason(run, 2) == "no such data"
-    assert ablate.reason(run, -9) == "ended by signal SIGKILL, out of memory?"
+    assert ablation_runs.reason(run, 2) == "no such data"
+    assert ablation_runs.reason(run, -9) == "ended by signal SIGKILL, out of memory?"
 
 
 ORPHAN = """
 import multiprocessing, threading, time
-from eval.ablate import _end_with_parent
+from eval.ablation_runs import _end_with_parent
 
 def child():
     threading.Thread(target=_end_with_parent, daemon=True).start()
