@@ -6,6 +6,7 @@ tokens after those that it shares with its neighbour before it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class Prefix:
         2
         """
         length = min(len(self.ids), len(ids))
-        return _length_of_run(self.ids[:length] == ids[:length])
+        return int((self.ids[:length] == ids[:length]).long().cumprod(dim=0).sum())
 
 
 class Packing:
@@ -67,22 +68,31 @@ class Packing:
         return self.prefix - self.known
 
     @property
+    def computed(self) -> list[int]:
+        """Tokens that are computed: of the prefix, if any, and of each text."""
+        return [self.new, *self.rests] if self.new else self.rests
+
+    @functools.cached_property
+    def last(self) -> Tensor:
+        """(number of distinct texts,) which of the computed tokens are the last of a text."""
+        return torch.tensor(self.rests, device=self.ids.device).cumsum(dim=0) + (self.new - 1)
+
+    @property
     def longest(self) -> int:
         return self.prefix + max(map(sum, zip(self.shared, self.rests, strict=True)))
 
-    def mask(self, before: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """(length, before + length) of `causal_mask`, which is made once for all layers: what `length` tokens after
-        `before` others see. None where that is plain causal attention.
+    def mask(self, length: int, end: int, window: int | None, like: Tensor) -> Tensor | None:
+        """(length, end) of `causal_mask`, which is made once for all layers: what the last `length` of `end` tokens
+        see. None where that is plain causal attention.
         """
-        end = before + length
         if window is not None and window >= end:
             window = None
-        if not before and window is None:
+        if length == end and window is None:
             return None
         key = (window, like.dtype, like.device)
         if key not in self._masks:
             self._masks[key] = causal_mask(self.longest, window, like)
-        return self._masks[key][before:end, :end]
+        return self._masks[key][end - length : end, :end]
 
 
 def causal_mask(length: int, window: int | None, like: Tensor) -> Tensor:
@@ -168,11 +178,6 @@ def texts_of(features: Features) -> tuple[Tensor, Tensor] | None:
     if not lengths.all():
         return None  # an empty text: leave it to the plain path
     return torch.arange(len(ids), device=ids.device) * ids.shape[1] + present.int().argmax(dim=1), lengths
-
-
-def _length_of_run(equal: Tensor) -> int:
-    """How many are true before the first that is not."""
-    return int(equal.long().cumprod(dim=0).sum())
 
 
 def _worthwhile(tokens: int) -> int:

@@ -7,16 +7,18 @@ once, and every text attends to it; as the texts lie end to end, no padding is c
 
 The prefix is the longest common prefix of the batch's token ids, after the usual tokenisation of whole texts: a prompt
 tokenised on its own would end in other tokens. What a text shares with others beyond the prefix is computed once too,
-and so are equal texts. All but attention works on tokens one by one, so this is exact up to rounding, forward and
-backward, with LoRA, gradient checkpointing and GradCache. Only dropout draws other masks.
+and so are equal texts. Where last tokens alone are pooled, the last layer computes keys and values of the whole row,
+and all else (94 % of its work in SmolLM2) of those tokens. All but attention works on tokens one by one, so this is
+exact up to rounding, forward and backward, with LoRA, gradient checkpointing and GradCache. Only dropout draws other
+masks.
 
 The batches of one call of `encode` share their prefix too: the first one's keys and values are kept until the call
 ends, within which weights, adapters, autocast, device and config cannot change. `encode` sorts its texts by their
 length, against padding; as there is none here, they are sorted by how they begin.
 
-Two hooks on the first module pack a batch and unpack the states, one attention function runs between them, `encode` is
-wrapped; all else stays as it is. transformers' key-value cache would not do: gradient checkpointing drops it, and the
-model trains on, wrongly.
+Two hooks on the first module pack a batch and unpack the states, one attention function runs between them, hooks in
+the last layer cut it to the last tokens, `encode` is wrapped; all else stays as it is. transformers' key-value cache
+would not do: gradient checkpointing drops it, and the model trains on, wrongly.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -84,7 +87,9 @@ def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
     attention = backbone.config._attn_implementation
     outer = {name: vars(model).get(name) for name in ("encode", "_input_length")}
     backbone.set_attn_implementation(_ATTENTION)
-    hooks = transformer.register_forward_pre_hook(packer.pack), transformer.register_forward_hook(packer.unpack)
+    hooks = [transformer.register_forward_pre_hook(packer.pack), transformer.register_forward_hook(packer.unpack)]
+    if packer.last_only:
+        hooks += _LastTokens().cut(backbone.layers[-1])
     model.encode = functools.partial(packer.encode, model.encode)
     if rotates_by_position(backbone):  # else a vector depends on which texts are in its batch
         model._input_length = alphabetical  # by which `encode` sorts
@@ -206,6 +211,41 @@ class _Packer:
             self.encoding, self.kept = False, None
 
 
+# --- the last layer -------------------------------------------------------------------------------------------------
+
+
+class _LastTokens:
+    """Hooks of the last layer: its queries, its attention's output and its MLP are computed for the tokens alone that
+    are pooled. Of the others it needs keys and values; their states stay unfinished.
+    """
+
+    which: Tensor | None = None  # places in the row; None where it is not packed
+    length = 0  # of the row
+
+    def cut(self, layer: nn.Module) -> list[RemovableHandle]:
+        attention = layer.self_attn
+        hooks = [attention.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        for module in (attention.q_proj, attention.o_proj, layer.mlp):
+            hooks += [module.register_forward_pre_hook(self.select), module.register_forward_hook(self.put_back)]
+        return hooks
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Here, as gradient checkpointing runs the layer's parts again and not its hooks."""
+        packing = kwargs.get("packing")
+        self.which = packing and packing.last
+
+    def select(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self.which is None:
+            return None
+        self.length = args[0].shape[1]
+        return (args[0].index_select(1, self.which),)
+
+    def put_back(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if self.which is None:
+            return None
+        return output.new_zeros(1, self.length, output.shape[-1]).index_copy(1, self.which, output)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -240,13 +280,13 @@ def packed_attention(
         key, value = (torch.cat(parts, dim=2) for parts in zip(kept, (key, value), strict=True))
     if packing.keeps:  # copies: views would keep the whole row
         packing.keeps.layers[module.layer_idx] = tuple(part[:, :, : packing.prefix].clone() for part in (key, value))
-    if query.is_cuda and not dropout and query.shape[-1] <= _FLASH_HEAD_SIZE:
-        # under autocast rotary positions leave queries and keys in float32, values not
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            query, key, value = (part.to(dtype) for part in (query, key, value))
-            return _varlen_attention(query, key, value, packing, scaling, sliding_window), None
-    return _attention_by_text(query, key, value, packing, dropout, scaling, sliding_window), None
+    # under autocast rotary positions leave queries and keys in float32, values not
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    halves = query.is_cuda and dtype in (torch.float16, torch.bfloat16)
+    if halves and not dropout and query.shape[-1] <= _FLASH_HEAD_SIZE:
+        query, key, value = (part.to(dtype) for part in (query, key, value))
+        return _varlen_attention(query, key, value, packing, scaling, sliding_window), None
+    return _attention_by_text(query, key, value, packing, scaling, sliding_window, dropout), None
 
 
 def _attention_by_text(
@@ -254,40 +294,19 @@ def _attention_by_text(
     key: Tensor,
     value: Tensor,
     packing: Packing,
-    dropout: float,
     scaling: float | None,
     window: int | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """One call of torch's attention for the prefix and one for each text: on a CPU as fast as a single one."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        settings = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": True}
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
-
-    prefix_query, *queries = query.split([packing.new, *packing.rests], dim=2)
+    settings = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
     states = []
-    if packing.new:
-        mask = packing.mask(packing.known, packing.new, window, query)
-        states.append(attend(prefix_query, key[:, :, : packing.prefix], value[:, :, : packing.prefix], mask))
-    for own, *text in zip(queries, _of_each_text(key, packing), _of_each_text(value, packing), strict=True):
-        length, end = own.shape[2], text[0].shape[2]
-        states.append(attend(own, *text, packing.mask(end - length, length, window, query)))
+    for part, *seen in zip(
+        query.split(packing.computed, dim=2), _seen_by_each(key, packing), _seen_by_each(value, packing), strict=True
+    ):
+        mask = packing.mask(part.shape[2], seen[0].shape[2], window, query)
+        states.append(scaled_dot_product_attention(part, *seen, attn_mask=mask, is_causal=mask is None, **settings))
     return torch.cat(states, dim=2).transpose(1, 2).contiguous()
-
-
-def _of_each_text(part: Tensor, packing: Packing) -> list[Tensor]:
-    """Keys (or values) of each text, from those of the row: of the prefix, shared with the text before it, its own.
-
-    The gradients of the prefix's are summed over the texts in one sum (the backward of `expand`), which in bfloat16
-    loses less than adding them up one by one.
-    """
-    prefix, *rests = part.split([packing.prefix, *packing.rests], dim=2)
-    copies = prefix.expand(len(rests), -1, -1, -1).split(1)
-    texts, rest = [], None
-    for copy, shared, own in zip(copies, packing.shared, rests, strict=True):
-        rest = torch.cat([rest[:, :, :shared], own], dim=2) if shared else own
-        texts.append(torch.cat([copy, rest], dim=2) if packing.prefix else rest)
-    return texts
 
 
 def _varlen_attention(
@@ -296,24 +315,31 @@ def _varlen_attention(
     """One call of the flash kernel for sequences of different lengths, of fewer queries than keys where a text has a
     prefix. Half precision on CUDA alone. Not run yet: there was no GPU.
     """
-    keys, values = (_of_each_text(part, packing) for part in (key, value))
-    lengths = (packing.rests, [text.shape[2] for text in keys])
-    if packing.new:
-        lengths = [packing.new, *lengths[0]], [packing.prefix, *lengths[1]]
-        keys, values = [key[:, :, : packing.prefix], *keys], [value[:, :, : packing.prefix], *values]
+    keys, values = (_seen_by_each(part, packing) for part in (key, value))
+    lengths = packing.computed, [part.shape[2] for part in keys]
     bounds = [
         torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32, device=query.device) for part in lengths
     ]
     rows = (torch.cat(parts, dim=2)[0].transpose(0, 1).contiguous() for parts in ([query], keys, values))
-    states = varlen_attn(
-        *rows,
-        *bounds,
-        *map(max, lengths),
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=True,
-    )
+    seen = (-1 if window is None else window - 1, 0)
+    states = varlen_attn(*rows, *bounds, *map(max, lengths), scale=scaling, window_size=seen, enable_gqa=True)
     return states[None]
+
+
+def _seen_by_each(part: Tensor, packing: Packing) -> list[Tensor]:
+    """The keys (or values) that the computed tokens of the prefix see, if there are any, and those of each text: of
+    the prefix, shared with the text before it, its own.
+
+    The gradients of the prefix's are summed over the texts in one sum (the backward of `expand`), which in bfloat16
+    loses less than adding them up one by one.
+    """
+    prefix, *rests = part.split([packing.prefix, *packing.rests], dim=2)
+    copies = prefix.expand(len(rests), -1, -1, -1).split(1)
+    seen, rest = [prefix] if packing.new else [], None
+    for copy, shared, own in zip(copies, packing.shared, rests, strict=True):
+        rest = torch.cat([rest[:, :, :shared], own], dim=2) if shared else own
+        seen.append(torch.cat([copy, rest], dim=2) if packing.prefix else rest)
+    return seen
 
 
 AttentionInterface.register(_ATTENTION, packed_attention)

@@ -108,10 +108,10 @@ def test_both_attentions_are_the_same(monkeypatch, prefix, known, window):
     parts = {name: part.requires_grad_() for name, part in parts.items()}
     lengths = [0, 2, 5, 0], [2, 7, 1, 2]  # of what is shared with the text before, and of the rest
     packing = Packing(prefix, *lengths, None, None, None)
-    whole = shared_prefix._attention_by_text(*parts.values(), packing, 0, 0.3, window)
+    whole = shared_prefix._attention_by_text(*parts.values(), packing, 0.3, window)
     parts["query"] = parts["query"][:, :, known:]
     packing = Packing(prefix, *lengths, None, None, None, known)
-    by_text = shared_prefix._attention_by_text(*parts.values(), packing, 0.0, 0.3, window)
+    by_text = shared_prefix._attention_by_text(*parts.values(), packing, 0.3, window)
     varlen = shared_prefix._varlen_attention(*parts.values(), packing, 0.3, window)
     torch.testing.assert_close(by_text, whole[:, known:], rtol=0, atol=1e-5)
     torch.testing.assert_close(varlen, by_text, rtol=0, atol=1e-5)

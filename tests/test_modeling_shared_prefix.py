@@ -146,6 +146,17 @@ def test_any_pooling(make, pooling, include_prompt):
         assert_equal_vectors(model, **BATCHES)
 
 
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
+def test_the_last_layer_computes_what_pooling_reads(make, pooling):
+    model = make(pooling=pooling)
+    rows = []
+    for layer in model[0].model.layers[-2:]:
+        layer.mlp.up_proj.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    with share_prefix(model) as counts:
+        encode(model, [*QUERIES, QUERIES[0]])
+    assert rows == [counts.tokens_computed, len(QUERIES) if pooling == "lasttoken" else counts.tokens_computed]
+
+
 @pytest.mark.parametrize("window", [4, 14])
 def test_sliding_windows_shorter_than_rest_prefix_and_text(make, window):
     model = make(sliding_window=window)
