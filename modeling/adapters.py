@@ -41,12 +41,15 @@ def add_adapter(encoder: SentenceTransformer, peft_config: PeftConfig) -> None:
 
 def continue_adapter(encoder: SentenceTransformer, folder: Path) -> None:
     """Freeze the weights and go on training the adapter that `save_adapter` wrote into `folder`."""
-    backbone = encoder.transformers_model
-    conversions = backbone._weight_conversions
-    encoder.load_adapter(str(folder), is_trainable=True)
-    # load_adapter notes there how it renamed peft's keys; saving the merged weights would rename them the other way
-    backbone._weight_conversions = conversions
-    _train_in_float32(encoder)
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    add_adapter(encoder, config)
+    # by peft: load_adapter of transformers (5.23) starts DoRA's magnitudes anew, and renames what is saved after it
+    weights = load_peft_weights(str(folder), device="cpu")
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+    set_peft_model_state_dict(encoder.transformers_model, weights)
 
 
 def _train_in_float32(encoder: SentenceTransformer) -> None:
