@@ -9,7 +9,7 @@
 | encode | SentenceTransformer.encode with a prompt, in batches of --batch_size; the same within `share_prefix` |
 | train | loss and gradients of one step, LoRA of rank 16 on all linear layers or --all_weights, GradCache: |
 | | CachedMultipleNegativesRankingLoss; the same within `share_prefix`; SoftInfoNCELoss within `share_prefix`, |
-| | which keeps no graphs, those that fit half of the memory that all take, or all |
+| | which keeps no graphs, that of one mini-batch, those in half of the memory that all take, or all |
 
 Weights are those of --model, or random; texts are docstrings of the standard library, or made of random words: of 8 to
 48 tokens (encode), or queries of 30 and documents of 30 to 200 (train). The sides take turns in one process. Seconds
@@ -48,22 +48,14 @@ from common.tables import markdown_table
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-SIZES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-    # of the demo's student
-    "demo": {
-        "hidden_size": 512,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 30524,
-    },
-    "small": {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 8},
-    "base": {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "mistral-7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES = {  # of these keys, and the least vocabulary
+    "tiny": (64, 128, 2, 4, 1, 8000),
+    "demo": (512, 64, 2, 4, 4, 30524),  # the demo's student
+    "small": (256, 896, 4, 8, 2, 8000),
+    "base": (512, 1792, 8, 8, 2, 8000),
+    "mistral-7b": (4096, 14336, 32, 32, 8, 8000),
 }
-VOCABULARY = 8000
 UNLIMITED = 1 << 60  # bytes
 TEXT_TOKENS, QUERY_TOKENS, DOCUMENT_TOKENS = (8, 48), (30, 30), (30, 200)
 NEGATIVES = 3
@@ -144,14 +136,11 @@ def random_model(args: Namespace) -> SentenceTransformer:
         tokenizer_object=words, bos_token="<cls>", eos_token="<sep>", pad_token="<pad>", unk_token="<unk>"
     )
     guarantee_eos(tokenizer)
-    size = {"num_attention_heads": 32, "vocab_size": VOCABULARY, **SIZES[args.architecture]}
-    heads = size["num_attention_heads"]
-    settings = {"num_key_value_heads": heads // 4, "head_dim": size["hidden_size"] // heads, "sliding_window": None}
-    config = MistralConfig(**{**settings, **size, "vocab_size": max(len(tokenizer), size["vocab_size"])})
-    config.use_cache = False
-    tiny = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
-    )
+    *size, vocabulary = SIZES[args.architecture]
+    size = dict(zip(KEYS, size, strict=True)) | {"vocab_size": max(len(tokenizer), vocabulary)}
+    head_size = size["hidden_size"] // size["num_attention_heads"]
+    config = MistralConfig(**size, head_dim=head_size, sliding_window=None, use_cache=False)
+    tiny = MistralConfig(vocab_size=len(tokenizer), **dict.fromkeys(KEYS, 1), head_dim=2)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         MistralModel(tiny).save_pretrained(folder)
@@ -194,7 +183,7 @@ class Texts:
 
 def docstrings() -> list[str]:
     """English that every Python has."""
-    names = (
+    names = [
         "argparse",
         "asyncio",
         "collections",
@@ -204,7 +193,7 @@ def docstrings() -> list[str]:
         "logging",
         "pathlib",
         "unittest",
-    )
+    ]
     modules = [importlib.import_module(name) for name in names]
     members = [value for module in modules for _, value in inspect.getmembers(module, inspect.isclass)]
     parts = [part for value in members for _, part in inspect.getmembers(value, inspect.isroutine)]
@@ -259,11 +248,12 @@ def train(models: Models, texts: Texts, prompt_tokens: int, args: Namespace, rat
         loss = SoftInfoNCELoss(model, temperature=0.02, alpha=0.0, activation_memory=UNLIMITED, **settings)
         with share_prefix(model):
             step_of(model, loss, columns)()
-        needed_by_all = UNLIMITED - loss._left
+        needed_by_all = loss._used
         sides[f"CachedMultipleNegativesRankingLoss, {dtype}"] = Side(model, plain)
         sides[f"the same, share_prefix, {dtype}"] = Side(model, plain, shared=True)
         none = f"SoftInfoNCELoss, share_prefix, {dtype}"
-        for name, memory in (("", 0), (", half kept", needed_by_all // 2), (", all kept", UNLIMITED)):
+        kept = {"": 0, ", one kept": 1, ", half kept": needed_by_all // 2, ", all kept": UNLIMITED}
+        for name, memory in kept.items():
             loss = SoftInfoNCELoss(model, temperature=0.02, alpha=0.0, activation_memory=memory, **settings)
             sides[none + name] = Side(model, step_of(model, loss, columns), shared=True, before=none)
     needed = texts.needed(prompt, queries) + sum(texts.needed("", column) for column in documents)

@@ -27,19 +27,26 @@ AUTO = 0.5  # of the memory that is free when a step begins: the allocator needs
 class KeepingLossMixin(CachedLossMixin):
     """`CachedLossMixin` whose first pass keeps graphs in `activation_memory` bytes; None is AUTO, 0 keeps none.
 
-    The graph of one mini-batch comes on top, as without this: when the second pass begins to recompute, what was kept
-    has been used and freed. Under DDP the mini-batch that starts the exchange of gradients is recomputed always.
+    The first mini-batches' are kept, which the second pass begins with, so they are used and freed before it makes one
+    of its own. It needs room for one anyway: so the very first is kept, whatever its size, if any are to be.
+    Under DDP the mini-batch that starts the exchange of gradients is recomputed always.
     """
 
+    mini_batch_size: int | None  # of texts; None is one plain pass
     activation_memory: int | None = 0
-    _left = 0  # bytes that this step may still keep
+    _room = 0  # bytes in which this step may keep graphs; 0 once they are full
+    _used = 0  # bytes of graphs kept in this step
     _per_token = 0.0  # bytes of a graph, the most so far
+
+    @property
+    def uses_gradient_cache(self) -> bool:
+        return self.mini_batch_size is not None
 
     def forward_cached(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         columns = list(sentence_features)
-        self._left = self.activation_memory
-        if self._left is None:
-            self._left = int(AUTO * free_memory(columns[0]["input_ids"].device))
+        self._used, self._room = 0, self.activation_memory
+        if self._room is None:
+            self._room = int(AUTO * free_memory(columns[0]["input_ids"].device))
         return super().forward_cached(columns, labels)
 
     def embed_minibatch(
@@ -58,13 +65,16 @@ class KeepingLossMixin(CachedLossMixin):
                 return kept, random_state
             del kept
         tokens = _tokens(sentence_feature, begin, end)
-        if with_grad or not copy_random_state or not 0 < self._left >= self._per_token * tokens:
+        if self._used and self._used + self._per_token * tokens > self._room:
+            self._room = 0
+        if with_grad or not copy_random_state or not self._room:
             return super().embed_minibatch(sentence_feature, begin, end, with_grad, **arguments)
         with _no_exchange(self.model), saved_bytes(self.model) as sizes:
             kept, state = super().embed_minibatch(sentence_feature, begin, end, True, **arguments)
         state.kept = kept
-        self._left -= sum(sizes.values())
-        self._per_token = max(self._per_token, sum(sizes.values()) / tokens)
+        size = sum(sizes.values())
+        self._used += size
+        self._per_token = max(self._per_token, size / tokens)
         return kept, state
 
 

@@ -79,7 +79,6 @@ class GradedLoss(KeepingLossMixin, nn.Module):
         self.in_batch_negatives = in_batch_negatives
         self.false_negative_margin = false_negative_margin
         self.gather_across_devices = gather_across_devices
-        self.uses_gradient_cache = mini_batch_size is not None
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         columns = [dict(column) for column in sentence_features]
@@ -128,15 +127,18 @@ class GradedLoss(KeepingLossMixin, nn.Module):
             if missing[0].any():
                 raise ValueError("the first label of a row is NaN: its positive is missing; drop the row")
         documents = documents.masked_fill(missing, MISSING)
-        rows = len(queries)
-        first, everywhere = 0, rows
+        rows, first = len(queries), 0
         if self._gathers:
             _check_alike(documents)
             queries, documents = all_gather(queries), self._gathered(documents.flatten(), rows)
-            first, everywhere = get_rank() * rows, len(queries)
-        documents = documents.flatten()
-        own = torch.arange(len(documents), device=documents.device).view(-1, everywhere).T[first : first + rows]
-        return _Batch(labels, queries, documents, own.masked_fill(missing.T, -1), first, positives)
+            first = get_rank() * rows
+        documents, here = documents.flatten(), slice(first, first + rows)
+        own = torch.arange(len(documents), device=documents.device).view(-1, len(queries)).T[here]
+        mask = None
+        if self._sees_batch:
+            mask = known_relevant(queries, documents, here, positives) | (documents == MISSING)
+            mask |= not self.in_batch_negatives
+        return _Batch(labels, own.masked_fill(missing.T, -1), mask)
 
     def _directions(self, reps: list[list[Tensor]], batch: _Batch) -> tuple[Tensor, Tensor]:
         """Unit vectors, float32: (B, dim) of the queries, and (N, dim) of the documents, in their order."""
@@ -151,12 +153,11 @@ class GradedLoss(KeepingLossMixin, nn.Module):
 
     def _objective(self, scores: Tensor, batch: _Batch, part: slice) -> Tensor:
         """The mean over rows `part` of the batch, alpha of the objective and 1 - alpha of InfoNCE."""
-        own = batch.own[part]
-        settings = {
-            "labels": None if batch.labels is None else batch.labels[part],
-            "target_temperature": self.target_temperature,
-            "mask": self._mask(scores, own, batch, part) if self._sees_batch else None,
-        }
+        own, mask = batch.own[part], None if batch.mask is None else batch.mask[part]
+        if mask is not None and self.false_negative_margin is not None:
+            mask = mask | (scores > scores.gather(1, own[:, :1]) + self.false_negative_margin / self.temperature)
+        labels = None if batch.labels is None else batch.labels[part]
+        settings = {"labels": labels, "target_temperature": self.target_temperature, "mask": mask}
 
         def value(name: str) -> Tensor:
             objective = OBJECTIVES[name]
@@ -167,17 +168,6 @@ class GradedLoss(KeepingLossMixin, nn.Module):
         if self.alpha == 0:
             return value("info_nce")
         return self.alpha * value(self.objective) + (1 - self.alpha) * value("info_nce")
-
-    def _mask(self, scores: Tensor, own: Tensor, batch: _Batch, part: slice) -> Tensor:
-        """(len(part), N) bool: documents that are no negatives of these rows."""
-        if not self.in_batch_negatives:
-            return torch.ones_like(scores, dtype=torch.bool)
-        rows = slice(batch.first + part.start, batch.first + part.start + len(scores))
-        positives = None if batch.positives is None else batch.positives[part]
-        mask = known_relevant(batch.queries, batch.documents, rows, positives) | (batch.documents == MISSING)
-        if self.false_negative_margin is not None:
-            mask |= scores > scores.gather(1, own[:, :1]) + self.false_negative_margin / self.temperature
-        return mask
 
     @property
     def _sees_batch(self) -> bool:
@@ -237,7 +227,6 @@ class CachedCoSENTLoss(KeepingLossMixin, CoSENTLoss):
         self.mini_batch_size = mini_batch_size
         self.activation_memory = activation_memory
         self.gather_across_devices = gather_across_devices
-        self.uses_gradient_cache = mini_batch_size is not None
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor) -> Tensor:
         if self.uses_gradient_cache:
@@ -260,14 +249,13 @@ class CachedCoSENTLoss(KeepingLossMixin, CoSENTLoss):
 
 
 class _Batch(NamedTuple):
-    """What the loss knows of a batch besides embeddings: B rows of this process, N documents of all gathered rows."""
+    """What the loss knows of a batch besides embeddings: B rows of this process, N documents of all gathered rows,
+    first documents of all rows, then second ones, ...
+    """
 
     labels: Tensor | None  # (B, n+1)
-    queries: Tensor  # text keys, of all rows
-    documents: Tensor  # (N,) text keys: first documents of all rows, then second ones, ...; or MISSING
     own: Tensor  # (B, n+1) own documents of the rows here, -1 where there is none
-    first: int  # which of all rows is the first one here
-    positives: Tensor | None = None  # (B, P) text keys of known positives of the rows here; MISSING where fewer
+    mask: Tensor | None  # (B, N) bool: no negatives of these rows; None where the rows' own documents alone are seen
     order: Tensor | None = None  # (B * (n+1),): embedding order[j] is document j of the rows here; None = in order
 
 

@@ -160,29 +160,6 @@ def test_matryoshka_is_the_sum_over_vectors_cut_and_renormalised(encoder, object
     assert_same(value_and_gradient(encoder, MatryoshkaLoss(encoder, loss, dimensions), made, labels), plain, 1e-4)
 
 
-def test_duplicated_texts_and_known_positives_by_hand(encoder):
-    """At temperature 1e6 all documents score alike: the loss is the logarithm of how many a row is compared with."""
-    columns = [["open", "close", "sort"], ["file", "file", "list"], ["a", "date", "a"]]
-
-    def compared(known):
-        made = features(encoder, columns, range(3), known)
-        counts = []
-        for row in range(3):  # the row's loss, from the mean over rows with the others' documents in place
-            loss = GradedLoss(encoder, "info_nce", temperature=1e6)
-            batch = loss._batch([dict(column) for column in made], None, made[0].get(POSITIVES))
-            seen = ~loss._mask(torch.zeros(1, 6), batch.own[row : row + 1], batch, slice(row, row + 1))
-            counts.append(int(seen.scatter(1, batch.own[row : row + 1], True).sum()))
-        made[0].pop(POSITIVES, None) if known is None else None
-        value = loss(made, None).item()
-        assert value == pytest.approx(torch.tensor(counts).log().mean().item(), abs=1e-4)
-        return counts
-
-    # row 0: file, a; of others list, date (not file, a again). Row 1: file, date; list, a, a. Row 2: list, a; file
-    # twice, date
-    assert compared(None) == [4, 5, 5]
-    assert compared({0: ["date"], 2: ["file", "read"]}) == [3, 5, 3]
-
-
 @pytest.mark.parametrize("objective", ["soft_info_nce", "lambda_loss"])
 def test_alpha_mixes_with_info_nce(encoder, objective):
     def run(name, **settings):
