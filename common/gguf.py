@@ -123,8 +123,6 @@ def _read(path: Path) -> GGUFReader:
         from gguf import GGUFReader
     except ImportError:
         raise InputError(f"{path}: reading GGUF files needs package gguf; pip install 'gguf>=0.19'") from None
-    if not is_gguf(path):
-        raise InputError(f"{path}: not a GGUF file; name a folder, a GGUF file or a Hub id")
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:

@@ -20,7 +20,6 @@ from modeling.objectives import (
     pairdistill,
     ranknet,
     soft_info_nce,
-    soft_targets,
     weighted_soft_info_nce,
 )
 
@@ -75,17 +74,6 @@ def test_one_hot_labels_give_infonce(dtype, tolerance):
         value = soft_info_nce(scores, own, one_hot.to(dtype), mask=mask)
         assert torch.isfinite(value)
         assert value.item() == pytest.approx(expected.item(), rel=max(tolerance, 1e-8))
-
-
-def test_gradient_is_softmax_minus_target():
-    scores, own, labels, mask = batch(3, 2, seed=2)
-    scores.requires_grad_()
-    soft_info_nce(scores, own, labels, mask=mask).backward()
-    kept = mask.scatter(1, own, False)
-    target = torch.zeros_like(scores).scatter(1, own, soft_targets(labels))
-    expected = (scores.detach().masked_fill(kept, -torch.inf).softmax(1) - target) / 3
-    assert expected.abs().max() > 0.01
-    torch.testing.assert_close(scores.grad, expected)
 
 
 # --- the others, against sentence-transformers and plain loops -------------------------------------------------------
@@ -293,12 +281,3 @@ def test_no_objective_knows_the_order_of_negatives_rows_or_columns(name, shape, 
         value_of(name, scores[:, columns], torch.argsort(columns)[own], labels, mask[:, columns]),
     ):
         torch.testing.assert_close(found, expected)
-
-
-@given(shapes, st.floats(0.3, 3))
-def test_targets_are_the_powers_of_the_odds(shape, temperature):
-    _, _, labels, _ = batch(*shape)
-    targets = soft_targets(labels, temperature)
-    odds = [[(y / (1 - y)) ** (1 / temperature) for y in row] for row in labels.tolist()]
-    expected = torch.tensor([[value / sum(row) for value in row] for row in odds], dtype=targets.dtype)
-    torch.testing.assert_close(targets, expected)

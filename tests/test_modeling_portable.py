@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, LlamaConfig
 
 from modeling.portable import make_portable, with_flat_rope
 
@@ -20,8 +20,6 @@ CASES = {
         LlamaConfig(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}),
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
     ),
-    "mistral": (MistralConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), {"rope_theta": 1e6}),
-    "qwen3": (Qwen3Config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), {"rope_theta": 1e6}),
     "gemma3": (
         Gemma3TextConfig(rope_parameters=GEMMA3),
         {"rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},

