@@ -74,10 +74,16 @@ def write_parquet(path: Path, table: pa.Table) -> None:
         writer.write(table)
 
 
+class _RowGroups(pq.ParquetWriter):
+    def write(self, table: pa.Table) -> None:
+        """As a row group, whatever its length; the default is a million rows."""
+        self.write_table(table, row_group_size=max(len(table), 1))
+
+
 @contextmanager
 def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     """Writes a Parquet file, whole or not at all: each `writer.write(table)` is a row group."""
-    with written_whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with written_whole(path) as temporary, _RowGroups(temporary, schema, compression="zstd") as writer:
         yield writer
 
 

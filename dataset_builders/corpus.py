@@ -14,7 +14,7 @@ into memory until they are written batch by batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ from dataset_builders.sources import Splits
 SPLIT_SHARES = {"train": 80, "validation": 10, "test": 10}  # of 100 hash buckets
 BATCH_ROWS = 65_536
 BATCH_BYTES = 64 << 20
+GIVEN_QUERIES = 1024  # whose given scores are held in memory together
+# A given score as it is put into a file: positions among the queries asked and the documents kept.
+_PLACED = np.dtype([("query", "u4"), ("document", "u4"), ("given", "f4")])
 
 
 def write_corpus(
@@ -91,10 +94,8 @@ def write_corpus(
         classes = classes.join(kept, on="document_id", how="semi").sort("document_id", "class")
         _write_rows(folder / "classes.parquet", classes, CLASSES)
     if rows.given is not None:
-        given = _given_of_kept(rows.given, asked.filter(split=splits.split), queries, documents, kept)
-        check_one_scale(given)
-        counts["given_scores"] = len(given)
-        _write_rows(folder / "given.parquet", given, GIVEN)
+        asked_for = asked.filter(split=splits.split)
+        counts["given_scores"] = _write_given(rows.given, asked_for, queries, documents, kept, folder)
     return {
         "pairs_seen": rows.seen,
         "pairs_used": len(rows.qrels),
@@ -117,13 +118,15 @@ def split_of(name: str) -> str:
     raise AssertionError("the shares sum to 100")
 
 
-def check_one_scale(given: pl.DataFrame) -> None:
+def check_one_scale(largest: pl.DataFrame) -> None:
     """Refuse scores of two scales, such as logits for some queries and probabilities for others.
+
+    largest: of each query `len`, how many scores it has, and `given`, the largest of them without its sign.
 
     They are told by queries of 4 scores and more: on one scale, hardly any has all of them within [-1, 1] where others
     have one beyond 2. One calibration would turn the labels of the smaller scale into noise.
     """
-    largest = given.group_by("query_id").agg(pl.len(), pl.col("given").abs().max()).filter(pl.col("len") >= 4)["given"]
+    largest = largest.filter(pl.col("len") >= 4)["given"]
     small, large = int((largest <= 1).sum()), int((largest > 2).sum())
     if min(small, large) > 0.05 * len(largest):
         raise InputError(
@@ -142,14 +145,44 @@ def _qrels_of_kept(qrels: pl.DataFrame, documents: pl.DataFrame, kept: pl.DataFr
     return _distinct(qrels)
 
 
-def _given_of_kept(
-    given: pl.DataFrame, asked: pl.DataFrame, queries: pl.DataFrame, documents: pl.DataFrame, kept: pl.DataFrame
-) -> pl.DataFrame:
-    """GIVEN of the queries and documents that are kept; of texts that were merged the highest score."""
-    same_text = queries.select("query_id", "key").join(asked.select("key", asked_id="query_id"), on="key")
-    given = given.join(same_text, on="query_id").join(documents.select("document_id", "merged_id"), on="document_id")
-    given = given.group_by(query_id="asked_id", document_id="merged_id").agg(pl.col("given").max())
-    return given.join(kept, on="document_id", how="semi").sort("query_id", "document_id")
+def _write_given(
+    given: Iterable[pl.DataFrame],
+    asked: pl.DataFrame,
+    queries: pl.DataFrame,
+    documents: pl.DataFrame,
+    kept: pl.DataFrame,
+    folder: Path,
+) -> int:
+    """Write given.parquet: GIVEN of the queries and documents that are kept, in order, of texts that were merged the
+    highest score; returns their number.
+
+    All scores need not fit in memory: they are put into files by ranges of queries, and ordered range by range.
+    """
+    asked = asked.with_row_index("query").with_columns(part=pl.col("query") // GIVEN_QUERIES)
+    kept = kept.select(merged_id="document_id").with_row_index("document")
+    of_query = queries.select("query_id", "key").join(asked.select("key", "query", "part"), on="key").drop("key")
+    of_document = documents.select("document_id", "merged_id").join(kept, on="merged_id").drop("merged_id")
+    parts, total, largest = folder / "given.shards", 0, []
+    parts.mkdir(exist_ok=True)
+    for part in parts.iterdir():  # of a process that was killed
+        part.unlink()
+    for scores in given:
+        scores = scores.join(of_query, on="query_id").join(of_document, on="document_id")
+        for (part,), rows in scores.select("part", *_PLACED.names).partition_by("part", as_dict=True).items():
+            with (parts / f"{part:06d}").open("ab") as stream:
+                rows.drop("part").to_numpy(structured=True).astype(_PLACED).tofile(stream)
+    with parquet_writer(folder / "given.parquet", GIVEN) as writer:
+        for part in sorted(parts.iterdir()):
+            rows = pl.from_numpy(np.fromfile(part, _PLACED))
+            rows = rows.group_by("query", "document").agg(pl.col("given").max()).sort("query", "document")
+            ids = asked["query_id"].gather(rows["query"]), kept["merged_id"].gather(rows["document"])
+            for table in rows.select(*ids, "given").iter_slices(BATCH_ROWS):
+                writer.write(table.rename({"merged_id": "document_id"}).to_arrow().cast(GIVEN))
+            total += len(rows)
+            largest.append(rows.group_by("query").agg(pl.len(), pl.col("given").abs().max()))
+    if largest:
+        check_one_scale(pl.concat(largest))
+    return total
 
 
 def _distinct(qrels: pl.DataFrame) -> pl.DataFrame:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +21,7 @@ from common.steps import read_arrow, read_parquet
 
 FORMATS = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".qrels", ".run", ".trec")
 BATCH = 10_000  # rows of a text file in memory at a time
+BATCH_BYTES = 32 << 20  # of `read_batches`: a million or two of scores with their ids
 SEPARATORS = ",;\t|"
 _TREC = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d+)\s*")  # qrels: query, iteration, document, grade
 # a run: query, Q0, document, rank, score, name
@@ -46,6 +47,22 @@ def read_file(path: Path, names: Sequence[str] = ()) -> pa.Table:
         except (pl.exceptions.PolarsError, ValueError) as error:
             raise InputError(_reason(path, error)) from None
         return read_arrow(Path(folder) / "rows.arrow")  # the map outlives the file's name
+
+
+def read_batches(path: Path) -> Iterator[pa.Table]:
+    """As `read_file`, about BATCH_BYTES at a time: memory does not grow with the file."""
+    if path.suffix != ".parquet":
+        table = read_file(path)
+        rows = BATCH_BYTES * len(table) // max(table.nbytes, 1) + 1
+        yield from (table.slice(start, rows) for start in range(0, len(table), rows))
+        return
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            rows = BATCH_BYTES * file.metadata.num_rows // max(sum(g.total_byte_size for g in groups), 1) + 1
+            yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(rows))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def column_names(path: Path) -> list[str]:

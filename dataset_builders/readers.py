@@ -7,7 +7,7 @@ that is not there is an error in a folder, and left out of a set from the Hub.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -39,7 +39,8 @@ class Rows:
     queries: pl.DataFrame  # query_id, text
     qrels: pl.DataFrame  # query_id, document_id, score (0: judged and not relevant), split (null: the source has none)
     seen: int  # pairs or judgements that the source holds
-    given: pl.DataFrame | None = None  # query_id, document_id, given: a teacher's scores that came with the texts
+    # query_id, document_id, given: a teacher's scores that came with the texts, some at a time
+    given: Iterable[pl.DataFrame] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,10 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     qrels = tables.whole_rows(table, QRELS.names, where).select(QRELS.names)
     seen = len(table)
     for texts, part in ((queries, "queries"), (documents, "corpus")):
-        column = texts.columns[0]
-        known = qrels.join(texts, on=column, how="semi", maintain_order="left")
-        unknown = qrels.join(texts, on=column, how="anti", maintain_order="left")[column]
-        if len(unknown) and not (tables.published and len(known)):  # if all are unknown, these are other ids
-            raise InputError(
-                f"{where}: {column} {unknown[0]!r} (and {len(unknown) - 1} more) is not in {tables.where(part)}; "
-                "add its text there or leave the row out"
-            )
-        if len(unknown):
-            tqdm.write(f"{where}: {len(unknown):,} rows whose {column} is not in {part} left out", file=sys.stderr)
+        known = _known(tables, qrels, where, texts, part)
+        if len(known) < len(qrels):
+            left_out = f"{len(qrels) - len(known):,} rows whose {texts.columns[0]} is not in {part} left out"
+            tqdm.write(f"{where}: {left_out}", file=sys.stderr)
         qrels = known
     is_train = pl.col("split") == splits[0]
     if tables.made:
@@ -113,19 +108,37 @@ def _read_corpus(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     known_queries = queries
     if tables.published or draw.num_pairs:  # the judgements of other splits were not read
         queries = queries.join(qrels, on="query_id", how="semi", maintain_order="left")
-    given = None
-    if tables.has_scores:
-        where, table = tables.where("scores"), tables.read_part("scores")
-        given = _with_scores(table, "document_ids", "given", where).rename({"document_ids": "document_id"})
-        for texts, part in ((known_queries, "queries"), (documents, "corpus")):
-            unknown = given.join(texts, on=texts.columns[0], how="anti")
-            if len(unknown):
-                name = texts.columns[0]
-                raise InputError(
-                    f"{where}: {name} {unknown[name][0]!r} is not in {tables.where(part)}; add its text there"
-                )
-        given = given.join(queries, on="query_id", how="semi").select("query_id", "document_id", "given")
+    given = _given_scores(tables, known_queries, queries, documents) if tables.has_scores else None
     return Rows(documents, queries, qrels, seen, given)
+
+
+def _known(tables: Tables, rows: pl.DataFrame, where: str, texts: pl.DataFrame, part: str) -> pl.DataFrame:
+    """The rows whose id (the first column of `texts`) has a text. Of a folder all must have one, of any set some."""
+    column = texts.columns[0]
+    known = rows.join(texts, on=column, how="semi", maintain_order="left")
+    if len(known) == len(rows) or (tables.published and len(known)):
+        return known
+    unknown = rows.join(texts, on=column, how="anti", maintain_order="left")[column]
+    raise InputError(
+        f"{where}: {column} {unknown[0]!r} (and {len(unknown) - 1} more) is not in {tables.where(part)}; "
+        "add its text there or leave the row out"
+    )
+
+
+def _given_scores(
+    tables: Tables, known_queries: pl.DataFrame, asked: pl.DataFrame, documents: pl.DataFrame
+) -> Iterator[pl.DataFrame]:
+    """query_id, document_id, given of the queries in `asked`, some at a time."""
+    where, left_out = tables.where("scores"), 0
+    for table in tables.read_scores():
+        lists = _known(tables, table, where, known_queries, "queries").join(asked, on="query_id", how="semi")
+        if len(lists):
+            scores = _with_scores(lists, "document_ids", "given", where).rename({"document_ids": "document_id"})
+            known = _known(tables, scores, where, documents, "corpus")
+            left_out += len(scores) - len(known)
+            yield known.select("query_id", "document_id", "given")
+    if left_out:
+        tqdm.write(f"{where}: {left_out:,} scores whose document_id is not in corpus left out", file=sys.stderr)
 
 
 def _with_scores(table: pl.DataFrame, texts: str, scores: str, where: str) -> pl.DataFrame:
@@ -175,8 +188,10 @@ def _read_pairs(tables: Tables, splits: Sequence[str], draw: Draw) -> Rows:
     documents = found.select("document_id", text="document").unique("document_id")
     queries = found.select("query_id", text="query").unique("query_id")
     qrels = found.group_by("query_id", "document_id", "split").agg(pl.col("score").max())
-    given = found.drop_nulls("given").select("query_id", "document_id", "given") if "given" in found.columns else None
-    return Rows(documents, queries, qrels.select(QRELS.names), seen, given)
+    scored = (
+        [found.drop_nulls("given").select("query_id", "document_id", "given")] if "given" in found.columns else None
+    )
+    return Rows(documents, queries, qrels.select(QRELS.names), seen, scored)
 
 
 def _with_ids(found: pl.DataFrame, side: str, own: str, where: str) -> pl.DataFrame:

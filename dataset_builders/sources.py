@@ -27,12 +27,13 @@ from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
 from dataset_builders.generate import Documents, Generate
+from dataset_builders.hub_tables import HubTables
 from dataset_builders.languages import Language
 from dataset_builders.layouts import COLUMNS, HELD_OUT, LABEL_SCORES, PARTS, Layout
 from dataset_builders.near_duplicates import stable_hash as stable_hash  # for mining
 from dataset_builders.readers import Draw, Rows, read_graded_pairs, read_layout
 from dataset_builders.schema import LABEL_FLOOR, STS
-from dataset_builders.tables import FileTables, HubTables, TableKeys, Tables
+from dataset_builders.tables import FileTables, TableKeys, Tables
 
 REGISTRY = Path(__file__).with_name("sources.yaml")
 TaskType = Literal["retrieval", "classification", "clustering", "duplicates", "nli", "sts"]

@@ -1,4 +1,4 @@
-"""Tables of raw data in files or on the Hugging Face Hub, in one of five layouts (dataset_builders/layouts.py).
+"""Tables of raw data in one of five layouts (layouts.py), in files; hub_tables.py has those on the Hub.
 
 Columns are known by the names in NAMES; `columns` names others. A list of texts may be written as JSON. A row without
 text is an error in a file, and left out of a set from the Hub: whoever builds from that cannot mend it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -20,10 +19,8 @@ from pydantic import Field
 from tqdm import tqdm
 
 from common.cli import InputError
-from common.models import datasets_cache
 from common.recipes import Section
-from common.steps import files_of, fingerprint
-from dataset_builders.files import FORMATS, column_names, read_file
+from dataset_builders.files import FORMATS, column_names, read_batches, read_file
 from dataset_builders.layouts import (
     COLUMNS,
     HELD_OUT,
@@ -42,7 +39,8 @@ from dataset_builders.near_duplicates import in_blocks, stable_hash, text_keys
 from dataset_builders.schema import check_rows
 
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|dev|valid|val)(?![a-z])")
-_FOLDER = re.compile(r"data|corpus|queries|qrels|train|test|validation|dev|valid|val")  # below a set's own
+# below a set's own
+_FOLDER = re.compile(r"data|corpus|documents|queries|qrels|scores|train|test|validation|dev|valid|val")
 PART_FILES = {"corpus": r"(corpus|collection|documents)\b", "queries": r"(queries|topics)\b", "qrels": r".*qrels\b"}
 PART_FILES |= {"scores": r"scores\b|(?!.*qrels).*\.(run|trec)$"}
 
@@ -62,7 +60,8 @@ class Tables:
     """A set that can be read. Its two kinds have:
 
     layout; splits (a set's own); where(name): a split or a part, as messages name it; load(split): its table;
-    load_part(part): the tables of a part, each with a column `split` where that is known.
+    load_part(part): the tables of a part, each with a column `split` where that is known; has_scores, and
+    load_scores(): a collection's scores of a teacher, some rows at a time.
     """
 
     published: bool  # rows that cannot be used are left out, not refused
@@ -138,18 +137,22 @@ class Tables:
         return groups.with_columns(pl.col("key").min().over("group"))["key"].head(len(table))
 
     def _read(self, split: str) -> pl.DataFrame:
-        table = self.load(split)
-        found = self.find(COLUMNS[self.layout], table.column_names)
-        types = {name: (theirs, COLUMNS[self.layout][name]) for name, theirs in found.items()}
-        return to_frame(table, types, self.where(split))
+        return self._frame(self.load(split), COLUMNS[self.layout], self.where(split))
+
+    def _frame(self, table: pa.Table, wanted: Mapping[str, pa.DataType | None], where: str) -> pl.DataFrame:
+        found = self.find(wanted, table.column_names)
+        return to_frame(table, {name: (theirs, wanted[name]) for name, theirs in found.items()}, where)
+
+    def read_scores(self) -> Iterator[pl.DataFrame]:
+        """row, query_id, document_ids and given (lists, or one of each), some rows at a time: all need not fit."""
+        row = 0
+        for table in self.load_scores():
+            yield self._frame(table, PARTS["scores"], self.where("scores")).with_columns(pl.col("row") + row)
+            row += len(table)
 
     def read_part(self, part: str) -> pl.DataFrame:
         """row and the columns of PARTS that are there. Raises InputError where one that is needed is not."""
-        frames = []
-        for table in self.load_part(part):
-            found = self.find(PARTS[part], table.column_names)
-            types = {name: (theirs, PARTS[part][name]) for name, theirs in found.items()}
-            frames.append(to_frame(table, types, self.where(part)))
+        frames = [self._frame(table, PARTS[part], self.where(part)) for table in self.load_part(part)]
         frame = pl.concat(frames, how="diagonal")
         if part == "qrels":
             self.splits = frame["split"].drop_nulls().unique().to_list()
@@ -270,6 +273,10 @@ class FileTables(Tables):
             tables.append(table)
         return tables
 
+    def load_scores(self) -> Iterator[pa.Table]:
+        for file in self._of("scores"):
+            yield from read_batches(file)
+
     def _is_headerless(self, file: Path) -> bool:
         """Whether ids and texts begin at once, as MS MARCO's do: two columns whose names nobody knows."""
         if file.suffix != ".tsv" or self.keys.columns:
@@ -316,82 +323,3 @@ class FileTables(Tables):
             "text2 and label, or sentence1, sentence2 and score; say which yours are: --columns '{query: THEIRS, "
             "...}'; documents alone get queries from a model: source.queries"
         )
-
-
-class HubTables(Tables):
-    """A data set on the Hub at `revision`, or a folder that `load_dataset` reads."""
-
-    published = True
-    has_scores = False
-
-    def __init__(
-        self,
-        dataset: str,
-        config: str | None,
-        revision: str | None,
-        layout: Layout,
-        asked: Sequence[str],
-        keys: TableKeys,
-    ) -> None:
-        super().__init__(asked, keys)
-        self.dataset, self.config, self.revision, self.layout = dataset, config, revision, layout
-
-    def __str__(self) -> str:
-        return self.dataset
-
-    @cached_property
-    def splits(self) -> Sequence[str]:
-
-        from datasets import get_dataset_split_names
-
-        with self._one_line(self.asked[0]):
-            return get_dataset_split_names(self.dataset, self.config, revision=self.revision)
-
-    @cached_property
-    def _cache(self) -> str | None:
-        folder = Path(self.dataset)
-        return datasets_cache(fingerprint(files_of(folder))) if folder.is_dir() else None
-
-    def where(self, name: str) -> str:
-        return f"{self.dataset} ({name})"
-
-    def load(self, split: str) -> pa.Table:
-        from datasets import load_dataset
-
-        with self._one_line(split):
-            dataset = load_dataset(
-                self.dataset, self.config, split=split, revision=self.revision, cache_dir=self._cache
-            )
-        return dataset.with_format("arrow")[:]
-
-    def load_part(self, part: str) -> list[pa.Table]:
-        """A part is a config, as mteb's loader reads it. Corpus and queries have a single split, or one for each."""
-        from datasets import get_dataset_config_names, load_dataset
-
-        name = f"{self.config}-{part}" if self.config else part
-        with self._one_line(part):
-            if name == "qrels" and name not in get_dataset_config_names(self.dataset, revision=self.revision):
-                name = "default"
-            loaded = load_dataset(self.dataset, name, revision=self.revision, cache_dir=self._cache)
-        if part != "qrels" and len(loaded) == 1:
-            return [table.with_format("arrow")[:] for table in loaded.values()]
-        there = {self.asked_as(split): table.with_format("arrow")[:] for split, table in loaded.items()}
-        asked = [self.asked[0], *(name for name in self.asked[1:] if name in there or not self.keys.holdout)]
-        for split in asked:
-            if split not in there:
-                raise InputError(f"{self.where(part)}: no split {split!r}; it has {', '.join(loaded)}")
-        if part != "qrels":
-            return [there[split] for split in asked]
-        return [there[split].append_column("split", pa.repeat(split, len(there[split]))) for split in asked]
-
-    @contextmanager
-    def _one_line(self, name: str) -> Iterator[None]:
-        from datasets.exceptions import DatasetsError
-        from huggingface_hub.errors import HTTPError
-
-        try:
-            yield
-        except (DatasetsError, HTTPError, OSError, ValueError) as error:
-            # "An error occurred while generating the dataset" helps nobody
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise InputError(f"data set {self.where(name)}: {reason}") from None

@@ -8,7 +8,7 @@ from tiny_data import WORDS
 from common.cli import InputError
 from common.steps import files_of, read_arrow, read_parquet
 from dataset_builders import corpus
-from dataset_builders.corpus import check_one_scale, split_of, write_corpus
+from dataset_builders.corpus import split_of, write_corpus
 from dataset_builders.readers import Rows
 from dataset_builders.sources import Splits
 
@@ -187,15 +187,3 @@ def test_against_a_plain_reading_of_the_rules(tmp_path):
         assert found == sorted(
             ((q, d, score, s) for (q, d, s), score in expected.items()), key=lambda r: (r[:2], r[3])
         )
-
-
-def test_scores_of_two_scales_are_refused():
-    """Logits and the probabilities that they stand for, half of the queries each; either alone passes."""
-    logits = np.random.default_rng(0).normal(0, 4, (40, 8))
-    ids = {"query_id": np.repeat(np.arange(40), 8).astype(str), "document_id": np.tile(np.arange(8), 40).astype(str)}
-    as_probabilities = 1 / (1 + np.exp(-logits))
-    for scores in (logits, as_probabilities, 100 * as_probabilities):
-        check_one_scale(pl.DataFrame({**ids, "given": scores.ravel()}))
-    mixed = np.where(np.arange(40)[:, None] % 2, logits, as_probabilities)
-    with pytest.raises(InputError, match=r"20 queries have all of theirs within -1 and 1, .* two scales"):
-        check_one_scale(pl.DataFrame({**ids, "given": mixed.ravel()}))

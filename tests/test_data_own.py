@@ -6,13 +6,12 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
 from chat_server import ChatServer
 from datasets import Dataset, DatasetDict
-from tiny_data import write_encoder, write_recipe, write_table
+from tiny_data import write_encoder, write_table
 
 from common.cli import InputError
 from common.recipes import read_yaml
@@ -162,10 +161,10 @@ def test_tables_of_ms_marco_have_no_header_and_a_run_of_trec_is_a_teachers_score
     write(tmp_path / "bm25.run", "7 Q0 0 1 12.5 me\n7 Q0 2 2 1.5e-1 me\n8\tQ0\t1\t1\t-3\tme\n")
     found = {("what presence", '"the presence', 1, "validation"), ("whose mind", "of mind", 1, "validation")}
     assert judged(tmp_path, split="validation") == found
-    given = read(tmp_path, split="validation").given
+    given = pl.concat(read(tmp_path, split="validation").given)
     assert sorted(given.rows()) == [("7", "0", 12.5), ("7", "2", pytest.approx(0.15)), ("8", "1", -3.0)]
     drawn = read(tmp_path, split="validation", num_pairs=1)
-    assert len(drawn.queries) == 1 and {*drawn.given["query_id"]} == {*drawn.queries["query_id"]}
+    assert len(drawn.queries) == 1 and {*pl.concat(drawn.given)["query_id"]} == {*drawn.queries["query_id"]}
     write(tmp_path / "queries.tsv", "number\ttext\n7\twhat presence\n8\twhose mind\n")
     with pytest.raises(InputError, match=r"queries\.tsv: no column '_id'; it has number, text"):
         read(tmp_path, split="validation")  # a header with one name that is known is one
@@ -353,36 +352,3 @@ def test_what_inspect_writes_builds(tmp_path, monkeypatch, capsys, small_encoder
     assert read_manifest(tmp_path / "data" / "hub")["rows"]["train"] > 10
     with pytest.raises(InputError, match=r"faq\.yaml: is there already"):
         main(["--inspect", "faq.jsonl", "--output", "faq.yaml"])
-
-
-def test_scores_that_came_with_the_texts_are_calibrated_in_a_teachers_place(tmp_path, monkeypatch, small_encoder):
-    monkeypatch.chdir(tmp_path)
-    rows = [
-        {"query": f"balu {row}", "positive": f"fena {row}", "negative_1": f"corn {row}", "negative_2": f"gilo {row}"}
-        | {"scores": [2 + row / 10, row / 9, -1]}
-        for row in range(12)
-    ]
-    source = {"kind": "local", "path": str(write(tmp_path / "rows.jsonl", rows))}
-    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path, small_encoder, source=source, teacher={"kind": "given"})
-    flags = ["--config", str(recipe), "--output_dir", "data", "--num_negatives", "1"]
-    main(flags)
-    scores = pl.read_parquet("data/scores/scores.parquet")
-    assert sorted(scores["teacher_score"]) == pytest.approx(sorted(score for row in rows for score in row["scores"]))
-    assert len(scores) == 36 and scores["is_positive"].sum() == 12, "what has no score of the source's is not graded"
-    calibration = read_manifest(tmp_path / "data" / "scores")["calibration"]
-    expected = 1 / (1 + np.exp(-(calibration["a"] * scores["teacher_score"].to_numpy() + calibration["b"])))
-    np.testing.assert_allclose(scores["label"].to_numpy(), np.clip(expected, 1e-4, 1 - 1e-4), rtol=1e-4)
-    assert "scores that came with the texts" in Path("data/hub/README.md").read_text()
-    write(tmp_path / "rows.jsonl", [{name: row[name] for name in ("query", "positive")} for row in rows])
-    with pytest.raises(InputError, match="kind 'given': the source has no scores"):
-        main(flags)
-
-
-@pytest.mark.parametrize(
-    ("scores", "message"), [([1.0], "row 0 has not as many positive_score as positive"), ([1.0, float("nan")], "NaN")]
-)
-def test_scores_that_cannot_be_used_are_told(tmp_path, scores, message):
-    row = {"query": "q", "positive": ["a", "b"], "positive_score": scores}
-    write_table(tmp_path / "train.parquet", **{name: [value] for name, value in row.items()})
-    with pytest.raises(InputError, match=message):
-        read(tmp_path)
