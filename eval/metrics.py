@@ -23,7 +23,7 @@ BASELINE, COMPARED = "BM25", "nDCG@10"  # differences are to this system, in thi
 class SystemScores(BaseModel):
     """A row of the table; a measure is null where a cut list of candidates hides it."""
 
-    model_config = ConfigDict(populate_by_name=True)
+    model_config = ConfigDict(extra="forbid")  # what a row says and this class does not would be lost
     name: str
     kind: Literal["retriever", "model", "fusion"]
     ndcg: float | None = Field(alias="nDCG@10")

@@ -59,13 +59,6 @@ def test_table_by_hand(output):
     np.testing.assert_allclose(shown["org/b"], [42.5, np.nan])
 
 
-def test_languages_that_the_benchmark_does_not_ask_for_do_not_count(tmp_path):
-    folder = tmp_path / "results" / "org__a" / "main"
-    write_result(folder, "STS17", "test", "cosine_spearman", {"en-en": 0.8, "ar-ar": 0.2})
-    [[score]] = read_leaderboard(tmp_path).scores
-    assert score == 0.8
-
-
 def test_the_benchmark_of_most_tasks_decides_which_languages_count(tmp_path):
     """Of AmazonCounterfactualClassification the multilingual one asks for Japanese too: this result is not whole."""
     folder = tmp_path / "results" / "org__a" / "main"
