@@ -35,7 +35,7 @@ QUERY_BLOCK = 8  # queries whose scores of a part are in memory at a time: a pro
 THREAD_BLOCK = 512  # queries that a thread is given at a time
 COLUMNS = 1 << 26  # bytes of scores of a part's most frequent terms that are kept by document
 _STOP = -2  # the place of a word that is no term
-TEXT_BLOCK = 4096  # texts whose words are in memory at a time
+TEXT_BLOCK = 8192  # texts whose words are in memory at a time
 KNOWN = 1 << 18  # words whose stems are kept for the next part
 # How often a term (by its place in the vocabulary) occurs in a document (by its place in the part). Term -1 stands
 # for all terms: its count is the document's length.
@@ -176,8 +176,8 @@ class _Postings:
         def read(block: range) -> tuple[np.ndarray, np.ndarray]:
             """Row and place of each word but stop words."""
             rows, numbers, words = split_words(self.documents[part.start + block.start : part.start + block.stop])
-            known.update(self._places([word for word in words if word not in known]))
-            places = np.array([known[word] for word in words], np.int32)[numbers]
+            known.update(self._places([*{*words}.difference(known)]))
+            places = np.fromiter(map(known.__getitem__, words), np.int32, len(words))[numbers]
             return block.start + rows[places > _STOP], places[places > _STOP]
 
         lengths, found = np.zeros(count, np.int32), []

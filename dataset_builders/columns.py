@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from common.cli import InputError
@@ -27,10 +26,6 @@ class TextColumn:
     def __getitem__(self, rows: slice | np.ndarray) -> list[str]:
         """The texts of a slice, or of an array of row numbers."""
         return (self._texts[rows] if isinstance(rows, slice) else take(self._texts, rows)).to_pylist()
-
-    def series(self, rows: range) -> pl.Series:
-        """The texts of consecutive rows, as they lie in the file."""
-        return pl.Series(self._texts[rows.start : rows.stop])
 
     @cached_property
     def _texts(self) -> pa.ChunkedArray:
