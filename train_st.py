@@ -29,7 +29,7 @@ starts again, or, with --resume_from_checkpoint true, goes on from its last chec
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.8",
-#     "transformers>=5.20",
+#     "transformers>=5.20,<5.24",
 #     "sentence-transformers>=6.2,<7",
 #     "peft>=0.21",
 #     "datasets>=5.0",
