@@ -130,13 +130,16 @@ def sif_log_weights(counts: np.ndarray, a: float) -> np.ndarray:
     return np.log(a) - np.log(a + probabilities)
 
 
-def principal_components(vectors: np.ndarray, size: int) -> np.ndarray:
-    """Centred `vectors` (n, d) in their `size` strongest directions (zero-padded if d < size), rows of norm 1."""
-    centred = vectors - vectors.mean(axis=0)
-    _, directions = np.linalg.eigh(centred.T @ centred)  # ascending
-    projected = centred @ directions[:, ::-1][:, :size]
-    projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
-    return np.pad(projected, ((0, 0), (0, max(0, size - projected.shape[1]))))
+def whitened(vectors: np.ndarray, size: int) -> np.ndarray:
+    """Centred `vectors` (n, d) in their `size` strongest directions, each scaled to variance 1, in rows of norm 1.
+
+    Zero-padded where there are fewer directions. Word embeddings lie in a narrow cone; scaled like this, distinct words
+    come close to orthogonal, so that a bag of them tells texts apart by their words.
+    """
+    left, strengths, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
+    left = left[:, :size][:, strengths[:size] > 1e-6 * strengths[0]]  # the others hold rounding errors alone
+    left /= np.maximum(np.linalg.norm(left, axis=1, keepdims=True), 1e-12)
+    return np.pad(left, ((0, 0), (0, size - left.shape[1])))
 
 
 def input_vectors(
@@ -146,7 +149,7 @@ def input_vectors(
     heads = config.hidden_size // HEAD_SIZE
     part_norm = (_PART * config.hidden_size) ** 0.5
     code = np.random.default_rng(config.seed).choice([-1.0, 1.0], size=(len(tokenizer), heads * _CODE_SIZE))
-    word = principal_components(words, config.hidden_size - heads * _CODE_SIZE - _MARKS)
+    word = whitened(words, config.hidden_size - heads * _CODE_SIZE - _MARKS)
     word = np.pad(word, ((0, len(tokenizer) - len(word)), (0, 0)))
     content = np.concatenate([word, code / (heads * _CODE_SIZE) ** 0.5], axis=1) * part_norm
     content[tokenizer.all_special_ids] = 0.0

@@ -23,7 +23,7 @@ from eval.metrics import ranking_scores
 from modeling.merging import linear, merge_weights, slerp
 from modeling.prompts import few_shot_prompt, instruction_prompt
 from modeling.recipe import _budgets
-from modeling.student import principal_components
+from modeling.student import whitened
 from modeling.training_data import search_sample
 
 words = st.text(max_size=20)
@@ -208,12 +208,13 @@ def test_samples_of_searches_are_whole(relevant, queries, documents, seed):
 
 @settings(max_examples=40)
 @given(st.integers(2, 12), st.integers(1, 6), st.integers(1, 8), st.integers(0, 10**6))
-def test_components_are_the_strongest_singular_vectors(count, width, size, seed):
-    """Rows of unit length, padded with zeros where fewer directions are there."""
-    vectors = np.random.default_rng(seed).normal(size=(count, width))
-    found = principal_components(vectors, size)
-    left, strengths, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
-    expected = (left * strengths)[:, :size]
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+def test_whitened_vectors_have_the_angles_of_mahalanobis(count, width, size, seed):
+    vectors = np.random.default_rng(seed).normal(size=(count, width)) * 3.0 ** np.arange(width)
+    found = whitened(vectors, size)
     assert found.shape == (count, size)
-    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    if size >= width:
+        centred = vectors - vectors.mean(axis=0)
+        products = centred @ np.linalg.pinv(np.cov(centred.T, bias=True).reshape(width, width), rcond=1e-8) @ centred.T
+        lengths = np.sqrt(np.diag(products))
+        np.testing.assert_allclose(found @ found.T, products / np.outer(lengths, lengths), atol=1e-6)
