@@ -57,7 +57,7 @@ def read_batches(path: Path) -> Iterator[pa.Table]:
         yield from (table.slice(start, rows) for start in range(0, len(table), rows))
         return
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # which would keep what was read
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
             rows = BATCH_BYTES * file.metadata.num_rows // max(sum(g.total_byte_size for g in groups), 1) + 1
             yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(rows))
