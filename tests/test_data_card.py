@@ -31,6 +31,11 @@ def share(value):
     return {"share": value, "low": value / 2, "high": value * 2}
 
 
+def numbered(first, names):
+    """A count for each name, from `first` on."""
+    return {name: first + place for place, name in enumerate(names.split())}
+
+
 @pytest.fixture
 def facts():
     """A recipe and manifests; all counts differ, so that none can stand in another's place."""
@@ -53,71 +58,48 @@ def facts():
         "publish": [],
         "corpus": {
             "inputs": {"source": {"kind": "local", "files": {}}},
-            "pairs_used": 1001,
-            "pairs_seen": 1002,
-            "documents": 1003,
-            "exact_duplicate_documents_merged": 1004,
-            "near_duplicate_documents": 1005,
-            "near_duplicate_groups": 1006,
+            **numbered(1001, "pairs_used pairs_seen documents exact_duplicate_documents_merged"),
+            **numbered(1005, "near_duplicate_documents near_duplicate_groups"),
             "queries": {"test": 1007, "train": 1008},
-            "duplicate_queries_merged": 1009,
-            "leaking_queries_dropped": 1010,
-            "queries_without_positive_dropped": 1011,
+            **numbered(1009, "duplicate_queries_merged leaking_queries_dropped queries_without_positive_dropped"),
         },
         "candidates": {
             "inputs": {"dense": {"model": "f1f1f1"}},
             "bm25_weight": 0.35,
-            "candidates": 1012,
-            "queries": 1013,
+            **numbered(1012, "candidates queries"),
             "warnings": ["60 % of the documents are cut"],
         },
         "scores": {
             "inputs": {"teacher": {"kind": "cross_encoder", "model": "e2e2e2"}},
-            "graded": 1014,
-            "queries": 1015,
-            "calibration": {
-                "a": 17.25,
-                "b": -6.5,
-                "positives": 1016,
-                "others": 1017,
-                "auc": 0.9485,
-                "expected_calibration_error": 0.0252,
-            },
-            "flat_rows": 1018,
-            "one_hot_rows": 1019,
+            **numbered(1014, "graded queries"),
+            "calibration": {"a": 17.25, "b": -6.5, **numbered(1016, "positives others"), "auc": 0.9485}
+            | {"expected_calibration_error": 0.0252},
+            **numbered(1018, "flat_rows one_hot_rows"),
             "warnings": ["30 % of the queries are one-hot"],
             "versions": {"bm25s": "0.3.16", "torch": "2.13.0"},
         },
         "mined": {
             "rows": 1234,
-            "rows_dropped": {"too_few_negatives": 1020, "no_qualifying_candidate": 1021},
-            "candidates": {
-                "is_other_positive": 1022,
-                "is_duplicate_of_positive": 1023,
-                "shares_class": 1024,
-                "graded_above_positive": 1037,
-            },
+            "rows_dropped": numbered(1020, "too_few_negatives no_qualifying_candidate"),
+            "candidates": numbered(1022, "is_other_positive is_duplicate_of_positive shares_class")
+            | {"graded_above_positive": 1037},
             "yield": {"qualifying_per_row": {"min": 0, "max": 1025}, "rows_per_query": {"min": 0, "max": 1026}},
         },
         "audit": {
             "mined_rows": {
-                "queries": 1027,
-                "queries_without_rows": 1028,
+                **numbered(1027, "queries queries_without_rows distinct_negatives most_uses"),
                 "rows": 1234,
                 "negatives": 8638,
-                "violations": {"above_margin": 0, "repeated_in_row": 0},
-                "distinct_negatives": 1029,
                 "median_uses": 3,
-                "most_uses": 1030,
                 "share_of_top_percent": 0.123,
+                "violations": {"above_margin": 0, "repeated_in_row": 0},
             },
             "labels": {
                 name: {"mean": mean} for name, mean in (("positives", 0.91), ("negatives", 0.52), ("candidates", 0.13))
             },
             "false_negatives": {
                 "reason": None,
-                "queries": 1031,
-                "hidden": 1032,
+                **numbered(1031, "queries hidden"),
                 "by_margin": [{"margin": 0.95, "admitted": share(0.2), "among_negatives": share(0.03)}],
             },
             "found_by": {
@@ -135,14 +117,8 @@ def facts():
                         "safety": 0.52,
                         "useful": 0.17,
                     },
-                    {
-                        "strategy": "random",
-                        "margin": 0.95,
-                        "rows": 0,
-                        "hardness": None,
-                        "safety": None,
-                        "useful": None,
-                    },
+                    dict.fromkeys(("hardness", "safety", "useful"))
+                    | {"strategy": "random", "margin": 0.95, "rows": 0},
                 ],
             },
             "ndcg_at_10": {"queries": 1034, "bm25": None, "dense": 0.7, "rrf": 0.8, "convex": 0.85, "graded": 0.9},
