@@ -133,8 +133,8 @@ def sif_log_weights(counts: np.ndarray, a: float) -> np.ndarray:
 def whitened(vectors: np.ndarray, size: int) -> np.ndarray:
     """Centred `vectors` (n, d) in their `size` strongest directions, each scaled to variance 1, in rows of norm 1.
 
-    Zero-padded where there are fewer directions. Word embeddings lie in a narrow cone; scaled like this, distinct words
-    come close to orthogonal, so that a bag of them tells texts apart by their words.
+    Zero-padded where there are fewer directions. Word embeddings lie in a narrow cone; scaled like this, distinct
+    words come close to orthogonal, so that a bag of them tells texts apart by their words.
     """
     left, strengths, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
     left = left[:, :size][:, strengths[:size] > 1e-6 * strengths[0]]  # the others hold rounding errors alone
