@@ -15,7 +15,7 @@ from common.steps import read_manifest
 from dataset_builders import corpus, files
 from dataset_builders.build import main
 from dataset_builders.corpus import check_one_scale, write_corpus
-from dataset_builders.sources import LocalSource, Splits, read_rows
+from dataset_builders.sources import HubSource, LocalSource, Splits, read_rows
 
 
 def local(folder: Path, **keys) -> LocalSource:
@@ -176,3 +176,23 @@ def test_scores_on_the_hub_are_read_of_the_split_asked_for_alone(tmp_path):
     assert len(given) == QUERIES * LISTED - 1 - merged and len(qrels) == QUERIES
     first = given.join(qrels, on=["query_id", "document_id"])["given"]
     assert sorted(first) == pytest.approx(sorted(row[0] for row in tables["scores"]["scores"]))
+
+
+def test_scores_beside_texts_on_the_hub_are_read_where_columns_names_them(tmp_path):
+    """As FlagEmbedding writes them: lists of texts, and of their scores."""
+    rows = [
+        {"query": f"q{row}", "pos": [f"p{row}"], "neg": [f"n{row}", "n"]}
+        | {"pos_scores": [4.5 + row], "neg_scores": [-1.0, row / 4]}
+        for row in range(3)
+    ]
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set" / "train.jsonl", rows)
+    columns = {"positive": "pos", "negative": "neg", "positive_score": "pos_scores", "negative_score": "neg_scores"}
+    source = HubSource(kind="hub", dataset=str(tmp_path / "set"), columns=columns)
+    read = read_rows(source, None)
+    texts = dict(read.documents.rows())
+    asked = dict(read.queries.rows())
+    found = {(asked[query], texts[document], score) for query, document, score in pl.concat(read.given).rows()}
+    expected = {(row["query"], *pair) for row in rows for pair in zip(row["pos"], row["pos_scores"], strict=True)}
+    expected |= {(row["query"], *pair) for row in rows for pair in zip(row["neg"], row["neg_scores"], strict=True)}
+    assert found == expected and len(found) == 9
