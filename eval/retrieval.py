@@ -16,7 +16,7 @@ import os
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,17 +75,7 @@ def main(argv: Sequence[str]) -> None:
     metrics = finished_metrics(args.output_dir, key)
     if metrics is None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        rows = [retriever_row(name, asked, *found) for name, found in retrieved.items()]
-        rankings = {name: ranking for name, (ranking, _) in retrieved.items()}
-        fused, notes = [], []
-        for system in systems:
-            row, rankings[system.name] = model_row(system, args.data / "embeddings", asked)
-            rows.append(row)
-            if system.with_bm25:
-                found = rankings[BASELINE], rankings[system.name]
-                mixed, note, row["relevance"] = fused_row(system, args.data / "embeddings", asked, found, validation)
-                fused.append(mixed)
-                notes.append(note)
+        rows, rankings, notes = evaluate(systems, asked, retrieved, validation, args.data / "embeddings")
         whole = [system.name for system in systems if system.with_bm25]
         compared = [whole[0] if len(whole) > 1 else BASELINE, whole[-1]]
         per_query = {row["name"]: row["per_query"] for row in rows}
@@ -101,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
             measures=list(MEASURES),
             baseline=BASELINE,
             compared=COMPARED,
-            systems=with_differences([*rows, *fused]),
+            systems=with_differences(rows),
             not_evaluated=missing_stages(args.run) if args.run else [],
             notes=notes,
             peak_memory_bytes=peak_memory_bytes(),
@@ -153,6 +143,31 @@ def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    systems: Sequence[System],
+    asked: HeldOut,
+    retrieved: Mapping[str, tuple[Ranking, int]],
+    validation: tuple[HeldOut, Ranking] | None,
+    cache: Path,
+) -> tuple[list[dict[str, Any]], dict[str, Ranking], list[str]]:
+    """The rows of the table, fused ones last; the rankings of all others by name; how each weight was chosen.
+
+    retrieved: of `candidate_rankings`. validation: of `load_validation`.
+    """
+    rows = [retriever_row(name, asked, *found) for name, found in retrieved.items()]
+    rankings = {name: ranking for name, (ranking, _) in retrieved.items()}
+    fused, notes = [], []
+    for system in systems:
+        row, rankings[system.name] = model_row(system, cache, asked)
+        rows.append(row)
+        if system.with_bm25:
+            found = rankings[BASELINE], rankings[system.name]
+            mixed, note, row["relevance"] = fused_row(system, cache, asked, found, validation)
+            fused.append(mixed)
+            notes.append(note)
+    return [*rows, *fused], rankings, notes
 
 
 def retriever_row(name: str, asked: HeldOut, ranking: Ranking, complete: int) -> dict[str, Any]:
