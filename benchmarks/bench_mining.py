@@ -29,18 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.measure import environment, in_child, median_and_range, peak_memory
-from benchmarks.mining_inputs import (
-    BLOCK,
-    PART,
-    Given,
-    GivenModel,
-    Texts,
-    cross_encoder,
-    grade,
-    ndcg,
-    read_texts,
-    whole,
-)
+from benchmarks.mining_inputs import BLOCK, PART, Given, Texts, ndcg, read_texts, whole
 from benchmarks.synthetic import write_cross_encoder
 from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.steps import write_arrow
@@ -50,6 +39,7 @@ from dataset_builders.columns import TextColumn
 from dataset_builders.engines import LOCAL
 from dataset_builders.mine import select_negatives
 from dataset_builders.schema import LABEL_FLOOR
+from dataset_builders.teachers import PairScorer, Teacher
 from dataset_builders.top_k import ranges
 
 DEPTH = 100  # documents retrieved for a query
@@ -157,7 +147,7 @@ class Bm25Search:
         with cpu_seconds(seconds, "search"):
             ranking = search_bm25(*search, LOCAL)
         seconds["index"] -= seconds["search"]
-        return whole(ranking, len(self.texts.queries))["document"][self.asked]
+        return whole(ranking)["document"][self.asked]
 
     def _rank_bm25(self, seconds: Seconds) -> np.ndarray:
         from rank_bm25 import BM25Okapi
@@ -183,6 +173,25 @@ class Bm25Search:
         return remarks
 
 
+class GivenModel:
+    """What mine_hard_negatives asks of a SentenceTransformer, answered from vectors. Dot products, the faster way."""
+
+    def __init__(self, given: Given) -> None:
+        import torch
+        from sentence_transformers import util
+
+        self.given, self.device = given, torch.device("cpu")
+        self.similarity, self.similarity_pairwise = util.dot_score, util.pairwise_dot_score
+
+    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        assert len(texts) == len(self.given.documents)
+        return self.given.documents[:]
+
+    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
+        assert len(texts) == len(self.given.queries)
+        return self.given.queries[:]
+
+
 class Negatives:
     """(query, positive, 7 negatives) as texts: the closest of 100 documents that are 5 % below the positive.
 
@@ -198,7 +207,7 @@ class Negatives:
         self.texts = Texts(
             texts.documents, [texts.queries[row] for row in single], [texts.judged[row] for row in single]
         )
-        self.given, self.folder = Given.of(self.texts, folder / "encoder"), folder
+        self.given, self.folder = Given.of(self.texts, folder), folder
         self.positives = np.array([next(iter(judged)) for judged in self.texts.judged])
         self.sides = {"ours": self._ours, "mine_hard_negatives": self._sentence_transformers}
         self.title = f"{len(texts.documents):,} documents, {len(single):,} queries, 384 dimensions, vectors given"
@@ -206,7 +215,7 @@ class Negatives:
     def _ours(self, seconds: Seconds) -> list[tuple[str, ...]]:
         with cpu_seconds(seconds, "all"):
             positions, scores = self.given.search(self.folder / "work", DEPTH + 1)
-            own = np.einsum("ij,ij->i", self.given.queries, self.given.documents[self.positives])
+            own = np.einsum("ij,ij->i", self.given.queries[:], self.given.documents[self.positives])
             labels, own = (np.clip(values, LABEL_FLOOR, 1 - LABEL_FLOOR) for values in (scores, own))
             rows = []
             for row, positive in enumerate(self.positives.tolist()):
@@ -255,7 +264,7 @@ class Grading:
         texts = read_texts(args, 20)
         self.texts, self.folder = texts, folder
         self.reranker = write_cross_encoder(folder / "reranker", texts.documents[:10_000])
-        positions, _ = Given.of(texts, folder / "encoder").search(folder / "search", DEPTH)
+        positions, _ = Given.of(texts, folder).search(folder / "search", DEPTH)
         queries = np.repeat(np.arange(len(positions)), positions.shape[1])
         self.pairs = np.stack([queries, positions.ravel()], axis=1)
         self.tokens: dict[str, tuple[int, int]] = {}
@@ -263,19 +272,31 @@ class Grading:
         self.title = f"{len(self.pairs):,} pairs, a BERT cross-encoder 128x2, predict's batches of 32"
 
     def _ours(self, seconds: Seconds) -> np.ndarray:
-        with cpu_seconds(seconds, "grade"), self._counted("ours"):
-            return grade(self.reranker, self.texts, self.pairs, self.folder / "work")
+        teacher = Teacher(kind="cross_encoder", model=str(self.reranker))
+        with (
+            tempfile.TemporaryDirectory(dir=self.folder) as work,  # a new one: nothing is done before
+            cpu_seconds(seconds, "grade"),
+            self._counted("ours"),
+        ):
+            scorer = PairScorer(teacher, Path(work), LOCAL, self.texts.queries, self.texts.documents)
+            return scorer.scores(self.pairs, Path(work))
 
     def _all(self, seconds: Seconds) -> np.ndarray:
         with cpu_seconds(seconds, "grade"), self._counted("predict(all pairs)"):
-            return cross_encoder(self.reranker).predict(self._texts(self.pairs), batch_size=32)
+            return self._model().predict(self._texts(self.pairs), batch_size=32)
 
     def _by_query(self, seconds: Seconds) -> np.ndarray:
         with cpu_seconds(seconds, "grade"), self._counted("predict query by query"):
-            model = cross_encoder(self.reranker)
+            model = self._model()
             blocks = np.split(self.pairs, np.flatnonzero(np.diff(self.pairs[:, 0])) + 1)
             found = [model.predict(self._texts(block), batch_size=32, show_progress_bar=False) for block in blocks]
             return np.concatenate(found)
+
+    def _model(self) -> Any:
+        import torch
+        from sentence_transformers import CrossEncoder
+
+        return CrossEncoder(str(self.reranker), activation_fn=torch.nn.Identity())
 
     def _texts(self, pairs: np.ndarray) -> list[tuple[str, str]]:
         return [(self.texts.queries[query], self.texts.documents[place]) for query, place in pairs.tolist()]

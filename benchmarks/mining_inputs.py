@@ -1,4 +1,4 @@
-"""What benchmarks of mining share: texts with what is relevant to them, vectors that are given, and grading."""
+"""What benchmarks of mining share: texts with what is relevant to them, and vectors that are given."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.synthetic import write_encoder, zipf_texts
 from dataset_builders.dense import Dense, search_dense
-from dataset_builders.embeddings import SHARD, Vectors, vector_shard
-from dataset_builders.engines import LOCAL, compute_shards
+from dataset_builders.embeddings import Embedder, EncoderSection, Vectors
+from dataset_builders.engines import LOCAL
 from dataset_builders.sources import LocalSource, read_rows
-from dataset_builders.teachers import PairScorer, Teacher
 from dataset_builders.top_k import Ranking, ranges
 
 PART = 16_384  # documents in a part; a build's parts are larger, which favours it
@@ -53,9 +51,9 @@ def read_texts(args: Namespace, queries: int) -> Texts:
     return Texts(list(positions), kept, [judged[query] for query in kept])
 
 
-def whole(ranking: Ranking, queries: int) -> np.ndarray:
+def whole(ranking: Ranking) -> np.ndarray:
     """FOUND (queries, k): each query's best documents."""
-    return np.concatenate([ranking[rows] for rows in ranges(queries, BLOCK)])
+    return np.concatenate([ranking[rows] for rows in ranking.blocks])
 
 
 def ndcg(found: np.ndarray, judged: Sequence[Mapping[int, int]]) -> float:
@@ -75,75 +73,19 @@ def ndcg(found: np.ndarray, judged: Sequence[Mapping[int, int]]) -> float:
 class Given:
     """The vectors of a SentenceTransformer that has made them already, for both sides of a comparison."""
 
-    documents: np.ndarray
-    queries: np.ndarray
+    documents: Vectors
+    queries: Vectors
 
     @classmethod
     def of(cls, texts: Texts, folder: Path) -> Given:
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(str(write_encoder(folder, texts.documents[:10_000])))
-        sides = (texts.documents, texts.queries)
-        return cls(*(model.encode(side, batch_size=256, normalize_embeddings=True) for side in sides))
+        encoder = write_encoder(folder / "encoder", texts.documents[:10_000])
+        embedder = Embedder(EncoderSection(model=str(encoder), vector_dtype="float32"), folder / "vectors")
+        return cls(embedder.documents(texts.documents), embedder.queries(texts.queries))
 
     def search(self, folder: Path, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Our dense search, from vectors on disk as a build's are."""
+        """Our dense search: positions and scores, both (queries, top_k)."""
         shutil.rmtree(folder, ignore_errors=True)
-        queries, documents = (
-            on_disk(vectors, folder / side) for side, vectors in (("q", self.queries), ("d", self.documents))
-        )
-        parts, blocks = ranges(len(documents), PART), ranges(len(queries), BLOCK)
-        ranking = search_dense(Dense(model="given", top_k=top_k), queries, blocks, documents, parts, folder, LOCAL)
-        found = whole(ranking, len(queries))
+        parts, blocks = ranges(len(self.documents), PART), ranges(len(self.queries), BLOCK)
+        section = Dense(model="given", top_k=top_k)
+        found = whole(search_dense(section, self.queries, blocks, self.documents, parts, folder, LOCAL))
         return found["document"], found["score"]
-
-
-def on_disk(vectors: np.ndarray, folder: Path) -> Vectors:
-    sizes = [len(rows) for rows in ranges(len(vectors), SHARD)]
-    return Vectors(compute_shards(_Rows(vectors), sizes, folder, LOCAL, description="vectors", unit="texts"))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    vectors: np.ndarray
-
-    def __call__(self, number: int) -> np.ndarray:
-        vectors = self.vectors[number * SHARD : (number + 1) * SHARD]
-        return vector_shard(vectors, np.zeros(len(vectors)))
-
-
-class GivenModel:
-    """What mine_hard_negatives asks of a SentenceTransformer, answered from vectors. Dot products, the faster way."""
-
-    def __init__(self, given: Given) -> None:
-        import torch
-        from sentence_transformers import util
-
-        self.given, self.device = given, torch.device("cpu")
-        self.similarity, self.similarity_pairwise = util.dot_score, util.pairwise_dot_score
-
-    def encode_document(self, texts: Sequence[str], **_: Any) -> np.ndarray:
-        assert len(texts) == len(self.given.documents)
-        return self.given.documents
-
-    def encode_query(self, texts: Sequence[str], **_: Any) -> np.ndarray:
-        assert len(texts) == len(self.given.queries)
-        return self.given.queries
-
-
-def grade(reranker: Path, texts: Texts, pairs: np.ndarray, work: Path) -> np.ndarray:
-    """Our scores of (query, document) positions: a cross-encoder's, in shards."""
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    scorer = PairScorer(
-        Teacher(kind="cross_encoder", model=str(reranker)), work, LOCAL, texts.queries, texts.documents
-    )
-    return scorer.scores(pairs, work)
-
-
-def cross_encoder(reranker: Path) -> Any:
-    """The same model as sentence-transformers has it."""
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    return CrossEncoder(str(reranker), activation_fn=torch.nn.Identity())
