@@ -17,57 +17,15 @@ import json
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.cli import ArgumentParser, InputError, run
-from common.steps import fingerprint
+from common.models import limit_waiting
 from dataset_builders.languages import MTEB_CODES
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from release.hub import Release, hub_errors, publish
 
 CARD = "README.md"
-Refs = dict[str, str]  # name -> commit
-# Files that are deleted from a repository when the new version lacks them, by name and depth. All others stay:
-# LICENSE, .gitattributes, evaluation results.
-REPLACED = {
-    "model": (
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "*config*.json",
-        "modules.json",
-        "*token*",
-        "vocab.*",
-        "merges.txt",
-        "chat_template.jinja",
-        "[0-9]*_*/*",
-        "reference_vectors.json",
-        "onnx/*.onnx*",
-        "openvino/openvino_model*",
-        "*.gguf",
-        "runs/*/events.out.tfevents.*",
-    ),
-    "dataset": ("*.parquet", "*/*.parquet", "assets/*.png"),
-}
-
-
-@dataclass(frozen=True)
-class Release:
-    """What a repository is to hold: name in the repository -> file, or content that was rendered."""
-
-    repo_id: str
-    repo_type: str
-    title: str
-    files: Mapping[str, Path | bytes]
-
-    @property
-    def repository(self) -> dict[str, str]:
-        return {"repo_id": self.repo_id, "repo_type": self.repo_type}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -152,43 +110,42 @@ def prepare_model(args: Namespace) -> list[Release]:
     from release.card_metadata import final_row
     from release.exports import FILES, export
     from release.model_card import render_adapter_card, render_card
-    from release.verify import model_files, verify_adapter, verify_model
+    from release.usage import read_settings
+    from release.verify import verify_adapter, verify_model
 
     folder = Path(args.path)
+    read_settings(folder)  # tells of a wrong PATH before anything else
     run_folder = Path(args.run) if args.run else folder.parent
-    files = model_files(folder)
     results, ablations = (Path(path) if path else None for path in (args.results, args.ablations))
     commits = evaluated_commits(args, [results or run_folder / "results", run_folder / "results"])
     evidence = read_evidence(run_folder, results, ablations, commits)
     evidence["languages"] = args.language or evidence["languages"]
-    facts = verify_model(folder)
-    exports = {kind: export(kind, folder, run_folder / "exports") for kind in FILES if getattr(args, kind)}
-    facts["exports"] = exports
     events = sorted((run_folder / "logs").rglob("*tfevents*")) if args.tensorboard else []
     if args.tensorboard and not events:
         raise InputError(f"{run_folder / 'logs'}: no event files of TensorBoard; train with report_to: [tensorboard]")
-    facts["tensorboard"] = bool(events)
+    facts = verify_model(folder)
+    exports = {kind: export(kind, folder, run_folder / "exports") for kind in FILES if getattr(args, kind)}
+    facts |= {"exports": exports, "tensorboard": bool(events)}
     shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
-    card = render_card(args.repo_id, facts, evidence, **shown)
+    files = {**facts["files"], **evidence["pictures"]}
     for made in exports.values():
         files |= made["files"]
     # TensorBoard's own names hold the machine's
     files |= {f"runs/{path.parent.name}/events.out.tfevents.{number}": path for number, path in enumerate(events)}
-    files |= evidence["pictures"]
-    files[CARD] = card.encode()
     if relevance := (final_row(evidence["metrics"]) or {}).get("relevance"):
         files["relevance.json"] = json.dumps(relevance, indent=2).encode()
+    files[CARD] = render_card(args.repo_id, facts, evidence, **shown).encode()
     releases = [Release(args.repo_id, "model", "Merged model", files)]
     if args.adapter:
-        adapter = run_folder / "adapter"
-        facts = {**facts, "adapter": verify_adapter(adapter, folder)}
-        if facts["adapter"]["distance"] is None:
-            base = facts["adapter"]["base"]
-            print(f"{adapter}: {base} is not in the cache, so it was not compared with {folder}", file=sys.stderr)
+        adapter = verify_adapter(run_folder / "adapter", folder)
+        if adapter["distance"] is None:
+            skipped = f"{adapter['base']} is not in the cache, so it was not compared with {folder}"
+            print(f"{run_folder / 'adapter'}: {skipped}", file=sys.stderr)
+        facts["adapter"] = adapter
         card = render_adapter_card(args.adapter, args.repo_id, facts, evidence, license=args.license)
-        releases.append(Release(args.adapter, "model", "Adapter", {**model_files(adapter), CARD: card.encode()}))
+        releases.append(Release(args.adapter, "model", "Adapter", {**adapter["files"], CARD: card.encode()}))
     for release in releases:
-        _check_no_local_path(release, run_folder, evidence)
+        _check_card(release, run_folder, evidence)
     return releases
 
 
@@ -203,7 +160,6 @@ def evaluated_commits(args: Namespace, results: Sequence[Path]) -> list[str]:
         print(f"{args.repo_id}@{found[0]}: its scores are left out, as --dry_run asks no Hub for it", file=sys.stderr)
     if not found or args.dry_run:
         return []
-    from common.models import limit_waiting
     from eval.evidence import other_files
 
     limit_waiting()
@@ -222,19 +178,19 @@ def prepare_dataset(args: Namespace) -> Release:
     return Release(args.repo_id, "dataset", "Graded data", {**files, CARD: card_for(folder, args.repo_id).encode()})
 
 
-def _check_no_local_path(release: Release, run_folder: Path, evidence: Mapping) -> None:
+def _check_card(release: Release, run_folder: Path, evidence: Mapping) -> None:
     """Raises InputError where a card names a folder of this machine, which a quoted recipe may."""
     from huggingface_hub import ModelCard
 
-    from release.verify import local_paths, named_paths
+    from release.local_paths import check_no_local_path, named_paths
 
     recipes = [evidence["recipe"], *(data["recipe"] for data in evidence["data"].values() if data)]
-    places = [run_folder, *evidence["data"], *(path for recipe in recipes for path in named_paths(recipe))]
-    places = [place for place in places if named_paths(str(place))]
-    card = release.files[CARD].decode()
-    metadata = {key: value for key, value in ModelCard(card).data.to_dict().items() if key != "widget"}
-    if found := [*local_paths(card, places), *named_paths(metadata)]:
-        raise InputError(f"{run_folder}: the card of {release.repo_id} would publish the local folder {found[0]!r}")
+    named = named_paths([str(run_folder), *evidence["data"], *recipes])
+    where = f"{run_folder}: the card of {release.repo_id}"
+    check_no_local_path({CARD: release.files[CARD]}, named, where)
+    metadata = ModelCard(release.files[CARD].decode()).data.to_dict()
+    if found := named_paths({key: value for key, value in metadata.items() if key != "widget"}):
+        raise InputError(f"{where} would name the local folder {found[0]!r} in its metadata")
 
 
 def write_cards(releases: Sequence[Release], folder: Path) -> None:
@@ -243,157 +199,6 @@ def write_cards(releases: Sequence[Release], folder: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         (target / CARD).write_bytes(release.files[CARD])
         print(f"{target / CARD}: the card of {release.repo_id}", file=sys.stderr)
-
-
-# --- the Hub --------------------------------------------------------------------------------------------------------
-
-
-def publish(releases: Sequence[Release], args: Namespace) -> None:
-    """Check every repository before anything is written to the first; then make one commit each and print a line.
-
-    Raises InputError: what went wrong and what to do.
-    """
-    from huggingface_hub import HfApi, get_token
-
-    from common.models import limit_waiting
-
-    token = get_token()
-    if token is None:
-        raise InputError("no token; set HF_TOKEN or run `hf auth login` (or check without one: --dry_run)")
-    if not (token.isascii() and token.isprintable() and " " not in token):
-        raise InputError("the token holds spaces, line breaks or letters that no token has; set HF_TOKEN again")
-    limit_waiting()
-    api = HfApi(token=token)
-    found = []
-    for release in releases:
-        _check_no_token(release, token)
-        with hub_errors(release.repo_id):
-            found.append(find_repository(api, release, args))
-    published = ""
-    for release, refs in zip(releases, found, strict=True):
-        with hub_errors(release.repo_id, published):
-            print(push(api, release, refs, args), flush=True)
-        published += f"{release.repo_id} is published; "
-
-
-def _check_no_token(release: Release, token: str) -> None:
-    for name, content in release.files.items():
-        if not name.endswith((".safetensors", ".parquet", ".gguf", ".bin")) and ".onnx" not in name:
-            content = content if isinstance(content, bytes) else content.read_bytes()
-            if token.encode() in content:
-                raise InputError(f"{release.repo_id}: {name} holds the token; remove it, and make a new token")
-
-
-def find_repository(api: HfApi, release: Release, args: Namespace) -> tuple[Refs, Refs] | None:
-    """Its branches and tags, as `read_refs` gives them; None without a repository.
-
-    Raises InputError where flags do not fit them.
-    """
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    name, branch = release.repo_id, args.revision or "main"
-    try:
-        info = api.repo_info(**release.repository)
-    except RepositoryNotFoundError:
-        return None
-    if args.private and not info.private:
-        raise InputError(f"{name}: is public already; make it private in its settings, or drop --private")
-    branches, tags = read_refs(api, release)
-    if branch not in branches and branch in tags:
-        raise InputError(f"{name}: {branch} is a tag; --revision takes a branch")
-    if branch not in branches and args.create_pr:
-        raise InputError(f"{name}: no branch {branch} for a pull request; push it first, or drop --revision")
-    if args.tag in tags and tags[args.tag] != branches.get(branch):
-        raise InputError(f"{name}: tag {args.tag} is on another commit, {tags[args.tag][:8]}; choose another name")
-    return branches, tags
-
-
-def read_refs(api: HfApi, release: Release) -> tuple[Refs, Refs]:
-    """Branches, with those of pull requests (refs/pr/N), and tags."""
-    found = api.list_repo_refs(**release.repository, include_pull_requests=True)
-    branches = {ref.name: ref.target_commit for ref in found.branches}
-    branches |= {ref.ref: ref.target_commit for ref in found.pull_requests or []}
-    return branches, {ref.name: ref.target_commit for ref in found.tags}
-
-
-def push(api: HfApi, release: Release, refs: tuple[Refs, Refs] | None, args: Namespace) -> str:
-    """Make the repository, the branch, the commit and the tag, as far as they are missing; a line about it."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    name, repository, branch = release.repo_id, release.repository, args.revision or "main"
-    if refs is None:
-        api.create_repo(**repository, private=args.private or None, exist_ok=True)
-        refs = read_refs(api, release)
-    branches, tags = refs
-    head = branches.get(branch, branches["main"])
-    if branch not in branches:
-        api.create_branch(**repository, branch=branch, revision=head, exist_ok=True)
-    additions = [CommitOperationAdd(name, content) for name, content in release.files.items()]
-    left = [
-        name
-        for name in api.list_repo_files(**repository, revision=head)
-        if name not in release.files and _is_replaced(name, release.repo_type)
-    ]
-    content = fingerprint([[addition.path_in_repo, addition.upload_info.sha256.hex()] for addition in additions])
-    title = f"{release.title} {content[:8]}"
-    if args.create_pr:
-        for proposal in branches:  # a lost answer hides whether the pull request was opened
-            if proposal.startswith("refs/pr/"):
-                [newest, *_] = api.list_repo_commits(**repository, revision=proposal)
-                if newest.title == title:
-                    return f"{name}: {proposal} proposes these files already; no other one was made"
-    # drops files that have not changed, and makes no empty commit
-    made = api.create_commit(
-        **repository,
-        operations=[*additions, *(CommitOperationDelete(name, is_folder=False) for name in left)],
-        commit_message=title,
-        revision=branch,
-        create_pr=args.create_pr,
-        parent_commit=head,
-    )
-    if made.pr_url:
-        return f"{name}: {made.pr_url}"
-    if args.tag:
-        tagged = tags.get(args.tag)
-        if tagged is None:
-            api.create_tag(**repository, tag=args.tag, revision=made.oid)
-        elif tagged != made.oid:
-            raise InputError(f"{name}: the files are there, commit {made.oid}; tag {args.tag} is on {tagged[:8]}")
-    if made.oid == head:
-        return f"{name}: {branch} holds these files already (commit {head[:8]}); no commit was made"
-    page = f"{api.endpoint}/{'datasets/' if release.repo_type == 'dataset' else ''}{name}"
-    return f"{name}: {page}/commit/{made.oid}"
-
-
-def _is_replaced(name: str, repo_type: str) -> bool:
-    # fnmatch alone lets * stand for slashes, too
-    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in REPLACED[repo_type])
-
-
-@contextmanager
-def hub_errors(repo_id: str, before: str = "") -> Iterator[None]:
-    """Turn errors of the Hub, its storage or the network into one line; `before` says what is finished."""
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{before}{error}") from error
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error.__cause__, HTTPError) else error
-        if not isinstance(cause, HTTPError | OSError | RuntimeError | ValueError):  # hf_xet's errors are of these, too
-            raise
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        known = {
-            401: "the Hub does not know the token; make one with write access",
-            403: "the token may not write there; take one with write access",
-            412: "somebody committed meanwhile, and nothing was overwritten; look at it, then run the command again",
-        }
-        if isinstance(error, OfflineModeIsEnabled):
-            reason = "HF_HUB_OFFLINE is set; unset it, or check without the Hub: --dry_run"
-        else:
-            reason = known.get(status) or f"{type(error).__name__}: {error}; run the same command again to finish"
-        raise InputError(f"{before}{repo_id}: {reason}") from error
 
 
 if __name__ == "__main__":

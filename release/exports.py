@@ -27,8 +27,9 @@ from common.cli import InputError
 from common.models import without_bars
 from common.steps import MANIFEST, files_of, fingerprint, folder_step, read_manifest
 from release.gguf_file import write_gguf
+from release.outside import describe_expected, describe_exported
 from release.usage import READERS, read_settings, reader_lines
-from release.verify import in_clean_process, made_files
+from release.verify import in_clean_process
 
 if TYPE_CHECKING:
     import torch
@@ -86,9 +87,8 @@ def export(kind: str, folder: Path, exports: Path) -> dict[str, Any]:
             with _quiet():
                 _WRITERS[kind](folder if kind == "gguf" else exports / "graph", step.path)
             step.finish(**_compare(kind, folder, step.path), reader=READERS[kind], version=versions[READERS[kind]])
-    manifest = read_manifest(exports / kind)
-    told = {name: manifest[name] for name in ("compared", "left_out", "texts", "reader", "version")}
-    return {"files": made_files(exports / kind), **told}
+    made = read_manifest(exports / kind)
+    return {**made, "files": {name: exports / kind / name for name in made["files"]}}
 
 
 def _versions(kind: str) -> dict[str, str]:
@@ -224,35 +224,29 @@ def _compare(kind: str, folder: Path, target: Path) -> dict[str, Any]:
 
     Raises InputError where a file that should be the model gives other vectors.
     """
-    expected = in_clean_process(describe_expected, folder, library="sentence-transformers")
-    settings = read_settings(folder)
+    reader, lines = READERS[kind], reader_lines(kind, read_settings(folder))
+    given = in_clean_process(describe_expected, folder, library="sentence-transformers")
     # llama.cpp refuses longer texts instead of cutting them
-    texts = [
-        text for text, is_cut in zip(expected["texts"], expected["cut"], strict=True) if not is_cut or kind != "gguf"
-    ]
-    vectors = dict(zip(expected["texts"], expected["vectors"], strict=True))
+    kept = [number for number, is_cut in enumerate(given["cut"]) if not is_cut or kind != "gguf"]
+    expected = [given["vectors"][number] for number in kept]
     compared, left_out = [], []
-    for name, numbers in FILES[kind].items():
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as stream:
-            json.dump(texts, stream)
-            stream.flush()
-            lines = reader_lines(kind, settings)
-            arguments = (folder, target / name, Path(stream.name), lines)
-            found = in_clean_process(describe_exported, *arguments, library=READERS[kind])["vectors"]
-        row = {"file": name, "numbers": numbers, "cosine": lowest_cosine([vectors[text] for text in texts], found)}
-        if row["cosine"] >= LOWEST[numbers]:
-            compared.append(row)
-            continue
-        problem = (
-            f"{name}: its vectors have a cosine of {row['cosine']:.4f} to the model's, less than {LOWEST[numbers]}"
-        )
-        if numbers != "int8":
-            raise InputError(f"{folder}: {problem}, in {READERS[kind]}; publish it without --{kind}")
-        print(f"{folder}: {problem}; left out", file=sys.stderr)
-        left_out.append(row)
-        for path in (target / name).parent.glob(Path(name).stem + ".*"):
-            path.unlink()
-    return {"compared": compared, "left_out": left_out, "texts": len(texts)}
+    with tempfile.TemporaryDirectory() as elsewhere:
+        texts = Path(elsewhere, "texts.json")
+        texts.write_text(json.dumps([given["texts"][number] for number in kept]))
+        for name, numbers in FILES[kind].items():
+            found = in_clean_process(describe_exported, folder, target / name, texts, lines, library=reader)["vectors"]
+            row = {"file": name, "numbers": numbers, "cosine": lowest_cosine(expected, found)}
+            if row["cosine"] >= LOWEST[numbers]:
+                compared.append(row)
+                continue
+            problem = f"{folder}: {name}: its vectors have a cosine of {row['cosine']:.4f} to the model's in {reader}"
+            if numbers != "int8":
+                raise InputError(f"{problem}, less than {LOWEST[numbers]}; publish it without --{kind}")
+            print(f"{problem}, less than {LOWEST[numbers]}; left out", file=sys.stderr)
+            left_out.append(row)
+            for path in (target / name).parent.glob(Path(name).stem + ".*"):
+                path.unlink()
+    return {"compared": compared, "left_out": left_out, "texts": len(kept)}
 
 
 def lowest_cosine(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
@@ -264,39 +258,3 @@ def lowest_cosine(first: Sequence[Sequence[float]], second: Sequence[Sequence[fl
     one, other = (np.array(rows, dtype=np.float64) for rows in (first, second))
     cosines = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
     return float(np.nan_to_num(cosines, nan=-1.0).min())
-
-
-def describe_expected(path: str) -> dict:
-    """Texts, with and without each of the reference's prompts, and their vectors by sentence-transformers in float32,
-    each text alone; `cut`: which are longer than the model reads. Runs alone.
-    """
-    import json
-
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    loading = {"dtype": torch.float32}
-    model = SentenceTransformer(path, device="cpu", model_kwargs=loading, local_files_only=True)
-    with open(f"{path}/reference_vectors.json", encoding="utf-8") as stream:
-        entries = json.load(stream)["vectors"]
-    prompts = dict.fromkeys(model.prompts[entry["prompt_name"]] if entry["prompt_name"] else "" for entry in entries)
-    texts = list(dict.fromkeys(entry["text"] for entry in entries))
-    texts += ["", "a", "In 2024, 12345 of  them;   it's 3.5 %!", "a long text " * model.max_seq_length]
-    texts = [prompt + text for prompt in prompts for text in texts]
-    lengths = [len(ids) for ids in model.tokenizer(texts, verbose=False)["input_ids"]]
-    return {
-        "texts": texts,
-        "vectors": [model.encode(text).tolist() for text in texts],
-        "cut": [length > model.max_seq_length for length in lengths],
-    }
-
-
-def describe_exported(path: str, file: str, texts: str, lines: str) -> dict:
-    """The vectors of all texts in the JSON file `texts`, in one batch, by the card's lines. Runs alone."""
-    import json
-
-    names = {"repository": path, "file": file}
-    exec(lines, names)
-    with open(texts, encoding="utf-8") as stream:
-        found = names["encode"](json.load(stream))
-    return {"vectors": [[float(number) for number in vector] for vector in found]}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.cli import InputError
+from release.usage import read_settings
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -37,10 +38,7 @@ def write_gguf(folder: Path, path: Path, weights: str) -> None:
     Raises InputError for an architecture, a tokenizer, a pooling or a module that such a file cannot say.
     """
     import gguf
-    from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer
-
-    from release.usage import read_settings
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     settings = read_settings(folder)
@@ -55,8 +53,8 @@ def write_gguf(folder: Path, path: Path, weights: str) -> None:
         _write_tokenizer(writer, tokenizer, config.vocab_size)
     except LookupError as error:
         raise InputError(f"{folder}: GGUF cannot say its tokenizer: {error}; publish it without --gguf") from None
-    names = gguf.get_tensor_name_map(_architecture(architecture), config.num_hidden_layers)
-    for name, tensor in _tensors(folder, safe_open):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    for name, tensor in _tensors(folder):
         if name.startswith("pooler."):
             continue  # of BERT's pretraining; no embedder reads it
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -128,14 +126,10 @@ def _llama3_divisors(config: PreTrainedConfig) -> np.ndarray:
     return (plain / scaled).astype(np.float32)
 
 
-def _architecture(name: str) -> int:
-    import gguf
-
-    return next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
-
-
-def _tensors(folder: Path, safe_open: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The folder's weights by name in float32, one at a time."""
+    from safetensors import safe_open
+
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118

@@ -26,8 +26,8 @@ from eval.retrieval import NEAR
 from modeling.objectives import OBJECTIVES
 from modeling.prompts import few_shot_prompt, few_shot_prompts
 from release.card_metadata import card_metadata, final_row, matryoshka_dims
+from release.local_paths import named_paths
 from release.usage import encode_lines, reader_lines
-from release.verify import named_paths
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -78,7 +78,7 @@ def render_card(
     metadata = card_metadata(repo_id, evidence, license, datasets, facts.get("tensorboard", False))
     trained = [entry for stage in evidence["stages"] for entry in stage["datasets"]]
     losses = dict.fromkeys(entry.get("loss") for entry in trained)
-    board, exports = in_benchmark(mteb, repo_id), facts.get("exports", {})
+    board, exports, final = in_benchmark(mteb, repo_id), facts.get("exports", {}), final_row(metrics) or {}
     values = {
         "repo_id": repo_id,
         "title": title or repo_id,
@@ -97,11 +97,11 @@ def render_card(
         "tensorboard": facts.get("tensorboard", False),
         "export_lines": {kind: reader_lines(kind, facts) for kind in exports},
         "server_pooling": SERVER_POOLING,
-        "headline": headline(metrics, board),
+        "headline": headline(metrics, final, board),
         "table": format_table(metrics) if metrics else None,
-        "cosines_table": cosines_table(metrics),
-        "relevance": (final_row(metrics) or {}).get("relevance"),
-        "thresholds_table": thresholds_table(metrics),
+        "cosines_table": cosines_table(final["cosines"]) if final.get("cosines") else None,
+        "relevance": final.get("relevance"),
+        "thresholds_table": thresholds_table(final["relevance"]) if final.get("relevance") else None,
         "mteb_means": format_means(board) if board else None,
         "mteb_table": format_tasks(make_leaderboard({"score": mteb})) if mteb else None,
         "ablation_table": ablation_rows(ablation) if ablation else None,
@@ -193,9 +193,18 @@ def code(text: str) -> str:
     >>> print(code("a"), code("two `ticks`"))
     `a` `` two `ticks` ``
     """
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
-    return f"{fence}{space}{text}{space}{fence}"
+    return f"{_ticks(text)}{space}{text}{space}{_ticks(text)}"
+
+
+def fenced(text: str, language: str) -> str:
+    """Any text as a block of code."""
+    return f"{_ticks(text, 3)}{language}\n{text}\n{_ticks(text, 3)}"
+
+
+def _ticks(text: str, least: int = 1) -> str:
+    """More backticks than stand together in `text`."""
+    return "`" * max([least, *(1 + len(ticks) for ticks in re.findall("`+", text))])
 
 
 def cell(text: str) -> str:
@@ -207,43 +216,29 @@ def cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def fenced(text: str, language: str) -> str:
-    """Any text as a block of code."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def cosines_table(metrics: Mapping[str, Any] | None) -> str | None:
-    """Quantiles of the final model's cosines, as a Markdown table; None where they were not measured."""
-    cosines = (final_row(metrics) or {}).get("cosines")
-    if not cosines:
-        return None
+def cosines_table(cosines: Mapping[str, Any]) -> str:
+    """Quantiles of cosines (of eval.retrieval's rows) as a Markdown table."""
     heads = [f"{quantile} % are below" for quantile in cosines["quantiles"]]
     titles = {"relevant": "its relevant documents", "others": f"others among the first {NEAR}"}
     rows = [[title, *(f"{value:.2f}" for value in cosines[name])] for name, title in titles.items() if cosines[name]]
     return markdown_table(["cosine of a query and", *heads], rows)
 
 
-def thresholds_table(metrics: Mapping[str, Any] | None) -> str | None:
-    """What is kept and lost by cutting at a cosine, as a Markdown table; None where it was not measured."""
-    found = (final_row(metrics) or {}).get("relevance")
-    if not found:
-        return None
+def thresholds_table(relevance: Mapping[str, Any]) -> str:
+    """What is kept and lost by cutting at a cosine (of eval.thresholds) as a Markdown table."""
     heads = ["cosine of at least", "relevant, of what is left", "left, of what is relevant", "queries with an answer"]
-    rows = [
-        [f"{row['cosine']:.2f}", *(f"{row[name]:.0%}" for name in ("precision", "recall", "answered"))]
-        for row in found["table"]
-    ]
+    shares = ("precision", "recall", "answered")
+    rows = [[f"{row['cosine']:.2f}", *(f"{row[name]:.0%}" for name in shares)] for row in relevance["table"]]
     return markdown_table(heads, rows, left=0)
 
 
-def headline(metrics: Mapping[str, Any] | None, board: Leaderboard | None) -> str | None:
-    """The scores in a sentence; None where nothing was measured."""
+def headline(metrics: Mapping[str, Any] | None, final: Mapping[str, Any], board: Leaderboard | None) -> str | None:
+    """The scores in a sentence; None where nothing was measured. `final`: the final model's row of `metrics`."""
     parts = []
-    if final := final_row(metrics):
+    if final:
         measure, baseline, counts = metrics["compared"], metrics["baseline"], metrics["counts"]
         [reference] = [row[measure] for row in metrics["systems"] if row["name"] == baseline]
         difference = final.get("difference")

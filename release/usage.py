@@ -68,6 +68,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
     Raises InputError where a file is missing or is not as sentence-transformers writes it.
     """
+    if not (folder / "modules.json").is_file():
+        raise InputError(f"{folder}: not a SentenceTransformer folder (modules.json is missing); train one first")
     try:
         modules = _read(folder, "modules.json")
         types = [module["type"] for module in modules]

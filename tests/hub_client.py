@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from local_hub import ROOT, LocalHub
+from local_hub import TOKEN, LocalHub
 
-TOKEN = "hf_vBqLkWzXnTsYpRdCmGfJhA"
-TOKENS = {TOKEN: "write", "hf_read": "read"}
+ROOT = Path(__file__).parents[1]
 # Reads {"module", "argv", "environment", "releases", "stalled"} and answers [exit code, stdout, stderr], a line each.
 # `releases` {repository: {name: content}} stand in for a model, which would be verified. Every request has its limit
 # of time, a short one if it matches `stalled`: it gets no answer.
@@ -57,11 +56,35 @@ for line in sys.stdin:
 """
 
 
+def environment(hub: LocalHub, folder: Path, token: str = "") -> dict[str, str]:
+    """Variables for a client's process; the clients read most of them when they are imported."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(folder / "hf_home"),
+        "HF_DATASETS_CACHE": str(folder / "hf_home" / "datasets"),
+        "HF_TOKEN": token,  # empty: none, also where the machine has one
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run_python(script: str, hub: LocalHub, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Python code in a process of its own, with a cache in `folder`."""
+    settings = environment(hub, folder) | variables
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=settings, capture_output=True, text=True)
+
+
 class Client:
     """A process that runs commands against a Hub."""
 
-    def __init__(self, hub: LocalHub, folder: Path, **environment: str):
-        settings = {**os.environ, **hub.environment(folder), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+    def __init__(self, hub: LocalHub, folder: Path, **variables: str):
+        settings = environment(hub, folder) | variables
         self.cache, self.log = folder / "hf_home", folder / "log"
         with self.log.open("w") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}

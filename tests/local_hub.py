@@ -1,357 +1,368 @@
 """A small Hugging Face Hub over real HTTP, for tests: what its clients ask for to publish and to read models and data.
 
-    with LocalHub() as hub:
-        hub.run("from huggingface_hub import HfApi; HfApi().create_repo('org/model')", tmp_path, HF_TOKEN="hf_write")
-        hub.files("org/model")                                    # {name: bytes} of main
-        hub.fail(r"POST .*/commit/", "lost")                      # the next commit lands, its answer does not arrive
+    with LocalHub() as hub:                                       # clients are processes of their own: hub_client.py
+        commit = hub.create("org/model", {"config.json": b"{}"})  # a data set's page is "datasets/org/name"
+        hub.fail("POST .*/commit/", "lost")                       # the next commit lands, its answer does not arrive
 
 Written after what huggingface_hub 2.4, datasets 5.2, sentence-transformers 6.2 and transformers 5.23 send and read.
-`hub.asked` lists the requests in order, as "METHOD path". No Xet storage, multipart uploads, signed URLs, pages of
-long lists, git, organisations or limits; of cards only their YAML, licence, language and ids are checked.
+No Xet, multipart uploads, signed URLs, pages of long lists or limits; of cards only the licence is checked.
 """
 
 import base64
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
+import socket
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from urllib.parse import parse_qs, unquote
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-from hub_http import ROUTES, Answer, Fault, Refused, Request, Server, answer_json, handler, route
-from hub_storage import ATTRIBUTES, LICENSES, Blob, Commit, Refs, Repository, blobs, card_problems, is_lfs
-
-__all__ = ["LICENSES", "ROOT", "LocalHub", "card_problems"]
-ROOT = Path(__file__).parents[1]
+TOKEN, READ_TOKEN = "hf_vBqLkWzXnTsYpRdCmGfJhA", "hf_read"
+LICENSES = Path(__file__).with_name("hub_licenses.txt").read_text().split()
+LFS_SUFFIXES = (".arrow", ".bin", ".gguf", ".onnx", ".parquet", ".png", ".safetensors")
 DATE = "2026-01-01T00:00:00.000Z"
-API = r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+(?:/[^/]+)?)"
-FILES = r"/(?:(?P<type>dataset)s/)?(?P<repo>[^/]+(?:/[^/]+)?)"
+ID = "(?P<page>(?:datasets/)?[^/]+/[^/]+)"
+API = f"/api/(?:models/)?{ID}"
+Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
+
+
+def is_lfs(name: str) -> bool:
+    return name.endswith(LFS_SUFFIXES)
+
+
+def etag(name: str, content: bytes) -> str:
+    """By which clients know a file's content: of an LFS file its SHA-256, of others git's hash."""
+    git = f"blob {len(content)}\0".encode() + content
+    return hashlib.sha256(content).hexdigest() if is_lfs(name) else hashlib.sha1(git).hexdigest()
+
+
+class Commit(NamedTuple):
+    id: str
+    title: str
+    files: dict[str, bytes]
+
+
+@dataclass
+class Repository:
+    page: str
+    private: bool = False
+    branches: dict[str, list[Commit]] = field(default_factory=dict)  # and pull requests, refs/pr/N; oldest first
+    tags: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)  # uploaded LFS files, by SHA-256
+
+    def history(self, revision: str) -> list[Commit] | None:
+        """The commits up to that of a branch, tag or id, oldest first."""
+        if revision in self.branches:
+            return self.branches[revision]
+        wanted = self.tags.get(revision, revision)
+        numbered = ((line, end) for line in self.branches.values() for end in range(1, len(line) + 1))
+        return next((line[:end] for line, end in numbered if line[end - 1].id == wanted), None)
+
+    def add(self, branch: str, parents: list[Commit], title: str, files: dict[str, bytes], commit_id="") -> Commit:
+        made = hashlib.sha1(f"{self.page} {sum(map(len, self.branches.values()))}".encode()).hexdigest()
+        commit = Commit(commit_id or made, title, files)
+        self.branches[branch] = [*parents, commit]
+        self.objects |= {etag(name, content): content for name, content in files.items() if is_lfs(name)}
+        return commit
 
 
 class LocalHub:
-    def __init__(
-        self,
-        repos: Mapping[str, Mapping[str, Mapping[str, bytes]]] | None = None,
-        tokens: Mapping[str, str] | None = None,
-    ) -> None:
-        """`repos`: public data sets as {id: {commit id: {name: content}}}, the last commit being `main`.
-
-        `tokens`: what each may do, "read" or "write".
-        """
-        self.tokens = {"hf_write": "write", "hf_read": "read"} if tokens is None else dict(tokens)
-        self.asked: list[str] = []
-        self.stored: dict[str, dict[str, Repository]] = {"model": {}, "dataset": {}}
-        self.repos = self.stored["dataset"]
-        for repo_id, commits in (repos or {}).items():
-            self.repos[repo_id] = Repository(f"datasets/{repo_id}")
-            for commit_id, files in commits.items():
-                self.repos[repo_id][commit_id] = files
-        self._faults: list[Fault] = []
-        self._lock = threading.RLock()
-        self._stopped = threading.Event()
-
-    # --- what tests use
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.asked: list[str] = []  # "METHOD path" of every request, in order
+        self.faults: list[SimpleNamespace] = []  # pattern, kind, times, happened
+        self.lock = threading.RLock()
+        self.stopped = threading.Event()
 
     def __enter__(self) -> "LocalHub":
-        self._server = Server(("127.0.0.1", 0), handler(self))
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         return self
 
     def __exit__(self, *error) -> None:
-        self._stopped.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.stopped.set()
+        self.server.shutdown()
+        self.server.server_close()
 
-    def environment(self, folder: Path, token: str | None = None) -> dict[str, str]:
-        """Variables for a client's process; the clients read most of them when they are imported."""
-        return {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(folder / "hf_home"),
-            "HF_DATASETS_CACHE": str(folder / "hf_home" / "datasets"),
-            "HF_TOKEN": token or "",  # empty: none, also where the machine has one
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-            "HF_HUB_OFFLINE": "0",
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-            "OMP_NUM_THREADS": "1",
-        }
+    def create(self, page: str, files: Mapping[str, bytes] | None = None, private=False, commit_id: str = "") -> str:
+        """A new repository: an empty commit, as the Hub makes it, and one with `files`. Returns the id of main."""
+        assert page not in self.repositories, f"{page} exists"
+        repository = self.repositories[page] = Repository(page, private)
+        first = repository.add("main", [], "initial commit", {})
+        return self.commit(page, files, commit_id) if files else first.id
 
-    def run(self, script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-        """Run Python code in a process of its own, as the client reads its endpoint when it is imported."""
-        settings = {**os.environ, **self.environment(folder), **environment}
-        return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=settings, capture_output=True, text=True)
+    def commit(self, page: str, files: Mapping[str, bytes], commit_id: str = "") -> str:
+        """Add or replace files of main, as somebody else's commit. Returns its id."""
+        repository = self.repositories[page]
+        history = repository.history("main")
+        return repository.add("main", history, "Upload files", history[-1].files | dict(files), commit_id).id
 
-    def create(
-        self, repo_id: str, repo_type: str = "model", private: bool = False, files: Mapping[str, bytes] | None = None
-    ) -> str:
-        """A new repository, with a second commit where there are files. Returns the id of main."""
-        with self._lock:
-            assert repo_id not in self.stored[repo_type], f"{repo_id} exists"
-            path = repo_id if repo_type == "model" else f"datasets/{repo_id}"
-            repo = self.stored[repo_type][repo_id] = Repository(path, private)
-            repo.commit("main", {".gitattributes": Blob(ATTRIBUTES, lfs=False)}, "initial commit")
-            return self.commit(repo_id, files, repo_type) if files else repo.refs.branches["main"]
+    def files(self, page: str, revision: str = "main") -> dict[str, bytes]:
+        return self.repositories[page].history(revision)[-1].files
 
-    def commit(
-        self, repo_id: str, files: Mapping[str, bytes], repo_type: str = "model", revision: str = "main"
-    ) -> str:
-        """Add or replace files, as somebody else's commit. Returns its id."""
-        with self._lock:
-            repo = self.stored[repo_type][repo_id]
-            return repo.commit(revision, repo.find(revision).files | blobs(files), "Upload files").id
-
-    def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
-        commit = self.stored[repo_type][repo_id].find(revision)
-        return {name: blob.content for name, blob in commit.files.items()}
-
-    def commits(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> list[Commit]:
-        """Oldest first."""
-        return self.stored[repo_type][repo_id].history(revision)[::-1]
-
-    def refs(self, repo_id: str, repo_type: str = "model") -> Refs:
-        return Refs(*(dict(names) for names in self.stored[repo_type][repo_id].refs))
+    def commits(self, page: str, revision: str = "main") -> list[Commit]:
+        """Oldest first, without the Hub's own."""
+        return self.repositories[page].history(revision)[1:]
 
     def clear(self) -> None:
         """Neither repositories nor requests nor faults, as at the beginning."""
-        with self._lock:
-            for collection in (*self.stored.values(), self.asked, self._faults):
-                collection.clear()
+        for collection in (self.repositories, self.asked, self.faults):
+            collection.clear()
 
-    def fail(self, pattern: str, fault: str | Callable[[], object], times: int = 1) -> Fault:
-        """Let the next `times` requests whose "METHOD path" has `pattern` in it fail.
+    def fail(self, pattern: str, fault: str | Callable[[], object], times: int = 1) -> SimpleNamespace:
+        """Let the next `times` requests whose "METHOD path" has `pattern` in it fail; it `happened` so often.
 
         "429", "503": that answer. "drop": the connection is closed and nothing done. "lost": it is done, and the
         connection closed without an answer. "cut": half of the body, then closed. "stall": no answer while the server
         runs, and nothing done. A function is called before the request is answered as always.
         """
-        assert callable(fault) or fault in ("429", "503", "drop", "lost", "cut", "stall"), fault
-        planned = Fault(re.compile(pattern), fault, times)
-        with self._lock:
-            self._faults.append(planned)
-        return planned
+        self.faults.append(SimpleNamespace(pattern=pattern, kind=fault, times=times, happened=0))
+        return self.faults[-1]
 
-    # --- requests
-
-    def receive(self, line: str) -> Fault | None:
+    def receive(self, line: str) -> str | Callable[[], object] | None:
         """Note a request; the fault that it gets."""
-        with self._lock:
+        with self.lock:
             self.asked.append(line)
-            for planned in self._faults:
-                if planned.times and planned.pattern.search(line):
+            for planned in self.faults:
+                if planned.times and re.search(planned.pattern, line):
                     planned.times -= 1
                     planned.happened += 1
-                    return planned
+                    return planned.kind
         return None
 
-    def answer(self, request: Request) -> Answer:
-        with self._lock:
-            try:
-                token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-                if token and token not in self.tokens:
-                    raise Refused(401, "Invalid credentials in Authorization header")
-                request.role = self.tokens.get(token)
-                for methods, pattern, function, write in ROUTES:
-                    match = pattern.match(request.path)
-                    if match and request.method in methods:
-                        request.names = {name: unquote(value) for name, value in match.groupdict().items() if value}
-                        self._find(request, write)
-                        return function(self, request)
-                raise Refused(404, "Sorry, we can't find the page you are looking for.")
-            except Refused as refused:
-                return refused.answer
 
-    def _find(self, request: Request, write: bool) -> None:
-        """The repository and commit that a request names. Who may not see a private one is told that it is missing."""
-        names = request.names
-        if "repo" in names:
-            request.repo = self.stored[names.get("type", "model")].get(names["repo"])
-            if request.repo is None or (request.repo.private and request.role is None):
-                status = 401 if request.role is None else 404
-                raise Refused(status, "Repository not found", "RepoNotFound")
-        if write and request.role != "write":
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """An answer with an error, as the Hub words it: its message, and its code where it has one."""
+
+    def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
+        headers |= {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.answer = as_json({"error": message}, status, headers)
+
+
+def as_json(value, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    return status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})}, json.dumps(value).encode()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    hub: LocalHub
+
+    def respond(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.hub.receive(f"{self.command} {self.path}")
+        if fault == "stall":
+            self.hub.stopped.wait()
+        if fault in ("stall", "drop"):
+            return self.hang_up()
+        if callable(fault):
+            fault()
+        if fault in ("429", "503"):
+            status, headers, content = as_json({"error": "Not now"}, int(fault))
+        else:
+            with self.hub.lock:
+                status, headers, content = self.answer()
+        if fault == "lost":
+            return self.hang_up()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        if fault == "cut":
+            self.hang_up()
+
+    do_GET = do_HEAD = do_POST = do_PUT = respond
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def answer(self) -> Answer:
+        url = urlsplit(self.path)
+        self.query = dict(parse_qsl(url.query))
+        for methods, pattern, function, writes in ROUTES:
+            match = re.fullmatch(pattern, url.path)
+            if match and self.command in methods:
+                self.names = {name: unquote(value) for name, value in match.groupdict().items() if value}
+                try:
+                    self.find(writes)
+                    return function(self)
+                except Refused as refused:
+                    return refused.answer
+        raise AssertionError(f"no route for {self.command} {url.path}")
+
+    def find(self, writes: bool) -> None:
+        """The repository and commit of the path. Who may not see a private one is told that it is missing."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in ("", TOKEN, READ_TOKEN):
+            raise Refused(401, "Invalid credentials in Authorization header")
+        self.repository = self.hub.repositories.get(self.names.get("page"))
+        if "page" in self.names and (self.repository is None or (self.repository.private and not token)):
+            raise Refused(404 if token else 401, "Repository not found", "RepoNotFound")
+        if writes and token != TOKEN:
             raise Refused(403, "Forbidden: you must use a write token to upload to a repository.")
-        if "rev" in names:
-            request.commit = request.repo.find(names["rev"])
-            if request.commit is None:
-                raise Refused(404, f"Invalid rev id: {names['rev']}", "RevisionNotFound")
+        if self.repository:
+            self.history = self.repository.history(self.names.get("rev", "main"))
+            if self.history is None:
+                raise Refused(404, f"Invalid rev id: {self.names['rev']}", "RevisionNotFound")
+            self.newest = self.history[-1]
 
-    @route("POST", "/api/repos/create", write=True)
-    def _create(self, request: Request) -> Answer:
-        asked = request.json()
-        repo_type, repo_id = asked.get("type") or "model", f"{asked.get('organization') or 'tester'}/{asked['name']}"
-        is_new = repo_id not in self.stored[repo_type]
-        if is_new:
-            self.create(repo_id, repo_type, asked.get("visibility") == "private")
-        url = f"{self.endpoint}/{self.stored[repo_type][repo_id].path}"
-        if not is_new:
-            raise Refused(409, f"You already created this {repo_type} repo: {repo_id}", url=url)
-        return answer_json({"url": url, "name": repo_id, "id": "0" * 24})
+    def json(self) -> dict:
+        return json.loads(self.body)
 
-    @route("POST", "/api/validate-yaml")
-    def _validate(self, request: Request) -> Answer:
-        errors = [{"message": text} for text in card_problems(str(request.json().get("content", "")))]
-        return answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)
+    def create(self) -> Answer:
+        asked = self.json()
+        page = ("datasets/" if asked.get("type") == "dataset" else "") + f"{asked['organization']}/{asked['name']}"
+        self.hub.create(page, private=asked.get("visibility") == "private")
+        return as_json({"url": f"{self.hub.endpoint}/{page}", "name": page, "id": "0" * 24})
 
-    @route("GET", API)
-    @route("GET", API + "/revision/(?P<rev>[^/]+)")
-    def _info(self, request: Request) -> Answer:
-        repo, commit = request.repo, request.commit or request.repo.find("main")
-        facts = {
-            "_id": "0" * 24,
-            "id": request.names["repo"],
-            "sha": commit.id,
-            "createdAt": DATE,
-            "lastModified": DATE,
-        }
-        facts |= {"private": repo.private, "gated": False, "disabled": False}
-        siblings = [{"rfilename": name} for name in sorted(commit.files)]
-        return answer_json({**facts, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings})
+    def validate(self) -> Answer:
+        stated = re.findall("^license: *(.*)$", self.json()["content"].split("\n---")[0], re.MULTILINE)
+        wrong = [licence for licence in stated if licence not in LICENSES]
+        errors = [{"message": f'"license" with value "{licence}" is not valid'} for licence in wrong]
+        return as_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
-    @route("GET", API + "/tree/(?P<rev>[^/]+)(?:/(?P<path>.*))?")
-    def _tree(self, request: Request) -> Answer:
-        folder, files = request.names.get("path", "").strip("/"), request.commit.files
-        prefix = f"{folder}/" if folder else ""
-        inside = {name.removeprefix(prefix) for name in files if name.startswith(prefix)}
-        if folder and not inside:
-            raise self._no_entry(request)
-        found = inside | {
-            "/".join(name.split("/")[:depth]) for name in inside for depth in range(1, name.count("/") + 1)
-        }
-        recursive = request.query.get("recursive", "").lower() in ("true", "1")
-        names = [prefix + name for name in sorted(found) if recursive or "/" not in name]
-        return answer_json([self._entry(request, name) for name in names])
+    def info(self) -> Answer:
+        facts = {"_id": "0" * 24, "id": self.repository.page.removeprefix("datasets/"), "sha": self.newest.id}
+        facts |= {"private": self.repository.private, "gated": False, "tags": [], "createdAt": DATE}
+        return as_json({**facts, "siblings": [{"rfilename": name} for name in sorted(self.newest.files)]})
 
-    @route("POST", API + "/paths-info/(?P<rev>[^/]+)")
-    def _paths_info(self, request: Request) -> Answer:
-        is_json = "json" in request.headers.get("Content-Type", "")
-        paths = request.json()["paths"] if is_json else parse_qs(request.body.decode()).get("paths", [])
-        entries = (self._entry(request, path.strip("/")) for path in paths)
-        return answer_json([entry for entry in entries if entry])
+    def tree(self) -> Answer:
+        prefix = f"{self.names['path'].strip('/')}/" if "path" in self.names else ""
+        names = {str(path) for name in self.newest.files for path in (name, *PurePosixPath(name).parents[:-1])}
+        inside = sorted(name for name in names if name.startswith(prefix))
+        if prefix and not inside:
+            raise self.no_entry()
+        whole = self.query.get("recursive", "").lower() == "true"
+        return as_json([self.entry(name) for name in inside if whole or "/" not in name.removeprefix(prefix)])
 
-    def _entry(self, request: Request, name: str) -> dict | None:
+    def paths_info(self) -> Answer:
+        asked = [path for key, path in parse_qsl(self.body.decode()) if key == "paths"]
+        there = [path for path in asked if any(f"{name}/".startswith(f"{path}/") for name in self.newest.files)]
+        return as_json([self.entry(path) for path in there])
+
+    def entry(self, name: str) -> dict:
         """A file or folder as tree and paths-info tell it."""
-        last = {"lastCommit": {"id": request.commit.id, "title": request.commit.title, "date": DATE}}
-        if name in request.commit.files:
-            blob = request.commit.files[name]
-            size = len(blob.content)
-            lfs = {"lfs": {"oid": blob.etag, "size": size, "pointerSize": 130}} if blob.lfs else {}
-            return {"type": "file", "oid": blob.etag[:40], "size": size, "path": name, **lfs, **last}
-        if any(path.startswith(f"{name}/") for path in request.commit.files):
-            return {"type": "directory", "oid": "0" * 40, "size": 0, "path": name, **last}
-        return None
+        if name not in self.newest.files:
+            return {"type": "directory", "oid": "0" * 40, "path": name}
+        content = self.newest.files[name]
+        oid, size = etag(name, content), len(content)
+        lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if is_lfs(name) else {}
+        return {"type": "file", "oid": oid[:40], "size": size, "path": name, **lfs}
 
-    def _no_entry(self, request: Request) -> Refused:
-        return Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": request.commit.id})
+    def no_entry(self) -> Refused:
+        return Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": self.newest.id})
 
-    @route("GET", API + "/commits/(?P<rev>[^/]+)")
-    def _commits(self, request: Request) -> Answer:
-        history = request.repo.history(request.commit.id)
-        facts = {"message": "", "authors": [{"user": "tester"}], "date": DATE}
-        return answer_json([{"id": commit.id, "title": commit.title, **facts} for commit in history])
-
-    @route("GET HEAD", FILES + "/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
-    def _resolve(self, request: Request) -> Answer:
+    def resolve(self) -> Answer:
         """The file itself, or the part of it that the request's Range names."""
-        if request.names["path"] not in request.commit.files:
-            raise self._no_entry(request)
-        blob = request.commit.files[request.names["path"]]
-        headers = {"X-Repo-Commit": request.commit.id, "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        name = self.names["path"]
+        if name not in self.newest.files:
+            raise self.no_entry()
+        content = self.newest.files[name]
+        headers = {"X-Repo-Commit": self.newest.id, "ETag": f'"{etag(name, content)}"', "Accept-Ranges": "bytes"}
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not match:
-            return Answer(200, headers, blob.content)
-        start, end = int(match[1]), min(int(match[2] or 2**60), len(blob.content) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(blob.content)}"
-        return Answer(206, headers, blob.content[start : end + 1])
+            return 200, headers, content
+        start, end = int(match[1]), min(int(match[2] or 2**60), len(content) - 1)
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        return 206, headers, content[start : end + 1]
 
-    # --- branches, tags and pull requests
+    def commits(self) -> Answer:
+        facts = {"message": "", "authors": [], "date": DATE}
+        return as_json([{"id": commit.id, "title": commit.title, **facts} for commit in self.history[::-1]])
 
-    @route("GET", API + "/refs")
-    def _refs(self, request: Request) -> Answer:
-        found = [
-            [{"name": name, "ref": prefix + name, "targetCommit": commit} for name, commit in sorted(names.items())]
-            for names, prefix in zip(request.repo.refs, ("refs/heads/", "refs/tags/", ""), strict=True)
-        ]
-        pull_requests = {"pullRequests": found[2]} if request.query.get("include_prs") else {}
-        return answer_json({"branches": found[0], "converts": [], "tags": found[1]} | pull_requests)
+    def refs(self) -> Answer:
+        def named(commits: Mapping[str, str], prefix: str) -> list[dict[str, str]]:
+            return [{"name": name, "ref": prefix + name, "targetCommit": commit} for name, commit in commits.items()]
 
-    @route("POST", API + "/branch/(?P<name>[^/]+)", write=True)
-    def _branch(self, request: Request) -> Answer:
-        start = (request.json() if request.body else {}).get("startingPoint", "main")
-        return self._name(request.repo.refs.branches, request.names["name"], request.repo.find(start))
+        heads = {name: line[-1].id for name, line in self.repository.branches.items()}
+        pulls = {name: heads.pop(name) for name in list(heads) if name.startswith("refs/pr/")}
+        found = {"branches": named(heads, "refs/heads/"), "tags": named(self.repository.tags, "refs/tags/")}
+        return as_json({**found, "converts": [], "pullRequests": named(pulls, "")})
 
-    @route("POST", API + "/tag/(?P<rev>[^/]+)", write=True)
-    def _tag(self, request: Request) -> Answer:
-        return self._name(request.repo.refs.tags, request.json()["tag"], request.commit)
+    def branch(self) -> Answer:
+        self.repository.branches[self.names["name"]] = self.repository.history(self.json()["startingPoint"])
+        return 200, {}, b""
 
-    def _name(self, names: dict[str, str], name: str, commit: Commit) -> Answer:
-        if name in names:
-            raise Refused(409, f"Reference already exists: {name}")
-        names[name] = commit.id
-        return Answer(200, {}, b"")
+    def tag(self) -> Answer:
+        self.repository.tags[self.json()["tag"]] = self.newest.id
+        return 200, {}, b""
 
-    # --- uploads
-
-    @route("POST", API + "/preupload/(?P<rev>[^/]+)", write=True)
-    def _preupload(self, request: Request) -> Answer:
+    def preupload(self) -> Answer:
         files = []
-        for asked in request.json()["files"]:
-            there = request.commit.files.get(asked["path"])
-            mode = "lfs" if is_lfs(asked["path"], base64.b64decode(asked["sample"])) else "regular"
-            entry = {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False}
-            files.append(entry | ({"oid": there.etag} if there else {}))
-        return answer_json({"files": files, "commitOid": request.commit.id})
+        for path in [asked["path"] for asked in self.json()["files"]]:
+            there = {"oid": etag(path, self.newest.files[path])} if path in self.newest.files else {}
+            mode = "lfs" if is_lfs(path) else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **there})
+        return as_json({"files": files, "commitOid": self.newest.id})
 
-    @route("POST", FILES + r"\.git/info/lfs/objects/batch", write=True)
-    def _lfs_batch(self, request: Request) -> Answer:
+    def lfs_batch(self) -> Answer:
         objects = []
-        for entry in request.json()["objects"]:
-            answered = {"oid": entry["oid"], "size": entry["size"], "authenticated": True}
-            if entry["oid"] not in request.repo.objects:
-                answered["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{request.repo.path}/{entry['oid']}"}}
-            objects.append(answered)
+        for entry in self.json()["objects"]:
+            upload = {"upload": {"href": f"{self.hub.endpoint}/lfs/{self.repository.page}/{entry['oid']}"}}
+            is_there = entry["oid"] in self.repository.objects
+            objects.append({"oid": entry["oid"], "size": entry["size"], **({} if is_there else {"actions": upload})})
         headers = {"Content-Type": "application/vnd.git-lfs+json; charset=utf-8"}
-        return answer_json({"transfer": "basic", "objects": objects}, 200, headers)
+        return as_json({"transfer": "basic", "objects": objects}, 200, headers)
 
-    @route("PUT", "/lfs/(?P<page>.+)/(?P<oid>[0-9a-f]{64})")
-    def _lfs_put(self, request: Request) -> Answer:
-        """Without a token: on the Hub this is a signed URL."""
-        assert hashlib.sha256(request.body).hexdigest() == request.names["oid"]
-        [repo] = [repo for of in self.stored.values() for repo in of.values() if repo.path == request.names["page"]]
-        repo.objects[request.names["oid"]] = request.body
-        return Answer(200, {}, b"")
+    def lfs_put(self) -> Answer:
+        assert hashlib.sha256(self.body).hexdigest() == self.names["oid"]
+        self.hub.repositories[self.names["of"]].objects[self.names["oid"]] = self.body
+        return 200, {}, b""
 
-    @route("POST", API + "/commit/(?P<rev>[^/]+)", write=True)
-    def _commit(self, request: Request) -> Answer:
+    def commit(self) -> Answer:
         """All operations or none. Unchanged content makes an empty commit, which the client avoids asking for."""
-        repo, base, ref = request.repo, request.commit, request.names["rev"]
-        header, *operations = [json.loads(line) for line in request.body.splitlines() if line.strip()]
-        expected, pull_request = header["value"].get("parentCommit"), None
-        if request.query.get("create_pr"):
-            ref = pull_request = f"refs/pr/{len(repo.refs.pull_requests) + 1}"
-            base = repo.commits[expected] if expected else base
-        elif ref not in repo.refs.branches | repo.refs.pull_requests:
-            raise Refused(400, f"Cannot commit to {ref}: not a branch")
-        elif expected and base.id != expected:
+        branches, branch, history = self.repository.branches, self.names["rev"], self.history
+        header, *operations = [json.loads(line) for line in self.body.splitlines()]
+        page, answered = f"{self.hub.endpoint}/{self.repository.page}", {"success": True}
+        if self.query.get("create_pr"):
+            number = 1 + sum(name.startswith("refs/pr/") for name in branches)
+            branch, history = f"refs/pr/{number}", self.repository.history(header["value"]["parentCommit"])
+            answered["pullRequestUrl"] = f"{page}/discussions/{number}"
+        elif header["value"].get("parentCommit") not in (None, self.newest.id):
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(base.files)
-        for operation in operations:
-            value = operation["value"]
-            if operation["key"] == "file":
-                files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
-            elif operation["key"] == "lfsFile":
-                files[value["path"]] = Blob(repo.objects[value["oid"]], lfs=True)
+        files = dict(history[-1].files)
+        for key, value in [(operation["key"], operation["value"]) for operation in operations]:
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[value["path"]] = self.repository.objects[value["oid"]]
             else:
-                assert operation["key"] == "deletedFile"
+                assert key == "deletedFile"
                 del files[value["path"]]
-        commit = repo.commit(ref, files, header["value"]["summary"], parent=base)
-        page = f"{self.endpoint}/{repo.path}"
-        answered = {"success": True, "commitUrl": f"{page}/commit/{commit.id}", "commitOid": commit.id}
-        if pull_request:
-            answered["pullRequestUrl"] = f"{page}/discussions/{pull_request.rpartition('/')[2]}"
-        return answer_json(answered)
+        made = self.repository.add(branch, history, header["value"]["summary"], files)
+        return as_json({**answered, "commitUrl": f"{page}/commit/{made.id}", "commitOid": made.id})
+
+
+REV = "(?P<rev>[^/]+)"
+ROUTES = (
+    # methods, path, who answers, whether that takes a token that may write; a path's page and rev are found before
+    ("POST", "/api/repos/create", Handler.create, True),
+    ("POST", "/api/validate-yaml", Handler.validate, False),
+    ("GET", f"{API}(?:/revision/{REV})?", Handler.info, False),
+    ("GET", f"{API}/tree/{REV}(?:/(?P<path>.*))?", Handler.tree, False),
+    ("POST", f"{API}/paths-info/{REV}", Handler.paths_info, False),
+    ("GET HEAD", f"/{ID}/resolve/{REV}/(?P<path>.+)", Handler.resolve, False),
+    ("GET", f"{API}/commits/{REV}", Handler.commits, False),
+    ("GET", f"{API}/refs", Handler.refs, False),
+    ("POST", f"{API}/branch/(?P<name>[^/]+)", Handler.branch, True),
+    ("POST", f"{API}/tag/{REV}", Handler.tag, True),
+    ("POST", f"{API}/preupload/{REV}", Handler.preupload, True),
+    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch, True),
+    ("PUT", "/lfs/(?P<of>.+)/(?P<oid>[0-9a-f]{64})", Handler.lfs_put, False),  # on the Hub this is a signed URL
+    ("POST", f"{API}/commit/{REV}", Handler.commit, True),
+)

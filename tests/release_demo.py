@@ -10,7 +10,6 @@ must be the one that eval.retrieval wrote. Exit code 1 where they do not.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,14 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from local_hub import ROOT, LocalHub
+from hub_client import ROOT, environment
+from local_hub import TOKEN, LocalHub
 
 from common.cli import ArgumentParser, InputError, run
 from eval.evidence import hub_id
 from release.model_card import final_row
 
 MODEL, ADAPTER, DATA = "demo/model", "demo/adapter", "demo/data"
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 # Takes a model, a data set and a file for what was found; names on the Hub or folders, it is all the same to it.
 READER = """
@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"no {' and no '.join(missing)}; make it first (runs/demo: make demo)")
     with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
         publish(hub, source, Path(folder))
-        there = read(MODEL, DATA, Path(folder) / "stranger", hub.environment(Path(folder) / "stranger"))
-        offline = {**hub.environment(Path(folder) / "here"), "HF_HUB_OFFLINE": "1"}
+        there = read(MODEL, DATA, Path(folder) / "stranger", environment(hub, Path(folder) / "stranger"))
+        offline = environment(hub, Path(folder) / "here") | {"HF_HUB_OFFLINE": "1"}
         here = read(str(source / "model"), str(source / "data" / "hub"), Path(folder) / "here", offline)
     compare(here, there, measured(source / "results" / "metrics.json"))
 
@@ -97,7 +97,7 @@ def has_public_base(adapter: Path) -> bool:
 
 def publish(hub: LocalHub, source: Path, folder: Path) -> None:
     """Push everything twice. Ends the process where that does not come to one commit in each repository."""
-    environment = {**os.environ, **hub.environment(folder / "publisher", "hf_write"), **QUIET}
+    variables = environment(hub, folder / "publisher", TOKEN) | QUIET
     adapter = has_public_base(source / "adapter")
     if not adapter:
         print(f"{source / 'adapter'}: no adapter of a model on the Hub, so the merged model goes alone", flush=True)
@@ -109,26 +109,26 @@ def publish(hub: LocalHub, source: Path, folder: Path) -> None:
         for _ in range(2):
             command = [sys.executable, "push_to_hub.py", kind, *arguments]
             print("$", "python", *command[1:], flush=True)
-            if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
+            if code := subprocess.run(command, cwd=ROOT, env=variables).returncode:
                 sys.exit(code)  # it has told why
             for name in (argument for argument in arguments if argument in (MODEL, ADAPTER, DATA)):
-                check_commits(hub, name, kind)
+                check_commits(hub, f"datasets/{name}" if kind == "dataset" else name)
 
 
-def check_commits(hub: LocalHub, name: str, kind: str) -> None:
-    commits, files = hub.commits(name, kind), hub.files(name, kind)
-    if len(commits) != 2:  # the one that makes the repository, and ours
-        sys.exit(f"error: {name} must have two commits, not {[commit.title for commit in commits]}")
+def check_commits(hub: LocalHub, page: str) -> None:
+    commits, files = hub.commits(page), hub.files(page)
+    if len(commits) != 1:
+        sys.exit(f"error: {page} must have one commit, not {[commit.title for commit in commits]}")
     size = sum(map(len, files.values()))
-    print(f"{name}: {len(files)} files, {size:,} bytes, one commit after that of its making", flush=True)
+    print(f"{page}: {len(files)} files, {size:,} bytes, one commit after that of its making", flush=True)
 
 
-def read(model: str, data: str, folder: Path, environment: dict[str, str]) -> dict:
+def read(model: str, data: str, folder: Path, variables: dict[str, str]) -> dict:
     """What READER found, in a process of its own and a folder of its own."""
     folder.mkdir()
     result = folder / "found.json"
     command = [sys.executable, "-I", "-c", READER, model, data, str(result)]
-    subprocess.run(command, cwd=folder, env={**os.environ, **environment, **QUIET}, check=True)
+    subprocess.run(command, cwd=folder, env=variables | QUIET, check=True)
     return {**json.loads(result.read_text()), "vectors": np.load(f"{result}.npy")}
 
 

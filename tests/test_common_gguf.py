@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, RopeScalingType, dequantize
+from hub_client import run_python
 from local_hub import LocalHub
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -242,12 +243,12 @@ def test_a_gguf_on_the_hub(tmp_path):
     path = write_gguf(tmp_path / "x.gguf")
     program = "from common.models import resolve_model as r; from common.cli import run; "
     with LocalHub() as hub:
-        commit = hub.create("org/name", files={"sub/x.gguf": path.read_bytes()})
+        commit = hub.create("org/name", {"sub/x.gguf": path.read_bytes()})
         hub.commit("org/name", {"sub/x.gguf": b"GGUF of later"})
         ask = f"m = r('org/name@{commit}:sub/x.gguf'); print(m.source, m.revision, m.fingerprint())"
-        answer = hub.run(program + ask, tmp_path)
+        answer = run_python(program + ask, hub, tmp_path)
         assert answer.stdout.split() == ["org/name", commit, gguf.gguf_sha256(path)[:16]]
-        answer = hub.run(program + "run(lambda argv: r('org/name:none.gguf').name_or_path)", tmp_path)
+        answer = run_python(program + "run(lambda argv: r('org/name:none.gguf').name_or_path)", hub, tmp_path)
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: model 'org/name:none.gguf': the Hub did not serve this file:")
     assert answer.stderr.count("\n") == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hub_client import run_python
 from local_hub import LocalHub
 from tiny_data import write_encoder, write_recipe, write_set, write_table
 
@@ -93,8 +94,8 @@ def test_what_was_built_is_fit_to_publish_and_the_lines_in_its_card_run(built, t
     shown = ["len(rows)", "len(queries), len(corpus), sum(map(len, relevant_docs.values()))", "rows.column_names[-2:]"]
     script = "\n".join(f"{block}\nprint({values})" for block, values in zip(blocks, shown, strict=True))
     with LocalHub() as server:
-        server.create("org/data", "dataset", files={**files, "README.md": card.encode()})
-        answer = server.run(script, tmp_path)
+        server.create("datasets/org/data", {**files, "README.md": card.encode()})
+        answer = run_python(script, server, tmp_path)
     assert answer.returncode == 0, answer.stderr
     rows = facts["configs"]["train"]
     assert answer.stdout.splitlines() == [str(rows), "20 61 20", "['negative_5', 'label']"]

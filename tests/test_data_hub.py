@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from hub_client import run_python
 from local_hub import LocalHub
 
 from dataset_builders.sources import registry
@@ -48,14 +49,16 @@ print(json.dumps({{"commit": describe_source(source, None)["commit"], **tables}}
 
 
 def read_over_http(hub: LocalHub, folder: Path, **values) -> dict:
-    done = hub.run(READ.format(values=json.dumps({"kind": "registry", **values})), folder)
+    done = run_python(READ.format(values=json.dumps({"kind": "registry", **values})), hub, folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_pinned_set_is_read_from_the_hub_at_its_commit(tmp_path):
     entry = registry()["FiQA2018"]
-    with LocalHub({entry.dataset: {entry.revision: FIQA, "0" * 40: {"README.md": b"gone"}}}) as hub:
+    with LocalHub() as hub:
+        hub.create(f"datasets/{entry.dataset}", FIQA, commit_id=entry.revision)
+        hub.commit(f"datasets/{entry.dataset}", {"README.md": b"gone"}, commit_id="0" * 40)
         rows = read_over_http(hub, tmp_path, name="FiQA2018", eval_splits=["dev"])
         assert len([line for line in hub.asked if entry.revision in line]) > 5
         assert not [line for line in hub.asked if "/main" in line or "0" * 40 in line]
@@ -77,10 +80,10 @@ def test_a_set_named_without_a_commit_is_read_at_its_newest_one_which_is_kept(tm
     )
     asked = {"kind": "hub", "dataset": "org/why", "config": "pair"}
     asked |= {"columns": {"query": "question", "positive": "answer"}}
-    hub = LocalHub({"org/why": {"1" * 40: old}})
-    with hub:
+    with LocalHub() as hub:
+        hub.create("datasets/org/why", old, commit_id="1" * 40)
         first = read_over_http(hub, tmp_path, **asked)
-        hub.repos["org/why"]["2" * 40] = new
+        hub.commit("datasets/org/why", new, commit_id="2" * 40)
         second = read_over_http(hub, tmp_path, **asked)
     assert [rows["commit"] for rows in (first, second)] == ["1" * 40, "2" * 40]
     assert [rows["documents"][0]["text"] for rows in (first, second)] == ["so", "because"]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hub_client import run_python
 from huggingface_hub import ModelCardData
-from local_hub import LocalHub
+from local_hub import READ_TOKEN, LocalHub
 from tiny_release import BASE
 
 import push_to_hub
@@ -103,18 +104,17 @@ def test_from_a_pushed_commit_to_what_mteb_takes(run_folder, tmp_path):
     metadata = card_metadata(NAME, read_evidence(run_folder), "apache-2.0", ["my-org/sts", "my-org/retrieval"])
     files = {name: path.read_bytes() for name, path in model_files(run_folder / "model").items()}
     environment = write_results_repository(tmp_path / "remote")
-    with LocalHub(tokens={"hf_read": "read"}) as hub:
+    with LocalHub() as hub:
         for name in ("sts", "retrieval"):
-            hub.create(f"my-org/{name}", "dataset")
-        hub.create("my-org/private", private=True, files=files)
-        other = hub.create(NAME, files={**files, "model.safetensors": b"other weights"})
+            hub.create(f"datasets/my-org/{name}")
+        hub.create("my-org/private", files, private=True)
+        other = hub.create(NAME, {**files, "model.safetensors": b"other weights"})
         commit = hub.commit(NAME, {**files, "README.md": f"---\n{metadata.to_yaml()}\n---\n# Tiny\n".encode()})
         hub.commit(NAME, {"README.md": b"---\nlicense: mit\n---\nwritten later"})
         places = [str(tmp_path / "fork"), str(tmp_path / "results")]
         arguments = [NAME, commit, other, str(run_folder), CODE, *places]
-        done = hub.run(
-            f"import sys; sys.argv[1:] = {arguments!r}\n{SCRIPT}", tmp_path, HF_TOKEN="hf_read", **environment
-        )
+        script = f"import sys; sys.argv[1:] = {arguments!r}\n{SCRIPT}"
+        done = run_python(script, hub, tmp_path, HF_TOKEN=READ_TOKEN, **environment)
     assert done.returncode == 0, done.stderr
     refused, unfound, private, (meta, drafted) = map(json.loads, done.stdout.splitlines()[:4])
     assert "model.safetensors is not that of" in refused and other in refused

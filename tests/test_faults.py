@@ -3,7 +3,6 @@
 What becomes of a push that fails stands in test_push_to_hub.py.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_training
 import yaml
-from hub_client import TOKEN, TOKENS, Client, error_of
-from local_hub import ROOT, LocalHub
+from hub_client import ROOT, Client, environment, error_of
+from local_hub import TOKEN, LocalHub
 from tiny_data import write_encoder, write_recipe, write_set, write_table
 
 MODEL = "org/name"
@@ -23,7 +22,7 @@ LASTING = 10**6
 
 @pytest.fixture(scope="module")
 def hub():
-    with LocalHub(tokens=TOKENS) as hub:
+    with LocalHub() as hub:
         yield hub
 
 
@@ -42,15 +41,15 @@ def read(hub, client, tiny_run, tiny_encoder, tiny_decoder, tmp_path_factory):
     """Runs a command that reads from the Hub; its error, and what it made."""
     folder = tmp_path_factory.mktemp("readers")
     data = shutil.copytree(tiny_run / "data", folder / "data")
-    hub.create(MODEL, files=content(tiny_encoder))
-    hub.create("org/base", files=content(tiny_decoder))
-    hub.create("org/teacher", files=content(write_encoder(folder / "teacher")))
-    hub.create("org/data", "dataset", files=content(tiny_training.write_hub(folder / "hub")))
+    hub.create(MODEL, content(tiny_encoder))
+    hub.create("org/base", content(tiny_decoder))
+    hub.create("org/teacher", content(write_encoder(folder / "teacher")))
+    hub.create("datasets/org/data", content(tiny_training.write_hub(folder / "hub")))
     local = write_set(folder / "set")
     texts, queries = (pq.read_table(local / f"{name}.parquet")["text"].to_pylist() for name in ("corpus", "queries"))
     (folder / "pairs").mkdir()
     write_table(folder / "pairs" / "train.parquet", query=queries, positive=texts[: len(queries)])
-    hub.create("org/pairs", "dataset", files=content(folder / "pairs"))
+    hub.create("datasets/org/pairs", content(folder / "pairs"))
     source = {"kind": "hub", "dataset": "org/pairs", "split": "train"}
     write_recipe(folder / "data.yaml", local, "org/teacher", source=source)
     recipe = tiny_training.two_stages("org/base", "org/data") | {"max_steps": 1, "eval_strategy": "no"}
@@ -122,7 +121,7 @@ def test_a_reader_gives_up_on_a_hub_that_never_answers(request_, hub, read, whol
 
 def test_a_private_model_needs_a_token(hub, read, whole, monkeypatch):
     expected = whole("eval.search")
-    monkeypatch.setattr(hub.stored["model"][MODEL], "private", True)
+    monkeypatch.setattr(hub.repositories[MODEL], "private", True)
     error, _ = read("eval.search", token="")
     assert error.startswith(f"model '{MODEL}': not a local folder, and the Hub did not serve it: ")
     assert read("eval.search") == (None, expected)
@@ -136,7 +135,7 @@ def test_a_full_disk(hub, read, tmp_path):
     mounted += ['mount -t tmpfs -o size=4k tmpfs "$0" && exec "$@"', str(full)]
     if subprocess.run([*mounted, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a small file system")
-    environment = {**os.environ, **hub.environment(tmp_path, TOKEN), "HF_HOME": str(full)}
+    variables = environment(hub, tmp_path, TOKEN) | {"HF_HOME": str(full)}
     command = [*mounted, sys.executable, "-m", "eval.search", *read.search]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert "No space left on device" in error_of(done) or "the disk is full" in error_of(done)

@@ -1,22 +1,24 @@
 """Publishing over real HTTP to a local Hub: one commit or none, whatever fails on the way."""
 
 import json
-import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
+from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
-from hub_client import TOKEN, TOKENS, Client, error_of
+from hub_client import ROOT, Client, environment, error_of, run_python
 from huggingface_hub import ModelCard
-from local_hub import ROOT, LocalHub
+from local_hub import READ_TOKEN, TOKEN, LocalHub
 from release_demo import compare
 from tiny_release import BASE, write_published
 
 import push_to_hub
 from common.cli import InputError
-from release import model_card, verify
+from release.hub import Release, hub_errors, publish
 
 FILES = {
     "README.md": "---\nlicense: mit\n---\n# A model\n",
@@ -24,13 +26,13 @@ FILES = {
     "model.safetensors": "weights" * 100,
     "1_Pooling/config.json": "{}",
 }
-NAME, ADAPTER = "org/name", "org/name-adapter"
+NAME, ADAPTER, DATA = "org/name", "org/name-adapter", "datasets/org/name"
 CHANGED = FILES | {"config.json": '{"a": 2}'}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with LocalHub(tokens=TOKENS) as hub:
+    with LocalHub() as hub:
         yield hub
 
 
@@ -62,10 +64,8 @@ def refused(done, message):
 
 def holds(hub, files=FILES, commits=1, **where):
     """The repository holds exactly these files, in so many commits after the first, which is the Hub's own."""
-    found = hub.files(NAME, **where)
-    found.pop(".gitattributes")
-    assert {name: content.decode() for name, content in found.items()} == files
-    assert len(hub.commits(NAME, **where)) == 1 + commits
+    assert {name: content.decode() for name, content in hub.files(NAME, **where).items()} == files
+    assert len(hub.commits(NAME, **where)) == commits
 
 
 # --- one commit -----------------------------------------------------------------------------------------------------
@@ -75,9 +75,9 @@ def test_everything_goes_in_one_commit_and_again_in_none(hub, push):
     done = push("--tag", "v1")
     assert error_of(done) is None
     holds(hub)
-    [_, commit] = hub.commits(NAME)
+    [commit] = hub.commits(NAME)
     assert done.stdout == f"{NAME}: {hub.endpoint}/{NAME}/commit/{commit.id}\n"
-    assert hub.refs(NAME).tags == {"v1": commit.id} and not hub.stored["model"][NAME].private
+    assert hub.repositories[NAME].tags == {"v1": commit.id} and not hub.repositories[NAME].private
     again = push("--tag", "v1")
     assert error_of(again) is None
     assert f"holds these files already (commit {commit.id[:8]}); no commit" in again.stdout
@@ -87,7 +87,7 @@ def test_everything_goes_in_one_commit_and_again_in_none(hub, push):
 def test_what_a_new_version_lacks_goes_and_what_others_put_there_stays(hub, push):
     theirs = {"LICENSE": b"MIT", "onnx/model.safetensors": b"o", "notes.json": b"{}"}
     older = {"model-00001-of-00002.safetensors": b"1", "2_Dense/config.json": b"{}", "adapter_config.json": b"{}"}
-    hub.create(NAME, files=theirs | older)
+    hub.create(NAME, theirs | older)
     assert error_of(push()) is None
     holds(hub, FILES | {name: content.decode() for name, content in theirs.items()}, commits=2)
     asked = len(hub.asked)
@@ -112,30 +112,30 @@ def test_a_pull_request_is_opened_once_and_never_empty(hub, push):
     assert "refs/pr/1 proposes these files already" in push("--create_pr").stdout
     assert push("--create_pr", files=CHANGED).stdout == f"{NAME}: {hub.endpoint}/{NAME}/discussions/2\n"
     assert error_of(push("--revision", "refs/pr/1", files=CHANGED)) is None
-    assert len(hub.commits(NAME, revision="refs/pr/1")) == 3
+    assert len(hub.commits(NAME, revision="refs/pr/1")) == 2
     newer = CHANGED | {"config.json": "{}"}
     push(files=newer)
     assert "no commit was made" in push("--create_pr", files=newer).stdout
-    assert list(hub.refs(NAME).pull_requests) == ["refs/pr/1", "refs/pr/2"]
+    assert list(hub.repositories[NAME].branches) == ["main", "refs/pr/1", "refs/pr/2"]
 
 
 def test_private_holds_for_a_new_repository_and_a_public_one_is_refused(hub, push):
-    assert error_of(push("--private")) is None and hub.stored["model"][NAME].private
+    assert error_of(push("--private")) is None and hub.repositories[NAME].private
     assert error_of(push("--private", files=CHANGED)) is None
     hub.create(ADAPTER)
     releases = {"org/other": FILES, ADAPTER: FILES}
     refused(push("--private", releases=releases), f"{ADAPTER}: is public already; .*drop --private")
-    assert "org/other" not in hub.stored["model"]  # all are looked at before the first is written
+    assert "org/other" not in hub.repositories  # all are looked at before the first is written
 
 
 def test_a_tag_stays_where_it_is(hub, push):
     push("--tag", "v1")
-    first, tags = hub.commits(NAME)[-1].id, hub.refs(NAME).tags
+    first, tags = hub.commits(NAME)[-1].id, dict(hub.repositories[NAME].tags)
     refused(push("--tag", "v1", files=CHANGED), f"the files are there, commit .*; tag v1 is on {first[:8]}")
     assert error_of(push(files=CHANGED)) is None
     asked = len(hub.asked)
     refused(push("--tag", "v1", files=CHANGED), f"tag v1 is on another commit, {first[:8]}")
-    assert hub.refs(NAME).tags == tags and all(line.startswith("GET") for line in hub.asked[asked:])
+    assert hub.repositories[NAME].tags == tags and all(line.startswith("GET") for line in hub.asked[asked:])
     refused(push("--revision", "v1"), "v1 is a tag; --revision takes a branch")
 
 
@@ -150,7 +150,7 @@ FAULTS = {"first": ("503", "stall"), "upload": ("429", "drop"), "commit": ("503"
 @pytest.mark.parametrize(("step", "fault"), [(step, fault) for step, kinds in FAULTS.items() for fault in kinds])
 def test_a_failed_push_is_one_line_and_is_finished_by_a_rerun(hub, push, step, fault):
     before = {"config.json": "old"}
-    hub.create(NAME, files={"config.json": b"old"})
+    hub.create(NAME, {"config.json": b"old"})
     planned = hub.fail(STEPS[step], fault, times=100)
     refused(push(stalled=STEPS[step] if fault == "stall" else ""), f"^{NAME}: .*; run the same command again")
     assert planned.happened
@@ -186,7 +186,7 @@ def test_between_model_and_adapter(hub, push):
     holds(hub)
     assert len(push(releases=releases).stdout.splitlines()) == 2
     holds(hub)
-    assert len(hub.commits(ADAPTER)) == 2
+    assert len(hub.commits(ADAPTER)) == 1
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_between_model_and_adapter(hub, push):
 )
 def test_tokens(hub, push, token, message):
     refused(push(token=token), message)
-    assert NAME not in hub.stored["model"]
+    assert NAME not in hub.repositories
     hub.create(NAME)
     refused(push(token=token), message)
-    assert len(hub.commits(NAME)) == 1
+    assert hub.commits(NAME) == []
 
 
 def test_debug_shows_the_cause_without_the_token(hub, push):
@@ -214,19 +214,16 @@ def test_debug_shows_the_cause_without_the_token(hub, push):
 
 def test_a_token_among_the_files_is_refused(hub, push):
     refused(push(files=FILES | {"config.json": "hf_read"}, token="hf_read"), "config.json holds the token")
-    assert NAME not in hub.stored["model"]
+    assert NAME not in hub.repositories
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "ConnectError: .*run the same command again"),
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
-    ],
-)
-def test_no_network(server, tmp_path, environment, message):
-    with Client(server, tmp_path, **environment) as client:
-        refused(client("push_to_hub", "model", "unused", NAME, releases={NAME: FILES}), message)
+def test_no_network(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set; unset it, or check without the Hub: --dry_run"):
+        publish([Release(NAME, "model", "Model", {})], Namespace(revision=None, tag=None))
+    told = f"before; {NAME}: ConnectError: no route; run the same command again to finish"
+    with pytest.raises(InputError, match=told), hub_errors(NAME, "before; "):
+        raise httpx2.ConnectError("no route")
 
 
 def test_metadata_that_the_hub_refuses(hub, push):
@@ -271,36 +268,46 @@ def test_dry_run_needs_neither_network_nor_token(adapted_run, tmp_path, capsys, 
     assert f"{BASE} is not in the cache" in shown and f"{NAME}-adapter: " in shown and "nothing was uploaded" in shown
 
 
-def test_a_card_with_a_local_folder_is_refused(adapted_run, monkeypatch):
-    monkeypatch.setattr(verify, "verify_model", lambda folder: {})
-    scores = "task: {type: x}, metrics: [{type: x, value: 1}]"
-    named = (
-        f"data: {adapted_run}/data/hub",
-        "see https://huggingface.co/datasets/../pairs",
-        "---\nbase_model: ./models/x\n---\n",
-        f"---\nmodel-index: [{{name: x, results: [{{dataset: {{type: ../pairs, name: x}}, {scores}}}]}}]\n---\n",
-    )
-    for card in named:
-        monkeypatch.setattr(model_card, "render_card", lambda *args, card=card, **kwargs: card)
-        with pytest.raises(InputError, match=f"the card of {NAME} would publish the local folder"):
-            push_to_hub.main(["model", str(adapted_run / "model"), NAME, "--dry_run"])
+SCORES = "task: {type: x}, metrics: [{type: x, value: 1}]"
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("data: runs/x/data/hub", "README.md names a local folder, 'runs/x/data/hub'"),
+        ("see https://huggingface.co/datasets/../pairs", "names a local folder"),
+        ("---\nbase_model: ./models/x\n---\n", "would name the local folder './models/x' in its metadata"),
+        (
+            f"---\nmodel-index: [{{name: x, results: [{{dataset: {{type: ../pairs, name: x}}, {SCORES}}}]}}]\n---\n",
+            "would name the local folder '../pairs' in its metadata",
+        ),
+        ("---\nbase_model: org/base\n---\nof org/data and x/data/hub", None),
+    ],
+)
+def test_a_card_with_a_local_folder_is_refused(card, message):
+    evidence = {"recipe": {"dataset_name": "runs/x/data/hub"}, "data": {"org/data": None, "runs/x/data/hub": None}}
+    release = Release(NAME, "model", "Model", {"README.md": card.encode()})
+    if message is None:
+        return push_to_hub._check_card(release, Path("runs/x"), evidence)
+    with pytest.raises(InputError, match=re.escape(message)):
+        push_to_hub._check_card(release, Path("runs/x"), evidence)
 
 
 def command(hub, folder, *argv):
-    environment = {**os.environ, **hub.environment(folder, TOKEN)}
     line = [sys.executable, "push_to_hub.py", *map(str, argv)]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(line, cwd=ROOT, env=environment(hub, folder, TOKEN), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_real_command_publishes_a_model_that_strangers_load(hub, adapted_run, tmp_path):
     command(hub, tmp_path, "model", adapted_run / "model", NAME, "--license", "mit")
-    assert len(hub.commits(NAME)) == 2
+    assert len(hub.commits(NAME)) == 1
     names = set(hub.files(NAME))
     assert {"README.md", "model.safetensors", "reference_vectors.json"} < names and "manifest.json" not in names
     script = """
 import json
+import httpx2
 import numpy as np
 from huggingface_hub import hf_hub_download
 from sentence_transformers import SentenceTransformer
@@ -309,7 +316,7 @@ reference = json.load(open(hf_hub_download("org/name", "reference_vectors.json")
 found = [model.encode(entry["text"], prompt_name=entry["prompt_name"]) for entry in reference]
 print(len(found), np.abs(np.array(found) - [entry["vector"] for entry in reference]).max() < 1e-6)
 """
-    read = hub.run(script, tmp_path / "elsewhere")
+    read = run_python(script, hub, tmp_path / "elsewhere")
     assert read.stdout == "9 True\n", read.stderr
 
 
@@ -317,8 +324,8 @@ def test_the_real_command_publishes_data_that_strangers_load(hub, tmp_path):
     data = write_published(tmp_path / "build")
     said = command(hub, tmp_path, "dataset", data.parent, NAME, "--private")
     assert said.startswith(f"{NAME}: {hub.endpoint}/datasets/{NAME}/commit/")
-    assert len(hub.commits(NAME, "dataset")) == 2 and hub.stored["dataset"][NAME].private
-    files = hub.files(NAME, "dataset")
+    assert len(hub.commits(DATA)) == 1 and hub.repositories[DATA].private
+    files = hub.files(DATA)
     shards = {path.relative_to(data).as_posix(): path.read_bytes() for path in data.rglob("*.parquet")}
     assert len(shards) > 5
     assert {name: content for name, content in files.items() if name.endswith(".parquet")} == shards
@@ -329,7 +336,7 @@ whole = load_dataset("org/name", "train")["train"]
 streamed = load_dataset("org/name", "train", split="train", streaming=True)
 print(whole.num_rows, list(streamed) == whole.to_list())
 """
-    read = hub.run(script, tmp_path / "elsewhere", HF_TOKEN="hf_read")
+    read = run_python(script, hub, tmp_path / "elsewhere", HF_TOKEN=READ_TOKEN)
     rows = json.loads((data / "manifest.json").read_text())["rows"]["train"]
     assert read.stdout == f"{rows} True\n", read.stderr
 
