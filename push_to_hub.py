@@ -110,11 +110,10 @@ def prepare_model(args: Namespace) -> list[Release]:
     from release.card_metadata import final_row
     from release.exports import FILES, export
     from release.model_card import render_adapter_card, render_card
-    from release.usage import read_settings
-    from release.verify import verify_adapter, verify_model
+    from release.verify import model_files, verify_adapter, verify_model
 
     folder = Path(args.path)
-    read_settings(folder)  # tells of a wrong PATH before anything else
+    files = model_files(folder)
     run_folder = Path(args.run) if args.run else folder.parent
     results, ablations = (Path(path) if path else None for path in (args.results, args.ablations))
     commits = evaluated_commits(args, [results or run_folder / "results", run_folder / "results"])
@@ -124,24 +123,22 @@ def prepare_model(args: Namespace) -> list[Release]:
     if args.tensorboard and not events:
         raise InputError(f"{run_folder / 'logs'}: no event files of TensorBoard; train with report_to: [tensorboard]")
     facts = verify_model(folder)
-    exports = {kind: export(kind, folder, run_folder / "exports") for kind in FILES if getattr(args, kind)}
-    facts |= {"exports": exports, "tensorboard": bool(events)}
+    adapter = verify_adapter(run_folder / "adapter", folder, facts) if args.adapter else None
+    exports = {kind: export(kind, folder, run_folder / "exports", facts) for kind in FILES if getattr(args, kind)}
+    facts |= {"exports": exports, "tensorboard": bool(events), "adapter": adapter}
     shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
-    files = {**facts["files"], **evidence["pictures"]}
-    for made in exports.values():
-        files |= made["files"]
+    for added in (evidence["pictures"], *(made["files"] for made in exports.values())):
+        files |= added
     # TensorBoard's own names hold the machine's
     files |= {f"runs/{path.parent.name}/events.out.tfevents.{number}": path for number, path in enumerate(events)}
     if relevance := (final_row(evidence["metrics"]) or {}).get("relevance"):
         files["relevance.json"] = json.dumps(relevance, indent=2).encode()
     files[CARD] = render_card(args.repo_id, facts, evidence, **shown).encode()
     releases = [Release(args.repo_id, "model", "Merged model", files)]
-    if args.adapter:
-        adapter = verify_adapter(run_folder / "adapter", folder)
+    if adapter:
         if adapter["distance"] is None:
-            skipped = f"{adapter['base']} is not in the cache, so it was not compared with {folder}"
-            print(f"{run_folder / 'adapter'}: {skipped}", file=sys.stderr)
-        facts["adapter"] = adapter
+            why = f"{adapter['base']} is not in the cache, or transformers alone cannot say the model"
+            print(f"{run_folder / 'adapter'}: not compared with {folder}: {why}", file=sys.stderr)
         card = render_adapter_card(args.adapter, args.repo_id, facts, evidence, license=args.license)
         releases.append(Release(args.adapter, "model", "Adapter", {**adapter["files"], CARD: card.encode()}))
     for release in releases:

@@ -70,6 +70,7 @@ def prepare(args: Namespace) -> None:
     from modeling.encoder import build_encoder, save_merged
     from modeling.reference import write_reference
     from release.exports import FILES, export
+    from release.verify import verify_model
 
     with folder_step(args.output_dir / "model", {"model": args.model, "layers": args.num_hidden_layers}) as step:
         if not step.done:
@@ -78,8 +79,9 @@ def prepare(args: Namespace) -> None:
             save_merged(encoder, step.path)
             write_reference(encoder, step.path)
             step.finish()
+    facts = verify_model(args.output_dir / "model")
     for kind in FILES:
-        export(kind, args.output_dir / "model", args.output_dir / "exports")
+        export(kind, args.output_dir / "model", args.output_dir / "exports", facts)
 
 
 def padded(model: object, texts: Sequence[str]) -> list[tuple[list[str], dict[str, np.ndarray]]]:

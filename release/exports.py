@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,9 @@ from common.cli import InputError
 from common.models import without_bars
 from common.steps import MANIFEST, files_of, fingerprint, folder_step, read_manifest
 from release.gguf_file import write_gguf
-from release.outside import describe_expected, describe_exported
-from release.usage import READERS, read_settings, reader_lines
-from release.verify import in_clean_process
+from release.outside import describe_lines, describe_model
+from release.usage import READERS, reader_lines
+from release.verify import TOLERANCE, in_clean_process
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +42,9 @@ _NEEDS = {
     "openvino": ("onnx", "onnxscript", "openvino", "nncf"),
     "gguf": ("gguf", "xllamacpp"),
 }
-# The lowest cosine to sentence-transformers in float32 at which a file is that model: all that another order of adding
-# explains, then half precision, then 8 bits, where less is told and left out.
-LOWEST = {"float32": 1 - 5e-7, "float16": 1 - 5e-5, "int8": 0.99}
+# The lowest cosine to sentence-transformers in float32 at which a file is that model: TOLERANCE as a cosine; of 8 bits
+# what is still of use, where less is told and left out.
+LOWEST = {numbers: 1 - TOLERANCE[numbers] ** 2 / 2 for numbers in ("float32", "float16")} | {"int8": 0.99}
 # file -> its numbers; others beside them (weights outside the graph) belong to the file before them
 FILES = {
     "onnx": {"onnx/model.onnx": "float32", "onnx/model_quantized.onnx": "int8"},
@@ -58,12 +57,13 @@ FILES = {
 ONE_FILE = 1_500_000_000  # bytes; a graph of more than 2 GB cannot be one file
 
 
-def export(kind: str, folder: Path, exports: Path) -> dict[str, Any]:
+def export(kind: str, folder: Path, exports: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make, or find made already, `exports/KIND`, and tell of it.
 
     Args:
         kind: a key of FILES.
         folder: a SentenceTransformer that release.verify has found sound.
+        settings: of it, as release.outside.settings_of gives them.
 
     Returns:
         `files` (name in the repository -> file), `compared` (rows of `file`, `numbers`, `cosine`: the lowest over
@@ -79,14 +79,18 @@ def export(kind: str, folder: Path, exports: Path) -> dict[str, Any]:
             if not step.done:
                 print(f"{folder}: tracing the model", file=sys.stderr)
                 with _quiet():
-                    write_graph(folder, step.path / "model.onnx")
+                    write_graph(folder, step.path / "model.onnx", settings)
                 step.finish()
     with folder_step(exports / kind, inputs | {"versions": versions}) as step:
         if not step.done:
             print(f"{folder}: making {', '.join(FILES[kind])}", file=sys.stderr)
             with _quiet():
-                _WRITERS[kind](folder if kind == "gguf" else exports / "graph", step.path)
-            step.finish(**_compare(kind, folder, step.path), reader=READERS[kind], version=versions[READERS[kind]])
+                if kind == "gguf":
+                    write_ggufs(folder, step.path, settings)
+                else:
+                    _WRITERS[kind](exports / "graph", step.path)
+            reader = {"reader": READERS[kind], "version": versions[READERS[kind]]}
+            step.finish(**_compare(kind, folder, step.path, settings), **reader)
     made = read_manifest(exports / kind)
     return {**made, "files": {name: exports / kind / name for name in made["files"]}}
 
@@ -156,21 +160,20 @@ def write_openvino(graph: Path, target: Path) -> None:
     openvino.save_model(model, compressed, compress_to_fp16=False)
 
 
-def write_ggufs(folder: Path, target: Path) -> None:
+def write_ggufs(folder: Path, target: Path, settings: Mapping[str, Any]) -> None:
     for name in FILES["gguf"]:
-        write_gguf(folder, target / name, name.removesuffix(".gguf").partition("-")[2])
+        write_gguf(folder, target / name, name.removesuffix(".gguf").partition("-")[2], settings)
 
 
-_WRITERS = {"onnx": write_onnx, "openvino": write_openvino, "gguf": write_ggufs}
+_WRITERS = {"onnx": write_onnx, "openvino": write_openvino}  # of a graph
 
 
-def write_graph(folder: Path, path: Path) -> None:
+def write_graph(folder: Path, path: Path, settings: Mapping[str, Any]) -> None:
     """The whole model in float32 as an ONNX graph; beyond ONE_FILE its weights lie in path + "_data"."""
     import onnx_ir
     import torch
     from sentence_transformers import SentenceTransformer
 
-    settings = read_settings(folder)
     if not settings["include_prompt"]:
         raise InputError(
             f"{folder}: its mean leaves the prompt out, and no graph knows where a prompt ends; publish it without "
@@ -219,34 +222,31 @@ def _whole_model(model: SentenceTransformer) -> torch.nn.Module:
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
-def _compare(kind: str, folder: Path, target: Path) -> dict[str, Any]:
+def _compare(kind: str, folder: Path, target: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Facts for the manifest: `compared`, `left_out`, `texts`. Deletes what is left out.
 
     Raises InputError where a file that should be the model gives other vectors.
     """
-    reader, lines = READERS[kind], reader_lines(kind, read_settings(folder))
-    given = in_clean_process(describe_expected, folder, library="sentence-transformers")
+    reader, lines = READERS[kind], reader_lines(kind, settings)
+    given = in_clean_process(describe_model, folder, "float32", "cpu", library="sentence-transformers")
     # llama.cpp refuses longer texts instead of cutting them
-    kept = [number for number, is_cut in enumerate(given["cut"]) if not is_cut or kind != "gguf"]
-    expected = [given["vectors"][number] for number in kept]
+    kept = [number for number, is_cut in enumerate(given["is_cut"]) if not is_cut or kind != "gguf"]
+    asked, expected = ([given[name][number] for number in kept] for name in ("asked", "vectors"))
     compared, left_out = [], []
-    with tempfile.TemporaryDirectory() as elsewhere:
-        texts = Path(elsewhere, "texts.json")
-        texts.write_text(json.dumps([given["texts"][number] for number in kept]))
-        for name, numbers in FILES[kind].items():
-            found = in_clean_process(describe_exported, folder, target / name, texts, lines, library=reader)["vectors"]
-            row = {"file": name, "numbers": numbers, "cosine": lowest_cosine(expected, found)}
-            if row["cosine"] >= LOWEST[numbers]:
-                compared.append(row)
-                continue
-            problem = f"{folder}: {name}: its vectors have a cosine of {row['cosine']:.4f} to the model's in {reader}"
-            if numbers != "int8":
-                raise InputError(f"{problem}, less than {LOWEST[numbers]}; publish it without --{kind}")
-            print(f"{problem}, less than {LOWEST[numbers]}; left out", file=sys.stderr)
-            left_out.append(row)
-            for path in (target / name).parent.glob(Path(name).stem + ".*"):
-                path.unlink()
-    return {"compared": compared, "left_out": left_out, "texts": len(kept)}
+    for name, numbers in FILES[kind].items():
+        found = in_clean_process(describe_lines, folder, target / name, lines, asked, library=reader)["vectors"]
+        row = {"file": name, "numbers": numbers, "cosine": lowest_cosine(expected, found)}
+        if row["cosine"] >= LOWEST[numbers]:
+            compared.append(row)
+            continue
+        problem = f"{folder}: {name}: its vectors have a cosine of {row['cosine']:.4f} to the model's in {reader}"
+        if numbers != "int8":
+            raise InputError(f"{problem}, less than {LOWEST[numbers]}; publish it without --{kind}")
+        print(f"{problem}, less than {LOWEST[numbers]}; left out", file=sys.stderr)
+        left_out.append(row)
+        for path in (target / name).parent.glob(Path(name).stem + ".*"):
+            path.unlink()
+    return {"compared": compared, "left_out": left_out, "texts": len(asked)}
 
 
 def lowest_cosine(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:

@@ -1,6 +1,6 @@
 """A saved embedder as a GGUF file, which llama.cpp and what is built on it read.
 
-    write_gguf(Path("runs/demo/model"), Path("model-F16.gguf"), "F16")
+    write_gguf(Path("runs/demo/model"), Path("model-F16.gguf"), "F16", settings)
 
 llama.cpp's own converter is not used: it knows byte-level tokenizers by a hash of ids, in which our end token counts,
 forces BOS off for some vocabularies, takes Gemma3TextModel for another architecture and writes no pooling type.
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.cli import InputError
-from release.usage import read_settings
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -32,8 +31,9 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_CASES + r"\p{N}" + _REST: "qwen2", _CASES + r"\p{N}{1,3}" + _REST: "llama-bpe"}
 
 
-def write_gguf(folder: Path, path: Path, weights: str) -> None:
-    """Write the SentenceTransformer in `folder` to `path`, its matrices as `weights`: "F32", "F16" or "Q8_0".
+def write_gguf(folder: Path, path: Path, weights: str, settings: Mapping[str, Any]) -> None:
+    """Write the SentenceTransformer in `folder`, of these `settings` (release.outside.settings_of), to `path`, its
+    matrices as `weights`: "F32", "F16" or "Q8_0".
 
     Raises InputError for an architecture, a tokenizer, a pooling or a module that such a file cannot say.
     """
@@ -41,7 +41,6 @@ def write_gguf(folder: Path, path: Path, weights: str) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    settings = read_settings(folder)
     for problem in _problems(config, settings):
         raise InputError(f"{folder}: {problem}; publish it without --gguf")
     architecture = ARCHITECTURES[config.model_type]

@@ -1,13 +1,10 @@
-"""How a saved model is used: its settings as its own files have them, and code that needs transformers alone."""
+"""How a saved model is used without sentence-transformers: the code that cards print, and that verification runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from common.cli import InputError
 
 # First version of sentence-transformers that has a module, by the beginning of its type in modules.json; older ones
 # know `sentence_transformers.models` alone.
@@ -62,39 +59,10 @@ model = PeftModel.from_pretrained(base, repository).eval()
 """
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """`modules` (class names), `pooling_mode`, `include_prompt`, `normalised`, `max_seq_length` and
-    `oldest_sentence_transformers`, as the files of a SentenceTransformer folder say.
-
-    Raises InputError where a file is missing or is not as sentence-transformers writes it.
-    """
-    if not (folder / "modules.json").is_file():
-        raise InputError(f"{folder}: not a SentenceTransformer folder (modules.json is missing); train one first")
-    try:
-        modules = _read(folder, "modules.json")
-        types = [module["type"] for module in modules]
-        names = [name.rpartition(".")[2] for name in types]
-        pooling = _read(folder, f"{modules[names.index('Pooling')]['path']}/config.json") if "Pooling" in names else {}
-        length = _read(folder, "sentence_bert_config.json").get("max_seq_length")
-        length = length or _read(folder, "tokenizer_config.json")["model_max_length"]
-    except (LookupError, TypeError, OSError, ValueError) as error:
-        raise InputError(f"{folder}: not as sentence-transformers saves a model ({error!r}); save it again") from None
-    foreign = [name for name in types if not name.startswith("sentence_transformers.")]
-    if foreign:
-        raise InputError(f"{folder}: module {foreign[0]} is not one of sentence-transformers' own")
-    versions = {version for name in types for start, version in _FIRST_VERSIONS.items() if name.startswith(start)}
-    return {
-        "modules": names,
-        "pooling_mode": pooling.get("pooling_mode"),
-        "include_prompt": pooling.get("include_prompt", True),
-        "normalised": "Normalize" in names,
-        "max_seq_length": length,
-        "oldest_sentence_transformers": max(versions, default=None),
-    }
-
-
-def _read(folder: Path, name: str) -> Any:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+def oldest_sentence_transformers(module_types: Iterable[str]) -> str | None:
+    """The first version that reads modules.json with these types; None: no known bound."""
+    starts = {start for start in _FIRST_VERSIONS for name in module_types if name.startswith(start)}
+    return max((_FIRST_VERSIONS[start] for start in starts), default=None)
 
 
 def encode_lines(settings: Mapping[str, Any], adapter: Mapping[str, Any] | None = None) -> str | None:

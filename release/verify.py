@@ -13,9 +13,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.cli import InputError
 from common.steps import MANIFEST, files_of, read_manifest
@@ -23,12 +25,13 @@ from dataset_builders.card import public_name
 from modeling.prompts import baked_prompts
 from modeling.reference import REFERENCE
 from release.local_paths import check_no_local_path, named_paths
-from release.outside import describe_adapter, describe_dataset, describe_model
-from release.usage import encode_lines, read_settings
+from release.outside import describe_dataset, describe_lines, describe_model
+from release.usage import encode_lines, oldest_sentence_transformers
 
 # What readers of a model folder read; nothing else of it is published.
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _RUN_AS_CODE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
+_BASE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # Euclidean distance of unit vectors (cosine = 1 - d^2 / 2) between two ways to compute them, by dtype of the weights.
 # Other devices, libraries and batches add up the same numbers in another order.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -40,31 +43,37 @@ _OUR_PACKAGES = ("common", "dataset_builders", "modeling", "train_st", "eval", "
 
 
 def verify_model(folder: Path) -> dict[str, Any]:
-    """`files` of a merged model (see `model_files`), and what its card tells (`describe_model`, `read_settings`).
+    """What the card of a merged model tells of it: see `describe_model`. `model_files` has checked its files.
 
     Raises:
         InputError: the model does not load, needs code that others would have to trust, or gives wrong vectors.
     """
-    files = model_files(folder)
-    if REFERENCE not in files:
+    if not (folder / REFERENCE).is_file():
         raise InputError(
             f"{folder}: {REFERENCE} is missing, so nothing shows whether this is the model that was trained; "
             "train_st.py writes it when it saves a model"
         )
-    settings = read_settings(folder)
-    lines = encode_lines(settings) or ""
-    facts = settings | in_clean_process(describe_model, folder, lines, library="sentence-transformers")
+    facts = in_clean_process(describe_model, folder, "auto", None, library="sentence-transformers")
     for problem in _model_problems(facts):
         raise InputError(f"{folder}: {problem}")
-    return {**facts, "files": files}
+    dtype, again = facts["reference_dtype"], "save it again with train_st.py"
+    saved = f"{folder}: its vectors and those of the model that was saved ({REFERENCE})"
+    _check_near(facts["reference_distance"], dtype, saved, f"the files are not that model, {again}")
+    if lines := encode_lines(facts):
+        alone = in_clean_process(describe_lines, folder, None, lines, facts["asked"], library="transformers")
+        ways = f"{folder}: vectors by sentence-transformers and by the card's lines for transformers alone"
+        _check_near(distance(alone["vectors"], facts["vectors"]), dtype, ways, again)
+    return {**facts, "oldest_sentence_transformers": oldest_sentence_transformers(facts["module_types"])}
 
 
 def model_files(folder: Path) -> dict[str, Path]:
     """Name in the repository -> file, of what a SentenceTransformer folder (merged or an adapter) publishes.
 
     Raises:
-        InputError: weights that run as code, a file other than the one that was saved, a local path.
+        InputError: no such folder, weights that run as code, a file other than the one that was saved, a local path.
     """
+    if not (folder / "modules.json").is_file():
+        raise InputError(f"{folder}: not a SentenceTransformer folder (modules.json is missing); train one first")
     files = made_files(folder) if (folder / MANIFEST).is_file() else {name: folder / name for name in files_of(folder)}
     for path in folder.rglob("*"):
         if path.suffix in _RUN_AS_CODE:
@@ -79,6 +88,8 @@ def model_files(folder: Path) -> dict[str, Path]:
 def _model_problems(facts: Mapping[str, Any]) -> Iterator[str]:
     """What would silently give wrong vectors or scores, causes before their effects."""
     dtype = facts["reference_dtype"]
+    if foreign := [name for name in facts["module_types"] if not name.startswith("sentence_transformers.")]:
+        yield f"module {foreign[0]} is not one of sentence-transformers' own"
     if dtype not in TOLERANCE:
         yield f"its weights were {dtype}; publish a model in {', '.join(TOLERANCE)}"
     if facts["other_ids"]:
@@ -88,28 +99,38 @@ def _model_problems(facts: Mapping[str, Any]) -> Iterator[str]:
         )
     if facts["pooling_mode"] == "lasttoken" and facts["end_token"] and facts["last_tokens"] != [facts["end_token"]]:
         yield f"texts do not end in {facts['end_token']} but in {facts['last_tokens'][:3]}; save it again"
-    if not facts["tells_texts_apart"]:
+    by_prompt: dict[str, list[list[float]]] = {}
+    for (prompt, _), vector in zip(facts["asked"], facts["vectors"], strict=True):
+        by_prompt.setdefault(prompt, []).append(vector)
+    # a prompt that fills max_seq_length gives every text the same vector, without a warning
+    if any(np.ptp(rows, axis=0).max() < 1e-4 for rows in by_prompt.values()):
         yield "a prompt leaves no room for the text, all texts get one vector; shorten it"
     tasks = [name for name in baked_prompts(None) if name not in ("query", "document")]
     missing = [name for name in tasks if name not in facts["prompts"]]
     if 0 < len(missing) < len(tasks):  # an embedder that goes on as it was published may know none of them
         yield f"{len(missing)} prompts are missing, the first of them {missing[0]!r}; save it again with train_st.py"
-    compared = {
-        f"those of the model that was saved ({REFERENCE}); the files are not that model": facts["reference_distance"],
-        "those that the card's lines give by transformers alone": facts["alone_distance"],
-    }
-    for others, distance in compared.items():
-        if distance is not None and not distance <= TOLERANCE[dtype]:  # NaN is near nothing
-            yield f"vectors are {distance:.2g}, more than {TOLERANCE[dtype]} ({dtype}), from {others}; save it again"
 
 
-def verify_adapter(folder: Path, model: Path) -> dict[str, Any]:
-    """`files`, `base`, `revision`, `dtype` and, where the base is in this machine's cache, `distance` of its vectors
-    to those of `model` (None where it is not: a base of 14 GB is not fetched for this).
+def distance(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
+    """The largest Euclidean distance of two vectors in the same row; NaN where one holds NaN."""
+    return float(np.linalg.norm(np.subtract(first, second), axis=1).max())
+
+
+def _check_near(apart: float, dtype: str, vectors: str, advice: str) -> None:
+    if not apart <= TOLERANCE[dtype]:  # NaN is near nothing
+        raise InputError(f"{vectors} are {apart:.2g} apart, more than {TOLERANCE[dtype]} ({dtype}); {advice}")
+
+
+def verify_adapter(folder: Path, model: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`files`, `base`, `revision`, `dtype` and `distance` of the adapter's vectors to those of `model`, whose `facts`
+    verify_model found: by the card's lines, None where these cannot say the model, or its base is not in this
+    machine's cache (14 GB are not fetched for this).
 
     Raises:
         InputError: an adapter that names no base on the Hub, or is not that of `model`.
     """
+    from huggingface_hub import try_to_load_from_cache
+
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
             f"{folder}: no adapter (adapter_config.json is missing); train one (use_peft), or drop --adapter"
@@ -130,13 +151,14 @@ def verify_adapter(folder: Path, model: Path) -> dict[str, Any]:
     for name in ("modules.json", "config_sentence_transformers.json", "tokenizer.json"):
         if (folder / name).read_bytes() != (model / name).read_bytes():
             raise InputError(f"{folder} and {model}: {name} differs; publish the adapter and the model of one run")
-    found = in_clean_process(describe_adapter, folder, model, library="peft")
-    if found["distance"] is not None and found["distance"] > TOLERANCE[found["dtype"]]:
-        raise InputError(
-            f"{folder}: on {base}@{revision} its vectors are {found['distance']:.2g} from those of {model}, more than "
-            f"{TOLERANCE[found['dtype']]} ({found['dtype']}); publish the adapter and the model of one run"
-        )
-    return {"files": files, "base": base, "revision": revision, **found}
+    found = {"files": files, "base": base, "revision": revision, "dtype": facts["dtype"], "distance": None}
+    in_cache = any(isinstance(try_to_load_from_cache(base, name, revision=revision), str) for name in _BASE_WEIGHTS)
+    if in_cache and (lines := encode_lines(facts, found)):
+        alone = in_clean_process(describe_lines, folder, None, lines, facts["asked"], library="peft")
+        found["distance"] = distance(alone["vectors"], facts["vectors"])
+        ways = f"{folder}: vectors on {base}@{revision} and those of {model}"
+        _check_near(found["distance"], facts["dtype"], ways, "publish the adapter and the model of one run")
+    return found
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -206,7 +228,7 @@ def made_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in made}
 
 
-def in_clean_process(describe: Callable[..., dict[str, Any]], *arguments: Path | str, library: str) -> dict[str, Any]:
+def in_clean_process(describe: Callable[..., dict[str, Any]], *arguments: Any, library: str) -> dict[str, Any]:
     """`describe(*arguments)`, paths as absolute ones, in another working folder, without this repository, network or
     token. The file of `describe` runs there alone; `library` is what it uses, as the error says.
 
@@ -217,13 +239,13 @@ def in_clean_process(describe: Callable[..., dict[str, Any]], *arguments: Path |
 import json, runpy, sys
 sys.modules.update(dict.fromkeys({_OUR_PACKAGES!r}))  # None: importing it is an error
 describe = runpy.run_path(sys.argv[1])[sys.argv[2]]
-print(json.dumps(describe(*sys.argv[3:])))
+print(json.dumps(describe(*json.load(sys.stdin))))
 """
-    texts = [str(argument.resolve()) if isinstance(argument, Path) else argument for argument in arguments]
-    command = [sys.executable, "-I", "-c", program, inspect.getsourcefile(describe), describe.__name__, *texts]
+    command = [sys.executable, "-I", "-c", program, inspect.getsourcefile(describe), describe.__name__]
+    given = json.dumps([str(value.resolve()) if isinstance(value, Path) else value for value in arguments])
     environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name} | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, input=given, cwd=elsewhere, env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
         raise InputError(f"{arguments[0]}: plain {library} cannot use it: {reason}")

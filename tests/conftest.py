@@ -161,10 +161,14 @@ def adapted_run(tiny_run, tiny_decoder, tmp_path_factory) -> Path:
 @pytest.fixture
 def in_this_process(monkeypatch, tmp_path):
     """What a release's checks do in a clean process, which is slower; that one sees the same is tested once."""
-    from release import verify
+    from release import exports, verify
+
+    def in_this_process(describe, *given, library):
+        return describe(*(str(value) if isinstance(value, Path) else value for value in given))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verify, "in_clean_process", lambda describe, *paths, library: describe(*map(str, paths)))
+    for room in (verify, exports):
+        monkeypatch.setattr(room, "in_clean_process", in_this_process)
 
 
 @pytest.fixture(scope="session")

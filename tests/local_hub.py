@@ -137,9 +137,6 @@ class LocalHub:
         return None
 
 
-# --- requests -------------------------------------------------------------------------------------------------------
-
-
 class Refused(Exception):
     """An answer with an error, as the Hub words it: its message, and its code where it has one."""
 
@@ -203,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
                     return function(self)
                 except Refused as refused:
                     return refused.answer
-        raise AssertionError(f"no route for {self.command} {url.path}")
+        return Refused(404, f"no page {url.path} here").answer
 
     def find(self, writes: bool) -> None:
         """The repository and commit of the path. Who may not see a private one is told that it is missing."""
@@ -259,8 +256,7 @@ class Handler(BaseHTTPRequestHandler):
         """A file or folder as tree and paths-info tell it."""
         if name not in self.newest.files:
             return {"type": "directory", "oid": "0" * 40, "path": name}
-        content = self.newest.files[name]
-        oid, size = etag(name, content), len(content)
+        oid, size = etag(name, self.newest.files[name]), len(self.newest.files[name])
         lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if is_lfs(name) else {}
         return {"type": "file", "oid": oid[:40], "size": size, "path": name, **lfs}
 
@@ -274,12 +270,12 @@ class Handler(BaseHTTPRequestHandler):
             raise self.no_entry()
         content = self.newest.files[name]
         headers = {"X-Repo-Commit": self.newest.id, "ETag": f'"{etag(name, content)}"', "Accept-Ranges": "bytes"}
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not match:
+        if "Range" not in self.headers:
             return 200, headers, content
-        start, end = int(match[1]), min(int(match[2] or 2**60), len(content) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-        return 206, headers, content[start : end + 1]
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        return 206, headers, part
 
     def commits(self) -> Answer:
         facts = {"message": "", "authors": [], "date": DATE}
@@ -307,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
         for path in [asked["path"] for asked in self.json()["files"]]:
             there = {"oid": etag(path, self.newest.files[path])} if path in self.newest.files else {}
             mode = "lfs" if is_lfs(path) else "regular"
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **there})
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | there)
         return as_json({"files": files, "commitOid": self.newest.id})
 
     def lfs_batch(self) -> Answer:
@@ -316,8 +312,7 @@ class Handler(BaseHTTPRequestHandler):
             upload = {"upload": {"href": f"{self.hub.endpoint}/lfs/{self.repository.page}/{entry['oid']}"}}
             is_there = entry["oid"] in self.repository.objects
             objects.append({"oid": entry["oid"], "size": entry["size"], **({} if is_there else {"actions": upload})})
-        headers = {"Content-Type": "application/vnd.git-lfs+json; charset=utf-8"}
-        return as_json({"transfer": "basic", "objects": objects}, 200, headers)
+        return as_json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self) -> Answer:
         assert hashlib.sha256(self.body).hexdigest() == self.names["oid"]

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -24,8 +25,9 @@ from common.steps import folder_step
 from modeling.encoder import build_encoder, save_merged
 from modeling.reference import write_reference
 from release import exports, gguf_file
-from release.exports import FILES, describe_expected, describe_exported, export, lowest_cosine
-from release.usage import read_settings, reader_lines
+from release.exports import FILES, export, lowest_cosine
+from release.outside import describe_lines, settings_of
+from release.usage import reader_lines
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "gguf", "xllamacpp"):
     pytest.importorskip(package, reason="an optional package of the extra `export`")
@@ -33,11 +35,12 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "gguf",
 TEXTS = ["how do i parse a date", "", "read " * 100, "sort a list 12345 times"]
 NAME = "org/name"
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
-@pytest.fixture(autouse=True)
-def quick(in_this_process, monkeypatch):
-    """Readers run in this process; that clean ones see the same is tested with the other checks of a release."""
-    monkeypatch.setattr(exports, "in_clean_process", lambda describe, *given, library: describe(*map(str, given)))
+
+@pytest.fixture(scope="module")
+def settings(adapted_run):
+    return settings_of(SentenceTransformer(str(adapted_run / "model"), device="cpu"))
 
 
 def save(encoder, folder):
@@ -78,12 +81,11 @@ def test_published_with_a_card_that_tells_what_read_them(adapted_run, tmp_path, 
     assert [path.stat().st_mtime_ns for path in files] == made and "making" in capsys.readouterr().err
 
 
-def test_onnx_pooled_by_hand(adapted_run):
+def test_onnx_pooled_by_hand(adapted_run, settings):
     """onnxruntime, tokenizers and numpy alone: no transformers, no line of ours."""
     import onnxruntime
-    from sentence_transformers import SentenceTransformer
 
-    made = export("onnx", adapted_run / "model", adapted_run / "exports")
+    made = export("onnx", adapted_run / "model", adapted_run / "exports", settings)
     session = onnxruntime.InferenceSession(made["files"]["onnx/model.onnx"])
     tokenizer = Tokenizer.from_file(str(adapted_run / "model" / "tokenizer.json"))
     tokenizer.enable_truncation(64)
@@ -102,14 +104,14 @@ def test_onnx_pooled_by_hand(adapted_run):
     assert pooled == pytest.approx(expected, abs=1e-5) and vectors == pytest.approx(expected, abs=1e-5)
 
 
-def test_weights_of_more_than_a_file_lie_beside_it(adapted_run, tmp_path, monkeypatch):
+def test_weights_of_more_than_a_file_lie_beside_it(adapted_run, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(exports, "ONE_FILE", 10_000)
-    made = export("onnx", adapted_run / "model", tmp_path)
+    made = export("onnx", adapted_run / "model", tmp_path, settings)
     assert {"onnx/model.onnx", "onnx/model.onnx_data", "onnx/model_quantized.onnx"} < set(made["files"])
     assert [row["file"] for row in made["compared"]] == list(FILES["onnx"])
 
 
-def test_another_model_is_not_published(adapted_run, monkeypatch):
+def test_another_model_is_not_published(adapted_run, settings, monkeypatch):
     """A graph of which one weight is wrong; nothing is left of it."""
     import onnx
 
@@ -120,19 +122,19 @@ def test_another_model_is_not_published(adapted_run, monkeypatch):
         matrix.raw_data = (np.frombuffer(matrix.raw_data, np.float32) * np.float32(1.01)).tobytes()
         onnx.save(model, target / "onnx" / "model.onnx")
 
-    export("onnx", adapted_run / "model", adapted_run / "exports")
+    export("onnx", adapted_run / "model", adapted_run / "exports", settings)
     monkeypatch.setitem(exports._WRITERS, "onnx", write_wrong)
     shutil.rmtree(adapted_run / "exports" / "onnx")
     with pytest.raises(InputError, match=r"onnx/model.onnx: its vectors have a cosine of [01]\.\d+ to the model's"):
-        export("onnx", adapted_run / "model", adapted_run / "exports")
+        export("onnx", adapted_run / "model", adapted_run / "exports", settings)
     assert [path.name for path in (adapted_run / "exports").iterdir() if "onnx" in path.name] == []
 
 
-def test_eight_bits_that_lose_too_much_are_left_out_and_told(adapted_run, tmp_path, monkeypatch, capsys):
-    export("openvino", adapted_run / "model", adapted_run / "exports")
+def test_eight_bits_that_lose_too_much_are_left_out_and_told(adapted_run, settings, tmp_path, monkeypatch, capsys):
+    export("openvino", adapted_run / "model", adapted_run / "exports", settings)
     shutil.copytree(adapted_run / "exports" / "openvino", tmp_path, dirs_exist_ok=True)
     monkeypatch.setitem(exports.LOWEST, "int8", 1.0)
-    told = exports._compare("openvino", adapted_run / "model", tmp_path)
+    told = exports._compare("openvino", adapted_run / "model", tmp_path, settings)
     [row] = told["left_out"]
     assert row["file"] == "openvino/openvino_model_qint8_quantized.xml" and 0.9 < row["cosine"] < 1
     left = {path.name for path in (tmp_path / "openvino").iterdir()}
@@ -229,24 +231,21 @@ def tiny_model(family, folder):
 def test_llama_cpp_gives_the_same_vectors(family, tmp_path):
     encoder = tiny_model(family, tmp_path)
     folder = save(encoder, tmp_path / "model")
-    gguf_file.write_gguf(folder, tmp_path / "model.gguf", "F32")
+    gguf_file.write_gguf(folder, tmp_path / "model.gguf", "F32", settings_of(encoder))
     texts = [*CORPUS, "a", "", "  12345 is  it's", "Instruct: sort\nQuery: parse 東京", "</s> in a text"]
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    lines = reader_lines("gguf", read_settings(folder))
-    found = describe_exported(str(folder), str(tmp_path / "model.gguf"), str(tmp_path / "texts.json"), lines)[
-        "vectors"
-    ]
+    lines = reader_lines("gguf", settings_of(encoder))
+    asked = [("", text) for text in texts]
+    found = describe_lines(str(folder), str(tmp_path / "model.gguf"), lines, asked)["vectors"]
     expected = encoder.encode(texts)
     assert lowest_cosine(expected[:1], expected[1:2]) < 0.9  # they tell texts apart
     assert lowest_cosine(expected, found) > 1 - 1e-5
 
 
 def test_gguf_in_two_precisions(tmp_path):
-    folder = save(tiny_model("smollm", tmp_path), tmp_path / "model")
-    made = export("gguf", folder, tmp_path / "exports")
+    encoder = tiny_model("smollm", tmp_path)
+    made = export("gguf", save(encoder, tmp_path / "model"), tmp_path / "exports", settings_of(encoder))
     assert [row["file"] for row in made["compared"]] == list(made["files"]) == ["model-F16.gguf", "model-Q8_0.gguf"]
     assert made["texts"] == 12 and made["left_out"] == []  # 7 with and without the prompt, less those that are cut
-    assert sum(describe_expected(str(folder))["cut"]) == 2
 
 
 # --- what cannot be made --------------------------------------------------------------------------------------------
@@ -261,13 +260,14 @@ def test_gguf_in_two_precisions(tmp_path):
     ],
 )
 def test_a_model_without_the_wanted_backend(tiny_decoder, tmp_path, kind, options, message):
-    folder = save(build_encoder(tiny_decoder, max_seq_length=64, **options), tmp_path / "model")
+    encoder = build_encoder(tiny_decoder, max_seq_length=64, **options)
+    folder = save(encoder, tmp_path / "model")
     with pytest.raises(InputError, match=message):
-        export(kind, folder, tmp_path / "exports")
+        export(kind, folder, tmp_path / "exports", settings_of(encoder))
     assert not (tmp_path / "exports").exists()
 
 
-def test_a_missing_package_is_named_with_its_extra(adapted_run, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(adapted_run, settings, monkeypatch):
     monkeypatch.setitem(exports._NEEDS, "onnx", ("onnx", "no-such-package"))
     with pytest.raises(InputError, match=r"--onnx needs no-such-package; pip install '\.\[export\]'"):
-        export("onnx", adapted_run / "model", adapted_run / "exports")
+        export("onnx", adapted_run / "model", adapted_run / "exports", settings)

@@ -44,14 +44,17 @@ def sign(folder):
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_clean_process_sees_what_this_one_sees(run, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    facts = verify_model(run / "model")
-    lines = verify.encode_lines(facts)
-    here = json.loads(json.dumps(describe_model(str(run / "model"), lines)))
-    assert {name: facts[name] for name in here} == here
+@pytest.fixture(scope="module")
+def facts(run):
+    return verify_model(run / "model")
+
+
+def test_a_clean_process_sees_what_this_one_sees(run, facts):
+    here = json.loads(json.dumps(describe_model(str(run / "model"), "auto", None)))
+    assert np.array(here.pop("vectors")) == pytest.approx(np.array(facts["vectors"]), abs=1e-6)
+    assert {name: facts[name] for name in here} == here and len(facts["asked"]) == len(facts["vectors"]) >= 21
     assert (facts["dimensions"], facts["end_token"], facts["last_tokens"]) == (32, "</s>", ["</s>"])
-    assert 0 <= facts["reference_distance"] < 1e-5 and 0 <= facts["alone_distance"] < 1e-5
+    assert 0 <= facts["reference_distance"] < 1e-5
     assert facts["oldest_sentence_transformers"] in ("5.4.0", "6.0.0")
 
 
@@ -76,13 +79,11 @@ def describe(path):
 def test_reference_vectors_are_those_of_the_model(run):
     reference = json.loads((run / "model" / REFERENCE).read_text())
     names = [entry["prompt_name"] for entry in reference["vectors"]]
-    assert names == [None] * 3 + ["query"] * 3 + ["query-1-shot"] * 3 and reference["end_token"] == "</s>"
+    assert names == [None] * 3 + ["query"] * 3 + ["query-1-shot"] * 3
     model = SentenceTransformer(str(run / "model"), device="cpu")
-    for entry in reference["vectors"]:
-        features = model.preprocess([model.prompts.get(entry["prompt_name"], "") + entry["text"]])
-        with torch.no_grad():
-            expected = model(features)["sentence_embedding"][0].numpy()
-        np.testing.assert_allclose(entry["vector"], expected, atol=2e-6)
+    texts = [model.prompts.get(entry["prompt_name"], "") + entry["text"] for entry in reference["vectors"]]
+    expected = np.array([entry["vector"] for entry in reference["vectors"]])
+    assert model.encode(texts) == pytest.approx(expected, abs=2e-6)
 
 
 def test_only_files_that_readers_read_are_published(model):
@@ -129,11 +130,6 @@ BROKEN = {
     "pickled weights": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "run this as code"),
     "code": (lambda folder: (folder / "modeling_x.py").write_text(""), "run this as code"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors weights"),
-    "a module of ours": (
-        edit("modules.json", "sentence_transformers.", "modeling."),
-        "not one of sentence-transformers' own",
-    ),
-    "modules.json is no JSON": (lambda folder: (folder / "modules.json").write_text("{"), "not as sentence-transf"),
     "a local path": (lambda folder: set_keys("config.json", _name_or_path=f"{folder}/x")(folder), "a local folder"),
     "a lost prompt": (edit(SETTINGS, '"ArguAna-query"', '"ArguAna-q"'), "1 prompts are missing.* 'ArguAna-query'"),
     "a prompt that leaves no room": (edit(SETTINGS, "Given a question, ret", "date " * 80), "leaves no room"),
@@ -153,13 +149,33 @@ def test_what_is_broken_is_refused(case, model):
     spoil(model)
     sign(model)
     with pytest.raises(InputError, match=message):
+        model_files(model)
         verify_model(model)
+
+
+def test_what_the_library_cannot_load_is_refused_in_its_words(model):
+    (model / "modules.json").write_text("{")
+    with pytest.raises(InputError, match=r"model: plain sentence-transformers cannot use it: .*JSONDecodeError: .+$"):
+        verify_model(model)
+
+
+def test_a_module_that_is_not_the_librarys_own_is_named(facts):
+    [problem] = verify._model_problems(facts | {"module_types": ["mine.Pooling"]})
+    assert problem == "module mine.Pooling is not one of sentence-transformers' own"
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_lines_of_the_card_that_give_other_vectors_are_refused(run, facts, monkeypatch):
+    pooled_otherwise = verify.encode_lines(facts | {"pooling_mode": "cls"})
+    monkeypatch.setattr(verify, "encode_lines", lambda settings: pooled_otherwise)
+    with pytest.raises(InputError, match=r"by the card's lines for transformers alone are .* apart, more than 0.001"):
+        verify_model(run / "model")
 
 
 def test_what_was_altered_is_refused(model):
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model\.safetensors was altered; make it again"):
-        verify_model(model)
+        model_files(model)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -198,23 +214,23 @@ def adapter(run, tmp_path):
 
 
 @pytest.mark.usefixtures("cached")
-def test_an_adapter_on_its_base_is_compared_with_the_merged_model(run, adapter):
+def test_an_adapter_on_its_base_is_compared_with_the_merged_model(run, facts, adapter):
     from safetensors.torch import load_file, save_file
 
-    facts = verify_adapter(adapter, run / "model")
-    assert (facts["base"], facts["revision"], facts["dtype"]) == (BASE, REVISION, "float32")
-    assert 0 <= facts["distance"] < 1e-5
+    found = verify_adapter(adapter, run / "model", facts)
+    assert (found["base"], found["revision"], found["dtype"]) == (BASE, REVISION, "float32")
+    assert 0 <= found["distance"] < 1e-5
     weights = load_file(adapter / "adapter_model.safetensors")
     weights = {name: -tensor if "lora_A" in name else tensor for name, tensor in weights.items()}
     save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     sign(adapter)
-    with pytest.raises(InputError, match=r"on org/tiny@0123.* its vectors are .* more than 0.001 \(float32\)"):
-        verify_adapter(adapter, run / "model")
+    with pytest.raises(InputError, match=r"on org/tiny@0123.* and those of .* apart, more than 0.001 \(float32\)"):
+        verify_adapter(adapter, run / "model", facts)
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_base_that_is_not_here_is_not_fetched(run):
-    assert verify_adapter(run / "adapter", run / "model")["distance"] is None
+def test_a_base_that_is_not_here_is_not_fetched(run, facts):
+    assert verify_adapter(run / "adapter", run / "model", facts)["distance"] is None
 
 
 CONFIG = "adapter_config.json"
@@ -233,7 +249,7 @@ def test_an_adapter_that_others_could_not_use_is_refused(case, run, adapter):
     spoil(adapter)
     sign(adapter)
     with pytest.raises(InputError, match=message):
-        verify_adapter(adapter, run / "model")
+        verify_adapter(adapter, run / "model", {})
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
