@@ -53,6 +53,7 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
     mined = pl.scan_parquet(build.mined / "mined.parquet")
     qrels = pl.scan_parquet(build.corpus / "qrels.parquet").filter(pl.col("split") == build.splits.split)
     sums: dict[str, list[pl.DataFrame]] = defaultdict(list)
+    queries = 0
     for block in graded.blocks(mining.relabel, SCORES.names, "audit"):
         first, last = (pl.lit(query_id) for query_id in (block["query_id"].first(), block["query_id"].last()))
         in_block = pl.col("query_id").is_between(first, last)
@@ -60,7 +61,7 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
         sums["rules"].append(count_broken_rules(negatives, mining))
         uses = negatives.group_by("query_id", "document_id").len("uses")
         block = block.join(uses, on=["query_id", "document_id"], how="left", maintain_order="left")
-        sums["queries"].append(block.select(queries=pl.col("query_id").n_unique()))
+        queries += block["query_id"].n_unique()
         sums["labels"].append(count_labels(block))
         sums["found_by"].append(count_found_by(block))
         sums["ndcg"].append(sum_ndcg(block, qrels.filter(in_block).collect()))
@@ -69,7 +70,6 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
         if not len(graded.classes):
             for pretended in hide_positives(block, graded.groups):
                 sums["hidden"] += [leave_one_out(pretended, margin) for margin in margins]
-    queries = int(_total(sums["queries"])["queries"][0])
     figures = {
         "mined_rows": mined_rows(mined, queries, _total(sums["rules"])),
         "labels": label_figures(_total(sums["labels"], "bin")),
@@ -279,9 +279,9 @@ def gradient_shares(cosines: np.ndarray, labels: np.ndarray, temperature: float)
     the safety of the negatives. ECI (Sinha et al. 2026, arXiv 2603.20990) asks the same question with other
     formulas; this is not ECI.
     """
-    logits = cosines.astype(np.float64) / temperature
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    weights = (weights / weights.sum(axis=1, keepdims=True))[:, 1:]
+    from scipy.special import softmax  # slow to import: --help needs none
+
+    weights = softmax(cosines.astype(np.float64) / temperature, axis=1)[:, 1:]
     return weights.sum(axis=1), (weights * (1 - labels[:, 1:].astype(np.float64))).sum(axis=1)
 
 

@@ -23,14 +23,15 @@ from common.tables import in_words
 from dataset_builders.audit import write_audit
 from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
-from dataset_builders.check_teacher import check_teacher
+from dataset_builders.check_teacher import check_teacher, refuse_unchecked
 from dataset_builders.corpus import write_corpus
 from dataset_builders.data_recipe import GradedRecipe, StsRecipe, load_recipes, recipe_keys
 from dataset_builders.decontamination import describe_decontamination
-from dataset_builders.engines import LOCAL, Engine, Ray, RayEngine
+from dataset_builders.engines import LOCAL, Engine, RayEngine
 from dataset_builders.generate import write_generated
 from dataset_builders.inspect_source import inspect
 from dataset_builders.mine import Tally, mine, read_graded, write_mined
+from dataset_builders.readers import Rows
 from dataset_builders.round_trip import read_generated
 from dataset_builders.scores import write_scores
 from dataset_builders.sources import describe_source, open_tables, read_rows, sources_table
@@ -46,7 +47,7 @@ class PlannedStep(NamedTuple):
     name: str
     reads: tuple[str, ...]  # steps whose files it reads
     keys: Mapping[str, Any]  # what else decides its files
-    write: Callable[[Path], dict[str, Any]]  # fills a folder; returns counts for the manifest
+    write: Callable[[Build, Path], dict[str, Any]]  # fills a folder; returns counts for the manifest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,22 +62,18 @@ def main(argv: Sequence[str]) -> None:
         return
     options, flags = parse_arguments(argv)
     recipes = load_recipes(options.config, flags, options.output_dir)
-    for folder, recipe in recipes.items() if options.check_teacher is not None else ():
-        if isinstance(recipe, StsRecipe):
-            raise InputError(f"--check_teacher: {folder} would be sts, which has no teacher; drop it")
+    for recipe in recipes.values() if options.check_teacher is not None else ():
+        refuse_unchecked(recipe, options.check_teacher)
     for folder, recipe in recipes.items():
-        if isinstance(recipe, StsRecipe):
-            plan, build = plan_sts(recipe, folder), None
-        else:
-            # absolute: workers on other machines have another current folder
-            build = Build(Path(os.path.realpath(folder)), recipe, engine_of(options.engine, recipe.ray))
-            plan = plan_graded(build)
-        restart_from(options.from_step, folder)
+        # absolute: workers on other machines have another current folder
+        build = Build(Path(os.path.realpath(folder)), recipe, engine_of(options.engine, recipe))
+        plan = plan_sts(recipe) if isinstance(recipe, StsRecipe) else plan_graded(recipe)
+        restart_from(options.from_step, build.folder)
         for step in plan:
-            if build and step.name == "scores" and options.check_teacher is not None:
+            if step.name == "scores" and options.check_teacher is not None:
                 check_teacher(build, options.check_teacher)
                 break
-            make_step(folder, step)
+            make_step(build, step)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
@@ -90,16 +87,13 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
     )
     parser.add_argument("--list_sources", action="store_true", help="print the sets that source.name can be, and stop")
     parser.add_argument("--list_keys", action="store_true", help="print every key with default and meaning, and stop")
-    options, flags = parser.parse_known_args(argv)
-    if options.check_teacher is not None and options.check_teacher < 2:
-        raise InputError(f"--check_teacher {options.check_teacher}: use 2 or more, to compare their spread")
-    return options, flags
+    return parser.parse_known_args(argv)
 
 
-def engine_of(name: str, ray: Ray) -> Engine:
-    if name == "local":
+def engine_of(name: str, recipe: GradedRecipe | StsRecipe) -> Engine:
+    if name == "local" or isinstance(recipe, StsRecipe):
         return LOCAL
-    engine = RayEngine(ray)
+    engine = RayEngine(recipe.ray)
     engine.connect()  # before anything is made
     return engine
 
@@ -112,104 +106,98 @@ def restart_from(step: str | None, output: Path) -> None:
             shutil.rmtree(output / name)
 
 
-def plan_graded(build: Build) -> list[PlannedStep]:
+def plan_graded(recipe: GradedRecipe) -> list[PlannedStep]:
     """The steps of a graded recipe, in order.
 
     Raises InputError for a model, a folder or a set that is not there: before anything is made.
     """
-    recipe = build.recipe
     keys = recipe.model_dump(mode="json", exclude=NOT_INPUTS)
     dense, teacher = recipe.dense.describe(), recipe.teacher.describe()
     splits = {"split": recipe.source.split, "eval_splits": recipe.source.eval_splits}
-    raw = {
-        "source": describe_source(recipe.source, recipe.data_root),
-        "decontamination": describe_decontamination(recipe.decontamination, recipe.data_root),
-    }
+    raw = raw_keys(recipe)
     search = {"bm25": keys["bm25"], "dense": dense, "fusion": keys["fusion"], "language": recipe.source.language}
-    queries = getattr(recipe.source, "queries", None)
-    writing = {"source": raw["source"], "language": recipe.source.language, "instruction": recipe.instruction}
-    writing |= {"queries": queries.describe()} if queries else {}
-    raw |= {"keep_within": queries.keep_within, "search": search} if queries else {}
-    mining, sts = {"mining": keys["mining"]}, {"sts": keys["sts"], "dense": dense, "teacher": teacher}
-
-    def generated(folder: Path) -> dict[str, Any]:
-        return write_generated(build, open_tables(recipe.source, recipe.data_root).read(), folder)
-
-    def corpus(folder: Path) -> dict[str, Any]:
-        rows, counts = read_generated(build, folder) if queries else (read_rows(recipe.source, recipe.data_root), {})
-        return write_corpus(rows, recipe.source, folder, recipe.decontamination, recipe.data_root) | counts
-
-    def mined(folder: Path) -> dict[str, Any]:
-        check_published(build)
-        return write_mined(build, folder)
-
+    graded, mining = {**splits, "teacher": teacher}, {"mining": keys["mining"]}
     plan = [
-        *([PlannedStep(GENERATED, (), writing, generated)] if queries else []),
-        PlannedStep("corpus", (GENERATED,) if queries else (), raw, corpus),
-        PlannedStep("candidates", ("corpus",), {**splits, **search}, lambda folder: write_candidates(build, folder)),
-        PlannedStep(
-            "scores",
-            ("corpus", "candidates"),
-            {**splits, "teacher": teacher},
-            lambda folder: write_scores(build, folder),
-        ),
-        PlannedStep("mined", ("corpus", "scores"), mining, mined),
-        PlannedStep(
-            "audit",
-            ("corpus", "scores", "mined"),
-            {**splits, **mining, "dense": dense},
-            lambda folder: write_audit(build, folder),
-        ),
+        PlannedStep("candidates", ("corpus",), {**splits, **search}, write_candidates),
+        PlannedStep("scores", ("corpus", "candidates"), graded, write_scores),
+        PlannedStep("mined", ("corpus", "scores"), mining, _mined),
+        PlannedStep("audit", ("corpus", "scores", "mined"), {**splits, **mining, "dense": dense}, write_audit),
     ]
     if recipe.sts:
-        plan.append(
-            PlannedStep("sts", ("corpus", "scores"), {**splits, **sts}, lambda folder: write_sts(build, folder))
-        )
-    return [*plan, plan_hub(recipe, build.folder, [step.name for step in plan])]
+        sts = {**splits, "sts": keys["sts"], "dense": dense, "teacher": teacher}
+        plan.append(PlannedStep("sts", ("corpus", "scores"), sts, write_sts))
+    queries = getattr(recipe.source, "queries", None)
+    if queries:
+        writing = {"source": raw["source"], "language": recipe.source.language, "instruction": recipe.instruction}
+        raw |= {"keep_within": queries.keep_within, "search": search}
+        plan.insert(0, PlannedStep(GENERATED, (), {**writing, "queries": queries.describe()}, _generated))
+        plan.insert(1, PlannedStep("corpus", (GENERATED,), raw, _corpus_of_generated))
+    else:
+        plan.insert(0, PlannedStep("corpus", (), raw, _corpus))
+    return [*plan, plan_hub(recipe, [step.name for step in plan])]
 
 
-def plan_sts(recipe: StsRecipe, output: Path) -> list[PlannedStep]:
-    keys = {
-        "source": describe_source(recipe.source, recipe.data_root),
-        "decontamination": describe_decontamination(recipe.decontamination, recipe.data_root),
-    }
-    return [
-        PlannedStep("sts", (), keys, lambda folder: write_pairs(recipe, folder)),
-        plan_hub(recipe, output, ["sts"]),
-    ]
+def plan_sts(recipe: StsRecipe) -> list[PlannedStep]:
+    write = PlannedStep("sts", (), raw_keys(recipe), lambda build, folder: write_pairs(build.recipe, folder))
+    return [write, plan_hub(recipe, ["sts"])]
 
 
-def plan_hub(recipe: GradedRecipe | StsRecipe, output: Path, steps: Sequence[str]) -> PlannedStep:
+def plan_hub(recipe: GradedRecipe | StsRecipe, steps: Sequence[str]) -> PlannedStep:
     keys = recipe.model_dump(mode="json", exclude=NOT_INPUTS)
 
-    def write(folder: Path) -> dict[str, Any]:
+    def write(build: Build, folder: Path) -> dict[str, Any]:
         from dataset_builders import builders  # `datasets` takes seconds to import
 
-        facts = {"mined": None, "sts": None, **keys, **{name: read_manifest(output / name) for name in steps}}
+        manifests = {name: read_manifest(build.folder / name) for name in steps}
+        facts = {"mined": None, "sts": None, **keys, **manifests}
         published = getattr(recipe, "publish", ())
-        return builders.write_hub(output, steps, facts, folder, recipe.max_shard_size, published)
+        return builders.write_hub(build.folder, steps, facts, folder, recipe.max_shard_size, published)
 
     return PlannedStep("hub", tuple(steps), {"recipe": keys}, write)
 
 
-def check_published(build: Build) -> None:
-    """Refuse further training sets that would have no rows before the first one is mined."""
+def raw_keys(recipe: GradedRecipe | StsRecipe) -> dict[str, Any]:
+    """What decides the texts that are read."""
+    return {
+        "source": describe_source(recipe.source, recipe.data_root),
+        "decontamination": describe_decontamination(recipe.decontamination, recipe.data_root),
+    }
+
+
+def _generated(build: Build, folder: Path) -> dict[str, Any]:
+    return write_generated(build, open_tables(build.recipe.source, build.recipe.data_root).read(), folder)
+
+
+def _corpus_of_generated(build: Build, folder: Path) -> dict[str, Any]:
+    rows, counts = read_generated(build, folder)
+    return _corpus(build, folder, rows) | counts
+
+
+def _corpus(build: Build, folder: Path, rows: Rows | None = None) -> dict[str, Any]:
+    recipe = build.recipe
+    rows = rows or read_rows(recipe.source, recipe.data_root)
+    return write_corpus(rows, recipe.source, folder, recipe.decontamination, recipe.data_root)
+
+
+def _mined(build: Build, folder: Path) -> dict[str, Any]:
+    """Refuses further training sets that would have no rows before the first one is mined."""
     for mining in build.recipe.publish:
         try:
             next(mine(read_graded(build.corpus, build.scores), mining, Tally()))
         except InputError as error:
             raise InputError(f"publish: {mining.config_name()}: {error}") from None
+    return write_mined(build, folder)
 
 
-def make_step(output: Path, step: PlannedStep) -> None:
+def make_step(build: Build, step: PlannedStep) -> None:
     """Make a step unless it was made before from the same files and keys; print its counts."""
-    read = {name: read_manifest(output / name)["files"] for name in step.reads}
-    with folder_step(output / step.name, {**step.keys, "steps": read}) as made:
+    read = {name: read_manifest(build.folder / name)["files"] for name in step.reads}
+    with folder_step(build.folder / step.name, {**step.keys, "steps": read}) as made:
         state = "done before" if made.done else "done"
         if not made.done:
-            counts = step.write(made.path)
+            counts = step.write(build, made.path)
             made.finish(counts=list(counts), **counts)
-    manifest = read_manifest(output / step.name)
+    manifest = read_manifest(build.folder / step.name)
     counts = {name: manifest[name] for name in manifest["counts"]}
     line = f"{step.name}: {state} in {manifest['seconds']:.0f} s: {in_words(counts)}"
     print(textwrap.fill(line, 119, subsequent_indent="  "), flush=True)

@@ -24,32 +24,23 @@ if TYPE_CHECKING:
     from dataset_builders.sources import Splits
 
 
+def _folder(name: str) -> property:
+    return property(lambda build: build.folder / name)
+
+
 @dataclass(frozen=True)
 class Build:
     folder: Path
     recipe: GradedRecipe
     engine: Engine = LOCAL
+    vectors: Path | None = None  # where they are kept, if not in the build's own folder
 
-    @property
-    def corpus(self) -> Path:
-        return self.folder / "corpus"
-
-    @property
-    def candidates(self) -> Path:
-        return self.folder / "candidates"
-
-    @property
-    def scores(self) -> Path:
-        return self.folder / "scores"
-
-    @property
-    def mined(self) -> Path:
-        return self.folder / "mined"
+    corpus, candidates, scores, mined = map(_folder, ("corpus", "candidates", "scores", "mined"))
 
     @property
     def cache(self) -> Path:
         """Vectors under keys of all that decides them: steps that need the same ones share them."""
-        return self.folder / "embeddings"
+        return self.vectors or self.folder / "embeddings"
 
     @property
     def splits(self) -> Splits:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from common.cli import InputError
 from dataset_builders.schema import LABEL_FLOOR, check_finite
@@ -104,22 +105,17 @@ def reliability(labels: np.ndarray, is_positive: np.ndarray, bins: int = BINS) -
     [{'label': 0.1, 'observed': 0.0, 'positives': 0, 'others': 1}, {'label': 0.9, 'observed': 0.6667, \
 'positives': 1, 'others': 1}]
     """
-    labels, is_positive = np.asarray(labels, np.float64), np.asarray(is_positive, bool)
-    weights = np.where(is_positive, 1 / max(is_positive.sum(), 1), 1 / max((~is_positive).sum(), 1))
-    number = np.minimum((labels * bins).astype(np.int64), bins - 1)
-    table = []
-    for members in (number == place for place in range(bins)):
-        if members.any():
-            weight, positive = weights[members], is_positive[members]
-            table.append(
-                {
-                    "label": round(float(np.average(labels[members], weights=weight)), 4),
-                    "observed": round(float(weight[positive].sum() / weight.sum()), 4),
-                    "positives": int(positive.sum()),
-                    "others": int((~positive).sum()),
-                }
-            )
-    return table
+    rows = pl.DataFrame({"label": np.asarray(labels, np.float64), "is_positive": np.asarray(is_positive, bool)})
+    number = (pl.col("label") * bins).floor().clip(0, bins - 1)
+    rows = rows.with_columns(bin=number, weight=1 / pl.len().over("is_positive"))
+    weight, positive = pl.col("weight"), pl.col("is_positive")
+    table = rows.group_by("bin").agg(
+        label=((pl.col("label") * weight).sum() / weight.sum()).round(4),
+        observed=(weight.filter(positive).sum() / weight.sum()).round(4),
+        positives=positive.sum(),
+        others=(~positive).sum(),
+    )
+    return table.sort("bin").drop("bin").to_dicts()
 
 
 def calibration_error(table: Sequence[dict[str, Any]]) -> float:

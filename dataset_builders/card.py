@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.steps import GENERATED
+from common.steps import BUILD_FOLDERS, GENERATED
 from dataset_builders.bm25 import describe_words
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CARD = Path(__file__).with_name("dataset_card.md")
 REPO_ID = "ORG/NAME"  # stands in the card of a build for the repository's name
-STEPS = (GENERATED, "corpus", "candidates", "scores", "mined", "audit", "sts")
+STEPS = (GENERATED, *BUILD_FOLDERS[:-1])
 BENCHMARK = "MTEB(eng, v2)"  # that zero-shot is stated for, unless the recipe names another
 # The Hub's identifiers (huggingface.co/docs/hub/repositories-licenses), those for model weights left out; it refuses a
 # card with any other.
@@ -67,7 +67,8 @@ def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
     recipe = {key: value for key, value in facts.items() if key not in STEPS}
     if made["sts"] and "sts" in made["sts"]["inputs"]:  # the manifest stands where the recipe's section was
         recipe["sts"] = made["sts"]["inputs"]["sts"]
-    read = {"commit": None, "files": None, "packages": None} | source_inputs(made)
+    # what decided the source's rows: its commit on the Hub, the files of a folder, or packages and their versions
+    read = {"commit": None, "files": None, "packages": None} | (made["corpus"] or made["sts"])["inputs"]["source"]
     public = public_recipe(recipe, read["commit"], used_models(made))
     entry = registry()[recipe["source"]["name"]] if recipe["source"]["kind"] == "registry" else None
     licence = entry.licence if entry else source_licence(recipe["source"])
@@ -205,11 +206,6 @@ def used_models(made: Mapping[str, Any]) -> dict[str, str]:
         sections |= {"teacher": teacher} if "model" in teacher else named
     models = {name: section["model"] for name, section in sections.items()}
     return {section: model for section, model in models.items() if "@" in model}
-
-
-def source_inputs(made: Mapping[str, Any]) -> dict[str, Any]:
-    """What decided the source's rows: its commit on the Hub, the files of a folder, or packages and their versions."""
-    return (made["corpus"] or made["sts"])["inputs"]["source"]
 
 
 def source_title(source: Mapping[str, Any]) -> str:

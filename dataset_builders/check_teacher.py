@@ -19,9 +19,10 @@ import numpy as np
 from common.cli import InputError
 from dataset_builders.build_record import Build
 from dataset_builders.calibration import check_spread
+from dataset_builders.data_recipe import GradedRecipe, StsRecipe
 from dataset_builders.embeddings import load_model
 from dataset_builders.schema import check_finite
-from dataset_builders.scores import scorer_of, write_pairs
+from dataset_builders.scores import scorer_of, write_graded
 from dataset_builders.teachers import FOLD, Teacher, load_reranker, take_texts
 
 # Of the reference scores' standard deviation: how far the build may be from the reference. bfloat16 stays below;
@@ -36,17 +37,11 @@ def check_teacher(build: Build, sample: int) -> dict[str, Any]:
     Raises InputError when the mean difference is more than 5 % of the reference scores' standard deviation, or the
     largest more than 50 %, and when either scorer returns NaN or the same score for all.
     """
-    if sample < 2:
-        raise InputError(f"--check_teacher {sample}: the teacher is compared on 2 pairs or more; 200 tell enough")
     teacher = build.recipe.teacher
-    if teacher.kind in ("hybrid", "given"):
-        raise InputError(f"--check_teacher: teacher {teacher.kind} has no reference scorer; check one that is a model")
-    if FOLD in teacher.model:
-        raise InputError(f"--check_teacher: {teacher.model} is several models; check one: --teacher.model NAME")
     build.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build.cache) as name:  # beside the vectors: every worker of a cluster sees it
         folder = Path(name)
-        scorer, pairs = scorer_of(build, teacher), write_pairs(build, folder / "pairs.arrow")
+        scorer, pairs = scorer_of(build, teacher), write_graded(build, folder / "graded.arrow")
         rows = np.random.default_rng(0).choice(len(pairs), min(sample, len(pairs)), replace=False)
         drawn = pairs.take(np.sort(rows))
         queries, documents = drawn["query"].to_numpy(), drawn["document"].to_numpy()
@@ -63,6 +58,19 @@ def check_teacher(build: Build, sample: int) -> dict[str, Any]:
                 f"(Spearman {facts['spearman']:.3f}); try --teacher.dtype float32 or another version of the model"
             )
     return facts
+
+
+def refuse_unchecked(recipe: GradedRecipe | StsRecipe, sample: int) -> None:
+    """Raises InputError where no teacher can be checked: before anything is made."""
+    teacher = getattr(recipe, "teacher", None)
+    if sample < 2:
+        raise InputError(f"--check_teacher {sample}: use 2 or more, to compare their spread; 200 tell enough")
+    if teacher is None:
+        raise InputError("--check_teacher: a recipe of task_type sts has no teacher; drop it")
+    if not isinstance(teacher, Teacher):
+        raise InputError(f"--check_teacher: teacher {teacher.kind} has no reference scorer; check one that is a model")
+    if FOLD in teacher.model:
+        raise InputError(f"--check_teacher: {teacher.model} is several models; check one: --teacher.model NAME")
 
 
 def compare_scores(built: np.ndarray, reference: np.ndarray) -> dict[str, float]:

@@ -107,17 +107,28 @@ def select_negatives(
     labels = np.asarray(labels)
     if not 0 < positive_label < 1 or np.any(~((labels > 0) & (labels < 1))):
         raise ValueError("labels must lie in (0, 1); calibrate raw teacher scores first")
+    keys = {"margin": margin, "margin_type": margin_type, "num_negatives": num_negatives}
+    mining = Mining(**keys, strategy=strategy, skip=skip)
     allowed = np.ones(len(labels), bool) if forbidden is None else ~np.asarray(forbidden, bool)
-    below = labels < Mining(margin=margin, margin_type=margin_type).threshold(positive_label)
-    if margin_type != "none":
-        allowed &= ~below if margin_type == "flipped_control" else below
+    return _choose(_qualifying(labels, positive_label, allowed, mining), labels, mining, rng)
+
+
+def _qualifying(labels: np.ndarray, positive_label: float, allowed: np.ndarray, mining: Mining) -> np.ndarray:
+    """Positions of the candidates that may be negatives of a row, highest label first, without those passed over."""
+    if mining.margin_type != "none":
+        below = labels < mining.threshold(positive_label)
+        allowed = allowed & (~below if mining.margin_type == "flipped_control" else below)
     positions = np.flatnonzero(allowed)
-    positions = np.sort(positions[np.argsort(-labels[positions], kind="stable")][skip:])
-    if strategy == "random" and len(positions) > num_negatives:
+    return positions[np.argsort(-labels[positions], kind="stable")][mining.skip :]
+
+
+def _choose(positions: np.ndarray, labels: np.ndarray, mining: Mining, rng: np.random.Generator | None) -> np.ndarray:
+    if mining.strategy == "random" and len(positions) > mining.num_negatives:
         if rng is None:
             raise ValueError("strategy 'random' needs an rng")
-        positions = np.sort(rng.choice(positions, num_negatives, replace=False))
-    return positions[np.argsort(-labels[positions], kind="stable")][:num_negatives]
+        positions = np.sort(rng.choice(np.sort(positions), mining.num_negatives, replace=False))
+        positions = positions[np.argsort(-labels[positions], kind="stable")]
+    return positions[: mining.num_negatives]
 
 
 def write_mined(build: Build, folder: Path) -> dict[str, Any]:
@@ -127,7 +138,7 @@ def write_mined(build: Build, folder: Path) -> dict[str, Any]:
     with parquet_writer(folder / "mined.parquet", mined_schema(mining.num_negatives)) as writer:
         for table in mine(graded, mining, tally):
             writer.write(table)
-    positives = known_positives(graded, build.corpus / "qrels.parquet", build.splits.split, mining)
+    positives = known_positives(graded, build.corpus / "qrels.parquet", build.splits.split, tally.relabelled)
     if len(positives):
         write_parquet(folder / "positives.parquet", positives)
     return tally.facts()
@@ -158,14 +169,18 @@ class Graded:
 
 
 def read_graded(corpus: Path, scores: Path) -> Graded:
-    classes = corpus / "classes.parquet"
     return Graded(
         [scores / "scores.parquet"],
         read_arrow(corpus / "documents.arrow", ["document_id", "text"]),
         read_parquet(corpus / "queries.parquet", ["query_id", "text"]),
         pl.from_arrow(read_parquet(corpus / "groups.parquet", GROUPS.names)),
-        pl.from_arrow(read_parquet(classes, CLASSES.names) if classes.exists() else CLASSES.empty_table()),
+        read_classes(corpus),
     )
+
+
+def read_classes(corpus: Path) -> pl.DataFrame:
+    path = corpus / "classes.parquet"
+    return pl.from_arrow(read_parquet(path, CLASSES.names) if path.exists() else CLASSES.empty_table())
 
 
 def _count_rows(paths: Sequence[Path]) -> int:
@@ -193,18 +208,18 @@ def rule_out(
 
     Rows with equal `by` are candidates of the same query.
     """
-
-    def shares(members: pl.DataFrame) -> pl.Expr:
-        """Whether a candidate is in a group (or class) of one of its query's positives."""
-        group = members.columns[1]
-        named = candidates.with_row_index("place").join(members, on="document_id")
-        positives = named.filter("is_positive").select(by, group)
-        return pl.int_range(pl.len()).is_in(named.join(positives, on=[by, group], how="semi")["place"].implode())
-
     is_other, is_duplicate, is_of_class, _ = REASONS
-    reason = pl.when("is_positive").then(pl.lit(is_other))
-    reason = reason.when(shares(groups)).then(pl.lit(is_duplicate)).when(shares(classes)).then(pl.lit(is_of_class))
-    return candidates.with_columns(ruled_out=reason)
+    in_group, in_class = (share_with_a_positive(candidates, members, by) for members in (groups, classes))
+    reason = pl.when("is_positive").then(pl.lit(is_other)).when(in_group).then(pl.lit(is_duplicate))
+    return candidates.with_columns(ruled_out=reason.when(in_class).then(pl.lit(is_of_class)))
+
+
+def share_with_a_positive(candidates: pl.DataFrame, members: pl.DataFrame, by: str = "query_id") -> pl.Expr:
+    """Whether a candidate is in a group or class (`members`: document_id, its name) of a positive of its query."""
+    group = members.columns[1]
+    named = candidates.with_row_index("place").join(members, on="document_id")
+    positives = named.filter("is_positive").select(by, group)
+    return pl.int_range(pl.len()).is_in(named.join(positives, on=[by, group], how="semi")["place"].implode())
 
 
 def relabelled(block: pl.DataFrame, groups: pl.DataFrame, classes: pl.DataFrame, relabel: str) -> pl.DataFrame:
@@ -226,33 +241,18 @@ def mine_block(block: pl.DataFrame, mining: Mining, by: str = "query_id") -> tup
     the block with equal `by` are candidates of the same query. A random draw is decided by the seed and the row's ids,
     so other rows do not change it.
     """
-    count, labels, is_positive = mining.num_negatives, block["label"].to_numpy(), block["is_positive"].to_numpy()
-    is_ruled_out = block["ruled_out"].is_not_null().to_numpy()
-    settings = mining.model_dump(exclude={"seed", "relabel"})
-    qualifying, rows = [np.empty(0, np.int64)], [np.empty((0, 1 + count), np.int64)]
-    for start, stop in pairwise(np.append(0, block[by].rle().struct.field("len").cum_sum()).tolist()):
-        positives = start + np.flatnonzero(is_positive[start:stop])
-        candidates = start + np.flatnonzero(~is_ruled_out[start:stop])
-        candidates = candidates[np.argsort(-labels[candidates], kind="stable")]
-        # candidates that fail the margin come first
-        failing = np.searchsorted(-labels[candidates], -mining.threshold(labels[positives]), side="right")
-        first, last = np.zeros_like(failing), np.full_like(failing, len(candidates))
-        if mining.margin_type == "flipped_control":
-            last = failing
-        elif mining.margin_type != "none":
-            first = failing
-        first = first + mining.skip
-        qualifying.append(np.maximum(last - first, 0))
-        enough = qualifying[-1] >= count
-        negatives = candidates[np.minimum(first[enough, None] + np.arange(count), len(candidates) - 1)]
-        if mining.strategy == "random":
-            for row, place in enumerate(positives[enough].tolist()):
-                ids = block["query_id"][place], block["document_id"][place]
-                rng = np.random.default_rng(stable_hash(mining.seed, *ids))
-                known = labels[start:stop], labels[place], is_ruled_out[start:stop]
-                negatives[row] = start + select_negatives(*known, **settings, rng=rng)
-        rows.append(np.column_stack([positives[enough], negatives]))
-    return np.concatenate(qualifying), np.concatenate(rows)
+    labels, is_positive = block["label"].to_numpy(), block["is_positive"].to_numpy()
+    allowed, is_random = block["ruled_out"].is_null().to_numpy(), mining.strategy == "random"
+    qualifying, rows = [], []
+    for start, stop in pairwise([0, *block[by].rle().struct.field("len").cum_sum()]):
+        for place in start + np.flatnonzero(is_positive[start:stop]):
+            found = start + _qualifying(labels[start:stop], labels[place], allowed[start:stop], mining)
+            qualifying.append(len(found))
+            if len(found) >= mining.num_negatives:
+                ids = block["query_id"][int(place)], block["document_id"][int(place)]
+                rng = np.random.default_rng(stable_hash(mining.seed, *ids)) if is_random else None
+                rows.append([place, *_choose(found, labels, mining, rng)])
+    return np.array(qualifying, np.int64), np.array(rows, np.int64).reshape(-1, 1 + mining.num_negatives)
 
 
 def mine(graded: Graded, mining: Mining, tally: Tally) -> Iterator[pa.Table]:
@@ -298,14 +298,10 @@ def texts_of(table: pa.Table, ids: pl.Series) -> pa.Array:
     return take(table["text"], positions_of(ids.to_arrow().cast(pa.string()), table[0], "graded candidates"))
 
 
-def known_positives(graded: Graded, qrels: Path, split: str, mining: Mining) -> pa.Table:
-    """POSITIVES: the positives of the queries of `split` that have two or more, labelled or (`relabel`) graded so."""
+def known_positives(graded: Graded, qrels: Path, split: str, relabelled: Sequence[pl.DataFrame]) -> pa.Table:
+    """POSITIVES: of the queries of `split` that have two or more, labelled or `relabelled` (query_id, document_id)."""
     judged = pl.from_arrow(read_parquet(qrels)).filter((pl.col("split") == split) & (pl.col("score") > 0))
-    found = [judged.select("query_id", "document_id")]
-    if mining.relabel != "none":
-        for block in graded.blocks(mining.relabel):
-            is_positive = pl.col("is_positive") | (pl.col("ruled_out") == REASONS[-1]).fill_null(False)
-            found.append(block.filter(is_positive).select("query_id", "document_id"))
+    found = [judged.select("query_id", "document_id"), *relabelled]
     several = pl.concat(found).unique().filter(pl.len().over("query_id") > 1).sort("query_id", "document_id")
     texts = texts_of(graded.queries, several["query_id"]), texts_of(graded.documents, several["document_id"])
     return pa.table(texts, schema=POSITIVES)
@@ -319,9 +315,12 @@ class Tally:
         self.label_sums = np.zeros(2)  # of positives, of negatives
         self.qualifying: list[int] = []  # of each row, kept or dropped
         self.rows_per_query: list[int] = []
+        self.relabelled: list[pl.DataFrame] = []  # query_id, document_id of what is a positive, or as good as one
 
     def add(self, block: pl.DataFrame, qualifying: np.ndarray, rows: np.ndarray) -> None:
         self.qualifying += qualifying.tolist()
+        is_positive = pl.col("is_positive") | (pl.col("ruled_out") == REASONS[-1]).fill_null(False)
+        self.relabelled.append(block.filter(is_positive).select("query_id", "document_id"))
         with_rows = block["query_id"].gather(rows[:, 0]).value_counts()["count"].to_list()
         self.rows_per_query += with_rows + [0] * (block["query_id"].n_unique() - len(with_rows))
         # a candidate stands in as many rows as its query has positives other than itself

@@ -9,7 +9,6 @@ asked what many documents answer.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from dataset_builders.corpus import write_corpus
 from dataset_builders.generate import OUTPUTS, Documents, read_queries
 from dataset_builders.near_duplicates import normalised, stable_hash, text_keys
 from dataset_builders.readers import Rows
-from dataset_builders.scores import grade_by_features, graded_blocks, write_pairs
+from dataset_builders.scores import blocks_of, grade_by_features, write_graded
 from dataset_builders.sources import Splits, open_tables
 from dataset_builders.teachers import Hybrid
 
@@ -86,7 +85,7 @@ def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folde
     """
     splits = Splits(split="train", language=build.recipe.source.language)
     recipe = build.recipe.model_copy(update={"source": splits, "teacher": Hybrid(kind="hybrid")})
-    trial = Trial(folder, recipe, build.engine, build.cache)
+    trial = Build(folder, recipe, build.engine, build.cache)  # of the queries before any goes
     queries = pairs.select("query_id", text="query").unique("query_id", keep="first")
     qrels = pairs.select("query_id", "document_id", score=pl.lit(1, pl.Int32), split=pl.lit("train"))
     rows = Rows(documents, queries, qrels, len(pairs))
@@ -97,12 +96,11 @@ def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folde
         with folder_step(folder / name, {}) as step:  # whoever made this folder knows of what
             if not step.done:
                 step.finish(**write(step.path))
-    grades = grade_by_features(trial, folder, write_pairs(trial, folder / "pairs.arrow"))
-    found, start = [], 0
-    for block in graded_blocks(trial):
-        scores, _ = grades.of(block, start)
-        start += len(block)
-        ranked = pl.from_arrow(block).with_columns(score=pl.Series(scores)).filter(pl.col("rrf_rank").is_not_null())
+    graded, found = write_graded(trial, folder / "graded.arrow"), []
+    grades = grade_by_features(trial, folder, graded)
+    for start, block in blocks_of(graded):
+        scores = pl.Series(grades.scores_of(block, start))
+        ranked = pl.from_arrow(block).with_columns(score=scores).filter(pl.col("rrf_rank").is_not_null())
         ranked = ranked.with_columns(rank=pl.col("score").rank("min", descending=True).over("query_id"))
         found.append(ranked.filter("is_positive").select("query_id", "document_id", "rank"))
     shutil.rmtree(folder)
@@ -111,17 +109,6 @@ def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folde
         .unique()
         .join(pl.concat(found), on=["query_id", "document_id"], how="left")
     )
-
-
-@dataclass(frozen=True)
-class Trial(Build):
-    """A build of the queries before any goes, whose vectors of documents serve the real one, too."""
-
-    vectors: Path = Path()
-
-    @property
-    def cache(self) -> Path:
-        return self.vectors
 
 
 def rows_of(tables: Documents, source: Splits, documents: pl.DataFrame, kept: pl.DataFrame, seen: int) -> Rows:

@@ -44,10 +44,7 @@ if TYPE_CHECKING:
 SHARD_PAIRS = 8192  # pairs in a shard: what a killed process loses at most; sorted by length, they hardly need padding
 FOLD = "{fold}"  # in a model's name: a model for each fold of the queries, trained without it
 TOKENISED = 256  # pairs tokenised together
-# Positions of the query and of the document of a pair. Positive: labelled so, or of the class of one that is.
-PAIRS = pa.schema(
-    [("query", pa.int32()), ("document", pa.int32()), ("is_positive", pa.bool_()), ("is_retrieved", pa.bool_())]
-)
+PAIRS = pa.schema([("query", pa.int32()), ("document", pa.int32())])  # positions
 # Of a pair: the score, its tokens, those computed for it (padding included; 0: from vectors), and whether a
 # cross-encoder's limit cut it, or left no token of its document.
 GRADE = np.dtype([("score", "f4"), ("tokens", "i4"), ("computed", "i4"), ("is_cut", "i2"), ("has_no_document", "i2")])
@@ -149,14 +146,14 @@ class PairScorer:
 
     def scores(self, pairs: np.ndarray, folder: Path) -> np.ndarray:
         """(n,) float32 scores of (n, 2) positions in queries and texts; finished shards stay in `folder`."""
-        columns = [*np.asarray(pairs, np.int32).T, *np.zeros((2, len(pairs)), bool)]
-        write_arrow(folder / "pairs.arrow", [pa.record_batch(columns, schema=PAIRS)], PAIRS)
+        batch = pa.record_batch([*np.asarray(pairs, np.int32).T], schema=PAIRS)
+        write_arrow(folder / "pairs.arrow", [batch], PAIRS)
         grades = self.grade(folder / "pairs.arrow", folder / "teacher.shards")
         (folder / "pairs.arrow").unlink()
         return np.concatenate([grade["score"] for grade in grades])
 
     def grade(self, pairs: Path, folder: Path) -> Shards:
-        """GRADE arrays, SHARD_PAIRS pairs each, of the Arrow file `pairs`."""
+        """GRADE arrays, SHARD_PAIRS pairs each, of an Arrow file with the columns of PAIRS."""
         if self.teacher.kind == "bi_encoder":
             work = _Comparison(pairs, self.teacher, *self.vectors)
         else:
@@ -175,7 +172,7 @@ class _Shard:
     teacher: Teacher
 
     def __call__(self, number: int) -> np.ndarray:
-        table = read_arrow(self.pairs).slice(number * SHARD_PAIRS, SHARD_PAIRS)
+        table = read_arrow(self.pairs, PAIRS.names).slice(number * SHARD_PAIRS, SHARD_PAIRS)
         grades = self._grade(table["query"].to_numpy(), table["document"].to_numpy())
         check_finite(grades["score"], f"scores of teacher {self.teacher.model}")
         return grades

@@ -142,7 +142,7 @@ def outputs(arguments: list[str]) -> pl.DataFrame:
     """Of the first step of a build, which alone is made."""
     folder = Path(arguments[-1])
     build = Build(folder, load_recipes(arguments[1], [], folder)[folder])
-    make_step(folder, plan_graded(build)[0])
+    make_step(build, plan_graded(build.recipe)[0])
     return pl.read_parquet(folder / "generated" / "outputs.parquet")
 
 

@@ -110,3 +110,4 @@ def test_a_hybrid_teacher_cannot_be_checked(source):
     with pytest.raises(InputError, match="no reference scorer"):
         built_with = write_recipe(source[0] / "c.yaml", source[0] / "set", source[1], teacher={"kind": "hybrid"})
         main(["--config", str(built_with), "--output_dir", str(source[0] / "c"), "--check_teacher", "5"])
+    assert not (source[0] / "c").exists(), "it is told before anything is made"

@@ -125,10 +125,7 @@ def test_grading_hardly_pads(classifier, tmp_path):
     texts = [" ".join(LETTERS[:1] * length) for length in lengths]
     teacher = Teacher(kind="cross_encoder", model=str(classifier), max_seq_length=64, batch_tokens=4096)
     scorer = PairScorer(teacher, tmp_path, LocalEngine(), ["b c"], texts)
-    pairs = pa.record_batch(
-        [pa.array([0] * 3000, pa.int32()), pa.array(range(3000), pa.int32()), *[[False] * 3000] * 2],
-        schema=teachers.PAIRS,
-    )
+    pairs = pa.record_batch([[0] * 3000, list(range(3000))], schema=teachers.PAIRS)
     write_arrow(tmp_path / "pairs.arrow", [pairs], teachers.PAIRS)
     (grades,) = scorer.grade(tmp_path / "pairs.arrow", tmp_path / "teacher.shards")
     np.testing.assert_array_equal(grades["tokens"], 2 + 3 + lengths)  # [CLS] b c [SEP] ... [SEP]
@@ -138,8 +135,7 @@ def test_grading_hardly_pads(classifier, tmp_path):
 
 def graded(teacher: Teacher, folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
     queries, texts = (list(side) for side in zip(*pairs, strict=True))
-    numbers, flags = pa.array(range(len(pairs)), pa.int32()), [False] * len(pairs)
-    columns = [numbers, numbers, flags, flags]
+    columns = [list(range(len(pairs)))] * 2
     write_arrow(folder / "pairs.arrow", [pa.record_batch(columns, schema=teachers.PAIRS)], teachers.PAIRS)
     scorer = PairScorer(teacher, folder, LocalEngine(), queries, texts)
     (grades,) = scorer.grade(folder / "pairs.arrow", folder / "teacher.shards")
