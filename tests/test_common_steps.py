@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import common.steps
 from common.cli import InputError
-from common.steps import code_commit, fingerprint, folder_step, read_manifest, write_parquet
+from common.steps import code_commit, fingerprint, folder_step, read_manifest, row_groups, write_parquet
 
 
 def make(folder: Path, inputs: dict, rows: int = 1) -> bool:
@@ -107,3 +108,10 @@ def test_manifests_hold_the_commit_of_this_code_at_the_start_of_the_step(tmp_pat
     assert not make(tmp_path / "made", {"a": 1})  # another commit is no other input
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # without git
     assert code_commit() is None
+
+
+def test_a_table_is_one_row_group_however_long(tmp_path):
+    """A query's candidates stay together: parquet's own limit is a million rows."""
+    table = pa.table({"row": pa.array(np.zeros(1_100_000, bool))})
+    write_parquet(tmp_path / "long.parquet", table)
+    assert [len(group) for group in row_groups(tmp_path / "long.parquet")] == [1_100_000]

@@ -97,32 +97,30 @@ def rows_of(folder: Path, cache: Path, **arguments) -> pa.Table:
     return builder.as_dataset(split="train").with_format("arrow")[:].combine_chunks()
 
 
+def columns(text):
+    """Column -> type, of `column type, column type`."""
+    return dict(column.split() for column in text.split(", "))
+
+
+def train_columns(count):
+    return dict.fromkeys(["query", "positive", *(f"negative_{rank}" for rank in range(1, count + 1))], "string")
+
+
 COLUMNS = {
-    "train": {"query": "string", "positive": "string"} | {f"negative_{rank}": "string" for rank in (1, 2, 3)},
-    "train-n5": {"query": "string", "positive": "string"} | {f"negative_{rank}": "string" for rank in range(1, 6)},
-    "train-n4-m90-random-s2": {"query": "string", "positive": "string"}
-    | {f"negative_{rank}": "string" for rank in range(1, 5)},
-    "positives": {"query": "string", "positive": "string"},
-    "candidates": {
-        "query_id": "string",
-        "document_id": "string",
-        "bm25_rank": "int32",
-        "bm25_score": "float32",
-        "dense_rank": "int32",
-        "dense_score": "float32",
-        "rrf_score": "float64",
-        "rrf_rank": "int32",
-        "convex_score": "float64",
-        "convex_rank": "int32",
-        "teacher_score": "float32",
-        "label": "float32",
-        "is_positive": "bool",
-    },
-    "documents": {"document_id": "string", "text": "string", "group": "string"},
-    "queries": {"query_id": "string", "text": "string", "split": "string"},
-    "qrels": {"query_id": "string", "document_id": "string", "score": "int32", "split": "string"},
-    "classes": {"document_id": "string", "class": "string"},
-    "sts": {"sentence1": "string", "sentence2": "string", "label": "float32"},
+    "train": train_columns(3),
+    "train-n5": train_columns(5),
+    "train-n4-m90-random-s2": train_columns(4),
+    "positives": columns("query string, positive string"),
+    "candidates": columns(
+        "query_id string, document_id string, bm25_rank int32, bm25_score float32, dense_rank int32, "
+        "dense_score float32, rrf_score float64, rrf_rank int32, convex_score float64, convex_rank int32, "
+        "teacher_score float32, label float32, is_positive bool"
+    ),
+    "documents": columns("document_id string, text string, group string"),
+    "queries": columns("query_id string, text string, split string"),
+    "qrels": columns("query_id string, document_id string, score int32, split string"),
+    "classes": columns("document_id string, class string"),
+    "sts": columns("sentence1 string, sentence2 string, label float32"),
 }
 
 
