@@ -33,7 +33,7 @@ from dataset_builders.inspect_source import inspect
 from dataset_builders.mine import Tally, mine, read_graded, write_mined
 from dataset_builders.readers import Rows
 from dataset_builders.round_trip import read_generated
-from dataset_builders.scores import write_scores
+from dataset_builders.scores import scan_given, write_scores
 from dataset_builders.sources import describe_source, open_tables, read_rows, sources_table
 from dataset_builders.sts import write_pairs, write_sts
 
@@ -176,7 +176,10 @@ def _corpus_of_generated(build: Build, folder: Path) -> dict[str, Any]:
 def _corpus(build: Build, folder: Path, rows: Rows | None = None) -> dict[str, Any]:
     recipe = build.recipe
     rows = rows or read_rows(recipe.source, recipe.data_root)
-    return write_corpus(rows, recipe.source, folder, recipe.decontamination, recipe.data_root)
+    counts = write_corpus(rows, recipe.source, folder, recipe.decontamination, recipe.data_root)
+    if recipe.teacher.kind == "given":
+        scan_given(folder)  # before hours of search
+    return counts
 
 
 def _mined(build: Build, folder: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def graded_blocks(build: Build) -> Iterator[pl.DataFrame]:
     qrels = pl.from_arrow(read_parquet(build.corpus / "qrels.parquet")).filter(split=build.splits.split)
     judged = qrels.select(*PAIR, is_positive=pl.col("score") > 0, given=pl.lit(None, pl.Float32))
     judged = judged.filter(pl.col("query_id").is_in(asked))
-    scored = _given(build.corpus) if build.recipe.teacher.kind == "given" else None
+    scored = scan_given(build.corpus) if build.recipe.teacher.kind == "given" else None
     last = ""
     # after the last block, the queries for which nothing at all was retrieved
     for table in chain(filter(len, row_groups(build.candidates / "candidates.parquet", CANDIDATES.names)), [None]):
@@ -151,7 +151,8 @@ def graded_blocks(build: Build) -> Iterator[pl.DataFrame]:
             yield block.sort("query_id", "rrf_rank", "document_id", nulls_last=True)
 
 
-def _given(corpus: Path) -> pl.LazyFrame:
+def scan_given(corpus: Path) -> pl.LazyFrame:
+    """GIVEN of a finished corpus. Raises InputError where the source has no scores."""
     path = corpus / "given.parquet"
     if not path.exists():
         raise InputError(

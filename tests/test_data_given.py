@@ -48,7 +48,8 @@ def test_scores_that_came_with_the_texts_are_calibrated_in_a_teachers_place(tmp_
     assert "scores that came with the texts" in Path("data/hub/README.md").read_text()
     write_lines(tmp_path / "rows.jsonl", [{name: row[name] for name in ("query", "positive")} for row in rows])
     with pytest.raises(InputError, match="kind 'given': the source has no scores"):
-        main(flags)
+        main([*flags[:3], "early", *flags[4:]])
+    assert not Path("early").exists(), "it is told before anything is searched"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,8 @@ def test_scores_on_the_hub_are_read_of_the_split_asked_for_alone(tmp_path):
         files_of_splits = [{"split": split, "path": f"{config}/{split}.parquet"} for split in ("fiqa", "nq")]
         configs.append({"config_name": config, "data_files": files_of_splits})
     contents["README.md"] = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
-    with LocalHub({"org/scored": {"1" * 40: contents}}) as hub:
+    with LocalHub() as hub:
+        hub.create("datasets/org/scored", contents, commit_id="1" * 40)
         (tmp_path / "corpus").mkdir()
         done = hub.run(READ.format(folder=tmp_path / "corpus"), tmp_path)
         assert done.returncode == 0, done.stderr
