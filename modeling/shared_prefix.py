@@ -88,7 +88,7 @@ def share_prefix(model: SentenceTransformer) -> Iterator[TokenCounts]:
     outer = {name: vars(model).get(name) for name in ("encode", "_input_length")}
     backbone.set_attn_implementation(_ATTENTION)
     hooks = [transformer.register_forward_pre_hook(packer.pack), transformer.register_forward_hook(packer.unpack)]
-    if packer.last_only:
+    if packer.last_only and attention != _ATTENTION:  # else a context around this one has cut it already
         hooks += _LastTokens().cut(backbone.layers[-1])
     model.encode = functools.partial(packer.encode, model.encode)
     if rotates_by_position(backbone):  # else a vector depends on which texts are in its batch
