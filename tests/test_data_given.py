@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from hub_client import run_python
 from local_hub import LocalHub
 from tiny_data import write_encoder, write_recipe, write_table
 
@@ -165,7 +166,7 @@ def test_scores_on_the_hub_are_read_of_the_split_asked_for_alone(tmp_path):
     with LocalHub() as hub:
         hub.create("datasets/org/scored", contents, commit_id="1" * 40)
         (tmp_path / "corpus").mkdir()
-        done = hub.run(READ.format(folder=tmp_path / "corpus"), tmp_path)
+        done = run_python(READ.format(folder=tmp_path / "corpus"), hub, tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == "1" * 40
         assert [line for line in hub.asked if "scores/fiqa" in line]
