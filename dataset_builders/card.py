@@ -224,13 +224,9 @@ def compared_tasks(corpus: Mapping[str, Any] | None) -> list[str]:
     return sorted({*compared["tasks"], *compared["local"]})
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
 FILTERS = {
     "count": "{:,}".format,
-    "percent": _percent,
+    "percent": lambda share: "-" if share is None else f"{100 * share:.1f} %",
     "quoted": repr,
     "figure": lambda value: "-" if value is None else f"{value:.4f}",
     "megabytes": lambda size: f"{size / 1e6:,.1f} MB" if size >= 5e4 else "< 0.1 MB",

@@ -23,7 +23,7 @@ from common.cli import InputError
 from common.models import expand_user
 from common.recipes import Section
 from common.steps import read_arrow, write_arrow
-from dataset_builders.columns import TextColumn, take
+from dataset_builders.columns import TextColumn
 from dataset_builders.embeddings import (
     Embedder,
     EncoderSection,
@@ -166,10 +166,12 @@ class PairScorer:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Shard i: the grades of the i-th SHARD_PAIRS pairs in an Arrow file."""
+    """Shard i: the grades of the i-th SHARD_PAIRS pairs in an Arrow file, from both sides' vectors or texts."""
 
     pairs: Path
     teacher: Teacher
+    queries: Vectors | Texts
+    texts: Vectors | Texts
 
     def __call__(self, number: int) -> np.ndarray:
         table = read_arrow(self.pairs, PAIRS.names).slice(number * SHARD_PAIRS, SHARD_PAIRS)
@@ -181,9 +183,6 @@ class _Shard:
 @dataclass(frozen=True)
 class _Comparison(_Shard):
     """Dot products of stored vectors. Their float16 moves a cosine by less than 1e-3, as a rule by some 1e-5."""
-
-    queries: Vectors
-    texts: Vectors
 
     def _grade(self, queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
         grades = np.zeros(len(queries), GRADE)
@@ -198,9 +197,6 @@ class _Reading(_Shard):
     Logits, since a sigmoid over them, which many rerankers are saved with, would crowd the best pairs near 1.
     """
 
-    queries: Texts
-    texts: Texts
-
     def _grade(self, queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
         import torch
 
@@ -208,9 +204,8 @@ class _Reading(_Shard):
         tokenised, grades = [], np.zeros(len(queries), GRADE)
         for start in range(0, len(queries), TOKENISED):
             part = slice(start, start + TOKENISED)
-            pairs = list(
-                zip(take_texts(self.queries, queries[part]), take_texts(self.texts, texts[part]), strict=True)
-            )
+            sides = take_texts(self.queries, queries[part]), take_texts(self.texts, texts[part])
+            pairs = list(zip(*sides, strict=True))
             rows = self._tokenise(pairs)
             tokenised += rows
             self._note_cuts(grades[part], pairs, rows)
@@ -255,9 +250,6 @@ class _Reading(_Shard):
 @dataclass(frozen=True)
 class _CrossFitted(_Shard):
     """Each query's pairs as the member reads them that was trained without its fold."""
-
-    queries: Texts
-    texts: Texts
 
     def _grade(self, queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
         grades = np.empty(len(queries), GRADE)
@@ -317,8 +309,4 @@ def _padded(rows: Sequence[dict[str, Any]], model: CrossEncoder) -> dict[str, to
 
 
 def take_texts(texts: Texts, rows: np.ndarray) -> list[str]:
-    if isinstance(texts, TextColumn):
-        return texts[rows]
-    if isinstance(texts, pa.ChunkedArray):
-        return take(texts, rows).to_pylist()
-    return [texts[row] for row in rows]
+    return texts[rows] if isinstance(texts, TextColumn) else [texts[row] for row in rows]
