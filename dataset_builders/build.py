@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> None:
         return
     options, flags = parse_arguments(argv)
     recipes = load_recipes(options.config, flags, options.output_dir)
-    for recipe in recipes.values() if options.check_teacher is not None else ():
-        refuse_unchecked(recipe, options.check_teacher)
+    for folder, recipe in recipes.items() if options.check_teacher is not None else ():
+        refuse_unchecked(recipe, folder, options.check_teacher)
     for folder, recipe in recipes.items():
         # absolute: workers on other machines have another current folder
         build = Build(Path(os.path.realpath(folder)), recipe, engine_of(options.engine, recipe))

@@ -60,13 +60,13 @@ def check_teacher(build: Build, sample: int) -> dict[str, Any]:
     return facts
 
 
-def refuse_unchecked(recipe: GradedRecipe | StsRecipe, sample: int) -> None:
-    """Raises InputError where no teacher can be checked: before anything is made."""
-    teacher = getattr(recipe, "teacher", None)
+def refuse_unchecked(recipe: GradedRecipe | StsRecipe, folder: Path, sample: int) -> None:
+    """Raises InputError, before anything is made, where the teacher of what comes into `folder` cannot be checked."""
     if sample < 2:
         raise InputError(f"--check_teacher {sample}: use 2 or more, to compare their spread; 200 tell enough")
-    if teacher is None:
-        raise InputError("--check_teacher: a recipe of task_type sts has no teacher; drop it")
+    if isinstance(recipe, StsRecipe):
+        raise InputError(f"--check_teacher: {folder} would be sts, which has no teacher; drop it")
+    teacher = recipe.teacher
     if not isinstance(teacher, Teacher):
         raise InputError(f"--check_teacher: teacher {teacher.kind} has no reference scorer; check one that is a model")
     if FOLD in teacher.model:
