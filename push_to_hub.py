@@ -119,18 +119,14 @@ def prepare_model(args: Namespace) -> list[Release]:
     commits = evaluated_commits(args, [results or run_folder / "results", run_folder / "results"])
     evidence = read_evidence(run_folder, results, ablations, commits)
     evidence["languages"] = args.language or evidence["languages"]
-    events = sorted((run_folder / "logs").rglob("*tfevents*")) if args.tensorboard else []
-    if args.tensorboard and not events:
-        raise InputError(f"{run_folder / 'logs'}: no event files of TensorBoard; train with report_to: [tensorboard]")
+    events = event_files(run_folder / "logs") if args.tensorboard else {}
     facts = verify_model(folder)
     adapter = verify_adapter(run_folder / "adapter", folder, facts) if args.adapter else None
     exports = {kind: export(kind, folder, run_folder / "exports", facts) for kind in FILES if getattr(args, kind)}
     facts |= {"exports": exports, "tensorboard": bool(events), "adapter": adapter}
     shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
-    for added in (evidence["pictures"], *(made["files"] for made in exports.values())):
+    for added in (evidence["pictures"], events, *(made["files"] for made in exports.values())):
         files |= added
-    # TensorBoard's own names hold the machine's
-    files |= {f"runs/{path.parent.name}/events.out.tfevents.{number}": path for number, path in enumerate(events)}
     if relevance := (final_row(evidence["metrics"]) or {}).get("relevance"):
         files["relevance.json"] = json.dumps(relevance, indent=2).encode()
     files[CARD] = render_card(args.repo_id, facts, evidence, **shown).encode()
@@ -162,6 +158,16 @@ def evaluated_commits(args: Namespace, results: Sequence[Path]) -> list[str]:
     limit_waiting()
     with hub_errors(args.repo_id):
         return [commit for commit in found if not other_files(args.repo_id, commit, Path(args.path))]
+
+
+def event_files(logs: Path) -> dict[str, Path]:
+    """Name in the repository -> event file, where the Hub's tab of curves looks. TensorBoard's own names hold the
+    machine's.
+    """
+    found = sorted(logs.rglob("*tfevents*"))
+    if not found:
+        raise InputError(f"{logs}: no event files of TensorBoard; train with report_to: [tensorboard]")
+    return {f"runs/{path.parent.name}/events.out.tfevents.{number}": path for number, path in enumerate(found)}
 
 
 def prepare_dataset(args: Namespace) -> Release:

@@ -10,6 +10,7 @@ sentence-transformers' own backends read it, and `sentence_embedding`: pooled an
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import shutil
@@ -228,7 +229,7 @@ def _compare(kind: str, folder: Path, target: Path, settings: Mapping[str, Any])
     Raises InputError where a file that should be the model gives other vectors.
     """
     reader, lines = READERS[kind], reader_lines(kind, settings)
-    given = in_clean_process(describe_model, folder, "float32", "cpu", library="sentence-transformers")
+    given = _expected(folder)
     # llama.cpp refuses longer texts instead of cutting them
     kept = [number for number, is_cut in enumerate(given["is_cut"]) if not is_cut or kind != "gguf"]
     asked, expected = ([given[name][number] for number in kept] for name in ("asked", "vectors"))
@@ -247,6 +248,12 @@ def _compare(kind: str, folder: Path, target: Path, settings: Mapping[str, Any])
         for path in (target / name).parent.glob(Path(name).stem + ".*"):
             path.unlink()
     return {"compared": compared, "left_out": left_out, "texts": len(asked)}
+
+
+@functools.cache
+def _expected(folder: Path) -> dict[str, Any]:
+    """What sentence-transformers makes of the model in float32: once for all formats."""
+    return in_clean_process(describe_model, folder, "float32", "cpu", library="sentence-transformers")
 
 
 def lowest_cosine(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
