@@ -127,7 +127,7 @@ def prepare_model(args: Namespace) -> list[Release]:
     shown = {"title": args.title, "license": args.license, "adapter_repo_id": args.adapter, "datasets": args.datasets}
     for added in (evidence["pictures"], events, *(made["files"] for made in exports.values())):
         files |= added
-    if relevance := (final_row(evidence["metrics"]) or {}).get("relevance"):
+    if relevance := final_row(evidence["metrics"]).get("relevance"):
         files["relevance.json"] = json.dumps(relevance, indent=2).encode()
     files[CARD] = render_card(args.repo_id, facts, evidence, **shown).encode()
     releases = [Release(args.repo_id, "model", "Merged model", files)]

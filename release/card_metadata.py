@@ -104,13 +104,13 @@ def evaluated_on(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> d
     return {"dataset_type": name, "dataset_name": data["title"]}
 
 
-def final_row(metrics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def final_row(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """The final model's row, without shots and with whole vectors: eval.retrieval puts models in the order in which
-    they came to be.
+    they came to be. Empty where no model was evaluated.
     """
-    rows = [row for row in (metrics or {"systems": []})["systems"] if row["kind"] == "model" and not row.get("shots")]
+    rows = [row for row in (metrics["systems"] if metrics else ()) if row["kind"] == "model" and not row.get("shots")]
     rows = [row for row in rows if not row.get("dimensions") and row.get("precision", "float32") == "float32"]
-    return rows[-1] if rows else None
+    return rows[-1] if rows else {}
 
 
 def shortened_rows(metrics: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def render_card(
     metadata = card_metadata(repo_id, evidence, license, datasets, facts.get("tensorboard", False))
     trained = [entry for stage in evidence["stages"] for entry in stage["datasets"]]
     losses = dict.fromkeys(entry.get("loss") for entry in trained)
-    board, exports, final = in_benchmark(mteb, repo_id), facts.get("exports", {}), final_row(metrics) or {}
+    board, exports, final = in_benchmark(mteb, repo_id), facts.get("exports", {}), final_row(metrics)
     values = {
         "repo_id": repo_id,
         "title": title or repo_id,
