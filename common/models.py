@@ -200,26 +200,28 @@ def hub_commit(repo_id: str, revision: str | None, repo_type: str = "model") -> 
     if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return revision  # a commit never changes: nothing to ask
     from huggingface_hub import HfApi, is_offline_mode
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RevisionResolutionError,
-    )
 
-    try:
+    with _served(
+        f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it",
+        "; check the name, the network and HF_TOKEN, then run again",
+    ):
         if repo_type == "model" and is_offline_mode():
             return HfApi().resolve_revision(repo_id, revision=revision, local_files_only=True).resolved
         return HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type).sha
+
+
+@contextlib.contextmanager
+def _served(what: str, advice: str = "") -> Iterator[None]:
+    """Raises InputError, `what`, the reason and `advice` in a line, where the Hub does not serve what is asked."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RevisionResolutionError
+
+    try:
+        yield
     except UnicodeEncodeError:  # of the request's headers
         raise InputError("HF_TOKEN holds a character that no token has; set it again") from None
     # also no network, or no such host, or offline nothing in the cache
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, RevisionResolutionError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{repo_type} {repo_id!r}: not a local folder, and the Hub did not serve it: {reason}; "
-            "check the name, the network and HF_TOKEN, then run again"
-        ) from None
+        raise InputError(f"{what}: {str(error).strip().splitlines()[0]}{advice}") from None
 
 
 def fetch_settings(model: ModelReference) -> str | None:
@@ -233,18 +235,14 @@ def fetch_settings(model: ModelReference) -> str | None:
     if model.is_local:
         return None
     from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
-    from huggingface_hub.errors import HTTPError
 
     commit = hub_commit(model.name_or_path, model.revision)
     if is_offline_mode():
         return commit  # a cache that has the weights has the settings, which are fetched before them
-    try:
+    with _served(f"model {model.reference!r}: the Hub did not serve all of it", "; run again"):
         for name in HfApi().list_repo_files(model.name_or_path, revision=commit):
             if name.endswith(_SETTINGS):
                 hf_hub_download(model.name_or_path, name, revision=commit)
-    except (HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model {model.reference!r}: the Hub did not serve all of it: {reason}; run again") from None
     return commit
 
 
@@ -252,14 +250,10 @@ def fetch_settings(model: ModelReference) -> str | None:
 def _hub_file(repo_id: str, revision: str | None, name: str) -> Path:
     """A file of a Hub repository, brought into the cache. Raises InputError when the Hub does not serve it."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
 
     commit = hub_commit(repo_id, revision)
-    try:
+    with _served(f"model '{repo_id}:{name}': the Hub did not serve this file"):
         return Path(hf_hub_download(repo_id, name, revision=commit))
-    except (HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model '{repo_id}:{name}': the Hub did not serve this file: {reason}") from None
 
 
 def _in_package(name: str) -> Path:

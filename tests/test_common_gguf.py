@@ -91,9 +91,15 @@ def test_resolving_imports_nothing_heavy():
 
 
 @pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """A GGUF file that nothing has dequantised yet."""
+def home(tmp_path, monkeypatch):
+    """An empty cache of folders."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home/graded-embedder"
+
+
+@pytest.fixture
+def cached(home, tmp_path):
+    """A GGUF file that nothing has dequantised yet."""
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF")
     return path
@@ -165,16 +171,14 @@ def write_gguf(path: Path, architecture: str = "llama", **fields) -> Path:
     return path
 
 
-def test_a_file_of_float32_stays_float32(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+def test_a_file_of_float32_stays_float32(home, tmp_path):
     model = resolve_model(str(write_gguf(tmp_path / "x.gguf")))
     assert (model.quantisation()["type"], model.quantisation()["bits_per_weight"]) == ("F32", 32.0)
     assert AutoModel.from_pretrained(model.name_or_path).dtype == torch.float32
     assert AutoTokenizer.from_pretrained(model.name_or_path)("ab1").tokens() == ["ab", "1"]
 
 
-def test_llama_3_keeps_bos_and_rope_scaling(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+def test_llama_3_keeps_bos_and_rope_scaling(home, tmp_path):
     # heads of 16, base 500,000: wavelengths 2 pi base**(i / 8) of 6.3, 32, 167, 862, 4443, 22911, 118142, 609203
     # positions; below 8192 / 4 nothing changes, above 8192 all is divided by the factor, between them it is smoothed
     smooth = (8192 / (2 * np.pi * 500_000 ** (4 / 8)) - 1) / 3
@@ -203,16 +207,14 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("message", UNUSABLE)
-def test_a_file_that_would_give_another_model_is_refused(message, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+def test_a_file_that_would_give_another_model_is_refused(message, home, tmp_path):
     path = write_gguf(tmp_path / "x.gguf", **UNUSABLE[message])
     with pytest.raises(InputError, match=message):
         gguf.dequantise(path)
-    assert not [entry for entry in (tmp_path / "home/graded-embedder").iterdir() if entry.is_dir()]
+    assert not [entry for entry in home.iterdir() if entry.is_dir()]
 
 
-def test_a_cut_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+def test_a_cut_file_is_refused(home, tmp_path):
     whole = write_gguf(tmp_path / "x.gguf").read_bytes()
     for size in (10, len(whole) // 4, len(whole) - 100):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from tiny_data import write_encoder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers.utils import chat_template_utils
 
 from common.cli import InputError
 from common.plain_text import use_plain_text
@@ -33,16 +39,12 @@ LAYOUTS = {
     "Llama 3.2": Layout("Llama", "<bos>", "<|eot_id|>", "{{ m.content }}<|eot_id|>", DATE),
     "Gemma-it": Layout("Gemma2", "<bos>", "<eos>", "<|turn|>{{ m.role }}\n{{ m.content }}\n", "{{ bos_token }}"),
     "Phi-3": Layout("Phi3", None, "<|endoftext|>", "<|turn|>{{ m.content }}\n{{ eos_token }}"),
-    "SmolLM2": Layout("Llama", None, "<|im_end|>", "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"),
+    "SmolLM2": Layout("Llama", None, "<|im_end|>", IM),
 }
 
 
 def write_base(folder: Path, layout: Layout) -> Path:
     """A random decoder and a byte-level tokenizer with the layout's special tokens and chat template."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
     specials = ["<pad>", "<bos>", layout.eos, "<|turn|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = list(dict.fromkeys([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]))
     tokenizer = Tokenizer(models.BPE({token: row for row, token in enumerate(vocabulary)}, []))
@@ -75,11 +77,8 @@ def ids_of(model, prompt: str, text: str = TEXT) -> list[int]:
 
 @pytest.mark.parametrize("name", ["Qwen3 chat", "Llama 3 Instruct", "Gemma-it", "Phi-3"])
 def test_ids_are_those_of_the_bare_tokenizer(name, tmp_path):
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoTokenizer
-
     base = write_base(tmp_path / "base", LAYOUTS[name])
-    plain = AutoTokenizer.from_pretrained(base)
+    plain = transformers.AutoTokenizer.from_pretrained(base)
     expected = {prompt: plain(prompt + TEXT)["input_ids"] for prompt in ("", PROMPT)}
     model = SentenceTransformer(str(base))
     assert "message" in model[0].modalities and ids_of(model, PROMPT) != expected[PROMPT]  # or nothing is tested
@@ -92,8 +91,6 @@ def test_ids_are_those_of_the_bare_tokenizer(name, tmp_path):
 
 
 def test_an_address_of_a_picture_is_a_text_though_a_processor_lies_beside_the_weights(tmp_path):
-    from sentence_transformers import SentenceTransformer
-
     base = write_base(tmp_path / "base", LAYOUTS["Gemma-it"])
     # left from the model for images that this text model was cut out of
     files = {"processor_class": "CLIPProcessor", "image_processor_type": "CLIPImageProcessor"}
@@ -105,9 +102,6 @@ def test_an_address_of_a_picture_is_a_text_though_a_processor_lies_beside_the_we
 
 
 def test_the_date_moves_no_vector(tmp_path, monkeypatch):
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import chat_template_utils
-
     class Tomorrow(datetime):
         @classmethod
         def now(cls, tz=None):
@@ -124,8 +118,6 @@ def test_the_date_moves_no_vector(tmp_path, monkeypatch):
 
 
 def test_an_embedder_made_with_messages_is_refused_by_name(tmp_path):
-    from sentence_transformers import SentenceTransformer
-
     base = write_base(tmp_path / "base", LAYOUTS["SmolLM2"])
     SentenceTransformer(str(base)).save(str(tmp_path / "chatty"))
     with pytest.raises(InputError, match="chatty' reads its texts as chat messages"):
@@ -142,9 +134,6 @@ def test_an_embedder_made_with_messages_is_refused_by_name(tmp_path):
 
 
 def test_static_embeddings_are_left_alone(tmp_path):
-    from sentence_transformers import SentenceTransformer
-    from tiny_data import write_encoder
-
     folder = str(write_encoder(tmp_path / "encoder"))
     model = SentenceTransformer(folder)
     before = model.encode([TEXT])

