@@ -186,6 +186,12 @@ def test_cosent_is_that_of_sentence_transformers(encoder, mini_batch_size):
 SPREAD = ["soft_info_nce", "bixse", "kl"]  # the target on own documents, on all, and no other rows
 
 
+def refusal(loss, columns, labels):
+    with pytest.raises(ValueError) as refused:
+        loss(columns, labels)
+    return str(refused.value)
+
+
 def train_in_two_processes(rank, folder, checkpoint):
     """Every case on this process' three rows, under DDP; saves {case: (value, gradient)}."""
     from torch.nn.parallel import DistributedDataParallel
@@ -199,31 +205,17 @@ def train_in_two_processes(rank, folder, checkpoint):
         for gather in (True, False):
             # keeps some graphs, not all
             settings = {"mini_batch_size": size, "gather_across_devices": gather, "activation_memory": 200_000}
+            columns = features(encoder, rows=rows, known=KNOWN)
             for name in SPREAD:
-                loss, columns = (
-                    GradedLoss(model, name, **settings, **SETTINGS),
-                    features(encoder, rows=rows, known=KNOWN),
-                )
+                loss = GradedLoss(model, name, **settings, **SETTINGS)
                 results[name, size, gather] = value_and_gradient(model, loss, columns, LABELS[rows])
             loss, columns = CachedCoSENTLoss(model, **settings), features(encoder, COLUMNS[:2], rows)
             results["cosent", size, gather] = value_and_gradient(model, loss, columns, GRADES[rows])
-    for name, loss, columns, labels in (
-        (
-            "rows",
-            CachedCoSENTLoss(model, gather_across_devices=True),
-            features(encoder, COLUMNS[:2], rows[rank:]),
-            GRADES[rows[rank:]],
-        ),
-        (
-            "columns",
-            GradedLoss(model, "info_nce", gather_across_devices=True),
-            features(encoder, COLUMNS[: 4 - rank], rows),
-            None,
-        ),
-    ):
-        with pytest.raises(ValueError) as refused:
-            loss(columns, labels)
-        results[name] = str(refused.value)
+    uneven = rows[rank:]
+    cosent = CachedCoSENTLoss(model, gather_across_devices=True)
+    results["rows"] = refusal(cosent, features(encoder, COLUMNS[:2], uneven), GRADES[uneven])
+    graded = GradedLoss(model, "info_nce", gather_across_devices=True)
+    results["columns"] = refusal(graded, features(encoder, COLUMNS[: 4 - rank], rows), None)
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
