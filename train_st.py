@@ -60,13 +60,13 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common.cli import InputError, run
+from common.cli import InputError, Unfinished, run
 from common.steps import MANIFEST, Step, link_files
-from modeling.arguments import MergeArguments, recipe_keys
+from modeling.arguments import recipe_keys
 from modeling.ledger import closing_line, write_ledger, write_log
-from modeling.processes import joint_step, keep_freed_memory, launched_with, processes, refuse_shards
+from modeling.processes import joint_step, keep_freed_memory, launched_with, make_once, processes, refuse_shards
 from modeling.recipe import Recipe, Stage, read_recipe, write_recipe, write_stages
 
 if TYPE_CHECKING:
@@ -81,21 +81,16 @@ NO_INPUTS += ("dataset_name", "model_name_or_path", "model_revision")  # fingerp
 ADAPTER = "adapter"
 
 
-class TrainingStopped(Exception):
-    """Training cannot go on. Unlike InputError, which leaves nothing behind, it keeps a step's checkpoints."""
-
-
 def main(argv: Sequence[str]) -> None:
     if "--list_keys" in argv:
         print("\n".join(recipe_keys()))
         return
     recipe = read_recipe(argv, description=__doc__)
     from modeling.stages import load_data
+    from modeling.trainer import forget_deepspeed
 
     refuse_shards(recipe.stages)
     if launched_with("DEEPSPEED"):
-        from modeling.trainer import forget_deepspeed
-
         forget_deepspeed()
     with processes().main_process_first():  # who comes later finds the rows in the cache of `datasets`
         data = {stage.name: load_data(stage) for stage in recipe.stages}
@@ -105,27 +100,24 @@ def main(argv: Sequence[str]) -> None:
         start = results[stage.name] = train_stage(stage, start, data[stage.name], recipe.output_dir)
         if processes().is_main_process:
             write_ledger(stages, recipe.output_dir)
-    if recipe.merge:
-        publish_merge(recipe.merge, results, recipe.output_dir)
-    else:
-        publish(start, recipe.output_dir)
+    publish(recipe, results)
 
 
 def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, list[Stage]]:
     """The model that the first stage starts from, and the stages with what they leave to it, once everything that they
     ask of it is known to be there.
     """
-    from modeling.stages import check_layers, check_lengths
-    from modeling.start import first_start, load_tokenizer, settle, start_facts, start_line
+    from modeling.stages import check_layers, with_prompts
+    from modeling.start import first_start, load_tokenizer, settle, start_line
 
-    start, published = first_start(recipe)
-    stages = [settle(stage, published) for stage in recipe.stages]
-    tokenizer = load_tokenizer(start, stages[0])
-    check_lengths(stages, data, tokenizer)
+    start = first_start(recipe)
+    stages = [settle(stage, start.published) for stage in recipe.stages]
+    tokenizer = load_tokenizer(start, stages[0].own.pooling)
+    stages = [with_prompts(stage, data[stage.name].train, tokenizer) for stage in stages]
     check_layers(stages, start)
     if processes().is_main_process:
         write_recipe(recipe)
-        write_stages(stages, start_facts(start, published), recipe.output_dir)
+        write_stages(stages, start.facts(), recipe.output_dir)
         print(start_line(start, stages[0], tokenizer), flush=True)
     return start, stages
 
@@ -135,18 +127,11 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
     from modeling.start import Start, TrainedAdapter
 
     folder = output_dir / stage.name
-    keys = {key: value for key, value in stage.values.items() if key not in NO_INPUTS}
-    if stage.values.get("datasets"):
-        entries = stage.values["datasets"]
-        keys["datasets"] = [{key: value for key, value in entry.items() if key not in NO_INPUTS} for entry in entries]
-    try:
-        with joint_step(folder, {"keys": keys, "data": data.keys, "start": start.key}) as step:
-            if step.done and processes().is_main_process:
-                print(f"stage {stage.name}: done before, kept in {folder}", flush=True)
-            elif not step.done:
-                run_stage(stage, start, data, step, output_dir / "logs")
-    except TrainingStopped as reason:
-        raise InputError(f"stage {stage.name!r}: {reason}") from reason
+    with joint_step(folder, {"keys": input_keys(stage.values), "data": data.keys, "start": start.key}) as step:
+        if step.done and processes().is_main_process:
+            print(f"stage {stage.name}: done before, kept in {folder}", flush=True)
+        elif not step.done:
+            run_stage(stage, start, data, step, output_dir / "logs")
     adapter = None
     if stage.peft_config:
         before = start.adapter_for(stage)
@@ -154,18 +139,24 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
     return Start(str(folder), None, step.key, stage.name, adapter)
 
 
+def input_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a stage, and of its data sets, that decide what it comes to."""
+    keys = {key: value for key, value in values.items() if key not in NO_INPUTS}
+    return keys | ({"datasets": [input_keys(entry) for entry in keys["datasets"]]} if keys.get("datasets") else {})
+
+
 def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Path) -> None:
-    """Load, train, save. Raises TrainingStopped when it cannot go on; what it has is resumed from then."""
+    """Load, train, save. Raises Unfinished when it cannot go on; what it has is resumed from then."""
     from modeling.adapters import continue_adapter, quantization
     from modeling.encoder import save_adapter, save_merged
     from modeling.reference import write_reference
-    from modeling.stages import build_model, build_trainer, cut_texts, header, load_encoder, stage_prompts
+    from modeling.shared_prefix import share_prefix
+    from modeling.stages import build_model, build_trainer, cut_texts, header, load_encoder
     from modeling.trainer import drop_checkpoints, last_checkpoint, logs_in
 
     checkpoints = step.path / "checkpoints"
-    resuming = (stage.training.resume_from_checkpoint or "false").lower() != "false"
     if processes().is_main_process:
-        if not resuming:
+        if (stage.training.resume_from_checkpoint or "false").lower() == "false":
             drop_checkpoints(checkpoints)
         if last_checkpoint(checkpoints) is None:
             shutil.rmtree(logs / stage.name, ignore_errors=True)  # of a run that this one does not go on with
@@ -179,11 +170,7 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
         if processes().is_main_process:
             print(header(stage, data, trainer, cut), flush=True)
         encoder.max_seq_length = stage.own.train_max_seq_length
-        sharing = contextlib.nullcontext()
-        if stage.own.share_prefix:
-            from modeling.shared_prefix import share_prefix
-
-            sharing = share_prefix(encoder)
+        sharing = share_prefix(encoder) if stage.own.share_prefix else contextlib.nullcontext()
         with sharing as counts, stopping(stage, trainer, checkpoints):
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
@@ -194,12 +181,10 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
     if weights is not None:  # those of `encoder` are shards
         encoder, base = build_model(stage, start)
         encoder.load_state_dict({**encoder.state_dict(), **weights})
-    encoder.prompts = prompts = stage_prompts(stage, data.train, encoder.tokenizer)
     if stage.peft_config:
         save_adapter(encoder, step.path / ADAPTER, base.name_from(step.path / ADAPTER), base.revision)
     if quantization(stage.model):  # 4 bits were for training: the adapter belongs into the weights as they were
         encoder = load_encoder(stage, base)
-        encoder.prompts = prompts
         continue_adapter(encoder, step.path / ADAPTER)
     save_merged(encoder, step.path)
     write_reference(encoder, step.path)
@@ -211,8 +196,8 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
 
 @contextlib.contextmanager
 def stopping(stage: Stage, trainer: EmbedderTrainer, checkpoints: Path) -> Iterator[None]:
-    """What ends training as one line: what happened and what to lower. Raises TrainingStopped where there is a
-    checkpoint to go on from, else InputError.
+    """What ends training as one line: what happened and what to lower. Raises Unfinished where there is a checkpoint
+    to go on from, else InputError, which leaves nothing behind.
     """
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -220,21 +205,20 @@ def stopping(stage: Stage, trainer: EmbedderTrainer, checkpoints: Path) -> Itera
 
     try:
         yield
-        return
-    except InputError as error:  # a non-finite loss, too few rows for a batch
-        reason, cause = str(error), error
-    except (ValueError, TypeError) as error:  # settings that torch or transformers refuse once they are used
-        if trainer.state.global_step:
+    except Exception as error:
+        if isinstance(error, InputError):  # a non-finite loss, too few rows for a batch
+            reason = str(error)
+        elif should_reduce_batch_size(error):
+            reason = f"out of memory; lower {sizes(stage)}"
+        elif isinstance(error, ValueError | TypeError) and not trainer.state.global_step:
+            reason = f"training cannot start so: {error}"  # settings that torch or transformers refuse once used
+        else:
             raise
-        reason, cause = f"training cannot start so: {error}", error
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        reason, cause = f"out of memory; lower {sizes(stage)}", error
-    checkpoint = last_checkpoint(checkpoints)
-    if checkpoint is None:
-        raise InputError(f"stage {stage.name!r}: {reason}") from cause
-    raise TrainingStopped(f"{reason}; --resume_from_checkpoint true goes on from {checkpoint}") from cause
+        checkpoint = last_checkpoint(checkpoints)
+        if checkpoint is None:
+            raise InputError(f"stage {stage.name!r}: {reason}") from error
+        advice = f"--resume_from_checkpoint true goes on from {checkpoint}"
+        raise Unfinished(f"stage {stage.name!r}: {reason}; {advice}") from error
 
 
 def sizes(stage: Stage) -> str:
@@ -245,42 +229,32 @@ def sizes(stage: Stage) -> str:
     return f"activation_memory ({stage.own.activation_memory}) or mini_batch_size ({now}): same results; or {rows}"
 
 
-def publish(result: Start, output_dir: Path) -> None:
-    """model/ and, if the last stage trained LoRA, adapter/: the last stage's two results under fixed names."""
+def publish(recipe: Recipe, results: Mapping[str, Start]) -> None:
+    """model/: the last stage's result, or the average of stages; adapter/: where the last stage trained LoRA and no
+    stages are averaged.
+    """
     from modeling.encoder import name_base
-
-    with joint_step(output_dir / "model", {"stage": result.key}) as step:
-        if not step.done and processes().is_main_process:
-            link_files(Path(result.name_or_path), step.path, without=(ADAPTER, MANIFEST))
-            step.finish()
-    if result.adapter is None:
-        drop_adapter(output_dir)
-        return
-    with joint_step(output_dir / ADAPTER, {"stage": result.key}) as step:
-        if not step.done and processes().is_main_process:
-            link_files(result.adapter.folder, step.path)
-            base = result.adapter.base
-            name_base(step.path, base.name_from(step.path), base.revision)
-            step.finish()
-
-
-def publish_merge(merge: MergeArguments, results: Mapping[str, Start], output_dir: Path) -> None:
-    """model/: the average of stages, without an adapter/, which would be that of one stage."""
     from modeling.merging import merge_models
 
-    chosen = [results[name] for name in merge.stages]
-    inputs = {"stages": [result.key for result in chosen], "method": merge.method, "weights": merge.weights}
-    with joint_step(output_dir / "model", inputs) as step:
-        if not step.done and processes().is_main_process:
-            weights = merge.weights or [1.0] * len(chosen)
-            merge_models([Path(result.name_or_path) for result in chosen], weights, merge.method, step.path)
-            step.finish()
-    drop_adapter(output_dir)
+    merge, last, output_dir = recipe.merge, [*results.values()][-1], recipe.output_dir
+    if merge:
+        chosen = [results[name] for name in merge.stages]
+        inputs = {"stages": [result.key for result in chosen], "method": merge.method, "weights": merge.weights}
+        folders, weights = [Path(result.name_or_path) for result in chosen], merge.weights or [1.0] * len(chosen)
+        make_once(output_dir / "model", inputs, lambda path: merge_models(folders, weights, merge.method, path))
+    else:
+        without = (ADAPTER, MANIFEST)
+        source = Path(last.name_or_path)
+        make_once(output_dir / "model", {"stage": last.key}, lambda path: link_files(source, path, without))
 
+    def write_adapter(path: Path) -> None:
+        link_files(last.adapter.folder, path)
+        base = last.adapter.base
+        name_base(path, base.name_from(path), base.revision)
 
-def drop_adapter(output_dir: Path) -> None:
-    """Of an earlier run into the same folder, whose model/ it belonged to."""
-    if processes().is_main_process:
+    if last.adapter and not merge:
+        make_once(output_dir / ADAPTER, {"stage": last.key}, write_adapter)
+    elif processes().is_main_process:  # that of an earlier run into this folder belonged to another model/
         shutil.rmtree(output_dir / ADAPTER, ignore_errors=True)
 
 

@@ -104,32 +104,44 @@ def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: 
 def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The path of a key and its value, for each flag."""
     is_text = dict(_keys(kind))  # members of a union (source: local | hub | ...) may hold the same key
-    parts = iter(part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag]))
-    for flag in parts:
-        if not flag.startswith("--"):
-            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
-        name = flag.removeprefix("--")
+    for name, texts in flag_texts(flags):
         matches = [path for path in is_text if name in (".".join(path), path[-1])]
         if not matches:
-            raise InputError(f"unknown option {flag}{_suggestion(name, ['.'.join(path) for path in is_text])}")
+            raise InputError(f"unknown option --{name}{_suggestion(name, ['.'.join(path) for path in is_text])}")
         if len(matches) > 1:
-            raise InputError(
-                f"{flag} could be any of {', '.join('--' + '.'.join(path) for path in matches)}: name one"
-            )
-        value = next(parts, None)
-        if value is None:
-            raise InputError(f"{flag} needs a value")
-        yield matches[0], flag_value(value, is_text[matches[0]])
+            paths = ", ".join("--" + ".".join(path) for path in matches)
+            raise InputError(f"--{name} could be any of {paths}: name one")
+        yield matches[0], flag_value(texts, is_text[matches[0]])
 
 
-def flag_value(value: str, is_text: bool) -> Any:
+def flag_texts(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Name and texts of each flag: --key value, --key=value, or --key value value for a list."""
+    found: list[tuple[str, list[str]]] = []
+    for flag in flags:
+        if flag.startswith("--"):
+            name, *value = flag.removeprefix("--").split("=", 1)
+            found.append((name, value))
+        elif not found:
+            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
+        else:
+            found[-1][1].append(flag)
+    for name, texts in found:
+        if not texts:
+            raise InputError(f"--{name} needs a value")
+    return found
+
+
+def flag_value(texts: Sequence[str], is_text: bool) -> Any:
     """What a flag says: YAML; for a key that holds text the text as it is (as YAML, `query: ` would be a mapping)."""
+    if len(texts) > 1:
+        return [flag_value([text], is_text) for text in texts]
+    [text] = texts
     if is_text:
-        return None if value in ("", "null") else value
+        return None if text in ("", "null") else text
     try:
-        return load_yaml(value)
+        return load_yaml(text)
     except ValueError:
-        return value
+        return text
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:

@@ -170,9 +170,9 @@ def input_key(recipe: Recipe, where: str) -> str:
 
 @functools.cache  # variants read the same, which may be gigabytes
 def data_content(name: str, revision: str | None) -> str:
-    from modeling.training_data import data_key
+    from modeling.training_data import Source
 
-    return data_key(name, revision, "training data")
+    return Source(name, revision, "training data").key
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from transformers import PreTrainedTokenizerBase
 
 from common.cli import InputError
 from modeling.batches import LABEL
@@ -24,6 +25,11 @@ from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, instruction_prompt
 
 _TRIES = 100  # rows tried for one shot, before a batch goes with fewer
 _TRIES_TO_FREEZE = 1000  # rows tried for all shots of a saved prompt
+
+
+def counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[str]], list[int]]:
+    """What counts the tokens of whole strings, special ones included."""
+    return lambda strings: [len(ids) for ids in tokenizer(list(strings), verbose=False)["input_ids"]]
 
 
 @dataclass(frozen=True)
@@ -90,33 +96,25 @@ class Demonstrations:
             "raise shots_budget (or max_seq_length, half of which is the default), or lower prompt_shots"
         )
 
+    def fit(
+        self,
+        shots: Sequence[tuple[str, str]],
+        texts: Sequence[str],
+        count_tokens: Callable[[Sequence[str]], Sequence[int]],
+        max_seq_length: int,
+    ) -> str:
+        """The few-shot prompt with as many of `shots`, from the first on, as cost none of `texts` a token. A text too
+        long even after the bare instruction gets no shots, nor do those beside it in the batch.
 
-def fitting_prompt(
-    instruction: str,
-    shots: Sequence[tuple[str, str]],
-    texts: Sequence[str],
-    count_tokens: Callable[[Sequence[str]], Sequence[int]],
-    max_seq_length: int,
-    shots_budget: int | None = None,
-    template: str = QUERY_TEMPLATE,
-) -> str:
-    """The few-shot prompt with as many of `shots`, (query, response) pairs from the first on, as cost none of `texts`
-    a token. A text too long even after the bare instruction gets no shots, nor do those beside it in the batch.
-
-    `count_tokens` counts whole strings, special tokens included. Prompt and text are counted as the one string that
-    the tokenizer gets: counted apart, tokens at the boundary would come out otherwise.
-
-    >>> words = lambda strings: [len(string.split()) for string in strings]
-    >>> shots = [("two", "2"), ("three", "3")]
-    >>> fitting_prompt("Count", shots, ["four"], words, max_seq_length=12)
-    'Instruct: Count\\nQuery: two\\nResponse: 2\\n\\nInstruct: Count\\nQuery: '
-    """
-    for count in range(len(shots), 0, -1):
-        prompt = few_shot_prompt(instruction, shots[:count], template)
-        length, *whole = count_tokens([prompt, *(prompt + text for text in texts)])
-        if max(whole) <= max_seq_length and (shots_budget is None or length <= shots_budget):
-            return prompt
-    return instruction_prompt(instruction, template)
+        `count_tokens` counts whole strings, special tokens included: prompt and text as the one string that the
+        tokenizer gets, as counted apart tokens at the boundary would come out otherwise.
+        """
+        for count in range(len(shots), 0, -1):
+            prompt = few_shot_prompt(self.instruction, shots[:count], self.template)
+            length, *whole = count_tokens([prompt, *(prompt + text for text in texts)])
+            if max(whole) <= max_seq_length and (self.shots_budget is None or length <= self.shots_budget):
+                return prompt
+        return instruction_prompt(self.instruction, self.template)
 
 
 @dataclass
@@ -163,16 +161,6 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
         columns = [column for column in features[0] if column not in ("dataset_name", LABEL)]
         shots = demonstrations.draw({row[column] for row in features for column in columns})
         prompted = [column for column in columns if column in self.prompts[name]]
-        prompt = fitting_prompt(
-            demonstrations.instruction,
-            shots,
-            [row[column] for row in features for column in prompted],
-            self._count_tokens,
-            self.model.max_seq_length,
-            demonstrations.shots_budget,
-            demonstrations.template,
-        )
+        texts = [row[column] for row in features for column in prompted]
+        prompt = demonstrations.fit(shots, texts, counter(self.model.tokenizer), self.model.max_seq_length)
         return dict.fromkeys(prompted, prompt)
-
-    def _count_tokens(self, strings: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self.model.tokenizer(list(strings), verbose=False)["input_ids"]]

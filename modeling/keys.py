@@ -7,12 +7,12 @@ import functools
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli import InputError
-from common.recipes import flag_value
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainingArguments
@@ -101,16 +101,14 @@ def _library_key(node: ast.AnnAssign) -> LibraryKey:
     return LibraryKey(value, " ".join(ast.literal_eval(texts[0]).split()).partition(". ")[0].removesuffix("."))
 
 
-def parse_library_keys(
-    values: Mapping[str, Any], where: str
-) -> tuple[ModelConfig, SentenceTransformerTrainingArguments]:
+def parse_library_keys(values: Mapping[str, Any]) -> tuple[ModelConfig, SentenceTransformerTrainingArguments]:
     """`values` as the libraries' dataclasses. Raises InputError on a key or a value that they do not take."""
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig, TrlParser
 
     class Parser(TrlParser):
         def error(self, message: str) -> None:
-            raise InputError(f"{where}: {message}")
+            raise InputError(message)
 
     parser = Parser([ModelConfig, SentenceTransformerTrainingArguments], allow_abbrev=False)
     # what no flag says: an empty list, and several of a key that is text or a list
@@ -124,7 +122,7 @@ def parse_library_keys(
         rates = training.learning_rate_mapping  # YAML reads 1e-5 as a text
         training.learning_rate_mapping = {pattern: float(rate) for pattern, rate in rates.items()}
     except (ValueError, TypeError, OSError, ImportError) as error:  # a wrong value, or what it names is not there
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(str(error)) from None
     for key, found in (*vars(model).items(), *vars(training).items()):
         for value in _numbers(found):
             wrong = [words for words, (holds, keys) in RANGES.items() if key in keys.split() and not holds(value)]
@@ -133,7 +131,7 @@ def parse_library_keys(
             elif isinstance(value, int) and abs(value) >= LARGEST:
                 wrong = [f"below {LARGEST:,}"]
             if wrong:
-                raise InputError(f"{where}: key {key!r} is {value}: it must be {wrong[0]}")
+                raise InputError(f"key {key!r} is {value}: it must be {wrong[0]}")
     return model, training
 
 
@@ -154,27 +152,26 @@ def _as_flags(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
-def read_flags(flags: Sequence[str], texts: set[str]) -> dict[str, Any]:
-    """--key value, --key=value and --key value value (a list) as a mapping; --PART.key goes into a mapping PART.
+def check_training(training: SentenceTransformerTrainingArguments) -> None:
+    """Raises InputError for what would fail when a stage starts, hours from now."""
+    import torch
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_available_reporting_integrations
 
-    Values are YAML, but for the keys in `texts`.
-    """
-    groups: list[list[str]] = []
-    for flag in flags:
-        if flag.startswith("--"):
-            groups.append(flag.split("=", 1))
-        elif not groups:
-            raise InputError(f"unexpected argument {flag!r}; overrides are written --key value")
-        else:
-            groups[-1].append(flag)
-    values: dict[str, Any] = {}
-    for flag, *parts in groups:
-        if not parts:
-            raise InputError(f"{flag} needs a value")
-        part, _, key = flag.removeprefix("--").rpartition(".")
-        parsed = [flag_value(text, key in texts) for text in parts]
-        target = values.setdefault(part, {}) if part else values
-        if not isinstance(target, dict):
-            raise InputError(f"{flag}: --{part} has a value already")
-        target[key] = parsed[0] if len(parsed) == 1 else parsed
-    return values
+    if (training.resume_from_checkpoint or "false").lower() not in ("true", "false"):
+        given = training.resume_from_checkpoint
+        raise InputError(f"resume_from_checkpoint is {given!r}; true goes on from a stage's last checkpoint")
+    installed = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in installed:
+            raise InputError(f"report_to: {name!r} is not installed; there is {', '.join(installed) or 'none'}")
+    try:
+        if not training.optim_target_modules:  # which would need the model
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
+            schedule = training.lr_scheduler_kwargs or {}
+            get_scheduler(training.lr_scheduler_type, optimizer, 0, 2, scheduler_specific_kwargs=schedule)
+        for pattern in training.learning_rate_mapping:
+            re.compile(pattern)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
+        raise InputError(f"training cannot start so: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,15 @@ def joint_step(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Step]:
         processes().wait_for_everyone()  # until the partial folder is there
         yield Step(folder, inputs)
     processes().wait_for_everyone()
+
+
+def make_once(folder: Path, inputs: Mapping[str, Any], make: Callable[[Path], object]) -> str:
+    """Have the main process make `folder` by `make(path)`, unless it is made already; returns the step's key."""
+    with joint_step(folder, inputs) as step:
+        if not step.done and processes().is_main_process:
+            make(step.path)
+            step.finish()
+    return step.key
 
 
 def keep_freed_memory(size: int = 1 << 30) -> None:

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from common.cli import ArgumentParser, InputError
-from common.recipes import Section, read_yaml, text_keys
+from common.recipes import Section, flag_texts, flag_value, read_yaml, text_keys
 from common.recipes import parse_recipe as parse_section
 from common.steps import write_json, written_whole
 from modeling.arguments import (
-    DEFAULT_LENGTH,
     OF_THE_RECIPE,
     DatasetArguments,
     MergeArguments,
@@ -31,15 +29,12 @@ from modeling.arguments import (
     StageArguments,
     StudentConfig,
 )
-from modeling.keys import DEFAULTS, REFUSED, library_keys, parse_library_keys, read_flags
-from modeling.prompts import QUERY_TEMPLATE
+from modeling.keys import DEFAULTS, REFUSED, check_training, library_keys, parse_library_keys
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig
-
-    from modeling.encoder import Published
 
 # Folders that a run has besides its stages'.
 RESERVED = ("model", "adapter", "student", "merge", "logs", "data", "results", "report")
@@ -50,7 +45,9 @@ BEST = "eval_validation_cosine_ndcg@10"  # what the best checkpoint is chosen by
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of the curriculum, read and checked."""
+    """One entry of the curriculum, read and checked; `settle` (modeling.start) fills in what it leaves to the start,
+    `with_prompts` (modeling.stages) the prompts, once the data are known.
+    """
 
     name: str
     values: dict[str, Any]  # the recipe's keys, overrides applied
@@ -58,7 +55,13 @@ class Stage:
     datasets: dict[str, DatasetArguments]  # by name; `own` alone under the stage's name where there is no list
     model: ModelConfig
     training: SentenceTransformerTrainingArguments
-    published: Published | None = None  # what the run's start is as a finished embedder, see modeling.start.settle
+    kept_prompts: Mapping[str, str] | None = None  # of the finished embedder that a run starts from; None: bare model
+    prompts: Mapping[str, str] = field(default_factory=dict)  # of the stage's saved model, by name
+    column_prompts: Mapping[str, dict[str, str]] = field(default_factory=dict)  # in training, by data set and column
+
+    def place(self, dataset: str) -> str:
+        """How messages call a data set of the stage."""
+        return f"stage {self.name!r}" if dataset == self.name else f"stage {self.name!r}: data set {dataset!r}"
 
     @property
     def peft_config(self) -> PeftConfig | None:
@@ -90,14 +93,26 @@ def read_recipe(argv: Sequence[str], description: str) -> Recipe:
     parser.add_argument("--stages", metavar="NAME,NAME", help="stages to run, in this order; all by default")
     parser.add_argument("--list_keys", action="store_true", help="print every key with default and meaning, and stop")
     arguments, flags = parser.parse_known_args(argv)
-    flags = read_flags(flags, text_keys(StageArguments) | text_keys(StudentConfig))
-    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, flags)
+    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, read_flags(flags))
+
+
+def read_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Flags as a mapping; of --STAGE.KEY and --student.KEY there is a mapping STAGE or student in it."""
+    texts = text_keys(StageArguments) | text_keys(StudentConfig)
+    values: dict[str, Any] = {}
+    for name, given in flag_texts(flags):
+        part, _, key = name.rpartition(".")
+        target = values.setdefault(part, {}) if part else values
+        if not isinstance(target, dict):
+            raise InputError(f"--{name}: --{part} has a value already")
+        target[key] = flag_value(given, key in texts)
+    return values
 
 
 def parse_recipe(
     values: Mapping[str, Any], where: str, selected: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """`values`, as YAML has them, with `overrides`, and only the `selected` stages (NAME,NAME), read and checked.
+    """`values`, as YAML has them, with `overrides` (see `read_flags`), and only the `selected` stages (NAME,NAME).
 
     Raises InputError on whatever is wrong; `where` is how the message calls the recipe.
     """
@@ -110,19 +125,21 @@ def parse_recipe(
     by_stage = {name: overrides.pop(name) for name in stages if isinstance(overrides.get(name), dict)}
     values |= overrides
     stages = {name: {**_without(keys, overrides), **by_stage.get(name, {})} for name, keys in stages.items()}
-    whole = {key: values[key] for key in RecipeArguments.model_fields if key in values}
+    places = {name: f"{where}: stage {name!r}" for name in stages}
+
+    whole = {key: value for key, value in values.items() if key in RecipeArguments.model_fields}
+    shared = {key: value for key, value in values.items() if key not in whole}
     whole = parse_section(RecipeArguments, whole, where)
-    shared = {key: value for key, value in values.items() if key not in RecipeArguments.model_fields}
-    _check_names(shared, StageArguments, where)
+    _check_names(shared, where)
     for name, keys in stages.items():
-        _check_names(keys, StageArguments, f"{where}: stage {name!r}")
-        for key in OF_THE_RECIPE[:-1]:
+        _check_names(keys, places[name])
+        for key in OF_THE_RECIPE:
             if key in keys:
-                raise InputError(f"{where}: stage {name!r}: {key}: stages go on from one another; name it above them")
-    output_dirs = {str(keys.get("output_dir", shared.get("output_dir")) or "") for keys in stages.values()}
-    if len(output_dirs) > 1 or not (output_dir := output_dirs.pop()) or "\0" in output_dir:
+                raise InputError(f"{places[name]}: {key}: stages go on from one another; name it above them")
+    output_dir = str(shared.get("output_dir") or "")
+    if not output_dir or "\0" in output_dir:
         raise InputError(f"{where}: name one output_dir for all stages, in the recipe or by --output_dir")
-    if bool(whole.student) == bool(values.get("model_name_or_path")):
+    if bool(whole.student) == bool(shared.get("model_name_or_path")):
         number = "one of the two alone" if whole.student else "model_name_or_path, or student:"
         raise InputError(f"{where}: name the model to start from: {number}")
     for name in whole.merge.stages if whole.merge else ():
@@ -130,16 +147,16 @@ def parse_recipe(
             raise InputError(f"{where}: merge: no stage {name!r} is run; there are {', '.join(stages)}")
     budgets = _budgets(whole.total_steps, shared, stages, where)
     keys_of = {name: {**shared, **keys, **budgets.get(name, {})} for name, keys in stages.items()}
-    owns = {name: _read_own(keys, name, f"{where}: stage {name!r}") for name, keys in keys_of.items()}
+    datasets = {name: _read_own(keys, name, places[name]) for name, keys in keys_of.items()}
     # only now what takes seconds: importing the libraries that check their own keys
-    parsed = [_read_stage(name, keys_of[name], *owns[name], f"{where}: stage {name!r}") for name in stages]
+    parsed = [_read_stage(name, keys, *datasets[name], places[name]) for name, keys in keys_of.items()]
     values["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
     return Recipe(values, Path(output_dir), parsed, whole.student, whole.merge)
 
 
-def _check_names(values: Mapping[str, Any], kind: type[Section], where: str) -> None:
+def _check_names(values: Mapping[str, Any], where: str) -> None:
     """Raises InputError on a key that nothing reads, or that has no place in a recipe."""
-    known = {*kind.model_fields, *library_keys(), "datasets"}
+    known = {*StageArguments.model_fields, *library_keys(), "datasets"}
     for key, value in values.items():
         if value and key in REFUSED:
             raise InputError(f"{where}: {key} {REFUSED[key]}")
@@ -161,13 +178,19 @@ def _without(keys: Mapping[str, Any], overrides: Collection[str]) -> dict[str, A
 
 def _read_own(values: Mapping[str, Any], name: str, where: str) -> tuple[StageArguments, dict[str, DatasetArguments]]:
     """A stage's keys that are ours, and those of its data sets."""
-    own = parse_section(StageArguments, {k: v for k, v in values.items() if k in StageArguments.model_fields}, where)
+
+    def own_keys(kind: type[Section]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key in kind.model_fields}
+
+    own = parse_section(StageArguments, own_keys(StageArguments), where)
     datasets: dict[str, DatasetArguments] = {name: own}
     if values.get("datasets") is not None:
-        shared = {key: value for key, value in values.items() if key in DatasetArguments.model_fields}
-        datasets = {}
-        for entry, keys in _named(values["datasets"], "data set", "datasets", where).items():
-            datasets[entry] = parse_section(DatasetArguments, {**shared, **keys}, f"{where}: data set {entry!r}")
+        datasets = {
+            entry: parse_section(
+                DatasetArguments, {**own_keys(DatasetArguments), **keys}, f"{where}: data set {entry!r}"
+            )
+            for entry, keys in _named(values["datasets"], "data set", "datasets", where).items()
+        }
     for entry, dataset in datasets.items():
         place = where if dataset is own else f"{where}: data set {entry!r}"
         if dataset.dataset_name is None:
@@ -200,41 +223,15 @@ def _read_stage(
         keys.setdefault("load_best_model_at_end", True)
     if keys.get("load_best_model_at_end"):
         keys.setdefault("metric_for_best_model", BEST)
-    model, training = parse_library_keys(keys, where)
     try:
+        model, training = parse_library_keys(keys)
         quantization(model)
+        if model.lora_task_type != DEFAULTS["lora_task_type"]:
+            raise InputError(f"lora_task_type: an embedder has no head; it is {DEFAULTS['lora_task_type']}")
+        check_training(training)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    if model.lora_task_type != DEFAULTS["lora_task_type"]:
-        raise InputError(f"{where}: lora_task_type: an embedder has no head; it is {DEFAULTS['lora_task_type']}")
-    _check_training(training, where)
     return Stage(name, values, own, datasets, model, training)
-
-
-def _check_training(training: SentenceTransformerTrainingArguments, where: str) -> None:
-    """Refuse now what would fail when a stage starts, hours from now."""
-    import torch
-    from transformers import Trainer, get_scheduler
-    from transformers.integrations import get_available_reporting_integrations
-
-    if (training.resume_from_checkpoint or "false").lower() not in ("true", "false"):
-        given = training.resume_from_checkpoint
-        raise InputError(f"{where}: resume_from_checkpoint is {given!r}; true goes on from a stage's last checkpoint")
-    installed = get_available_reporting_integrations()
-    for name in training.report_to:
-        if name not in installed:
-            there = ", ".join(installed) or "none"
-            raise InputError(f"{where}: report_to: {name!r} is not installed; there is {there}")
-    try:
-        if not training.optim_target_modules:  # which would need the model
-            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
-            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
-            schedule = training.lr_scheduler_kwargs or {}
-            get_scheduler(training.lr_scheduler_type, optimizer, 0, 2, scheduler_specific_kwargs=schedule)
-        for pattern in training.learning_rate_mapping:
-            re.compile(pattern)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, re.error) as error:
-        raise InputError(f"{where}: training cannot start so: {error}") from None
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -266,13 +263,8 @@ def write_stages(stages: Sequence[Stage], start: Mapping[str, Any], output_dir: 
 
 
 def read_stages(run_folder: Path) -> dict[str, Any]:
-    """What `write_stages` wrote; of a run that has none its recipe.yaml, with the defaults of our own keys filled in.
-
-    Raises InputError where `run_folder` is no training run.
-    """
+    """What `write_stages` wrote. Raises InputError where `run_folder` is no training run."""
     path = run_folder / STAGES
-    if not path.is_file() and (run_folder / "recipe.yaml").is_file():
-        return _plain_stages(read_yaml(run_folder / "recipe.yaml"))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -281,26 +273,6 @@ def read_stages(run_folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}; run train_st.py again") from None
-
-
-def _plain_stages(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {
-        **StageArguments(
-            query_template=QUERY_TEMPLATE, document_prompt="", max_seq_length=DEFAULT_LENGTH
-        ).model_dump(),
-        "dtype": None,
-    }
-    shared = {key: value for key, value in recipe.items() if key not in ("stages", "datasets")}
-    stages = []
-    for stage in recipe["stages"]:
-        keys = {**defaults, **shared, **stage}
-        entries = keys.pop("datasets", None) or [{"name": keys["name"]}]
-        stages.append(
-            {"name": keys["name"], "keys": keys, "datasets": {own["name"]: {**keys, **own} for own in entries}}
-        )
-    model = "student" if recipe.get("student") else recipe.get("model_name_or_path")
-    start = {"model": model, "revision": recipe.get("model_revision"), "published": None, "quantisation": None}
-    return {"start": start, "stages": stages}
 
 
 def _named(entries: Any, kind: str, key: str, where: str, taken: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

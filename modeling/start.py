@@ -19,7 +19,7 @@ from common.steps import files_of, fingerprint
 from modeling.arguments import DEFAULT_LENGTH, DatasetArguments
 from modeling.batches import LABEL
 from modeling.encoder import Published, read_published
-from modeling.processes import joint_step, processes
+from modeling.processes import make_once
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, instruction_prompt, template_of
 from modeling.recipe import Recipe, Stage
 from modeling.student import build_student
@@ -44,6 +44,7 @@ class Start:
     key: str  # changes when the weights do
     reference: str  # as the recipe wrote it
     adapter: TrainedAdapter | None = None
+    published: Published | None = None  # what a run's start is as a finished embedder; None: a bare model, the student
 
     def adapter_for(self, stage: Stage) -> TrainedAdapter | None:
         """The adapter that `stage` goes on with: one of its own settings."""
@@ -59,9 +60,21 @@ class Start:
             return os.path.relpath(self.name_or_path, folder)
         return self.reference.partition("@")[0]
 
+    def facts(self) -> dict[str, Any]:
+        """What stages.json and cards say of the model that a run started from."""
+        if self.reference == "student":
+            return {"model": "student", "revision": None, "published": None, "quantisation": None}
+        published = self.published and {
+            **dataclasses.asdict(self.published),
+            "pooling": self.published.pooling_name,
+        }
+        quantisation = resolve_model(self.reference).quantisation()
+        facts = {"model": self.reference, "revision": self.revision}
+        return {**facts, "published": published, "quantisation": quantisation}
 
-def first_start(recipe: Recipe) -> tuple[Start, Published | None]:
-    """Where the first stage starts, and what it is as a finished embedder (None: a bare model, or the student)."""
+
+def first_start(recipe: Recipe) -> Start:
+    """Where the first stage starts: the recipe's model, or the student that it describes, built now."""
     config = recipe.student
     if config is None:
         return published_start(recipe.stages[0].model)
@@ -74,14 +87,10 @@ def first_start(recipe: Recipe) -> tuple[Start, Published | None]:
         "teacher": resolve_model(config.teacher).fingerprint(),
         "corpus": fingerprint(files_of(Path(config.corpus))),
     }
-    with joint_step(folder, inputs) as step:
-        if not step.done and processes().is_main_process:
-            build_student(config, step.path)
-            step.finish()
-    return Start(str(folder), None, step.key, "student"), None
+    return Start(str(folder), None, make_once(folder, inputs, lambda path: build_student(config, path)), "student")
 
 
-def published_start(model: ModelConfig) -> tuple[Start, Published | None]:
+def published_start(model: ModelConfig) -> Start:
     """The recipe's model: of a Hub id the commit that it names now, for all stages and for the adapter to name."""
     reference = resolve_model(model.model_name_or_path)
     revision = None if model.model_revision == "main" else model.model_revision
@@ -94,12 +103,22 @@ def published_start(model: ModelConfig) -> tuple[Start, Published | None]:
         revision = hub_commit(reference.name_or_path, reference.revision or revision)
         reference = dataclasses.replace(reference, revision=revision)
     fetch_settings(reference)
-    start = Start(reference.name_or_path, reference.revision, reference.fingerprint(), reference.reference)
-    return start, read_published(reference)
+    names = (reference.name_or_path, reference.revision, reference.fingerprint(), reference.reference)
+    return Start(*names, published=read_published(reference))
+
+
+def load_tokenizer(start: Start, pooling: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer as encoders of this `pooling` will have it. Raises InputError when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(start.name_or_path, revision=start.revision)
+    except (HTTPError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {start.reference!r} has no tokenizer that can be loaded: {error}") from None
+    finish_texts(tokenizer, start.published and start.published.pooling_name, pooling)
+    return tokenizer
 
 
 def settle(stage: Stage, published: Published | None) -> Stage:
-    """The stage with what its recipe leaves to the start: length, query template and document prompt."""
+    """The stage with what its recipe leaves to the start: lengths, query template, document prompt, kept prompts."""
     own, prompts = stage.own, published.prompts if published else {}
     length = own.max_seq_length or (published and published.max_seq_length) or DEFAULT_LENGTH
     if own.train_max_seq_length and own.train_max_seq_length > length:
@@ -107,40 +126,21 @@ def settle(stage: Stage, published: Published | None) -> Stage:
             f"stage {stage.name!r}: train_max_seq_length {own.train_max_seq_length} is above max_seq_length "
             f"({length}); lower it"
         )
-    template = template_of(prompts.get("query", "")) or QUERY_TEMPLATE
     defaults = {
         "max_seq_length": length,
         "train_max_seq_length": length,
-        "query_template": template,
+        "query_template": template_of(prompts.get("query", "")) or QUERY_TEMPLATE,
         "document_prompt": prompts.get("document", prompts.get("passage", "")),
     }
 
     def filled(arguments: DatasetArguments) -> DatasetArguments:
-        names = type(arguments).model_fields
-        missing = {key: value for key, value in defaults.items() if key in names and getattr(arguments, key) is None}
-        return arguments.model_copy(update=missing)
+        return arguments.model_copy(
+            update={key: value for key, value in defaults.items() if getattr(arguments, key, value) is None}
+        )
 
     datasets = {name: filled(dataset) for name, dataset in stage.datasets.items()}
-    return dataclasses.replace(stage, own=filled(own), datasets=datasets, published=published)
-
-
-def load_tokenizer(start: Start, stage: Stage) -> PreTrainedTokenizerBase:
-    """The tokenizer as the first stage's encoder will have it. Raises InputError when there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(start.name_or_path, revision=start.revision)
-    except (HTTPError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {start.reference!r} has no tokenizer that can be loaded: {error}") from None
-    finish_texts(tokenizer, stage.published and stage.published.pooling_name, stage.own.pooling)
-    return tokenizer
-
-
-def start_facts(start: Start, published: Published | None) -> dict[str, Any]:
-    """What stages.json and cards say of the model that a run started from."""
-    if start.reference == "student":
-        return {"model": "student", "revision": None, "published": None, "quantisation": None}
-    facts = published and {**dataclasses.asdict(published), "pooling": published.pooling_name}
-    quantisation = resolve_model(start.reference).quantisation()
-    return {"model": start.reference, "revision": start.revision, "published": facts, "quantisation": quantisation}
+    kept = dict(prompts) if published else None
+    return dataclasses.replace(stage, own=filled(own), datasets=datasets, kept_prompts=kept)
 
 
 def column_prompts(stage: Stage, dataset: str, columns: Sequence[str]) -> dict[str, str]:
@@ -148,7 +148,7 @@ def column_prompts(stage: Stage, dataset: str, columns: Sequence[str]) -> dict[s
     prompt), the others the document's; bare ones none.
     """
     own = stage.datasets[dataset]
-    query = stage.published.prompts.get("query", "") if stage.published else ""
+    query = (stage.kept_prompts or {}).get("query", "")
     if own.instruction is not None:
         query = instruction_prompt(own.instruction, own.query_template)
     prompts = {name: query if name in own.prompted_columns else own.document_prompt for name in columns}
@@ -159,26 +159,25 @@ def saved_prompts(stage: Stage, shots: Sequence[tuple[str, str]] = ()) -> dict[s
     """The prompts of a stage's saved model: those of the start, and without an instruction no others where it is a
     finished embedder; else one for each evaluation task.
     """
-    own, kept = stage.own, stage.published.prompts if stage.published else {}
-    if stage.published and own.instruction is None:
+    own, kept = stage.own, stage.kept_prompts
+    if kept is not None and own.instruction is None:
         return dict(kept)
-    return {**kept, **baked_prompts(own.instruction, shots, own.query_template, own.document_prompt)}
+    return {**(kept or {}), **baked_prompts(own.instruction, shots, own.query_template, own.document_prompt)}
 
 
 def start_line(start: Start, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a run starts from, in one line: what is kept of the model as published, and what the stage replaces."""
-    own, published = stage.own, stage.published
+    own, published = stage.own, start.published
     ids = tokenizer("a")["input_ids"]
     first, last = tokenizer.convert_ids_to_tokens([ids[0], ids[-1]])
     ends = f"texts begin with {first!r} and end in {last!r}"
     if published is None:
         template = "no instruction" if own.instruction is None else f"queries as {own.query_template!r}"
         return f"start {start.reference}: bare model; pooling {own.pooling or 'eos'}, {ends}, {template}"
-    prompts = saved_prompts(stage)
     pairs = {  # as published, and now
         "pooling": (published.pooling_name, own.pooling or published.pooling_name),
         "max_seq_length": (published.max_seq_length or own.max_seq_length, own.max_seq_length),
-        **{f"prompt {name!r}": (prompt, prompts[name]) for name, prompt in published.prompts.items()},
+        **{f"prompt {name!r}": (prompt, stage.prompts[name]) for name, prompt in published.prompts.items()},
     }
     replaced = [f"{key} {was!r} by {now!r}" for key, (was, now) in pairs.items() if was != now]
     kept = [f"{key} {was!r}" for key, (was, now) in pairs.items() if was == now]

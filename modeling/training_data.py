@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import polars as pl
-import pyarrow.compute as pc
 from datasets import Dataset, get_dataset_config_names
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
@@ -29,8 +29,7 @@ Rule = tuple[pl.Expr, str]  # true for a row that is refused, and what is wrong 
 VALIDATION = "validation"
 
 
-@dataclass(frozen=True)
-class SearchSample:
+class SearchSample(NamedTuple):
     """Queries, the documents they search, and which are relevant: what sentence-transformers' evaluator takes."""
 
     queries: dict[str, str]
@@ -38,28 +37,41 @@ class SearchSample:
     relevant: dict[str, set[str]]
 
 
-def data_key(name: str, revision: str | None, where: str) -> str:
-    """Changes when the contents of the dataset do: a Hub commit, or a hash of a folder's files."""
-    if Path(name).is_dir():
-        return fingerprint(files_of(Path(name)))
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{where}: dataset {name!r}: no such folder; python -m dataset_builders.build makes it")
-    return hub_commit(name, revision, repo_type="dataset")
+@dataclass(frozen=True)
+class Source:
+    """A published data set: a Hub id, or a folder with a README.md that has `configs:`."""
 
+    name: str
+    revision: str | None = None  # of the Hub id
+    where: str = "data"  # how messages call what reads it
 
-def load_config(name: str, config: str, revision: str | None, key: str, where: str) -> Dataset:
-    """One config of a dataset, a Hub id or a folder, whose contents have `key`. Raises InputError without one."""
-    cache = None
-    if Path(name).is_dir():
-        datasets.disable_progress_bars()  # of downloads; reading a folder takes no time to speak of
-        cache = datasets_cache(key)
-    try:
-        return datasets.load_dataset(name, config, split="train", revision=revision, cache_dir=cache)
-    except (ValueError, OSError, HTTPError, DatasetsError) as error:
-        reason = str(error.__cause__ or error)  # "An error occurred while generating the dataset" helps nobody
-        if "BatchSize must be greater than 0" in reason:  # what Parquet files without a row come to
-            reason = "it has no rows"
-        raise InputError(f"{where}: config {config!r} of dataset {name!r} cannot be read: {reason}") from None
+    @functools.cached_property
+    def key(self) -> str:
+        """Changes when the contents do: a Hub commit, or a hash of a folder's files."""
+        if Path(self.name).is_dir():
+            return fingerprint(files_of(Path(self.name)))
+        if self.name.count("/") > 1 or self.name.startswith((".", "/", "~")):
+            advice = "no such folder; python -m dataset_builders.build makes it"
+            raise InputError(f"{self.where}: dataset {self.name!r}: {advice}")
+        return hub_commit(self.name, self.revision, repo_type="dataset")
+
+    def configs(self) -> list[str]:
+        return get_dataset_config_names(self.name, revision=self.revision)
+
+    def read(self, config: str) -> Dataset:
+        """The rows of a config. Raises InputError without one."""
+        key, cache = self.key, None
+        if Path(self.name).is_dir():
+            datasets.disable_progress_bars()  # of downloads; reading a folder takes no time to speak of
+            cache = datasets_cache(key)
+        try:
+            return datasets.load_dataset(self.name, config, split="train", revision=self.revision, cache_dir=cache)
+        except (ValueError, OSError, HTTPError, DatasetsError) as error:
+            reason = str(error.__cause__ or error)  # "An error occurred while generating the dataset" helps nobody
+            if "BatchSize must be greater than 0" in reason:  # what Parquet files without a row come to
+                reason = "it has no rows"
+            place = f"{self.where}: config {config!r} of dataset {self.name!r}"
+            raise InputError(f"{place} cannot be read: {reason}") from None
 
 
 def training_rows(
@@ -90,10 +102,15 @@ def training_rows(
     _refuse_first(rows, where, [*_empty_texts(texts), *(_bad_labels(texts, loss, pairs) if labelled else [])])
     if pairs:
         return rows if loss == "cosent" else rows.map(_listed, batched=True, desc="Labels of pairs")
+    dropped: list[str] = []
+    if num_negatives is not None:  # mined ones stand in the order they were chosen in
+        negatives = texts[2:]
+        if num_negatives > len(negatives):
+            raise InputError(f"{where}: rows have {len(negatives)} negatives; num_negatives is {num_negatives}")
+        dropped = negatives[num_negatives:]
     ragged = any(rows.data.table[name].null_count for name in texts)
-    if num_negatives is not None:
-        rows = _first_negatives(rows, num_negatives, where)
-    return rows.map(_filled, batched=True, desc="Missing negatives") if ragged else rows
+    rows = rows.remove_columns(dropped)
+    return rows.map(_fitted, batched=True, desc="Negatives") if ragged or (labelled and dropped) else rows
 
 
 def _text_columns(names: Sequence[str], loss: str, pairs: bool, where: str) -> list[str]:
@@ -153,59 +170,46 @@ def _listed(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return {**batch, LABEL: [[label] for label in batch[LABEL]]}
 
 
-def _filled(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Missing negatives as "" and NaN. Objectives without labels get a label all the same, to say what is missing."""
+def _fitted(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Missing negatives as "" and NaN, and the labels of no more documents than there are. Objectives without labels
+    get a label all the same, to say what is missing.
+    """
     documents = [name for name in batch if name not in ("query", LABEL)]
     labels = batch.get(LABEL) or [[0.0] * len(documents)] * len(batch["query"])
     present = zip(*([text is not None for text in batch[name]] for name in documents), strict=True)
     filled = {name: [text or "" for text in texts] for name, texts in batch.items() if name != LABEL}
     filled[LABEL] = [
-        [label if there else math.nan for there, label in zip_longest(is_there, row)]
+        [label if there else math.nan for there, label in zip_longest(is_there, row[: len(documents)])]
         for is_there, row in zip(present, labels, strict=True)
     ]
     return filled
 
 
-def _first_negatives(rows: Dataset, num_negatives: int, where: str) -> Dataset:
-    """Fewer negatives in every row, and their labels with them; mined ones stand in the order they were chosen in."""
-    negatives = [name for name in rows.column_names if name.startswith("negative_")]
-    if num_negatives > len(negatives):
-        raise InputError(f"{where}: rows have {len(negatives)} negatives; num_negatives is {num_negatives}")
-    rows = rows.remove_columns(negatives[num_negatives:])
-    if LABEL not in rows.column_names:
-        return rows
-    labels = pc.list_slice(rows.with_format("arrow")[LABEL][:], 0, num_negatives + 1)
-    features = rows.features
-    return rows.remove_columns(LABEL).add_column(LABEL, labels).cast(features)
-
-
 # --- what else is known of the rows ---------------------------------------------------------------------------------
 
 
-def known_positives(rows: Dataset, name: str, revision: str | None, key: str, where: str) -> dict[str, list[str]]:
+def known_positives(rows: Dataset, source: Source) -> dict[str, list[str]]:
     """Query text -> texts of all its labelled positives, of those queries in `rows` that have several.
 
-    In a batch these are no negatives of the query, whichever row they come with. They are read from the rows, and from
-    what is published beside them: the config `positives` (query, positive) or, without it, `qrels` with `queries` and
-    `documents`.
-
-    `rows` are those of `training_rows` (graded pairs have no positives), the rest as `load_config` takes it.
+    In a batch these are no negatives of the query, whichever row they come with. They are read from the rows (those of
+    `training_rows`; graded pairs have no positives), and from what `source` publishes beside them: the config
+    `positives` (query, positive) or, without it, `qrels` with `queries` and `documents`.
     """
     if "query" not in rows.column_names:
         return {}
-    configs = get_dataset_config_names(name, revision=revision)
 
-    def read(config: str) -> pl.LazyFrame:
-        return pl.from_arrow(load_config(name, config, revision, key, where).with_format("arrow")[:]).lazy()
+    def table(dataset: Dataset) -> pl.LazyFrame:
+        return pl.from_arrow(dataset.with_format("arrow")[:]).lazy()
 
-    own = pl.from_arrow(rows.select_columns(["query", "positive"]).with_format("arrow")[:]).lazy()
+    own, configs = table(rows.select_columns(["query", "positive"])), source.configs()
     pairs = [own]
     if "positives" in configs:
-        pairs.append(read("positives"))
+        pairs.append(table(source.read("positives")))
     elif {"qrels", "queries", "documents"} <= set(configs):
-        judged = read("qrels").filter(pl.col("score") > 0)
-        judged = judged.join(read("queries").select("query_id", query="text"), on="query_id")
-        pairs.append(judged.join(read("documents").select("document_id", positive="text"), on="document_id"))
+        judged = table(source.read("qrels")).filter(pl.col("score") > 0)
+        judged = judged.join(table(source.read("queries")).select("query_id", query="text"), on="query_id")
+        documents = table(source.read("documents")).select("document_id", positive="text")
+        pairs.append(judged.join(documents, on="document_id"))
     pairs = pl.concat([pair.select(pl.col("query", "positive").cast(pl.String)) for pair in pairs]).unique()
     several = pairs.group_by("query").agg(pl.col("positive").sort()).filter(pl.col("positive").list.len() > 1)
     return dict(several.join(own.select("query").unique(), on="query", how="semi").collect().iter_rows())
@@ -269,14 +273,7 @@ def cut_line(counts: Mapping[str, CutTexts], max_seq_length: int) -> str | None:
 
 
 def search_sample(
-    queries: Dataset,
-    documents: Dataset,
-    qrels: Dataset,
-    *,
-    max_queries: int,
-    max_documents: int,
-    seed: int,
-    where: str,
+    queries: Dataset, documents: Dataset, qrels: Dataset, max_queries: int, max_documents: int, seed: int, where: str
 ) -> SearchSample:
     """A seeded sample of the validation queries, and of documents with all of their relevant ones in it.
 
@@ -289,20 +286,19 @@ def search_sample(
     if not relevant:
         raise InputError(f"{where}: its qrels have no split {VALIDATION!r} to evaluate on; set eval_strategy: 'no'")
     texts = dict(zip(queries["query_id"], queries["text"], strict=True))
-    positions = {document_id: position for position, document_id in enumerate(documents["document_id"])}
+    corpus = dict(zip(documents["document_id"], documents["text"], strict=True))
     generator = random.Random(seed)
     chosen = sorted(generator.sample(sorted(relevant), min(max_queries, len(relevant))))
     relevant = {query_id: relevant[query_id] for query_id in chosen}
     needed = sorted(set().union(*relevant.values()))
-    for kind, ids, known in (("query", chosen, texts), ("document", needed, positions)):
+    for kind, ids, known in (("query", chosen, texts), ("document", needed, corpus)):
         unknown = [name for name in ids if name not in known]
         if unknown:
             raise InputError(f"{where}: its qrels name {kind} {unknown[0]!r}, which is not in its other configs")
-    others = sorted(positions.keys() - set(needed))
-    needed += generator.sample(others, min(max(max_documents - len(needed), 0), len(others)))
-    found = documents.select(sorted(positions[document_id] for document_id in needed))
+    others = sorted(corpus.keys() - set(needed))
+    searched = {*needed, *generator.sample(others, min(max(max_documents - len(needed), 0), len(others)))}
     return SearchSample(
         {query_id: texts[query_id] for query_id in chosen},
-        dict(zip(found["document_id"], found["text"], strict=True)),
+        {name: text for name, text in corpus.items() if name in searched},
         relevant,
     )

@@ -1,5 +1,6 @@
 """Shots in training: never from the batch, never at a query's cost, and the same whenever the same batch comes."""
 
+import json
 import random
 
 import pyarrow.parquet as pq
@@ -9,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from tiny_training import INSTRUCTION as TRAINED
-from tiny_training import train
+from tiny_training import distance, train
 
 from common.cli import InputError
-from modeling.demonstrations import DemonstrationCollator, Demonstrations, fitting_prompt
+from modeling.demonstrations import DemonstrationCollator, Demonstrations
 from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt
 
 INSTRUCTION = "retrieve answer"
@@ -23,6 +24,10 @@ def pool(count: int = 60) -> Dataset:
     """Three rows a query, two rows a positive: batches have rows of their queries and positives left outside."""
     pair = [(f"q{i // 3}", f"p{i % 30}") for i in range(count)]
     return Dataset.from_dict({"query": [q for q, _ in pair], "positive": [p for _, p in pair]})
+
+
+def words(strings):
+    return [len(string.split()) for string in strings]
 
 
 @settings(max_examples=25)
@@ -65,10 +70,6 @@ def test_a_batch_that_holds_all_rows_goes_without():
 )
 def test_the_most_shots_that_cost_no_text_a_token(lengths, texts, window, budget):
     """Against the definition: of all numbers of shots, the largest that is allowed."""
-
-    def words(strings):
-        return [len(string.split()) for string in strings]
-
     shots = [("q" + " q" * (length - 1), "p") for length in lengths]
     texts = ["t " * length for length in texts]
     allowed = [
@@ -78,11 +79,7 @@ def test_the_most_shots_that_cost_no_text_a_token(lengths, texts, window, budget
         and (budget is None or words([few_shot_prompt("x", shots[:count])])[0] <= budget)
     ]
     expected = few_shot_prompt("x", shots[: max(allowed, default=0)])
-    assert fitting_prompt("x", shots, texts, words, window, budget) == expected
-
-
-def words(strings):
-    return [len(string.split()) for string in strings]
+    assert Demonstrations(pool(), "x", 1, budget).fit(shots, texts, words, window) == expected
 
 
 @settings(max_examples=40)
@@ -95,9 +92,9 @@ def words(strings):
 def test_a_frozen_prompt_has_all_its_shots_and_no_token_too_many(lengths, shots, window, seed):
     texts = [(f"q{row}" + " q" * (length - 1), f"p{row % 7}") for row, length in enumerate(lengths)]
     rows = Dataset.from_dict({"query": [q for q, _ in texts], "positive": [p for _, p in texts]})
-    pool = Demonstrations(rows, "x", 1, seed=seed)
+    shown = Demonstrations(rows, "x", 1, seed=seed)
     try:
-        frozen = pool.freeze(shots, words, window)
+        frozen = shown.freeze(shots, words, window)
     except InputError as error:
         # by the rule: `shots` of the shortest, of unlike positives, would not fit an equal share each
         assert f"prompt_shots is {shots}: only" in str(error)
@@ -105,7 +102,7 @@ def test_a_frozen_prompt_has_all_its_shots_and_no_token_too_many(lengths, shots,
         fits = {p for q, p in texts if len(f"Instruct: x Query: {q} Response: {p}".split()) <= share}
         assert len(fits) < shots
         return
-    assert frozen == pool.freeze(shots, words, window)
+    assert frozen == shown.freeze(shots, words, window)
     assert len(frozen) == shots and set(frozen) <= set(texts)
     assert len({text for pair in frozen for text in pair}) == 2 * shots
     assert words([few_shot_prompt("x", frozen)])[0] <= window
@@ -168,12 +165,15 @@ def test_rows_without_positives_make_no_demonstrations():
         Demonstrations(Dataset.from_dict({"sentence1": ["a"]}), INSTRUCTION, 1)
 
 
+SHORT = ("--max_steps", "2", "--eval_strategy", "no")
+
+
 @pytest.fixture(scope="module")
 def few_shot_run(recipe, tmp_path_factory):
     """A run whose adapter trains with shots, and whose model carries a prompt of two."""
-    stage = {**recipe["stages"][1], "shots": 2, "prompt_shots": 2, "shots_budget": 60}
+    stage = {**recipe["stages"][1], "shots": 2, "prompt_shots": 2, "shots_budget": 60, "lora_dropout": 0.0}
     recipe = {**recipe, "max_seq_length": 120, "stages": [stage]}
-    return train(tmp_path_factory.mktemp("few_shot"), recipe, "--max_steps", "2", "--eval_strategy", "no"), recipe
+    return train(tmp_path_factory.mktemp("few_shot"), recipe, *SHORT), recipe
 
 
 def test_a_saved_model_carries_its_few_shot_prompt(few_shot_run, hub):
@@ -193,6 +193,15 @@ def test_a_saved_model_carries_its_few_shot_prompt(few_shot_run, hub):
     assert abs(few - zero).max() > 1e-3
     name = "config_sentence_transformers.json"
     assert (run / "adapter" / name).read_bytes() == (run / "model" / name).read_bytes()
+
+
+def test_a_prompt_that_a_batch_shares_is_computed_once_to_the_same_weights(few_shot_run, tmp_path):
+    run, recipe = few_shot_run
+    shared = train(tmp_path, recipe, *SHORT, "--share_prefix", "true")
+    one, other = (json.loads((each / "ledger.json").read_text())["stages"][0] for each in (run, shared))
+    assert one["tokens"] == other["tokens"] and one["share_prefix"] is None
+    assert other["share_prefix"]["tokens_computed"] < 0.9 * other["share_prefix"]["tokens_padded"]
+    assert distance(run / "model", shared / "model") < 1e-4  # Adam amplifies 1e-6
 
 
 FEW_SHOT = {

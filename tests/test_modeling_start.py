@@ -1,6 +1,7 @@
 """Starts as people have them: chat layouts, finished embedders, encoders, a pretrained decoder; what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ def test_a_finished_embedder_gives_its_published_vectors(pooling, later, tmp_pat
 
 def test_what_is_asked_for_is_replaced_and_told(tmp_path):
     published = publish(tmp_path, "mean", [Dense(16, 8)], PROMPTS)
-    start, facts = published_start(ModelConfig(model_name_or_path=str(tmp_path / "embedder")))
+    start = published_start(ModelConfig(model_name_or_path=str(tmp_path / "embedder")))
+    facts = start.published
     assert (facts.pooling_name, facts.modules) == ("mean", ("Transformer", "Pooling", "Dense", "Normalize"))
     kept, replaced = settled(facts), settled(facts, pooling="eos", max_seq_length=64, instruction="Find it")
     # Qwen3-Embedding's template: no space after the colon
@@ -102,7 +104,7 @@ def test_what_is_asked_for_is_replaced_and_told(tmp_path):
         zip(columns, [PROMPTS["query"], *["passage: "] * 2], strict=True)
     )
     lines = {
-        name: start_line(start, each, load_tokenizer(start, each))
+        name: start_line(start, replace(each, prompts=saved_prompts(each)), load_tokenizer(start, each.own.pooling))
         for name, each in {"kept": kept, "replaced": replaced}.items()
     }
     assert "keeps modules Dense, Normalize, pooling 'mean', max_seq_length 128" in lines["kept"]

@@ -1,6 +1,8 @@
 """Rows with fewer negatives than columns, graded pairs, and what each objective reads."""
 
 import math
+import shutil
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -9,7 +11,7 @@ from transformers import AutoTokenizer
 
 from common.cli import InputError
 from modeling.objectives import OBJECTIVES
-from modeling.training_data import count_cut, cut_line, data_key, known_positives, training_rows
+from modeling.training_data import Source, count_cut, cut_line, known_positives, training_rows
 
 ROWS = [
     {"query": "q0", "positive": "p0", "negative_1": "a0", "negative_2": "b0", "label": [0.9, 0.4, 0.2]},
@@ -40,12 +42,34 @@ def test_a_missing_negative_needs_no_label_and_keeps_none():
     assert rows[2]["label"] == pytest.approx([0.7, 0.3, math.nan], nan_ok=True)
 
 
-def test_fewer_negatives_of_rows_that_lack_some():
+def test_the_first_negatives_of_a_row_can_be_enough():
     rows = made(ROWS, num_negatives=1)
     assert list(rows[0]) == ["query", "positive", "negative_1", "label"]
     assert [row["label"] for row in rows] == [
         pytest.approx(label, nan_ok=True) for label in ([0.9, 0.4], [0.8, math.nan], [0.7, 0.3], [0.6, math.nan])
     ]
+    assert made(ROWS[:1], num_negatives=1) == [
+        {"query": "q0", "positive": "p0", "negative_1": "a0", "label": [0.9, 0.4]}
+    ]
+    assert made(ROWS[:1], "info_nce", num_negatives=0) == [{"query": "q0", "positive": "p0"}]
+    with pytest.raises(InputError, match="here: rows have 2 negatives; num_negatives is 3"):
+        made(ROWS, num_negatives=3)
+
+
+def test_a_data_folder_built_anew_is_read_anew(tmp_path):
+    """datasets caches a folder by name and README: a rebuilt hub/, or another run's, would give the old rows."""
+    for folder, count in (("a", 5), ("b", 7), ("a", 9)):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        publish(tmp_path / folder / "hub", train={"query": ["q"] * count})
+        assert len(Source(str(tmp_path / folder / "hub")).read("train")) == count
+
+
+def publish(folder: Path, **tables: dict) -> None:
+    folder.mkdir(parents=True)
+    for name, columns in tables.items():
+        pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")
+    configs = [f"{{config_name: {name}, data_files: {name}.parquet}}" for name in tables]
+    (folder / "README.md").write_text(f"---\nconfigs: [{', '.join(configs)}]\n---\n")
 
 
 def test_info_nce_on_ragged_rows_is_told_what_is_missing():
@@ -117,18 +141,11 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("case", PUBLISHED)
-def test_known_positives_are_those_of_the_rows_and_what_lies_beside_them(tmp_path, monkeypatch, case):
+def test_known_positives_are_those_of_the_rows_and_what_lies_beside_them(tmp_path, case):
     """q2 has two in the rows; q0 a second one that no row brings; q9 is no query of the rows."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = {"query": ["q0", "q1", "q2", "q2"], "positive": ["p0", "p1", "p2", "p3"], "negative_1": ["n"] * 4}
-    tables = {"train": rows, **PUBLISHED[case]}
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    for name, columns in tables.items():
-        pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")
-    configs = [f"{{config_name: {name}, data_files: {name}.parquet}}" for name in tables]
-    (folder / "README.md").write_text(f"---\nconfigs: [{', '.join(configs)}]\n---\n")
-    found = known_positives(Dataset.from_dict(rows), str(folder), None, data_key(str(folder), None, ""), "here")
+    publish(tmp_path / "hub", train=rows, **PUBLISHED[case])
+    found = known_positives(Dataset.from_dict(rows), Source(str(tmp_path / "hub")))
     assert found == {"q2": ["p2", "p3"], **({"q0": ["p0", "p4"]} if case != "rows alone" else {})}
 
 

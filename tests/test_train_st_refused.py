@@ -1,24 +1,14 @@
-"""Recipes and data that cannot be trained on: one line, before anything is written; how values are read."""
+"""Ways to shard weights that are refused, and how values of a recipe are read."""
 
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow.parquet as pq
 import pytest
-from tiny_training import write_hub
 from trl import ModelConfig
 
 from common.cli import InputError
-from modeling.keys import read_flags
 from modeling.processes import ZERO3 as ZERO3_SETTINGS
 from modeling.processes import refuse_shards
-from modeling.recipe import Stage, parse_recipe
-
-
-def rows_of(hub: Path, config: str) -> list[dict]:
-    return pq.read_table(hub / f"{config}.parquet").to_pylist()
-
+from modeling.recipe import Stage, parse_recipe, read_flags
 
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true"} | {
     f"ACCELERATE_DEEPSPEED_{key}": value for key, value in ZERO3_SETTINGS.items()
@@ -49,31 +39,6 @@ def test_what_was_not_seen_to_train_and_save_is_not_trained(environment, changes
         refuse_shards([stage])
 
 
-def test_a_data_folder_built_anew_is_read_anew(hub, tmp_path):
-    """datasets caches a folder by name and README: a rebuilt hub/, or another run's, would give the old rows."""
-    from modeling.training_data import data_key, load_config
-
-    rows = rows_of(hub, "train")
-    for folder, count in (("a", 5), ("b", 7), ("a", 9)):
-        shutil.rmtree(tmp_path / folder, ignore_errors=True)
-        name = str(write_hub(tmp_path / folder / "hub", train=rows[:count]))
-        assert len(load_config(name, "train", None, data_key(name, None, "here"), "here")) == count
-
-
-def test_the_first_negatives_of_a_row_can_be_enough(hub):
-    from modeling.training_data import data_key, load_config, training_rows
-
-    rows = load_config(str(hub), "train", None, data_key(str(hub), None, ""), "")
-    fewer = training_rows(rows, "soft_info_nce", ["query"], "", num_negatives=2)
-    assert fewer.column_names == ["query", "positive", "negative_1", "negative_2", "label"]
-    assert len(fewer) == len(rows) > 0
-    for kept, whole in zip(fewer, rows, strict=True):
-        assert kept == {**{name: whole[name] for name in fewer.column_names}, "label": whole["label"][:3]}
-    assert training_rows(rows, "info_nce", [], "", num_negatives=0).column_names == ["query", "positive"]
-    with pytest.raises(InputError, match="rows have 3 negatives; num_negatives is 4"):
-        training_rows(rows, "soft_info_nce", [], "", num_negatives=4)
-
-
 def test_values_keep_their_types(recipe):
     """A recipe's values arrive as their fields type them, null as the default, `no` as no, a flag's text as it is."""
     values = {"mini_batch_size": None, "prompted_columns": ["a", "b"], "alpha": "5e-1", "output_dir": "run"}
@@ -82,7 +47,7 @@ def test_values_keep_their_types(recipe):
     assert (stage.training.report_to, stage.training.save_strategy) == ([], "no")
     own = stage.own
     assert (own.mini_batch_size, own.prompted_columns, own.alpha) == (4, ("a", "b"), 0.5)
-    flags = read_flags(["--prompted_columns", "[]", "--document_prompt", "passage: "], {"document_prompt"})
+    flags = read_flags(["--prompted_columns", "[]", "--document_prompt", "passage: "])
     stage = parse_recipe({**recipe, **values}, "here", overrides=flags).stages[0]
     assert (stage.own.prompted_columns, stage.own.document_prompt) == ((), "passage: ")
     assert stage.training.eval_strategy == "steps"
