@@ -241,3 +241,11 @@ def recipe(tiny_decoder, hub) -> dict:
     from tiny_training import two_stages
 
     return two_stages(tiny_decoder, hub)
+
+
+@pytest.fixture(scope="session")
+def finished(recipe, tmp_path_factory) -> Path:
+    """What train_st.py makes of `recipe`; not to be changed."""
+    from tiny_training import train
+
+    return train(tmp_path_factory.mktemp("finished"), recipe)

@@ -1,7 +1,8 @@
-"""The whole of training on a tiny model: what is written, that it loads alone, that bad input is refused."""
+"""The whole of training on a tiny model: what is written, what it cost, what is trained again, curricula."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,16 @@ from sentence_transformers import SentenceTransformer
 from tiny_training import distance, train, weights
 
 import train_st
+from common.steps import folder_step
+from modeling.ledger import write_ledger
+from modeling.merging import slerp
 from modeling.prompts import baked_prompts
-from modeling.recipe import read_stages
+from modeling.recipe import parse_recipe, read_stages
+from modeling.trainer import EmbedderTrainer, last_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
+CURRICULA = REPOSITORY / "recipes" / "curricula" / "demo.yaml"
 MISTRAL_RECIPE = REPOSITORY / "recipes" / "mistral-7b" / "train.yaml"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, recipe) -> Path:
-    return train(tmp_path_factory.mktemp("finished"), recipe)
 
 
 def test_a_run_writes_all_that_the_contract_names(finished, recipe, tiny_decoder):
@@ -108,20 +109,20 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
 
 
 def test_stages_are_selected_and_ordered(tmp_path, recipe, capsys):
-    """Reversed, and full training last: no adapter is published."""
-    output = train(tmp_path, recipe, "--stages", "retrieval,sts", "--max_steps", "1", "--eval_strategy", "no")
+    """Reversed, and full training last: no adapter is published. The recipe that is written is the one that ran."""
+    output = train(tmp_path, recipe, "--stages", "retrieval,sts", "--total_steps", "3", "--eval_strategy", "no")
     assert not (output / "adapter").exists()
     assert (output / "retrieval" / "adapter" / "adapter_model.safetensors").is_file()
     assert distance(output / "sts", output / "model") == 0
     ledger = json.loads((output / "ledger.json").read_text())
-    assert [(row["stage"], row["steps"]) for row in ledger["stages"]] == [("retrieval", 1), ("sts", 1)]
+    assert [(row["stage"], row["steps"]) for row in ledger["stages"]] == [("retrieval", 2), ("sts", 1)]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
-    assert [line.split(":")[0] for line in lines] == ["stage retrieval", "stage sts"]
-    assert "1 steps" in lines[0]
-    # the recipe that was written is the one that ran
+    assert [line.split(",")[0] for line in lines] == ["stage retrieval: 2 steps", "stage sts: 1 steps"]
     written = yaml.safe_load((output / "recipe.yaml").read_text())
     assert [stage["name"] for stage in written["stages"]] == ["retrieval", "sts"]
-    assert (written["max_steps"], written["eval_strategy"]) == (1, False)
+    assert (written["total_steps"], written["eval_strategy"]) == (3, False)
+    train_st.main(["--config", str(output / "recipe.yaml")])
+    assert capsys.readouterr().out.count("done before") == 2
 
 
 def test_equal_lora_stages_go_on_with_one_adapter(tmp_path, recipe, tiny_decoder):
@@ -143,13 +144,115 @@ def test_equal_lora_stages_go_on_with_one_adapter(tmp_path, recipe, tiny_decoder
     assert (config["base_model_name_or_path"], config["r"]) == ("../two", 2)
 
 
+def test_optimizer_and_schedule_are_a_stages_own(recipe, tmp_path):
+    settings = [
+        {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": "1e-2"},
+        {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "warmup_steps": 0},
+    ]
+    stages = [stage | keys for stage, keys in zip(recipe["stages"], settings, strict=True)]
+    changes = {"logging_steps": 1, "learning_rate": "1e-3", "learning_rate_mapping": {"norm": "1e-5"}}
+    output = train(tmp_path, {**recipe, **changes, "stages": stages}, "--eval_strategy", "no", "--max_steps", "4")
+    logs = [json.loads((output / "logs" / f"{name}.json").read_text()) for name in ("sts", "retrieval")]
+    rates = [[entry["learning_rate"] for entry in log if "learning_rate" in entry] for log in logs]
+    assert rates[0] == [1e-2] * 4
+    assert rates[1] == pytest.approx([1e-3, 8.5355e-4, 5e-4, 1.4645e-4], rel=1e-3)  # (1 + cos(pi k / 4)) / 2
+
+
+def test_model_is_the_average_of_stages_and_comes_without_an_adapter(finished, recipe, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "run")
+    merged = {**recipe, "merge": {"stages": ["sts", "retrieval"], "method": "slerp", "weights": [1, 3]}}
+    train(tmp_path, merged)
+    assert not (output / "adapter").exists()
+    one, other, average = (weights(output / name) for name in ("sts", "retrieval", "model"))
+    assert len([name for name in average if not one[name].equal(other[name])]) == 14
+    for name in average:
+        assert torch.allclose(average[name], slerp([one[name], other[name]], [1, 3]), atol=1e-7)
+    before = (output / "model" / "model.safetensors").stat().st_mtime_ns
+    train(tmp_path, merged)
+    assert (output / "model" / "model.safetensors").stat().st_mtime_ns == before
+    train(tmp_path, recipe)
+    assert distance(output / "retrieval", output / "model") == 0
+    assert load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_ledger_tells_what_the_data_cost(recipe, tmp_path):
+    """From the manifests that dataset_builders.build leaves beside its hub/."""
+    for name in ("corpus", "scores", "hub"):
+        with folder_step(tmp_path / "data" / name, {}) as step:
+            step.finish()
+    stages = parse_recipe({**recipe, "dataset_name": str(tmp_path / "data/hub"), "output_dir": "run"}, "here").stages
+    write_ledger(stages, tmp_path)
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    places = [(str(tmp_path / "data"), name) for name in ("corpus", "scores", "hub")]
+    assert [(row["data"], row["step"]) for row in ledger["data"]] == places and ledger["stages"] == []
+    assert all(row["seconds"] >= 0 and row["peak_memory_bytes"] > 0 for row in ledger["data"])
+    assert ledger["total"]["seconds"] == pytest.approx(sum(row["seconds"] for row in ledger["data"]), abs=0.01)
+
+
+# --- curricula and stages of several data sets ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def curricula(tiny_decoder, hub) -> dict:
+    """What ships, with a tiny model, tiny data and tiny batches in place of its own."""
+    recipe = yaml.safe_load(CURRICULA.read_text())
+    del recipe["student"]
+    recipe |= {"model_name_or_path": str(tiny_decoder), "dataset_name": str(hub), "per_device_train_batch_size": 8}
+    recipe |= {"max_seq_length": 64, "train_max_seq_length": 64, "min_text_tokens": 8, "disable_tqdm": True}
+    return {**recipe, "total_steps": 7, "learning_rate": "1e-3", "logging_steps": 2}
+
+
+def test_every_curriculum_takes_the_budget(curricula):
+    commands = [line for line in CURRICULA.read_text().splitlines() if line.startswith("#   $train")]
+    selected = {command.split("--stages ")[1].split()[0] for command in commands}
+    assert selected == {"sts,retrieval", "retrieval,sts", "sts", "retrieval", "mixed", "sts,classes,retrieval"}
+    for names in selected:
+        stages = parse_recipe({**curricula, "output_dir": "run"}, "here", names).stages
+        assert [stage.name for stage in stages] == names.split(",")
+        steps = [stage.training.max_steps for stage in stages]
+        assert sum(steps) == 7 and max(steps) - min(steps) <= 1
+
+
+def test_the_data_sets_of_a_stage_take_turns_by_weight(curricula, tmp_path, monkeypatch, capsys):
+    """12 steps at 3 to 1, each by its own loss, prompt and negatives, and logged by its name; both read one folder,
+    which is searched once.
+    """
+    batches = []
+    original = EmbedderTrainer.compute_loss
+
+    def recorded(self, model, inputs, *args, **kwargs):
+        columns = [key.removesuffix("_input_ids") for key in inputs if key.endswith("_input_ids")]
+        losses = {name: type(loss).__name__ for name, loss in self.loss.items()}
+        batches.append((inputs["dataset_name"], tuple(columns), losses[inputs["dataset_name"]]))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(EmbedderTrainer, "compute_loss", recorded)
+    mixed = curricula["stages"][3]
+    mixed = {**mixed, "datasets": [{**mixed["datasets"][0], "weight": 3}, mixed["datasets"][1]]}
+    changes = {"total_steps": 12, "eval_strategy": "steps", "eval_steps": 12, "eval_queries": 5, "eval_documents": 20}
+    output = train(tmp_path, {**curricula, **changes, "stages": [mixed]})
+    pairs = ("pairs", ("sentence1", "sentence2"), "CachedCoSENTLoss")
+    searches = ("searches", ("query", "positive", "negative_1"), "GradedLoss")
+    assert sorted(batches) == [pairs] * 9 + [searches] * 3
+    assert batches != sorted(batches)  # in turns
+
+    history = json.loads((output / "logs" / "mixed.json").read_text())
+    scores = [key for entry in history for key in entry if key.endswith("ndcg@10")]
+    assert scores == ["eval_validation_searches_cosine_ndcg@10"]
+    logged = [entry for entry in history if "loss" in entry]
+    assert len(logged) == 6 and {"loss_pairs", "loss_searches"} <= {key for entry in logged for key in entry}
+    for entry in logged:
+        parts = [value for key, value in entry.items() if key.startswith("loss_")]
+        assert sum(parts) / len(parts) == pytest.approx(entry["loss"], rel=1e-3)
+    assert "(pairs " in capsys.readouterr().out
+
+
 # --- resumed ---------------------------------------------------------------------------------------------------------
 
 
 def test_checkpoints_of_another_recipe_are_not_resumed(tmp_path, recipe, monkeypatch):
     """Nor is a half-written one: it has no trainer_state.json yet."""
-    recipe = {**recipe, "stages": recipe["stages"][:1], "eval_strategy": "no", "save_steps": 4, "max_steps": 8}
-    import modeling.trainer
+    recipe = {**recipe, "stages": recipe["stages"][:1], "eval_strategy": "no", "save_steps": 2, "max_steps": 4}
 
     def die(*_):
         raise KeyboardInterrupt
@@ -159,23 +262,23 @@ def test_checkpoints_of_another_recipe_are_not_resumed(tmp_path, recipe, monkeyp
         train(tmp_path, recipe)
     checkpoints = tmp_path / "run" / "sts.partial" / "checkpoints"
     (checkpoints / "checkpoint-9").mkdir()
-    assert Path(modeling.trainer.last_checkpoint(checkpoints)).name == "checkpoint-8"
+    assert Path(last_checkpoint(checkpoints)).name == "checkpoint-4"
 
     resumed_from = []
-    original = modeling.trainer.EmbedderTrainer.train
+    original = EmbedderTrainer.train
 
     def recorded(self, resume_from_checkpoint=None):
         resumed_from.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
         return original(self, resume_from_checkpoint=resume_from_checkpoint)
 
-    monkeypatch.setattr(modeling.trainer.EmbedderTrainer, "train", recorded)
+    monkeypatch.setattr(EmbedderTrainer, "train", recorded)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, recipe, "--resume_from_checkpoint", "true")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, recipe, "--resume_from_checkpoint", "true", "--learning_rate", "1e-4")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, recipe, "--learning_rate", "1e-4")
-    assert resumed_from == ["checkpoint-8", None, None]
+    assert resumed_from == ["checkpoint-4", None, None]
 
 
 # --- the Mistral-7B recipe ------------------------------------------------------------------------------------------

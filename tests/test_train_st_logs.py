@@ -1,4 +1,4 @@
-"""What a run leaves to look at: files of tensorboard and of others, losses by data set, a stage that ends early."""
+"""What a run leaves to look at: files of tensorboard and of others, scores of NanoBEIR, a stage that ends early."""
 
 import json
 import os
@@ -76,19 +76,6 @@ def test_event_files_and_what_lies_beside_checkpoints_survive_a_resumed_run(reci
     assert [path.read_text() for path in (output / "logs").glob("*/emissions.csv")] == ["step 4"] * 2
     assert not list(output.rglob("checkpoint*"))
     assert not {"TENSORBOARD_LOGGING_DIR", "WANDB_DIR", "TRACKIO_DIR"} & set(os.environ)
-
-
-def test_each_data_sets_loss_is_logged_by_name(recipe, tmp_path, capsys):
-    """Their mean, by steps, is the loss of both."""
-    entries = [{"name": "a"}, {"name": "b", "loss": "margin_mse"}]
-    stage = {"name": "both", "datasets": entries, "logging_steps": 2}
-    output = train(tmp_path, {**recipe, "stages": [stage], "max_steps": 8})
-    history = [entry for entry in json.loads((output / "logs/both.json").read_text()) if "loss" in entry]
-    assert len(history) == 4 and {"loss_a", "loss_b"} <= {key for entry in history for key in entry}
-    for entry in history:
-        parts = [entry[name] for name in ("loss_a", "loss_b") if name in entry]
-        assert sum(parts) / len(parts) == pytest.approx(entry["loss"], rel=1e-3)
-    assert "(a " in capsys.readouterr().out
 
 
 def test_sets_of_nanobeir_are_measured_beside_validation(recipe, tmp_path, monkeypatch, capsys):
