@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,8 @@ import torch
 from datasets import Dataset
 from huggingface_hub.errors import HTTPError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, NanoBEIREvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-from sentence_transformers.util import cos_sim
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_seed
 
 from common.cli import InputError
@@ -31,15 +27,8 @@ from modeling.recipe import Stage
 from modeling.start import Start, column_prompts, saved_prompts
 from modeling.tokens import check_prompts
 from modeling.trainer import EmbedderTrainer
-from modeling.training_data import (
-    CutTexts,
-    Source,
-    count_cut,
-    cut_line,
-    known_positives,
-    search_sample,
-    training_rows,
-)
+from modeling.training_data import CutTexts, Source, count_cut, cut_line, known_positives, training_rows
+from modeling.validation import SearchEvaluator, load_validation
 
 
 @dataclass(frozen=True)
@@ -67,69 +56,6 @@ def load_data(stage: Stage) -> StageData:
     if stage.own.nanobeir and not evaluated:
         raise InputError(f"stage {stage.name!r}: nanobeir is measured at evaluations; set eval_strategy")
     return StageData(train, load_validation(stage, sources) if evaluated else [], keys, positives)
-
-
-class SearchEvaluator(InformationRetrievalEvaluator):
-    """sentence-transformers', with a bar that says what is embedded where that takes a while."""
-
-    shows_bar = False
-
-    def embed_inputs(self, model: SentenceTransformer, sentences: Sequence[str], **keywords: Any) -> torch.Tensor:
-        step, parts = 16 * self.batch_size, []
-        bar = {"desc": f"evaluate {self.name}", "unit": " texts", "leave": False, "delay": 2}
-        with tqdm(total=len(sentences), disable=not self.shows_bar, **bar) as progress:
-            for start in range(0, len(sentences), step):
-                parts.append(super().embed_inputs(model, sentences[start : start + step], **keywords))
-                progress.update(len(parts[-1]))
-        return torch.cat(parts)
-
-
-class NanoEvaluator(NanoBEIREvaluator):
-    information_retrieval_class = SearchEvaluator
-
-
-def load_validation(stage: Stage, sources: Mapping[str, Source]) -> list[SearchEvaluator]:
-    """nDCG@10 (and MRR@10, recall@10, MAP) by sentence-transformers, on a sample of the searches of each data set that
-    publishes any, once where several entries read one data set, and on the whole sets of key `nanobeir`.
-    """
-    own, training = stage.own, stage.training
-    settings = {
-        "accuracy_at_k": [10],
-        "precision_recall_at_k": [10],
-        "batch_size": training.per_device_eval_batch_size,
-        "write_csv": False,
-        "score_functions": {"cosine": cos_sim},
-    }
-    evaluators = []
-    for name in {source.key: name for name, source in sources.items()}.values():
-        source, several = sources[name], len(sources) > 1
-        if several and "qrels" not in source.configs():
-            continue  # graded pairs have nothing to search
-        tables = [source.read(config) for config in ("queries", "documents", "qrels")]
-        sample = search_sample(*tables, own.eval_queries, own.eval_documents, training.seed, source.where)
-        title = f"validation_{name}" if several else "validation"
-        evaluators.append(SearchEvaluator(*sample, name=title, **settings))
-    if own.nanobeir:
-        try:
-            evaluators += NanoEvaluator([*own.nanobeir], **settings).evaluators
-        except ValueError as error:  # no such set, or none that the Hub served
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise InputError(
-                f"stage {stage.name!r}: nanobeir {', '.join(own.nanobeir)}: {reason}; it needs the Hub, or its sets "
-                "in the cache: leave the key out without them"
-            ) from None
-    if not evaluators:
-        raise InputError(f"stage {stage.name!r}: no data set to evaluate on has qrels; set eval_strategy: 'no'")
-    metric, names = training.metric_for_best_model, [evaluator.name for evaluator in evaluators]
-    if metric and not any(re.fullmatch(rf"(eval_)?{name}_cosine_\w+@10", metric) for name in names):
-        measured = " or ".join(f"eval_{name}_cosine_ndcg@10" for name in names)
-        raise InputError(
-            f"stage {stage.name!r}: metric_for_best_model is {metric!r}; evaluations measure {measured}, or mrr, map, "
-            "recall, precision and accuracy instead of ndcg"
-        )
-    for evaluator in evaluators:
-        evaluator.shows_bar = processes().is_main_process and not training.disable_tqdm
-    return evaluators
 
 
 def with_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> Stage:

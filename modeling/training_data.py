@@ -1,10 +1,9 @@
-"""The rows a stage trains on, and the sample of searches it is validated with."""
+"""The rows a stage trains on: where they are read from, what is checked, and what else is known of them."""
 
 from __future__ import annotations
 
 import functools
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -26,15 +25,6 @@ from modeling.batches import LABEL
 from modeling.objectives import OBJECTIVES
 
 Rule = tuple[pl.Expr, str]  # true for a row that is refused, and what is wrong with it
-VALIDATION = "validation"
-
-
-class SearchSample(NamedTuple):
-    """Queries, the documents they search, and which are relevant: what sentence-transformers' evaluator takes."""
-
-    queries: dict[str, str]
-    documents: dict[str, str]
-    relevant: dict[str, set[str]]
 
 
 @dataclass(frozen=True)
@@ -270,35 +260,3 @@ def cut_line(counts: Mapping[str, CutTexts], max_seq_length: int) -> str | None:
         elif 2 * count.cut > count.texts:
             parts.append(f"{name}: {count.cut:,} of {count.texts:,}, more than half")
     return "; ".join(parts + ["raise max_seq_length"] * (len(parts) > 1))
-
-
-def search_sample(
-    queries: Dataset, documents: Dataset, qrels: Dataset, max_queries: int, max_documents: int, seed: int, where: str
-) -> SearchSample:
-    """A seeded sample of the validation queries, and of documents with all of their relevant ones in it.
-
-    Raises InputError without a validation split, or for qrels with ids that are not in the other two.
-    """
-    relevant: dict[str, set[str]] = {}
-    for row in qrels:
-        if row["split"] == VALIDATION and row["score"] > 0:
-            relevant.setdefault(row["query_id"], set()).add(row["document_id"])
-    if not relevant:
-        raise InputError(f"{where}: its qrels have no split {VALIDATION!r} to evaluate on; set eval_strategy: 'no'")
-    texts = dict(zip(queries["query_id"], queries["text"], strict=True))
-    corpus = dict(zip(documents["document_id"], documents["text"], strict=True))
-    generator = random.Random(seed)
-    chosen = sorted(generator.sample(sorted(relevant), min(max_queries, len(relevant))))
-    relevant = {query_id: relevant[query_id] for query_id in chosen}
-    needed = sorted(set().union(*relevant.values()))
-    for kind, ids, known in (("query", chosen, texts), ("document", needed, corpus)):
-        unknown = [name for name in ids if name not in known]
-        if unknown:
-            raise InputError(f"{where}: its qrels name {kind} {unknown[0]!r}, which is not in its other configs")
-    others = sorted(corpus.keys() - set(needed))
-    searched = {*needed, *generator.sample(others, min(max(max_documents - len(needed), 0), len(others)))}
-    return SearchSample(
-        {query_id: texts[query_id] for query_id in chosen},
-        {name: text for name, text in corpus.items() if name in searched},
-        relevant,
-    )

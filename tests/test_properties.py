@@ -24,7 +24,7 @@ from modeling.merging import linear, slerp
 from modeling.prompts import few_shot_prompt, instruction_prompt
 from modeling.recipe import _budgets
 from modeling.student import whitened
-from modeling.training_data import search_sample
+from modeling.validation import search_sample
 
 words = st.text(max_size=20)
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)

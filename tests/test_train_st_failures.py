@@ -23,7 +23,7 @@ import datasets, peft, sentence_transformers, torch, trl
 from pathlib import Path
 from sentence_transformers.sentence_transformer import evaluation, losses
 from kills import changes
-from modeling import encoder, losses, recipe, reference, stages, student, trainer, training_data
+from modeling import encoder, losses, recipe, reference, stages, student, trainer, training_data, validation
 from train_st import main
 recipe, output = sys.argv[1], Path(sys.argv[2])
 os.dup2(os.open(output / "log", os.O_WRONLY | os.O_CREAT), 2)

@@ -29,7 +29,7 @@ from sentence_transformers.sentence_transformer import evaluation, losses
 from transformers import TrainerCallback
 import train_st
 from common.cli import run
-from modeling import encoder, losses, recipe, reference, stages, trainer, training_data
+from modeling import encoder, losses, recipe, reference, stages, trainer, training_data, validation
 
 class Killed(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
