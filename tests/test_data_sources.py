@@ -30,17 +30,18 @@ from dataset_builders.sources import (
 )
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
-DATA_RECIPES = [path for path in RECIPES if path.parent.name == "data" or path.name == "data.yaml"]
+DATA_RECIPES = [path for path in RECIPES if path.parent.name == "data" or path.name in ("data.yaml", "medquad.yaml")]
 
 
 @pytest.mark.parametrize("path", DATA_RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_that_ships_is_read(path, tmp_path, monkeypatch):
-    """Without a set on this machine, but for those of recipes/own."""
+    """Without a set on this machine, but for those of recipes/own and MedQuAD, which is on no Hub."""
     monkeypatch.delenv("DATA_ROOT", raising=False)
-    (tmp_path / "faq.csv").write_text("question,answer\nwhy,so\n")
-    recipes = load_recipes(
-        str(path), ["--data_root", str(tmp_path)] if path.parent.name == "own" else [], Path("data")
-    )
+    (tmp_path / "medquad").mkdir()
+    for file in ("faq.csv", "medquad/train.csv"):
+        (tmp_path / file).write_text("question,answer\nwhy,so\n")
+    flags = ["--data_root", str(tmp_path)] if path.parent.name in ("own", "smollm2") else []
+    recipes = load_recipes(str(path), flags, Path("data"))
     for recipe in recipes.values():
         assert recipe.source.kind in ("pydocs", "local", "hub", "registry") and recipe.instruction
     assert recipes and ".." not in path.read_text() and "data_root:" not in path.read_text()
