@@ -176,7 +176,9 @@ class _Postings:
         def read(block: range) -> tuple[np.ndarray, np.ndarray]:
             """Row and place of each word but stop words."""
             rows, numbers, words = split_words(self.documents[part.start + block.start : part.start + block.stop])
-            known.update(self._places([*{*words}.difference(known)]))
+            unknown = [*{*words}.difference(known)]
+            for word, stem in zip(unknown, _stems(unknown, self.language), strict=True):
+                known[word] = _STOP if stem is None else self.vocabulary.get(stem, -1)
             places = np.fromiter(map(known.__getitem__, words), np.int32, len(words))[numbers]
             return block.start + rows[places > _STOP], places[places > _STOP]
 
@@ -194,13 +196,8 @@ class _Postings:
 
     @functools.cached_property
     def _known(self) -> dict[str, int]:
-        """Places by words, kept from one part to the next."""
+        """The places of words' terms, kept from one part to the next; -1 for a term that no query holds."""
         return {}
-
-    def _places(self, words: list[str]) -> dict[str, int]:
-        """The places of the words' terms; -1 for a term that no query holds, _STOP for a stop word."""
-        places = [_STOP if stem is None else self.vocabulary.get(stem, -1) for stem in _stems(words, self.language)]
-        return dict(zip(words, places, strict=True))
 
 
 @dataclass(frozen=True)
@@ -216,14 +213,14 @@ class _SparseSearch(Search):
         add, rows = self.scorer(part), self.parts[part]
 
         def found(block: range) -> np.ndarray:
-            buffer, found = np.empty((QUERY_BLOCK, len(rows)), np.float32), []
+            buffer, results = np.empty((QUERY_BLOCK, len(rows)), np.float32), []
             for some in ranges(len(block), QUERY_BLOCK):
                 scores = buffer[: len(some)]
                 scores.fill(0)
                 for place, query in enumerate(block[some.start : some.stop]):
                     add(self.queries[query], scores[place])
-                found.append(best(scores, self.top_k, rows.start, above=0))
-            return np.concatenate(found)
+                results.append(best(scores, self.top_k, rows.start, above=0))
+            return np.concatenate(results)
 
         blocks = ranges(len(queries), THREAD_BLOCK)
         return np.concatenate([*in_threads(found, [queries[block.start : block.stop] for block in blocks])])
