@@ -165,7 +165,7 @@ def raw_keys(recipe: GradedRecipe | StsRecipe) -> dict[str, Any]:
 
 
 def _generated(build: Build, folder: Path) -> dict[str, Any]:
-    return write_generated(build, open_tables(build.recipe.source, build.recipe.data_root).read(), folder)
+    return write_generated(build, open_tables(build.recipe.source, build.recipe.data_root).texts(), folder)
 
 
 def _corpus_of_generated(build: Build, folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataset_builders.dense import Dense
 from dataset_builders.engines import Ray
 from dataset_builders.fusion import Fusion
 from dataset_builders.mine import Mining
-from dataset_builders.sources import Source, check_task_type, prefer_local, registry
+from dataset_builders.sources import TASK_LAYOUTS, Source, check_task_type, prefer_local, registry
 from dataset_builders.sts import Sts
 from dataset_builders.teachers import Given, Hybrid, Teacher
 
@@ -104,10 +104,7 @@ def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, Gr
     if "sources" in values:
         collection = parse_recipe(CollectionRecipe, values, path, flags)
         return {output / name: recipe_of(name, collection, path) for name in collection.sources}
-    task_types = {
-        "sts": StsRecipe,
-        **dict.fromkeys(GradedRecipe.model_fields["task_type"].annotation.__args__, GradedRecipe),
-    }
+    task_types = {name: StsRecipe if name == "sts" else GradedRecipe for name in TASK_LAYOUTS}
     task_type = values.get("task_type")
     if not isinstance(task_type, str) or task_type not in task_types:
         raise InputError(f"{path}: key 'task_type' is {task_type!r}; it can be {', '.join(task_types)}")

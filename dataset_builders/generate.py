@@ -11,7 +11,7 @@ word for word; round_trip.py reads the queries out of it and keeps those that fi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ from dataset_builders.engines import compute_shards
 from dataset_builders.files import column_names
 from dataset_builders.language_models import LocalModel, Server, causal_model
 from dataset_builders.languages import Language, language_name
+from dataset_builders.layouts import OPTIONAL
 from dataset_builders.near_duplicates import in_blocks, normalised, stable_hash, text_keys
 from dataset_builders.readers import part_texts
 from dataset_builders.tables import FileTables, TableKeys
@@ -106,6 +107,9 @@ class Generate(Section):
 class Documents(FileTables):
     """Documents alone: a file, or the files of a folder, with a text and perhaps an id and a title."""
 
+    optional = OPTIONAL | {"_id"}
+    parts = ("corpus",)
+
     def __init__(self, path: Path, asked: Sequence[str], keys: TableKeys) -> None:
         super().__init__(path, asked, keys)
         if self._files.get("queries") or self._files.get("qrels"):
@@ -115,28 +119,15 @@ class Documents(FileTables):
         files = self._files.get("corpus") or [file for files in self._files.values() for file in files]
         self._files, self._is_corpus, self.splits = {"corpus": files}, True, []
         there = column_names(self._of("corpus")[0])
-        if not keys.columns and (asking := self._named("query", there)) and self._named("positive", there):
+        if not keys.columns and (asking := self.named("query", there)) and self.named("positive", there):
             raise InputError(
                 f"{self.where('corpus')}: column {asking!r} holds queries already; leave source.queries out, or say "
                 "which column is the documents': --columns '{text: THEIRS}'"
             )
 
-    @property
-    def files(self) -> dict[str, Path]:
-        return {self._name(file): file for file in self._of("corpus")}
-
-    def find(self, wanted: Iterable[str], there: Sequence[str]) -> dict[str, str | Sequence[str]]:
-        found = super().find(wanted, there)
-        return {name: theirs for name, theirs in found.items() if theirs != "_id" or "_id" in there}
-
-    def read(self) -> pl.DataFrame:
-        """document_id (of the text, where there is none), text (title and text). Raises InputError as others do."""
-        found = self.read_part("corpus")
-        if "_id" not in found.columns:
-            texts = pl.concat_str(pl.col("^title|text$"), separator=" ", ignore_nulls=True)
-            keys = (f"d{stable_hash(text):016x}" for text in in_blocks(found.select(texts).to_series()))
-            found = found.with_columns(_id=pl.Series(keys, dtype=pl.String)).unique("_id", maintain_order=True)
-        return part_texts(self, found, "corpus", "document_id")
+    def texts(self) -> pl.DataFrame:
+        """document_id, text (title and text)."""
+        return part_texts(self, "corpus", "document_id")
 
 
 # --- prompts and answers --------------------------------------------------------------------------------------------

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from common.cli import InputError
 from common.models import datasets_cache
 from common.steps import files_of, fingerprint
 from dataset_builders.files import read_batches
-from dataset_builders.layouts import Layout
+from dataset_builders.layouts import COLUMNS, PARTS, Layout
 from dataset_builders.tables import TableKeys, Tables
 
 # Of a set on the Hub the configs that hold a part, the first that is there.
@@ -28,89 +30,104 @@ PART_CONFIGS = {
 }
 
 
+class HubSet(TableKeys):
+    """A data set on the Hub, or a folder that `load_dataset` reads."""
+
+    dataset: str = Field(min_length=1)  # Hub id, or a folder that load_dataset reads
+    config: str | None = None  # of the data set
+    revision: str | None = None  # of the Hub id
+    layout: Layout = "pairs"  # where no score_range makes them graded_pairs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _graded(cls, values: Any) -> Any:
+        return {"layout": "graded_pairs", **values} if values.get("score_range") else values
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> HubSet:
+        for name in self.columns:
+            if name not in COLUMNS[self.layout]:
+                known = ", ".join(COLUMNS[self.layout]) or "none to rename"
+                raise ValueError(f"layout {self.layout!r} has no column {name!r}; it has {known}")
+        return self
+
+
 class HubTables(Tables):
     """A data set on the Hub at `revision`, or a folder that `load_dataset` reads."""
 
     published = True
 
-    def __init__(
-        self,
-        dataset: str,
-        config: str | None,
-        revision: str | None,
-        layout: Layout,
-        asked: Sequence[str],
-        keys: TableKeys,
-    ) -> None:
+    def __init__(self, keys: HubSet, asked: Sequence[str]) -> None:
         super().__init__(asked, keys)
-        self.dataset, self.config, self.revision, self.layout = dataset, config, revision, layout
+        self.dataset, self.config, self.revision, self.layout = keys.dataset, keys.config, keys.revision, keys.layout
 
     def __str__(self) -> str:
         return self.dataset
+
+    def where(self, name: str) -> str:
+        return f"{self.dataset} ({name})"
 
     @cached_property
     def splits(self) -> Sequence[str]:
         from datasets import get_dataset_split_names
 
-        with self._one_line(self.asked[0]):
+        with self._one_line(self.train):
             return get_dataset_split_names(self.dataset, self.config, revision=self.revision)
 
     @cached_property
-    def _cache(self) -> str | None:
-        folder = Path(self.dataset)
-        return datasets_cache(fingerprint(files_of(folder))) if folder.is_dir() else None
+    def parts(self) -> Sequence[str]:
+        return [part for part in PARTS if part != "scores" or self._config_of(part)]
 
-    def where(self, name: str) -> str:
-        return f"{self.dataset} ({name})"
+    def load(self, name: str) -> Iterator[pa.Table]:
+        """A part is a config, as mteb's loader reads it. Corpus and queries have a single split, or one for each."""
+        if self.layout != "corpus":
+            yield self._load(name, self.config, name)
+            return
+        if name == "scores":
+            yield from self._scores()
+            return
+        config = self._config_of(name)
+        if name == "qrels" and not config and "scores" in self.parts:
+            yield self._first_of_lists()
+            return
+        loaded = self._load(name, config or name)
+        if name != "qrels" and len(loaded) == 1:
+            yield from loaded.values()
+            return
+        there = {self.asked_as(split): table for split, table in loaded.items()}
+        for split in (self.train, *(name for name in self.asked[1:] if name in there or not self.keys.holdout)):
+            self._check_there(name, split, there)
+            table = there[split]
+            yield table if name != "qrels" else table.append_column("split", pa.repeat(split, len(table)))
 
-    def load(self, split: str) -> pa.Table:
-        from datasets import load_dataset
-
-        with self._one_line(split):
-            dataset = load_dataset(
-                self.dataset, self.config, split=split, revision=self.revision, cache_dir=self._cache
-            )
-        return dataset.with_format("arrow")[:]
+    def _config_of(self, part: str) -> str | None:
+        """The config that holds a part; None where there is none."""
+        names = [f"{self.config}-{part}"] if self.config else PART_CONFIGS[part]
+        return next((name for name in names if name in self._configs), None)
 
     @cached_property
     def _configs(self) -> list[str]:
         from datasets import get_dataset_config_names
 
-        return get_dataset_config_names(self.dataset, revision=self.revision)
+        with self._one_line("corpus"):
+            return get_dataset_config_names(self.dataset, revision=self.revision)
 
-    def _config_of(self, part: str) -> str | None:
-        """The config that holds a part, as mteb's loader reads it; None where there is none."""
-        names = [f"{self.config}-{part}"] if self.config else PART_CONFIGS[part]
-        return next((name for name in names if name in self._configs), None)
-
-    @cached_property
-    def has_scores(self) -> bool:
-        return self._config_of("scores") is not None
-
-    def load_part(self, part: str) -> list[pa.Table]:
-        """A part is a config. Corpus and queries have a single split, or one for each."""
+    def _load(self, name: str, config: str | None, split: str | None = None) -> pa.Table | dict[str, pa.Table]:
+        """The table of a split, or of each."""
         from datasets import load_dataset
 
-        with self._one_line(part):
-            config = self._config_of(part)
-            if part == "qrels" and not config and self.has_scores:
-                return [self._first_of_lists()]
-            loaded = load_dataset(self.dataset, config or part, revision=self.revision, cache_dir=self._cache)
-        if part != "qrels" and len(loaded) == 1:
-            return [table.with_format("arrow")[:] for table in loaded.values()]
-        there = {self.asked_as(split): table.with_format("arrow")[:] for split, table in loaded.items()}
-        asked = [self.asked[0], *(name for name in self.asked[1:] if name in there or not self.keys.holdout)]
-        for split in asked:
-            self._check_there(part, split, there, loaded)
-        if part != "qrels":
-            return [there[split] for split in asked]
-        return [there[split].append_column("split", pa.repeat(split, len(there[split]))) for split in asked]
+        folder = Path(self.dataset)
+        cache = datasets_cache(fingerprint(files_of(folder))) if folder.is_dir() else None
+        with self._one_line(name):
+            loaded = load_dataset(self.dataset, config, split=split, revision=self.revision, cache_dir=cache)
+        arrow = loaded.with_format("arrow")
+        return arrow[:] if split else {name: table[:] for name, table in arrow.items()}
 
-    def _check_there(self, part: str, split: str, there: Container[str], all_splits: Iterable[str]) -> None:
+    def _check_there(self, part: str, split: str, there: Iterable[str]) -> None:
         if split not in there:
-            raise InputError(f"{self.where(part)}: no split {split!r}; it has {', '.join(all_splits)}")
+            raise InputError(f"{self.where(part)}: no split {split!r}; it has {', '.join(there)}")
 
-    def load_scores(self) -> Iterator[pa.Table]:
+    def _scores(self) -> Iterator[pa.Table]:
         """From the files as they were published: `datasets` would unpack all of them, and those of other splits."""
         from datasets import load_dataset_builder
         from huggingface_hub import HfFileSystem, hf_hub_download
@@ -118,8 +135,8 @@ class HubTables(Tables):
         with self._one_line("scores"):
             builder = load_dataset_builder(self.dataset, self._config_of("scores"), revision=self.revision)
             files = {self.asked_as(str(split)): paths for split, paths in builder.config.data_files.items()}
-            [split] = files if len(files) == 1 else self.asked[:1]
-            self._check_there("scores", split, files, files)
+            [split] = files if len(files) == 1 else [self.train]
+            self._check_there("scores", split, files)
             for path in files[split]:
                 if path.startswith("hf://"):
                     found = HfFileSystem().resolve_path(path)
@@ -130,10 +147,10 @@ class HubTables(Tables):
     def _first_of_lists(self) -> pa.Table:
         """Judgements of a set that has scores alone: as in rows of pairs, the positive's score comes first."""
         first = pl.col("document_ids").list.first()
-        judged = [piece.select("query_id", corpus_id=first) for piece in self.read_scores()]
+        judged = [piece.select("query_id", corpus_id=first) for piece in self.pieces("scores")]
         told = "no qrels: the first document of each list of scores is the query's positive"
         tqdm.write(f"{self.where('scores')}: {told}", file=sys.stderr)
-        return pl.concat(judged).with_columns(score=1, split=pl.lit(self.asked[0])).to_arrow()
+        return pl.concat(judged).with_columns(score=1, split=pl.lit(self.train)).to_arrow()
 
     @contextmanager
     def _one_line(self, name: str) -> Iterator[None]:

@@ -90,7 +90,7 @@ def with_splits(source: LocalSource) -> tuple[LocalSource, Rows | None]:
     """
     tables = FileTables(find_source(source.path, None), (source.split,), source)
     if tables.layout == "corpus":
-        tables.read_part("qrels")
+        tables.read("qrels")
     if source.split not in map(tables.asked_as, tables.splits):
         source = source.model_copy(update={"split": tables.splits[0]})
     there = tuple(name for name in HELD_OUT if name in tables.splits and name != source.split)
@@ -134,9 +134,8 @@ def source_keys(source: LocalSource, tables: FileTables) -> dict[str, Any]:
     keys = {"kind": keys.pop("kind"), "path": keys.pop("path"), **keys}
     if tables.layout != "corpus":
         found = tables.find(COLUMNS[tables.layout], column_names(next(iter(tables.files.values()))))
-        others = {
-            name: theirs for name, theirs in found.items() if not isinstance(theirs, str) or plain(theirs) != name
-        }
+        others = {name: [*theirs] for name, theirs in found.items() if [plain(column) for column in theirs] != [name]}
+        others = {name: theirs if len(theirs) > 1 else theirs[0] for name, theirs in others.items()}
         keys |= {"columns": {**source.columns, **others}} if others else {}
     return keys
 

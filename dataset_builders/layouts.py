@@ -20,22 +20,22 @@ import polars as pl
 import pyarrow as pa
 
 from common.cli import InputError
-from dataset_builders.schema import cast_column, check_rows
+from dataset_builders.schema import cast_column
 
 Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]
-TEXT, NUMBERS = pa.string(), pa.list_(pa.float32())
-# Column -> type; None: texts or lists of texts.
-COLUMNS: dict[str, dict[str, pa.DataType | None]] = {
+TEXT = pa.string()
+TEXTS, NUMBERS = pa.list_(pa.string()), pa.list_(pa.float32())  # lists of them, perhaps as JSON, or single ones
+COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "corpus": {},  # its three tables have the columns of PARTS
     "pairs": {
         "query": TEXT,
-        "positive": None,
-        "negative": None,
+        "positive": TEXTS,
+        "negative": TEXTS,
         "relevance": pa.int32(),
         **dict.fromkeys(("positive_score", "negative_score", "scores"), NUMBERS),
         **dict.fromkeys(("id", "query_id", "positive_id"), TEXT),
     },
-    "texts": {"text": None, "label": None, "id": TEXT},
+    "texts": {"text": TEXTS, "label": TEXTS, "id": TEXT},
     "text_pairs": {"text1": TEXT, "text2": TEXT, "label": TEXT},
     "graded_pairs": {"sentence1": TEXT, "sentence2": TEXT, "score": pa.float64()},
 }
@@ -48,7 +48,7 @@ PARTS = {
     "queries": {"_id": TEXT, "text": TEXT},
     "qrels": {"query_id": TEXT, "corpus_id": TEXT, "score": pa.int32(), "split": TEXT},
     # a teacher's, for lists of documents; a set need not have them
-    "scores": {"query_id": TEXT, "document_ids": None, "given": NUMBERS},
+    "scores": {"query_id": TEXT, "document_ids": TEXTS, "given": NUMBERS},
 }
 # Our name -> what it may be called, the first of them that is there; capitals, spaces and hyphens make no difference.
 NAMES = {
@@ -83,8 +83,7 @@ SPLIT_NAMES = {"dev": "validation", "valid": "validation", "val": "validation"}
 HELD_OUT = ("validation", "test")
 # The score of a pair with this label. Pairs with any other label (neutral), and of a text with itself, are left out.
 LABEL_SCORES = {"entailment": 1, "contradiction": 0, "duplicate": 1, "not_duplicate": 0}
-_JSON_LIST = r'(?s)^\[(".*")?\]$'
-_JSON_NUMBERS = r"^\[[-+.,\s\deE]*\]$"
+_JSON = {TEXTS: r'(?s)^\[(".*")?\]$', NUMBERS: r"^\[[-+.,\s\deE]*\]$"}
 
 
 def canonical(split: str) -> str:
@@ -104,54 +103,39 @@ def plain(name: str) -> str:
 
 
 def to_frame(
-    table: pa.Table, columns: Mapping[str, tuple[str | Sequence[str], pa.DataType | None]], where: str
+    table: pa.Table, columns: Mapping[str, Sequence[str]], types: Mapping[str, pa.DataType], where: str
 ) -> pl.DataFrame:
-    """row (from 0), and `columns`: our name -> theirs and the type. Several texts are joined by a space.
+    """`columns`, our name -> theirs (several are joined by a space, negatives in a list), of `types`, name -> type.
 
     Raises InputError for a missing column, and for values of another type.
     """
-    check_rows(table, where)
-    found = {"row": pl.int_range(len(table), eager=True)}
-    for name, (theirs, type_) in columns.items():
+    found = {}
+    for name, theirs in columns.items():
         parts = []
-        for column in names_of(theirs):
+        for column in theirs:
             if column not in table.column_names:
                 raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
-            values = table[column]
-            if pa.types.is_integer(type_ or TEXT) and pa.types.is_large_string(values.type):  # 1.0, of a text file
-                values = cast_column(values, name, pa.float64(), where)
-            if type_ == NUMBERS:
-                parts.append(_numbers(values, name, where))
-                continue
-            if type_ is None and not pa.types.is_list(values.type) and not pa.types.is_large_list(values.type):
-                type_ = TEXT
-            parts.append(pl.Series(name, pl.from_arrow(cast_column(values, name, type_ or pa.list_(TEXT), where))))
-        if len(parts) > 1 and name == "negative":
-            parts = [pl.select(pl.concat_list(parts)).to_series()]
-        elif len(parts) > 1:
-            parts = [pl.select(pl.concat_str(parts, separator=" ", ignore_nulls=True).str.strip_chars()).to_series()]
-        found[name] = _decoded(parts[0]) if columns[name][1] is None else parts[0]
+            parts.append(_values(table[column], name, types[name], where))
+        joined = pl.concat_str(parts, separator=" ", ignore_nulls=True).str.strip_chars()
+        several = pl.concat_list(parts) if name == "negative" else joined
+        found[name] = parts[0] if len(parts) == 1 else pl.select(several).to_series()
     return pl.DataFrame(found)
 
 
-def names_of(theirs: str | Sequence[str]) -> Sequence[str]:
-    return (theirs,) if isinstance(theirs, str) else theirs
+def _values(column: pa.ChunkedArray, name: str, kind: pa.DataType, where: str) -> pl.Series:
+    """A column as `kind`; of TEXTS single texts stay as they are, of NUMBERS single ones become lists."""
+    if pa.types.is_integer(kind) and pa.types.is_large_string(column.type):  # 1.0, of a text file
+        column = cast_column(column, name, pa.float64(), where)
 
+    def cast(kind: pa.DataType) -> pl.Series:
+        return pl.Series(name, pl.from_arrow(cast_column(column, name, kind, where)))
 
-def _numbers(values: pa.ChunkedArray, name: str, where: str) -> pl.Series:
-    """Numbers, or lists of them, perhaps as JSON, as lists."""
-    if not pa.types.is_nested(values.type):
-        column = _decoded(pl.Series(name, pl.from_arrow(values)))
-        if column.dtype != pl.List:
-            numbers = pl.Series(name, pl.from_arrow(cast_column(values, name, pa.float32(), where)))
-            return pl.select(pl.concat_list(numbers)).to_series()
-        values = pa.chunked_array([column.to_arrow()])
-    return pl.Series(name, pl.from_arrow(cast_column(values, name, NUMBERS, where)))
-
-
-def _decoded(column: pl.Series) -> pl.Series:
-    """A column of JSON lists of texts or numbers as lists; any other as it is."""
-    for pattern, type_ in ((_JSON_LIST, pl.String), (_JSON_NUMBERS, pl.Float32)):
-        if column.dtype == pl.String and column.count() and column.str.contains(pattern).all():
-            return column.str.json_decode(pl.List(type_))
-    return column
+    if not pa.types.is_list(kind) or pa.types.is_nested(column.type):
+        return cast(kind)
+    if kind == TEXTS or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        texts = cast(TEXT)
+        if texts.count() and texts.str.contains(_JSON[kind]).all():
+            return texts.str.json_decode(pl.List(pl.String if kind == TEXTS else pl.Float32))
+        if kind == TEXTS:
+            return texts
+    return pl.select(pl.concat_list(cast(kind.value_type))).to_series()

@@ -21,6 +21,7 @@ from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
 from dataset_builders.corpus import write_corpus
 from dataset_builders.generate import OUTPUTS, Documents, read_queries
+from dataset_builders.holdout import deal
 from dataset_builders.near_duplicates import normalised, stable_hash, text_keys
 from dataset_builders.readers import Rows
 from dataset_builders.scores import blocks_of, grade_by_features, write_graded
@@ -38,7 +39,7 @@ def read_generated(build: Build, folder: Path) -> tuple[Rows, dict[str, Any]]:
     """
     section, source = build.recipe.source.queries, build.recipe.source
     tables = open_tables(source, build.recipe.data_root)
-    documents = tables.read()
+    documents = tables.texts()
     outputs = pl.from_arrow(read_parquet(build.folder / GENERATED / "outputs.parquet", OUTPUTS.names))
     outputs = outputs.join(documents, on="document_id", how="left", maintain_order="left")
     lines = [
@@ -114,7 +115,7 @@ def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folde
 def rows_of(tables: Documents, source: Splits, documents: pl.DataFrame, kept: pl.DataFrame, seen: int) -> Rows:
     """A query that was written for several documents has them all. Queries of one document are in one split."""
     asked = documents.join(kept, on="document_id", how="semi")
-    split = tables.deal(text_keys(asked["text"])) if tables.made else pl.lit(source.split)
+    split = deal(tables, text_keys(asked["text"])) if tables.made else pl.lit(source.split)
     asked = asked.select("document_id", split=split)
     qrels = kept.join(asked, on="document_id", maintain_order="left").with_columns(score=pl.lit(1, pl.Int32))
     queries = kept.select("query_id", text="query").unique("query_id", keep="first", maintain_order=True)

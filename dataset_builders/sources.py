@@ -27,9 +27,9 @@ from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
 from dataset_builders.generate import Documents, Generate
-from dataset_builders.hub_tables import HubTables
+from dataset_builders.hub_tables import HubSet, HubTables
 from dataset_builders.languages import Language
-from dataset_builders.layouts import COLUMNS, HELD_OUT, LABEL_SCORES, PARTS, Layout
+from dataset_builders.layouts import COLUMNS, LABEL_SCORES, PARTS, Layout
 from dataset_builders.near_duplicates import stable_hash as stable_hash  # for mining
 from dataset_builders.readers import Draw, Rows, read_graded_pairs, read_layout
 from dataset_builders.schema import LABEL_FLOOR, STS
@@ -93,50 +93,6 @@ class OnTheHub(Splits):
         return keys
 
 
-class SetKeys(TableKeys):
-    """Keys of a set of tables, wherever it lies."""
-
-    score_range: tuple[float, float] | None = None  # of sts: the lowest and the highest published score
-
-    @field_validator("score_range")
-    @classmethod
-    def _rising(cls, score_range: tuple[float, float] | None) -> tuple[float, float] | None:
-        if score_range and not score_range[0] < score_range[1]:
-            raise ValueError("score_range is written [lowest, highest]")
-        return score_range
-
-    @model_validator(mode="before")
-    @classmethod
-    def _held_out(cls, values: Any) -> Any:
-        """A set that is split by `holdout` is evaluated on the splits that this makes, unless it names others."""
-        if not values.get("holdout"):
-            return values
-        made = [name for name in HELD_OUT if name != values.get("split")]
-        return {"eval_splits": made, **values}
-
-
-class HubSet(SetKeys):
-    """A data set on the Hub, or a folder that `load_dataset` reads; see readers.py."""
-
-    dataset: str = Field(min_length=1)  # Hub id, or a folder that load_dataset reads
-    config: str | None = None  # of the data set
-    revision: str | None = None  # of the Hub id
-    layout: Layout = "pairs"  # where no score_range makes them graded_pairs
-
-    @model_validator(mode="before")
-    @classmethod
-    def _graded(cls, values: Any) -> Any:
-        return {"layout": "graded_pairs", **values} if values.get("score_range") else values
-
-    @model_validator(mode="after")
-    def _known_columns(self) -> HubSet:
-        for name in self.columns:
-            if name not in COLUMNS[self.layout]:
-                known = ", ".join(COLUMNS[self.layout]) or "none to rename"
-                raise ValueError(f"layout {self.layout!r} has no column {name!r}; it has {known}")
-        return self
-
-
 class Entry(HubSet):
     """A set of sources.yaml."""
 
@@ -168,7 +124,7 @@ class PydocsSource(Splits):
     language: Language | None = "en"
 
 
-class LocalSource(Splits, SetKeys):
+class LocalSource(Splits, TableKeys):
     """A file or a folder, whose layout shows in its columns; see tables.py."""
 
     kind: Literal["local"]  # whose keys these are
@@ -271,10 +227,8 @@ def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
         parser = file_sha256(Path(pydocs.__file__))
         return {**keys, "python": platform.python_version(), "packages": packages, "parser": parser}
     if source.kind == "local":  # the same files are the same source wherever they lie
-        return {
-            **keys,
-            "files": {name: file_sha256(path) for name, path in open_tables(source, data_root).files.items()},
-        }
+        files = open_tables(source, data_root).files
+        return {**keys, "files": {name: file_sha256(path) for name, path in files.items()}}
     found = _set_keys(source)
     keys |= {"set": found.model_dump(mode="json", include={*HubSet.model_fields})}
     if Path(found.dataset).is_dir():
@@ -296,12 +250,11 @@ def _check_training_datasets(names: Sequence[str]) -> None:
 
 def check_task_type(task_type: str, source: Source, data_root: str | None) -> None:
     """Raises InputError when a source's rows are not of this task type."""
-    if task_type == "sts" and source.eval_splits:
-        raise InputError("key 'source.eval_splits': task_type 'sts' reads one split; leave it out")
+    for key in ("eval_splits", "holdout"):
+        if task_type == "sts" and getattr(source, key, None):
+            raise InputError(f"key 'source.{key}': task_type 'sts' reads one split; leave it out")
     if source.kind == "registry" and source.entry.task_type != task_type:
         raise InputError(f"source.name {source.name!r} is for task_type {source.entry.task_type!r}, not {task_type!r}")
-    if task_type == "sts" and getattr(source, "holdout", None):
-        raise InputError("key 'source.holdout': task_type 'sts' reads one split; leave it out")
     if source.kind != "pydocs" and (task_type == "sts") != (_set_keys(source).score_range is not None):
         raise InputError("key 'source.score_range' goes with task_type 'sts', which needs it, and with no other")
     if source.kind == "local":
@@ -318,7 +271,7 @@ def read_rows(source: Source, data_root: str | None) -> Rows:
     if source.kind == "pydocs":
         return pydocs.read_docstrings(Draw(source.num_pairs, source.seed))
     tables = open_tables(source, data_root)
-    rows = read_layout(tables, source.searched, Draw(source.num_pairs, source.seed))
+    rows = read_layout(tables, Draw(source.num_pairs, source.seed))
     tables.tell()
     return rows
 
@@ -343,31 +296,30 @@ def open_tables(source: Source, data_root: str | None) -> Tables:
         kind = Documents if source.queries else FileTables
         return kind(find_source(source.path, data_root), source.searched, source)
     found = _set_keys(source)
-    revision = found.revision
-    if revision is None and not Path(found.dataset).is_dir():
-        revision = hub_commit(found.dataset, None, repo_type="dataset")
-    return HubTables(found.dataset, found.config, revision, found.layout, source.searched, found)
+    if found.revision is None and not Path(found.dataset).is_dir():
+        found = found.model_copy(update={"revision": hub_commit(found.dataset, None, repo_type="dataset")})
+    return HubTables(found, source.searched)
 
 
 def find_copy(path: str, data_root: str | None) -> Path | None:
     """`path` under `data_root`, else $DATA_ROOT, where it is there."""
-    return next((root / path for root in _roots(data_root) if (root / path).exists()), None)
+    return next(filter(Path.exists, _below_roots(path, data_root)), None)
 
 
 def find_source(path: str, data_root: str | None) -> Path:
     """A local set's file or folder: under `data_root`, else $DATA_ROOT, else as written. Raises InputError."""
-    found = find_copy(path, data_root) or expand_user(path)
-    if found.exists():
-        return found
-    places = [*(root / path for root in _roots(data_root)), expand_user(path)]
-    searched = ", ".join(map(str, places))
-    raise InputError(
-        f"source.path {path!r}: no such folder or file (searched: {searched}); set data_root or $DATA_ROOT"
-    )
+    places = [*_below_roots(path, data_root), expand_user(path)]
+    found = next(filter(Path.exists, places), None)
+    if found is None:
+        searched = ", ".join(map(str, places))
+        raise InputError(
+            f"source.path {path!r}: no such folder or file (searched: {searched}); set data_root or $DATA_ROOT"
+        )
+    return found
 
 
-def _roots(data_root: str | None) -> list[Path]:
-    return [expand_user(root) for root in (data_root, os.environ.get("DATA_ROOT")) if root]
+def _below_roots(path: str, data_root: str | None) -> list[Path]:
+    return [expand_user(root) / path for root in (data_root, os.environ.get("DATA_ROOT")) if root]
 
 
 def sources_table() -> str:
@@ -377,14 +329,11 @@ def sources_table() -> str:
     for task_type in TASK_LAYOUTS:
         lines += ["", task_type]
         for name, entry in registry().items():
-            if entry.task_type == task_type:
-                dataset = f"{entry.dataset} ({entry.config})" if entry.config else entry.dataset
-                in_batch = "yes" if entry.in_batch_negatives else "no"
-                lines.append(
-                    line.format(
-                        name, dataset, entry.split or "none*", entry.revision[:8], entry.licence[:15], in_batch
-                    )
-                )
+            if entry.task_type != task_type:
+                continue
+            dataset = f"{entry.dataset} ({entry.config})" if entry.config else entry.dataset
+            facts = entry.split or "none*", entry.revision[:8], entry.licence[:15]
+            lines.append(line.format(name, dataset, *facts, "yes" if entry.in_batch_negatives else "no"))
     lines += ["", "* nothing to train on", ""]
     for name, entry in registry().items():
         if entry.note:

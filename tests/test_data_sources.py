@@ -168,12 +168,9 @@ def test_pairs_come_from_load_dataset_with_their_columns_renamed(tmp_path):
         read_rows(source.model_copy(update={"split": "dev"}), None)
 
 
-@pytest.mark.parametrize("written", [list, json.dumps])
-def test_pairs_hold_lists_and_judged_negatives(tmp_path, written):
-    """In a folder the user's own; on the Hub those that are asked for. Lists may be written as JSON."""
+def test_negatives_are_read_from_a_folder_of_ones_own_and_from_the_hub_where_they_are_asked_for(tmp_path):
     columns = {"query": ["q1", "q2"], "positive": [["a", "b"], ["c"]], "negative": [["d"], []]}
-    columns |= {name: [written(texts) for texts in columns[name]] for name in ("positive", "negative")}
-    folder = write_rows(tmp_path / written.__name__ / "train.parquet", **columns)
+    folder = write_rows(tmp_path / "set" / "train.parquet", **columns)
     expected = [("q1", "a", 1, "train"), ("q1", "b", 1, "train"), ("q1", "d", 0, "train"), ("q2", "c", 1, "train")]
     assert judged(read_rows(local(folder), None)) == expected
     assert judged(read_rows(hub(folder, columns={"negative": "negative"}), None)) == expected
@@ -237,27 +234,14 @@ def test_a_text_is_a_query_whose_positive_is_another_of_its_class(tmp_path):
         read_rows(source, None)
 
 
-def test_texts_in_lists_and_texts_of_several_classes(tmp_path):
-    folder = write_rows(
-        tmp_path / "lists" / "train.parquet", sentences=[["a", "b"], ["c"]], labels=[["1", "1"], ["2"]]
-    )
-    columns = {"text": "sentences", "label": "labels"}
-    rows = read_rows(hub(folder, layout="texts", columns=columns), None)
-    assert judged(rows) == [("a", "b", 1, "train"), ("b", "a", 1, "train")]
+def test_labels_are_split_or_looked_up_as_the_keys_say(tmp_path):
     folder = write_rows(tmp_path / "classes" / "train.parquet", title=["a", "b", "c"], label=["x y", "y", "x"])
     rows = read_rows(hub(folder, layout="texts", columns={"text": ["title"]}, label_separator=" "), None)
-    found = rows.documents.select("text", "class").rows()
-    assert sorted(found) == [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x")]
-
-
-def test_labels_of_pairs_say_what_was_judged_relevant(tmp_path):
-    columns = {"text1": ["p"] * 4, "text2": ["yes", "no", "maybe", " P"]}  # the last is what it is compared with
-    labels = ["entailment", "contradiction", "neutral", "entailment"]
-    rows = read_rows(local(write_rows(tmp_path / "set" / "train.parquet", **columns, label_text=labels)), None)
-    assert judged(rows) == [("p", "no", 0, "train"), ("p", "yes", 1, "train")] and rows.seen == 4
-    folder = write_rows(tmp_path / "hub" / "train.parquet", **columns, label=[0, 2, -1, 0])
-    source = hub(folder, layout="text_pairs", label_scores={"0": 1, "2": 0})
-    assert judged(read_rows(source, None)) == judged(rows)
+    assert sorted(rows.documents.select("text", "class").rows()) == [("a", "x"), ("a", "y"), ("b", "y"), ("c", "x")]
+    columns = {"text1": ["p"] * 3, "text2": ["yes", "no", "maybe"], "label": [0, 2, -1]}
+    folder = write_rows(tmp_path / "hub" / "train.parquet", **columns)
+    rows = read_rows(hub(folder, layout="text_pairs", label_scores={"0": 1, "2": 0}), None)
+    assert judged(rows) == [("p", "no", 0, "train"), ("p", "yes", 1, "train")] and rows.seen == 3
     with pytest.raises(InputError, match=r"no label is one of entailment, .*; found: 0, 2, -1"):
         read_rows(hub(folder, layout="text_pairs"), None)
 
