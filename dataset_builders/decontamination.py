@@ -14,9 +14,9 @@ paraphrase, a translation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,59 +96,48 @@ def describe_decontamination(section: Decontamination | None, data_root: str | N
     """What decides the probes, for the fingerprint of the step that compares with them. Raises InputError."""
     if section is None:
         return None
-    folders, others = local_and_mteb(section, data_root)
-    tasks = {
-        task.metadata.name: {
-            **{key: task.metadata.dataset[key] for key in ("path", "revision")},
-            "splits": list(task.eval_splits),
-            "subsets": list(task.hf_subsets),
-        }
-        for task in others
-    }
-    local = {
-        name: {name: file_sha256(path) for name, path in _local_tables(folder, data_root).files.items()}
-        for name, folder in folders.items()
-    }
+    tasks, local = {}, {}
+    for name, task in evaluation_tasks(section, data_root).items():
+        if isinstance(task, str):
+            files = _local_tables(task, data_root).files
+            local[name] = {file: file_sha256(path) for file, path in files.items()}
+        else:
+            facts = {key: task.metadata.dataset[key] for key in ("path", "revision")}
+            tasks[name] = {**facts, "splits": list(task.eval_splits), "subsets": list(task.hf_subsets)}
     return {"similarity": section.similarity, "short": SHORT, "tasks": tasks, "local": local}
 
 
-def local_and_mteb(section: Decontamination, data_root: str | None) -> tuple[dict[str, str], list[AbsTask]]:
-    """The section's local sets, task name -> folder, and its other tasks. Raises InputError.
+def evaluation_tasks(section: Decontamination, data_root: str | None) -> dict[str, str | AbsTask]:
+    """Name -> the folder of a local set, or a task of mteb. Raises InputError.
 
-    A set that `tasks` names too is local where its folder lies below `data_root`, and else mteb's.
+    A local set that `tasks` names too is mteb's where its folder does not lie below `data_root`.
     """
     local = section.local.items()
-    folders = {name: path for name, path in local if name not in section.tasks or find_copy(path, data_root)}
-    others = mteb_tasks(section.model_copy(update={"tasks": [name for name in section.tasks if name not in folders]}))
-    return folders, [task for task in others if task.metadata.name not in folders]
+    tasks = {name: path for name, path in local if name not in section.tasks or find_copy(path, data_root)}
+    others = mteb_tasks(section.benchmark, [name for name in section.tasks if name not in tasks])
+    return tasks | {task.metadata.name: task for task in others if task.metadata.name not in tasks}
 
 
-def mteb_tasks(section: Decontamination) -> list[AbsTask]:
-    """The section's tasks of mteb, once each; a task that is made of others gives way to them. Raises InputError."""
-    if not (section.benchmark or section.tasks):
+def mteb_tasks(benchmark: str | None, names: Iterable[str] = ()) -> list[AbsTask]:
+    """Tasks of mteb, once each; a task that is made of others gives way to them. Raises InputError."""
+    if not (benchmark or names):
         return []
     import mteb
-    from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
     try:
-        tasks = list(mteb.get_benchmark(section.benchmark).tasks) if section.benchmark else []
-        tasks += [mteb.get_task(name) for name in section.tasks]
+        tasks = [*(mteb.get_benchmark(benchmark).tasks if benchmark else ()), *map(mteb.get_task, names)]
     except KeyError as error:  # whose message names what comes close
         raise InputError(f"decontamination: {error.args[0].removeprefix('KeyError: ')}") from None
-    parts = [part for task in tasks for part in (task.tasks if isinstance(task, AbsTaskAggregate) else [task])]
+    parts = [part for task in tasks for part in (task.tasks if task.is_aggregate else [task])]
     return list({part.metadata.name: part for part in parts}.values())
 
 
 def read_probes(section: Decontamination, data_root: str | None) -> Probes:
     """The probes of a section's tasks, loaded by mteb or read from local sets. Raises InputError."""
-    folders, others = local_and_mteb(section, data_root)
-    readers: dict[str, Callable[[], tuple[pl.Series, pl.Series]]] = {
-        name: partial(read_local, folder, data_root) for name, folder in folders.items()
-    }
-    readers |= {task.metadata.name: partial(read_task, task) for task in others}
+    tasks = evaluation_tasks(section, data_root)
     asked, searched = [], {}
-    for number, (name, read) in enumerate(tqdm(readers.items(), desc="evaluation tasks", unit=" tasks")):
-        texts, searched[name] = read()
+    for number, (name, task) in enumerate(tqdm(tasks.items(), desc="evaluation tasks", unit=" tasks")):
+        texts, searched[name] = read_local(task, data_root) if isinstance(task, str) else read_task(task)
         texts = texts.filter(texts.str.strip_chars() != "")
         if not len(texts):
             raise InputError(f"decontamination: task {name!r} asks about no text; leave it out")
@@ -158,7 +147,7 @@ def read_probes(section: Decontamination, data_root: str | None) -> Probes:
     distinct = distinct.with_columns(pl.col("probe").cast(pl.Int64))
     uses = asked.join(distinct, on="key").select("probe", "task").unique()
     bands = band_keys(distinct["text"], "evaluation tasks: MinHash")
-    return Probes(distinct, bands, uses, tuple(readers), searched, section.similarity)
+    return Probes(distinct, bands, uses, tuple(tasks), searched, section.similarity)
 
 
 def read_task(task: AbsTask) -> tuple[pl.Series, pl.Series]:
@@ -276,10 +265,15 @@ def zero_shot(training_datasets: Sequence[str], benchmark: str, base_model: str 
     >>> zero_shot(["ArguAna", "MSMARCO"], "MTEB(eng, v2)")["trained_on"]
     ['ArguAna']
     """
+    import mteb
     from mteb.models import ModelMeta
 
-    names = [task.metadata.name for task in mteb_tasks(Decontamination(benchmark=benchmark))]
-    trained_on = {part for name in training_datasets for part in (name, *_parts(name))}
+    names = [task.metadata.name for task in mteb_tasks(benchmark)]
+    trained_on = {*training_datasets}
+    for name in training_datasets:
+        with contextlib.suppress(KeyError):  # a set need not be a task of mteb
+            task = mteb.get_task(name)
+            trained_on |= {part.metadata.name for part in task.tasks} if task.is_aggregate else set()
     meta = ModelMeta.create_empty({"training_datasets": trained_on, "adapted_from": base_model})
     return {
         "training_datasets": sorted(trained_on),
@@ -287,18 +281,6 @@ def zero_shot(training_datasets: Sequence[str], benchmark: str, base_model: str 
         "zero_shot_percentage": meta.zero_shot_percentage(names),
         "trained_on": sorted(meta.get_training_datasets().intersection(names)),
     }
-
-
-def _parts(name: str) -> list[str]:
-    """The tasks that a task of mteb is made of (CQADupstackRetrieval: twelve forums); empty for any other name."""
-    import mteb
-    from mteb.abstasks.aggregated_task import AbsTaskAggregate
-
-    try:
-        task = mteb.get_task(name)
-    except KeyError:
-        return []
-    return [part.metadata.name for part in task.tasks] if isinstance(task, AbsTaskAggregate) else []
 
 
 def _evaluation_data(task: AbsTask) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from dataset_builders.decontamination import (
     Probes,
     contamination_log,
     count_by_kind,
+    evaluation_tasks,
     find_matches,
-    local_and_mteb,
     mteb_tasks,
     read_local,
     read_probes,
@@ -85,7 +85,7 @@ def planted() -> tuple[Rows, dict[str, str]]:
 @pytest.fixture
 def evaluated(monkeypatch) -> Decontamination:
     """A recipe's section whose one task is `arguana`, without the Hub."""
-    monkeypatch.setattr(decontamination, "mteb_tasks", lambda section: [arguana()])
+    monkeypatch.setattr(decontamination, "mteb_tasks", lambda *_: [arguana()])
     return Decontamination(tasks=("ArguAna",))
 
 
@@ -202,9 +202,10 @@ def test_a_task_of_mteb_is_read_from_a_copy_where_one_is_there(tmp_path, monkeyp
     monkeypatch.delenv("DATA_ROOT", raising=False)
     section = Decontamination(tasks=["STS12", "STS14"], local={"STS12": "sts12", "STS14": "sts14", "Own": "own"})
     (tmp_path / "sts14").mkdir()
-    asked = {root: local_and_mteb(section, root) for root in (None, str(tmp_path))}
-    found = {root: ([*folders], [task.metadata.name for task in tasks]) for root, (folders, tasks) in asked.items()}
-    assert found == {None: (["Own"], ["STS12", "STS14"]), str(tmp_path): (["STS14", "Own"], ["STS12"])}
+    found = {root: evaluation_tasks(section, root) for root in (None, str(tmp_path))}
+    local = {root: [name for name, task in tasks.items() if isinstance(task, str)] for root, tasks in found.items()}
+    assert local == {None: ["Own"], str(tmp_path): ["STS14", "Own"]}
+    assert [[*tasks] for tasks in found.values()] == [["Own", "STS12", "STS14"], ["STS14", "Own", "STS12"]]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_mteb_stores_texts_by_task_type(name, asked, searched):
 def test_every_task_of_the_benchmark_names_its_texts():
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-    tasks = mteb_tasks(Decontamination(benchmark="MTEB(eng, v2)", tasks=("ArguAna", "CQADupstackRetrieval")))
+    tasks = mteb_tasks("MTEB(eng, v2)", ["ArguAna", "CQADupstackRetrieval"])
     assert len(tasks) == 41 + 10  # ArguAna once; CQADupstack's 12 forums, of which the benchmark has two
     for task in tasks:
         named = [name for name in decontamination._COLUMN_NAMES if hasattr(task, name)]
