@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,15 +39,10 @@ def read_file(path: Path, names: Sequence[str] = ()) -> pa.Table:
         return read_parquet(path)
     if path.suffix == ".arrow":
         return _read_arrow(path)
-    with TemporaryDirectory() as folder:
-        try:
-            oldest = pl.CompatLevel.oldest()
-            _scan(path, None, names).sink_ipc(
-                Path(folder) / "rows.arrow", compat_level=oldest, record_batch_size=BATCH
-            )
-        except (pl.exceptions.PolarsError, ValueError) as error:
-            raise InputError(_reason(path, error)) from None
-        return read_arrow(Path(folder) / "rows.arrow")  # the map outlives the file's name
+    with TemporaryDirectory() as folder, _one_line(path):
+        rows, oldest = Path(folder) / "rows.arrow", pl.CompatLevel.oldest()
+        _scan(path, None, names).sink_ipc(rows, compat_level=oldest, record_batch_size=BATCH)
+        return read_arrow(rows)  # the map outlives the file's name
 
 
 def read_batches(path: Path) -> Iterator[pa.Table]:
@@ -56,27 +52,19 @@ def read_batches(path: Path) -> Iterator[pa.Table]:
         rows = BATCH_BYTES * len(table) // max(table.nbytes, 1) + 1
         yield from (table.slice(start, rows) for start in range(0, len(table), rows))
         return
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:  # which would keep what was read
-            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-            rows = BATCH_BYTES * file.metadata.num_rows // max(sum(g.total_byte_size for g in groups), 1) + 1
-            yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(rows))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
+    # a buffer would keep what was read
+    with _one_line(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        rows = BATCH_BYTES * file.metadata.num_rows // max(sum(g.total_byte_size for g in groups), 1) + 1
+        yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(rows))
 
 
 def column_names(path: Path) -> list[str]:
     """Of a file's columns; of JSON lines those of the first thousand rows. Raises InputError as `read_file` does."""
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_schema(path).names
-        if path.suffix == ".arrow":
-            return _read_arrow(path).column_names
-        return _scan(path, 1000).collect_schema().names()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pl.exceptions.PolarsError, ValueError, OSError) as error:
-        raise InputError(_reason(path, error)) from None
+    if path.suffix == ".arrow":
+        return _read_arrow(path).column_names
+    with _one_line(path):
+        return pq.read_schema(path).names if path.suffix == ".parquet" else _scan(path, 1000).collect_schema().names()
 
 
 def _read_arrow(path: Path) -> pa.Table:
@@ -122,23 +110,29 @@ def _lines(path: Path, first: str) -> Path | bytes:
     return "\n".join(map(json.dumps, rows)).encode()
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """What is wrong with a text file, and in which line as far as that can be told."""
-    number = 1
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Raises InputError that says what is wrong with a file; with text, in which line, as far as that can be told."""
+    kind = "Parquet" if path.suffix == ".parquet" else path.suffix.removeprefix(".").upper()
+    # pyarrow raises OSError for broken pages; with text it tells of the disk
+    broken = (pa.ArrowException, OSError) if kind == "Parquet" else (pl.exceptions.PolarsError, ValueError)
     try:
-        with path.open("rb") as stream:
-            for line in stream:
+        yield
+    except broken as error:
+        told = kind != "Parquet" and _wrong_line(path)
+        raise InputError(f"{path}: {told or f'not a readable {kind} file: {str(error).splitlines()[0]}'}") from None
+
+
+def _wrong_line(path: Path) -> str | None:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
                 text = line.decode()
                 if path.suffix in (".jsonl", ".ndjson") and text.strip():
                     json.loads(text)
-                number += 1
-    except UnicodeDecodeError as found:
-        bad = found.object[found.start]
-        return f"{path}: line {number} is not UTF-8 (byte 0x{bad:02x}); save the whole file as UTF-8"
-    except ValueError as found:
-        return f"{path}: line {number} is no JSON ({found}); mend it or leave it out"
-    except OSError:
-        pass
-    kind = path.suffix.removeprefix(".")
-    reason = str(error).splitlines()[0]
-    return f"{path}: not a readable {kind.capitalize() if kind == 'parquet' else kind.upper()} file: {reason}"
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                return f"line {number} is not UTF-8 (byte 0x{byte:02x}); save the whole file as UTF-8"
+            except ValueError as error:
+                return f"line {number} is no JSON ({error}); mend it or leave it out"
+    return None

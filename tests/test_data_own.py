@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from chat_server import ChatServer
 from datasets import Dataset, DatasetDict
-from tiny_data import write_encoder, write_table
+from tiny_data import write_encoder
 
 from common.cli import InputError
 from common.recipes import read_yaml
