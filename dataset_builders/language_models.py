@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from common.cli import InputError, Unfinished
-from common.models import fetch_settings, resolve_model
-from dataset_builders.embeddings import count_tokens, longest_first, token_batches
+from dataset_builders.embeddings import count_tokens, load_model, longest_first, token_batches
 from dataset_builders.near_duplicates import stable_hash
 
 if TYPE_CHECKING:
@@ -51,13 +50,13 @@ class LocalModel(Writer):
     size = 16  # a minute or so of a small model on a CPU
 
     def check(self) -> None:
-        causal_model(self.section.model, self.section.dtype)
+        causal_model(self.section)
 
     def answers(self, chats: Sequence[Chat], number: int) -> list[tuple[str, bool]]:
         import torch
         from transformers import GenerationConfig
 
-        section, (model, tokenizer) = self.section, causal_model(self.section.model, self.section.dtype)
+        section, (model, tokenizer) = self.section, causal_model(self.section)
         # thinking first is a choice of Qwen3's and its relatives' templates; others do not know the word
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         prompts = [tokenizer.apply_chat_template(turns, **options) for turns in chats]
@@ -84,23 +83,18 @@ class LocalModel(Writer):
 
 
 @lru_cache(maxsize=1)
-def causal_model(name: str, dtype: str) -> tuple[Any, Any]:
+def causal_model(section: Generate) -> tuple[Any, Any]:
     """Model and tokenizer, which pads on the left. Raises InputError."""
     import torch
-    from huggingface_hub.errors import HTTPError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    reference = resolve_model(name)
-    try:
-        path, revision = reference.name_or_path, fetch_settings(reference)
+    def load(path: str, revision: str | None, model_kwargs: dict[str, Any]) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
         if not tokenizer.chat_template:
-            raise InputError(f"source.queries.model {name!r} has no chat template; name an instruct model")
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
-    except (HTTPError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"source.queries.model {name!r} cannot be loaded: {reason}") from None
+            raise InputError(f"source.queries.model {section.model!r} has no chat template; name an instruct model")
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision, **model_kwargs), tokenizer
+
+    model, tokenizer = load_model(load, section)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

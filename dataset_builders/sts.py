@@ -117,10 +117,7 @@ def spread_over_bins(labels: np.ndarray, num_rows: int, rng: np.random.Generator
     order = rng.permutation(len(labels))
     bins = _bins(labels[order])
     # the first of every bin, then the second of every bin, ...: bins with few labels run out early
-    turn = np.empty(len(labels), np.int64)
-    for number in range(BINS):
-        members = np.flatnonzero(bins == number)
-        turn[members] = np.arange(len(members))
+    turn = pl.DataFrame({"bin": bins}).select(pl.int_range(pl.len()).over("bin")).to_series()
     return np.sort(order[np.argsort(turn, kind="stable")[:num_rows]])
 
 
