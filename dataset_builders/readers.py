@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import polars as pl
 from polars.selectors import by_name
@@ -111,16 +112,20 @@ def _read_corpus(tables: Tables, draw: Draw) -> Rows:
     asked = queries
     if tables.published or draw.num_pairs:  # the judgements of other splits were not read
         asked = queries.join(qrels, on="query_id", how="semi", maintain_order="left")
-    given = _given_scores(tables, queries, asked, documents) if "scores" in tables.parts else None
+    given = None
+    if "scores" in tables.parts:
+        pieces = tables.pieces("scores")
+        first = list(islice(pieces, 1))  # now: columns that are not there are told before anything long
+        given = _given_scores(tables, chain(first, pieces), queries, asked, documents)
     return Rows(documents, asked, qrels, len(judged), given)
 
 
 def _given_scores(
-    tables: Tables, queries: pl.DataFrame, asked: pl.DataFrame, documents: pl.DataFrame
+    tables: Tables, pieces: Iterable[pl.DataFrame], queries: pl.DataFrame, asked: pl.DataFrame, documents: pl.DataFrame
 ) -> Iterator[pl.DataFrame]:
     """query_id, document_id, given of the queries in `asked`, some at a time."""
     where, left_out = tables.where("scores"), 0
-    for piece in tables.pieces("scores"):
+    for piece in pieces:
         lists = _known(tables, "scores", piece, queries, "queries").join(asked, on="query_id", how="semi")
         if len(lists):
             scores = _exploded(lists, "document_ids", "given", where).rename({"document_ids": "document_id"})

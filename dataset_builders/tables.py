@@ -104,7 +104,7 @@ class Tables:
         types, row = PARTS[name] if self.layout == "corpus" else COLUMNS[self.layout], 0
         for table in self.load(name):
             found = self.find(types, table.column_names)
-            self.read_as |= {column: name for name, theirs in found.items() for column in theirs}
+            self.read_as |= {column: ours for ours, theirs in found.items() for column in theirs}
             self.unread = (self.unread | {*table.column_names}) - {*self.read_as}
             yield to_frame(table, found, types, self.where(name)).with_row_index("row", row)
             row += len(table)

@@ -161,7 +161,7 @@ def test_qrels_of_trec_and_tables_of_any_format_are_a_collection(tmp_path):
     assert judged(tmp_path) == found
 
 
-def test_tables_of_ms_marco_have_no_header_and_a_run_of_trec_is_a_teachers_scores(tmp_path):
+def test_tables_of_ms_marco_have_no_header_and_a_run_of_trec_is_a_teachers_scores(tmp_path, capsys):
     write(tmp_path / "collection.tsv", '0\t"the presence\n1\tof mind\n2\tbody text\n')
     write(tmp_path / "queries.tsv", "7\twhat presence\n8\twhose mind\n")
     write(tmp_path / "qrels.dev.tsv", "7\t0\t0\t1\n8\t0\t1\t1\n")
@@ -169,6 +169,7 @@ def test_tables_of_ms_marco_have_no_header_and_a_run_of_trec_is_a_teachers_score
     found = {("what presence", '"the presence', 1, "validation"), ("whose mind", "of mind", 1, "validation")}
     assert judged(tmp_path, split="validation") == found
     given = pl.concat(read(tmp_path, split="validation").given)
+    assert "reads corpus_id as document_ids, score as given" in capsys.readouterr().err
     assert sorted(given.rows()) == [("7", "0", 12.5), ("7", "2", pytest.approx(0.15)), ("8", "1", -3.0)]
     drawn = read(tmp_path, split="validation", num_pairs=1)
     assert len(drawn.queries) == 1 and {*pl.concat(drawn.given)["query_id"]} == {*drawn.queries["query_id"]}
