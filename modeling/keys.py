@@ -103,6 +103,7 @@ def _library_key(node: ast.AnnAssign) -> LibraryKey:
 
 def parse_library_keys(values: Mapping[str, Any]) -> tuple[ModelConfig, SentenceTransformerTrainingArguments]:
     """`values` as the libraries' dataclasses. Raises InputError on a key or a value that they do not take."""
+    import torch
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig, TrlParser
 
@@ -114,7 +115,8 @@ def parse_library_keys(values: Mapping[str, Any]) -> tuple[ModelConfig, Sentence
     # what no flag says: an empty list, and several of a key that is text or a list
     values = {key: value for key, value in values.items() if value is not None}
     unsaid = {key: value for key, value in values.items() if value == [] or key == "report_to"}
-    parser.set_defaults_with_config(**DEFAULTS, **unsaid)
+    on_cpu = {"use_cpu": True} if values.get("bf16") and not torch.accelerator.is_available() else {}
+    parser.set_defaults_with_config(**DEFAULTS, **on_cpu, **unsaid)  # transformers asks for use_cpu there
     # the rest as flags, so that a recipe's values are checked and converted as those of the command line are
     flags = [part for key, value in values.items() if key not in unsaid for part in _as_flags(key, value)]
     try:

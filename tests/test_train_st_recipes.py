@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -31,6 +32,12 @@ ONE_STAGE = ("continue", "encoder")  # finished embedders need no sentence pairs
 def read(path: Path) -> Recipe:
     # 4 bits need a library that the tests do without; what they mean is tested below
     return read_recipe(["--config", str(path), "--load_in_4bit", "false", "--use_cpu", "true"], "")
+
+
+def test_bfloat16_on_a_machine_without_accelerator_needs_no_further_key():
+    recipe = read_recipe(["--config", str(RECIPES / "smollm2" / "train.yaml"), "--bf16", "true"], "")
+    assert all(stage.training.bf16 for stage in recipe.stages)
+    assert all(stage.training.use_cpu != torch.accelerator.is_available() for stage in recipe.stages)
 
 
 def test_all_recipes_are_here():
