@@ -109,9 +109,7 @@ def load_recipes(path: str, flags: Sequence[str], output: Path) -> dict[Path, Gr
     if not isinstance(task_type, str) or task_type not in task_types:
         raise InputError(f"{path}: key 'task_type' is {task_type!r}; it can be {', '.join(task_types)}")
     recipe = parse_recipe(task_types[task_type], values, path, flags)
-    recipe = recipe.model_copy(update={"source": prefer_local(recipe.source, recipe.data_root)})
-    check_task_type(recipe.task_type, recipe.source, recipe.data_root)
-    return {output: recipe}
+    return {output: _where_it_lies(recipe)}
 
 
 def recipe_of(name: str, collection: CollectionRecipe, path: str) -> GradedRecipe | StsRecipe:
@@ -123,4 +121,11 @@ def recipe_of(name: str, collection: CollectionRecipe, path: str) -> GradedRecip
     own = {name: value for name, value in shared.items() if name in kind.model_fields}
     # an unknown name is told by RegistrySource
     facts = {"task_type": entry.task_type, "instruction": entry.instruction} if entry else {}
-    return parse_recipe(kind, {**own, **facts, "source": source}, f"{path}: {name}")
+    return _where_it_lies(parse_recipe(kind, {**own, **facts, "source": source}, f"{path}: {name}"))
+
+
+def _where_it_lies(recipe: GradedRecipe | StsRecipe) -> GradedRecipe | StsRecipe:
+    """The recipe with a copy of its set on this machine in place of the Hub's, if there is one."""
+    recipe = recipe.model_copy(update={"source": prefer_local(recipe.source, recipe.data_root)})
+    check_task_type(recipe.task_type, recipe.source, recipe.data_root)
+    return recipe

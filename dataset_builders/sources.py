@@ -103,6 +103,7 @@ class Entry(HubSet):
     licence: str
     mteb_task: str | None  # the evaluation that this is the training set of
     training_datasets: tuple[str, ...]
+    local_copy: dict[str, Any] | None = None  # what a source of this set has unless it says otherwise
     note: str = ""
 
     @property
@@ -167,7 +168,8 @@ class RegistrySource(OnTheHub):
         entry = registry().get(str(values.get("name")))
         if entry is None or entry.split is None:
             return values  # the name is refused below
-        return {"language": "en", "split": entry.split, "training_datasets": entry.training_datasets, **values}
+        filled = entry.model_dump(include={"split", "training_datasets", "local_copy"})
+        return {"language": "en", **filled, **values}
 
     @field_validator("name")
     @classmethod
