@@ -168,9 +168,10 @@ def saved_prompts(stage: Stage, shots: Sequence[tuple[str, str]] = ()) -> dict[s
 def start_line(start: Start, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a run starts from, in one line: what is kept of the model as published, and what the stage replaces."""
     own, published = stage.own, start.published
-    ids = tokenizer("a")["input_ids"]
-    first, last = tokenizer.convert_ids_to_tokens([ids[0], ids[-1]])
-    ends = f"texts begin with {first!r} and end in {last!r}"
+    ids, words = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    first = ids.index(words[0])
+    sides = (tokenizer.convert_ids_to_tokens(side) for side in (ids[:first], ids[first + len(words) :]))
+    ends = "{} before a text and {} after it".format(*(" ".join(map(repr, side)) or "no token" for side in sides))
     if published is None:
         template = "no instruction" if own.instruction is None else f"queries as {own.query_template!r}"
         return f"start {start.reference}: bare model; pooling {own.pooling or 'eos'}, {ends}, {template}"

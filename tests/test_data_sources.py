@@ -342,3 +342,18 @@ def test_sets_of_every_task_type_are_read(path, split, task_type, counts):
     check_task_type(task_type, source, str(SHARED_DATA))
     rows = read_rows(source, str(SHARED_DATA))
     assert (len(rows.documents), len(rows.queries), len(rows.qrels)) == counts
+
+
+def test_a_collection_reads_the_copies_that_lie_below_data_root(tmp_path, capsys):
+    """recipes/lg-anna by a folder: each set's own split and layout, and no word with the Hub."""
+    (path,) = (path for path in DATA_RECIPES if path.parent.name == "lg-anna")
+    write_rows(tmp_path / "banking77" / "train.parquet", text=["a", "b", "c"], label=[0, 0, 1])
+    write_rows(tmp_path / "stsb" / "train.parquet", sentence1=["a"], sentence2=["b"], score=[5.0])
+    flags = ["--sources", "[Banking77Classification, STSBenchmark]", "--data_root", str(tmp_path), "--num_pairs", "2"]
+    recipes = load_recipes(str(path), flags, Path("data"))
+    texts_, pairs = (recipe.source for recipe in recipes.values())
+    assert (texts_.kind, texts_.path, texts_.num_pairs) == ("local", "banking77", 2)
+    assert (pairs.kind, pairs.path, pairs.score_range) == ("local", "stsb", (0, 5))
+    assert capsys.readouterr().err.count("in place of") == 2
+    recipes = load_recipes(str(path), [*flags[:3], str(tmp_path / "empty")], Path("data"))
+    assert {recipe.source.kind for recipe in recipes.values()} == {"registry"}

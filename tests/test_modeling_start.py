@@ -179,4 +179,4 @@ def test_a_pretrained_decoder_is_saved_as_a_folder_that_stock_libraries_read(smo
         stock.encode(TEXTS, prompt_name="query"), smollm2.encode(TEXTS, prompt_name="query"), atol=1e-5
     )
     line = start_line(Start("x", None, "k", SMOLLM2), settled(None, query_template="Q: {task}"), stock.tokenizer)
-    assert "bare model; pooling eos" in line and "end in '<|im_end|>'" in line
+    assert "bare model; pooling eos, no token before a text and '<|im_end|>' after it" in line
