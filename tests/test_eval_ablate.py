@@ -328,7 +328,7 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     """With tiny data in place of the demo's: every variant is read and checked as a run would be."""
-    assert len(SHIPPED) == 12
+    assert len(SHIPPED) == 13
     monkeypatch.setattr(ablation_recipe, "data_content", lambda name, revision: name)
     monkeypatch.setattr(ablation_recipe, "corpus_content", lambda name: name)
     monkeypatch.setattr(ablation_recipe, "model_content", lambda name: name)
@@ -336,7 +336,7 @@ def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out")], "")
     monkeypatch.chdir(ROOT)
     variants = read_variants(ablation, str(path))
-    counts = {"objectives": 18, "number": 3, "negatives": 10}
+    counts = {"objectives": 18, "number": 3, "cross-encoder": 3, "negatives": 10}
     assert len(variants) == counts.get(path.stem, 4)
     assert len({variant.key for variant in variants}) == len(variants)
     assert ablation.compared_with == ablation.baseline
