@@ -210,6 +210,11 @@ def check_layers(stages: Sequence[Stage], start: Start) -> None:
                 model.add_adapter(stage.peft_config)
         except (HTTPError, OSError, ValueError, TypeError, ImportError) as error:
             raise InputError(f"stage {stage.name!r}: {where} cannot be built: {error}") from None
+        reentrant = (stage.training.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and stage.training.gradient_checkpointing and getattr(config, "num_kv_shared_layers", 0):
+            # silently: findings/reentrant_checkpointing_loses_gradients_of_shared_keys.sh
+            lost = f"{where} shares keys between layers, whose gradients reentrant checkpointing loses"
+            raise InputError(f"stage {stage.name!r}: use_reentrant: {lost}; leave it out")
         if not stage.peft_config:
             continue
         # peft passes over names that it does not find; of modules to save, any ending is one

@@ -1,5 +1,6 @@
 """Starts as people have them: chat layouts, finished embedders, encoders, a pretrained decoder; what is refused."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,16 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from test_common_plain_text import LAYOUTS, PROMPT, TEXT, ids_of, write_base
 from tokenizers import processors
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, Gemma4TextConfig
 from trl import ModelConfig
 
 from common.cli import InputError
 from common.models import resolve_model
 from modeling.arguments import StageArguments
 from modeling.encoder import build_encoder, read_published, save_merged
+from modeling.keys import parse_library_keys
 from modeling.recipe import Stage
+from modeling.stages import check_layers
 from modeling.start import Start, column_prompts, load_tokenizer, published_start, saved_prompts, settle, start_line
 
 TEXTS = ["how do i boil an egg", "the train leaves at noon", "a red kite over the hill"]
@@ -180,3 +183,17 @@ def test_a_pretrained_decoder_is_saved_as_a_folder_that_stock_libraries_read(smo
     )
     line = start_line(Start("x", None, "k", SMOLLM2), settled(None, query_template="Q: {task}"), stock.tokenizer)
     assert "bare model; pooling eos, no token before a text and '<|im_end|>' after it" in line
+
+
+@pytest.mark.parametrize(("shared", "reentrant"), [(2, True), (2, False), (0, True)])
+def test_checkpointing_that_loses_gradients_of_shared_keys_is_refused(tmp_path, shared, reentrant):
+    layers = {"num_hidden_layers": 4, "num_kv_shared_layers": shared, "layer_types": ["full_attention"] * 4}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    Gemma4TextConfig(vocab_size=32, head_dim=16, vocab_size_per_layer_input=32, **layers, **sizes).save_pretrained(
+        tmp_path
+    )
+    keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    stage = replace(settled(None), model=ModelConfig(), training=parse_library_keys(keys)[1])
+    wrong = shared and reentrant
+    with pytest.raises(InputError, match="leave it out") if wrong else contextlib.nullcontext():
+        check_layers([stage], Start(str(tmp_path), None, "k", "x"))
