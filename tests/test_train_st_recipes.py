@@ -159,7 +159,7 @@ def test_the_page_names_files_and_flags_that_exist():
     files = set(re.findall(r"(?:--config|--config_file) (recipes/(?!X/)\S+\.yaml)", text))
     files |= {f"recipes/{name}" for name in re.findall(r"`(accelerate/\w+\.yaml)`", text)}
     files |= {f"recipes/{name}/train.yaml" for name in re.findall(r"GB \| `([\w-]+)`", text)}
-    assert len(files) == 8 and all((ROOT / name).is_file() for name in files)
+    assert len(files) == 9 and all((ROOT / name).is_file() for name in files)
     hf = Path(sys.executable).with_name("hf")
     for command in ("jobs run", "buckets create", "buckets sync"):
         used = {flag for line in re.findall(rf"hf {command} (.*)", text) for flag in re.findall(r"--[a-z]+", line)}
