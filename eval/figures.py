@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.intervals import LEVEL
 from eval.leaderboard import Leaderboard
+from modeling.recipe import VALIDATION_NDCG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 KINDS = (("retriever", "retrievers", BLUE), ("model", "models", ORANGE), ("fusion", "both, fused", GREEN))
 KEY = "Results"  # the text chunk of a PNG that holds metrics.json's `key`
-VALIDATION_KEY = "eval_validation_cosine_ndcg@10"
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
@@ -77,7 +77,7 @@ def plot_training(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes[0][column].set_title(stage)
         axes[1][column].set_xlim(0, 1.03 * max((entry["step"] for entry in log), default=1))
         axes[1][column].set_xlabel("step")
-        for axis, key, colour in ((axes[0][column], "loss", BLUE), (axes[1][column], VALIDATION_KEY, ORANGE)):
+        for axis, key, colour in ((axes[0][column], "loss", BLUE), (axes[1][column], VALIDATION_NDCG, ORANGE)):
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
             if points:
                 # a few points are measurements to be seen as such, many are a line

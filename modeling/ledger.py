@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, read_manifest, write_json
+from modeling.recipe import VALIDATION_NDCG
 
 if TYPE_CHECKING:
     from modeling.recipe import Stage
@@ -26,7 +27,7 @@ def closing_line(name: str, cost: dict[str, Any], trainer: EmbedderTrainer, fold
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     seconds, tokens = cost["training_seconds"], cost["tokens"]
     parts = [f"{cost['steps']} steps", f"{tokens:,} tokens in {seconds:.0f} s ({tokens / max(seconds, 1e-9):,.0f}/s)"]
-    for key, title in (("loss", "loss"), ("eval_validation_cosine_ndcg@10", "validation nDCG@10")):
+    for key, title in (("loss", "loss"), (VALIDATION_NDCG, "validation nDCG@10")):
         found = [(entry["step"], entry[key]) for entry in history if key in entry]
         if not found:
             continue

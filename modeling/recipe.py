@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 RESERVED = ("model", "adapter", "student", "merge", "logs", "data", "results", "report")
 LONGEST_NAME = 100
 STAGES = "stages.json"
-BEST = "eval_validation_cosine_ndcg@10"  # what the best checkpoint is chosen by, unless a recipe says otherwise
+VALIDATION_NDCG = "eval_validation_cosine_ndcg@10"  # in the trainer's log; chooses the best checkpoint by default
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _read_stage(
     if own.early_stopping_patience:
         keys.setdefault("load_best_model_at_end", True)
     if keys.get("load_best_model_at_end"):
-        keys.setdefault("metric_for_best_model", BEST)
+        keys.setdefault("metric_for_best_model", VALIDATION_NDCG)
     try:
         model, training = parse_library_keys(keys)
         quantization(model)

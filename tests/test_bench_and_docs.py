@@ -78,6 +78,7 @@ def test_the_cloud_cluster_fits_rays_own_schema():
     autoscaler = pytest.importorskip("ray.autoscaler", reason="Ray is not installed")
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(autoscaler.__file__).parent / "ray-schema.json").read_text())
+    assert {"available_node_types", "head_node_type"} <= schema["properties"].keys()
     jsonschema.validate(yaml.safe_load((RECIPES / "ray-up.yaml").read_text()), schema)
 
 
