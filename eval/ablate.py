@@ -23,8 +23,8 @@ a run that fails is reported, the others go on, and the exit code is 2.
 OUTPUT_DIR/ablation.md, ablation.png and index.html (with the queries won and lost most) are for people;
 ablation.json holds, for programs:
 
-    config, command, base, shared, metric, split, chosen_on, chosen, baseline, seeds, counts, interval {level,
-    resamples, method}, notes [sentence], failed [{name, seed, reason}], versions, and
+    config, command, base, shared, metric, scoring_dtype, split, chosen_on, chosen, baseline, seeds, counts,
+    interval {level, resamples, method}, notes [sentence], failed [{name, seed, reason}], versions, and
     rows [{name, overrides, seeds: those that finished, mean, low, high, per_seed, standard_deviation (over seeds, null
     for one), difference {mean, low, high, per_seed, seeds} to the baseline or null, chosen_on_mean, measures {name:
     mean}, tasks {mteb's task type, "mean over types" or "mean over tasks": one score for each seed}, and the costs of
@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> None:
     keys = {split: split_key(split, data) for split in ablation.splits}
     if ablation.tasks:
         keys[TASKS] = fingerprint([(task.metadata.name, task.metadata.dataset) for task in read_tasks(ablation)])
+    if ablation.scoring_dtype:
+        keys = {name: fingerprint([key, ablation.scoring_dtype]) for name, key in keys.items()}
     for variant in variants:
         for folder, source in variant.mined.items():
             write_mined_rows(folder, source, variant.mining)
@@ -86,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
         "base": ablation.base,
         "shared": ablation.shared,
         "metric": COMPARED,
+        "scoring_dtype": ablation.scoring_dtype,
         "split": reported,
         "chosen_on": ablation.split,
         "chosen": choose(rows),

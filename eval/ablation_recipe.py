@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -40,6 +40,8 @@ class Ablation(Section):
     # mteb's tasks that every run is scored by besides: names, or [local] for all below data_root
     tasks: tuple[str, ...] = ()
     data_root: str | None = None  # folder of local copies of tasks' data, see eval.local_tasks
+    # that models are scored in: bfloat16 takes half the time where the processor has it; null: as they were saved
+    scoring_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     shared: dict[str, Any] = Field(default_factory=dict)  # overrides of the base for every row
     # name -> overrides: KEY as a flag of train_st.py has it, STAGE.KEY, student.KEY, or mining.KEY for rows mined anew
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -122,7 +122,8 @@ def train_and_score_one(folder: Path, ablation: Ablation, keys: Mapping[str, str
     train_st.main(["--config", str(folder / "recipe.yaml")])
     if TASKS in keys:
         write_json(folder / f"scores-{TASKS}.json", {**score_tasks(folder, ablation), "key": keys[TASKS]})
-    system, vectors = System("model", str(folder / "model")), folder / "embeddings"  # not needed again
+    system = System("model", str(folder / "model"), dtype=ablation.scoring_dtype)
+    vectors = folder / "embeddings"  # not needed again
     rows = {split: model_row(system, vectors, asked)[0] for split, asked in load_splits(ablation).items()}
     shutil.rmtree(vectors)
     for split, row in rows.items():  # last: with these the run counts as finished
@@ -132,10 +133,13 @@ def train_and_score_one(folder: Path, ablation: Ablation, keys: Mapping[str, str
 def score_tasks(folder: Path, ablation: Ablation) -> dict[str, dict[str, float]]:
     """mteb's main scores of a run's model by task, and their means as the leaderboard has them."""
     from eval.leaderboard import make_leaderboard
-    from eval.run_mteb import evaluate, load_for_mteb
+    from eval.run_mteb import evaluate, load_for_mteb, use_dtype
 
     tasks = read_tasks(ablation)
-    results, failures = evaluate(load_for_mteb(str(folder / "model")), tasks, folder / "mteb", batch_size=32)
+    model = load_for_mteb(str(folder / "model"))
+    if ablation.scoring_dtype:
+        use_dtype(model, ablation.scoring_dtype)
+    results, failures = evaluate(model, tasks, folder / "mteb", batch_size=32)
     for name, why in failures.items():
         raise InputError(f"task {name}: {why}")
     board = make_leaderboard({"model": results}, tasks)

@@ -17,6 +17,7 @@ import shlex
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from eval.metrics import (
     with_differences,
 )
 from eval.pages import write_queries_page
-from eval.systems import System, compressed, encoder_section, named_systems, run_systems
+from eval.systems import DTYPES, System, compressed, encoder_section, named_systems, run_systems
 from eval.thresholds import relevance
 from modeling.recipe import read_stages
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     systems = (
         run_systems(args.run, args.data, args.output_dir) if args.run else named_systems(args.model, args.output_dir)
     )
+    systems = [replace(system, dtype=args.dtype) for system in systems]
     for system in [system for system in systems if system.with_bm25]:
         systems += compressed(system, args.truncate_dim, args.precision)
 
@@ -93,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
             compared=COMPARED,
             systems=with_differences(rows),
             not_evaluated=missing_stages(args.run) if args.run else [],
-            notes=notes,
+            notes=[*([f"The models ran in {args.dtype}."] if args.dtype else []), *notes],
             peak_memory_bytes=peak_memory_bytes(),
             versions=stack_versions(),
         ).model_dump(by_alias=True)
@@ -113,6 +115,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--truncate_dim", nargs="+", type=at_least_1, default=[], metavar="N", help=cut)
     precision = "also with documents' vectors in it"
     parser.add_argument("--precision", nargs="+", choices=("int8", "binary"), default=[], help=precision)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the models' weights and products (default: as saved)")
     return parser.parse_args(argv)
 
 
@@ -136,7 +139,7 @@ def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:
     names += ["candidates/candidates.parquet", "candidates/own.parquet"]
     files = {name: file_sha256(data / name) for name in names if (data / name).exists()}
     models = {
-        system.name: [resolve_model(system.model).fingerprint(), system.query_prompt, system.dimensions]
+        system.name: [resolve_model(system.model).fingerprint(), system.query_prompt, system.dimensions, system.dtype]
         for system in systems
     }
     return fingerprint({"split": split, "files": files, "models": models, "cosines": [QUANTILES, NEAR]})
@@ -216,7 +219,7 @@ def fused_row(
 
 def embed(system: System, cache: Path, asked: HeldOut) -> tuple[np.ndarray | Vectors, ...]:
     """Vectors of queries and documents, as `system` has them."""
-    section = encoder_section(system.model).model_copy(update={"query_prompt": system.query_prompt})
+    section = encoder_section(system.model, system.dtype).model_copy(update={"query_prompt": system.query_prompt})
     embedder = Embedder(section, cache)
     vectors = embedder.queries(list(asked.queries.values())), embedder.documents(list(asked.documents.values()))
     if system.dimensions:

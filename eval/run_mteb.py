@@ -29,7 +29,7 @@ from dataset_builders.embeddings import load_model
 from eval.cost import format_cost
 from eval.leaderboard import format_means, make_leaderboard
 from eval.local_tasks import LOCAL_TASKS, local_tasks, register_local_tasks
-from eval.systems import encoder_section
+from eval.systems import DTYPES, encoder_section
 from modeling.prompts import few_shot_prompts, with_demonstrations
 
 if TYPE_CHECKING:
@@ -45,13 +45,16 @@ def main(argv: Sequence[str]) -> None:
         local = [task.metadata.name for task in tasks if task.metadata.dataset["path"].startswith("local/")]
         print(f"from {args.data_root}, so not for mteb's leaderboard: {', '.join(local) or 'none'}", file=sys.stderr)
     model = load_for_mteb(args.model)
+    is_encoder = hasattr(model, "model")  # else it runs by an API, or by code of its own in mteb
+    if not is_encoder and (args.estimate or args.share_prefix or args.dtype):
+        raise InputError(
+            f"{args.model}: mteb does not run it by sentence-transformers; "
+            "leave out --estimate, --share_prefix and --dtype"
+        )
+    if args.dtype:
+        use_dtype(model, args.dtype)
     if args.shots:
         show_demonstrations(model, args.shots)
-    is_encoder = hasattr(model, "model")  # else it runs by an API, or by code of its own in mteb
-    if not is_encoder and (args.estimate or args.share_prefix):
-        raise InputError(
-            f"{args.model}: mteb does not run it by sentence-transformers; leave out --estimate and --share_prefix"
-        )
     if is_encoder:
         print(format_cost(model.model, tasks), file=sys.stderr)
     if args.estimate:
@@ -79,6 +82,8 @@ def _parse(argv: Sequence[str]):
     parser.add_argument("--shots", type=at_least_1, default=0, metavar="K", help=shots)
     share = "compute a prompt once a call: the same vectors up to rounding, sooner where prompts are long"
     parser.add_argument("--share_prefix", action="store_true", help=share)
+    dtype = "of weights and products (default: as saved); the results' revision then ends in it"
+    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
     parser.add_argument("--estimate", action="store_true", help="print texts, tokens and GPU hours, and stop")
     return parser.parse_args(argv)
 
@@ -149,6 +154,15 @@ def load_for_mteb(reference: str) -> MTEBModels:
 def update_meta(model: MTEBModels, **fields: Any) -> None:
     """Change what mteb knows of a loaded model."""
     model.mteb_model_meta = model.mteb_model_meta.model_copy(update=fields)
+
+
+def use_dtype(model: MTEBModels, dtype: str) -> None:
+    """Run the model in `dtype`, under a revision of its own where its weights were saved in another."""
+    import torch
+
+    if model.model.dtype != (wanted := getattr(torch, dtype)):
+        model.model.to(wanted)
+        update_meta(model, revision=f"{model.mteb_model_meta.revision}-{dtype}")
 
 
 def show_demonstrations(model: MTEBModels, shots: int) -> None:

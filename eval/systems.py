@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 SHOTS = (1, 2)  # demonstrations shown to the untrained model
+DTYPES = ("float32", "bfloat16", "float16")  # that a model can be run in, whatever it was saved in
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class System:
     dimensions: int | None = None  # of its vectors, the first are kept; None: all
     precision: str = "float32"  # of the documents' vectors: sentence-transformers' int8 or binary
     with_bm25: bool = False  # one more row: fused with BM25
+    dtype: str | None = None  # of weights and products; None: as its weights were saved
 
 
 def compressed(system: System, dimensions: Sequence[int], precisions: Sequence[str]) -> list[System]:
@@ -149,8 +151,8 @@ def saved_encoder(reference: str, folder: Path, settings: Mapping[str, Any]) -> 
     return folder
 
 
-def encoder_section(reference: str) -> EncoderSection:
-    """A model in the dtype of its weights on disk: in float32 a half-precision one would take twice the memory.
+def encoder_section(reference: str, dtype: str | None = None) -> EncoderSection:
+    """A model in `dtype`, or that of its weights on disk: in float32 a half-precision one would take twice the memory.
 
     Raises InputError for a folder that is not a SentenceTransformer's.
     """
@@ -163,7 +165,7 @@ def encoder_section(reference: str) -> EncoderSection:
     if model.is_local:
         check_model_folder(Path(model.name_or_path))
     try:
-        dtype = AutoConfig.from_pretrained(model.name_or_path, revision=fetch_settings(model)).dtype
+        dtype = dtype or AutoConfig.from_pretrained(model.name_or_path, revision=fetch_settings(model)).dtype
     except (OSError, ValueError):  # not at the top of the folder; loading tells whether there is a model at all
         dtype = None
     return EncoderSection(
