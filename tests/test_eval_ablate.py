@@ -1,6 +1,7 @@
 """Ablations: runs that resume, failures that stop no other run, bad recipes refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,20 @@ def test_what_is_finished_is_only_tabled(folder, result, tmp_path, capsys):
     again = json.loads((folder / "out" / "ablation.json").read_text())
     assert again["rows"] == [row for row in result["rows"] if row["seeds"]]
     assert again["failed"] == []
+
+
+def test_another_dtype_scores_again_and_trains_nothing(folder, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_runs, "run_in_new_process", run_here)
+    output = shutil.copytree(folder / "out", tmp_path / "out")
+    model = output / "runs" / "one-hot" / "seed-0" / "model" / "manifest.json"
+    trained = model.stat().st_mtime_ns
+    flags = ["--seeds", "0", "--variants", "{one-hot: {retrieval.alpha: 0}}", "--scoring_dtype", "bfloat16"]
+    main([*arguments(folder, "--report_split", "test", *flags), "--output_dir", str(output)])
+    again = json.loads((output / "ablation.json").read_text())
+    assert model.stat().st_mtime_ns == trained and again["scoring_dtype"] == "bfloat16"
+    row = json.loads((model.parents[1] / "scores-test.json").read_text())
+    before = json.loads((folder / "out" / "runs" / "one-hot" / "seed-0" / "scores-test.json").read_text())
+    assert row["cosines"] != before["cosines"] and row["key"] != before["key"]
 
 
 def test_ablations_share_runs_of_equal_settings(folder, result, tmp_path):

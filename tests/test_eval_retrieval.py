@@ -16,16 +16,16 @@ from eval import systems
 from eval.held_out import HeldOut, candidate_rankings, load_held_out
 from eval.metrics import read_metrics, with_differences
 from eval.retrieval import (
-    System,
     choose_weight,
     cosine_quantiles,
     dequantised,
+    embed,
     main,
     missing_stages,
     model_row,
     retriever_row,
 )
-from eval.systems import run_systems
+from eval.systems import System, run_systems
 from modeling.prompts import baked_prompts, few_shot_prompts
 from release.card_metadata import final_row, shortened_rows
 
@@ -194,6 +194,20 @@ def test_any_models_are_compared_without_a_run(run, tiny_decoder, tmp_path, held
     assert f"| {names[0]} | {scores[names[0]]:.3f} |" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"--truncate_dim 99: .* has fewer"):
         evaluate(run, tmp_path / "out", "--model", names[0], "--truncate_dim", "99")
+
+
+def test_models_run_in_the_dtype_that_is_asked_for(run, held_out):
+    """Weights and products of sentence-transformers in bfloat16, whose vectors are not those of float32."""
+    from sentence_transformers import SentenceTransformer
+
+    texts = list(held_out.queries.values())
+    reference = SentenceTransformer(str(run / "model"), model_kwargs={"dtype": "bfloat16"})
+    expected = reference.encode_query(texts, normalize_embeddings=True)
+    found, saved = (
+        np.asarray(embed(System("model", str(run / "model"), dtype=dtype), run / "dtypes", held_out)[0])
+        for dtype in ("bfloat16", None)
+    )
+    assert np.abs(found - expected).max() < 2e-3 < np.abs(found - saved).max()
 
 
 def test_quantised_vectors_stay_near():

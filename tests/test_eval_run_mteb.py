@@ -9,7 +9,7 @@ import pytest
 from common.cli import InputError, run
 from eval import run_mteb
 from eval.cost import task_cost
-from eval.run_mteb import evaluate, load_for_mteb, load_tasks, main, show_demonstrations
+from eval.run_mteb import evaluate, load_for_mteb, load_tasks, main, show_demonstrations, use_dtype
 from modeling.prompts import baked_prompts, few_shot_prompt
 
 NAMES = ("MockClassificationTask", "MockSTSTask", "MockRetrievalTask")
@@ -90,6 +90,16 @@ def test_shots_stand_before_every_instruction_and_have_results_of_their_own(tiny
         show_demonstrations(zero, 3)
     with pytest.raises(InputError, match="train it with prompt_shots"):
         show_demonstrations(load_for_mteb(str(tiny_encoder)), 2)
+
+
+def test_another_dtype_has_results_of_its_own(tiny_encoder, mock_tasks, tmp_path):
+    whole, half = load_for_mteb(str(tiny_encoder)), load_for_mteb(str(tiny_encoder))
+    use_dtype(whole, "float32")
+    use_dtype(half, "bfloat16")
+    revisions = [model.mteb_model_meta.revision for model in (whole, half)]
+    assert revisions[1] == f"{revisions[0]}-bfloat16" and half.model.dtype.itemsize == 2
+    scores = [evaluate(model, mock_tasks[1:2], tmp_path, batch_size=8)[0][0].get_score() for model in (whole, half)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.05) and len(list(tmp_path.rglob("MockSTSTask.json"))) == 2
 
 
 def test_a_failing_task_does_not_end_the_run(model, mock_tasks, tmp_path, monkeypatch, capsys):
