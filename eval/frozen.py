@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", default="float32", help="of weights (default: float32; bfloat16 for large models)")
     parser.add_argument("--batch_size", type=at_least_1, default=32, help="texts per forward pass (default: 32)")
     args = parser.parse_args(argv)
+    if min(args.shots, default=0) < 0:
+        raise InputError(f"--shots {min(args.shots)}: a number of demonstrations is 0 or more")
     tasks = load_tasks(None, args.tasks, args.data_root)
     if other := [task.metadata.name for task in tasks if task.metadata.name not in LOCAL_TASKS]:
         raise InputError(

@@ -202,6 +202,7 @@ def evaluate(
         except FileNotFoundError:
             continue
         except ValueError:
+            print(f"{path}: cut off while it was written; {task.metadata.name} is run again", file=sys.stderr)
             path.unlink()
     with share_prefix(model.model) if share else nullcontext():
         found = mteb.evaluate(

@@ -343,7 +343,7 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     """With tiny data in place of the demo's: every variant is read and checked as a run would be."""
-    assert len(SHIPPED) == 13
+    assert len(SHIPPED) == 14
     monkeypatch.setattr(ablation_recipe, "data_content", lambda name, revision: name)
     monkeypatch.setattr(ablation_recipe, "corpus_content", lambda name: name)
     monkeypatch.setattr(ablation_recipe, "model_content", lambda name: name)

@@ -82,6 +82,12 @@ def test_a_template_is_the_text_in_it_and_its_last_token(pretrained_decoder, tmp
     np.testing.assert_allclose(both[0], state / np.linalg.norm(state), atol=1e-5)
 
 
+def test_fewer_demonstrations_than_none_are_refused(tmp_path):
+    arguments = ["--model", "m", "--tasks", "local", "--data_root", str(tmp_path), "--output_dir", str(tmp_path)]
+    with pytest.raises(InputError, match="--shots -1: a number of demonstrations is 0 or more"):
+        main([*arguments, "--shots", "0", "-1"])
+
+
 def test_pairs_for_demonstrations_share_no_text_with_what_is_scored(tmp_path):
     (tmp_path / "stsb").mkdir()
     columns = {"sentence1": ["a", "b", "c"], "sentence2": ["x", "y", "z"], "score": [5.0, 4.9, 1.0]}

@@ -43,7 +43,7 @@ def test_a_local_model_is_known_by_its_files(tiny_encoder, model, tmp_path):
     assert load_for_mteb(str(copy)).mteb_model_meta.revision != model.mteb_model_meta.revision
 
 
-def test_an_interrupted_run_computes_only_what_is_missing(model, mock_tasks, tmp_path, monkeypatch):
+def test_an_interrupted_run_computes_only_what_is_missing(model, mock_tasks, tmp_path, monkeypatch, capsys):
     import mteb
 
     whole, failures = evaluate(model, mock_tasks, tmp_path / "whole", batch_size=8)
@@ -61,6 +61,7 @@ def test_an_interrupted_run_computes_only_what_is_missing(model, mock_tasks, tmp
         lambda self, inputs, **kwargs: encoded.append(kwargs["task_metadata"].name) or encode(self, inputs, **kwargs),
     )
     resumed, failures = evaluate(model, mock_tasks, tmp_path / "cut", batch_size=8)
+    assert "MockSTSTask.json: cut off while it was written; MockSTSTask is run again" in capsys.readouterr().err
     assert failures == {}
     assert set(encoded) == {"MockSTSTask", "MockRetrievalTask"}
     assert {r.task_name: r.get_score() for r in resumed} == {r.task_name: r.get_score() for r in whole}
