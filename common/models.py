@@ -142,6 +142,16 @@ def _problem_of(path: Path, content: Any) -> str | None:
     return None
 
 
+def positions_in(config: Any) -> int | None:
+    """The longest text that a model of this configuration has positions for; None where it names no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    # RoBERTa's relatives count positions from behind the padding token's id
+    is_offset = any(name in config.model_type for name in ("roberta", "camembert", "mpnet", "xmod", "longformer"))
+    return positions - (config.pad_token_id + 1) if is_offset else positions
+
+
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
     """transformers shows a bar for each file of weights that it reads or writes, also for a single small one."""

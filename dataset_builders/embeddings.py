@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from common.cli import InputError
-from common.models import check_model_folder, fetch_settings, resolve_model, without_bars
+from common.models import check_model_folder, fetch_settings, positions_in, resolve_model, without_bars
 from common.plain_text import use_plain_text
 from common.recipes import Section
 from common.steps import fingerprint
@@ -269,6 +269,9 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
             model = kind(path, revision=revision, model_kwargs={"dtype": section.dtype}, **keywords)
         if kind is SentenceTransformer:
             use_plain_text(model, path, revision)
+        positions = None if section.max_seq_length else count_positions(path, revision)
+        if positions and (model.max_seq_length or 0) > positions:  # as its files may say
+            model.max_seq_length = positions
         return model
     except (HTTPError, OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: other shapes
         raise InputError(f"model {section.model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -282,12 +285,7 @@ def count_positions(name_or_path: str, revision: str | None) -> int | None:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision).get_text_config()
     except (OSError, ValueError, KeyError):  # static embeddings have no such file
         return None
-    positions = getattr(config, "max_position_embeddings", None)
-    if not positions or positions < 0:
-        return None
-    # RoBERTa's relatives count positions from behind the padding token's id
-    is_offset = any(name in config.model_type for name in ("roberta", "camembert", "mpnet", "xmod", "longformer"))
-    return positions - (config.pad_token_id + 1) if is_offset else positions
+    return positions_in(config)
 
 
 def count_tokens(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError
-from common.models import ModelReference, fetch_settings, resolve_model, without_bars
+from common.models import ModelReference, fetch_settings, positions_in, resolve_model, without_bars
 from common.plain_text import use_plain_text
 from common.steps import write_json
 from modeling.adapters import add_adapter, merge_adapter
@@ -225,7 +225,7 @@ def _check_modules(encoder: SentenceTransformer, reference: str) -> None:
 def set_length(transformer: Transformer, max_seq_length: int | None, reference: str) -> None:
     """Texts of at most `max_seq_length` tokens; None keeps the model's own. Raises InputError beyond its positions."""
     # of the text part, where a checkpoint reads images too
-    longest = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_in(transformer.config.get_text_config())
     length = max_seq_length or transformer.max_seq_length
     if max_seq_length and longest and max_seq_length > longest:
         raise InputError(f"max_seq_length {max_seq_length}: {reference} goes to {longest}; lower it")

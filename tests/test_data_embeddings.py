@@ -1,5 +1,7 @@
 import itertools
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +121,15 @@ def test_more_tokens_than_a_model_has_positions_are_refused_before_it_is_loaded(
         EncoderSection(model=str(tmp_path), max_seq_length=longest).describe()
         with pytest.raises(InputError, match=f"max_seq_length {longest + 1}: .* goes to {longest}; lower it"):
             EncoderSection(model=str(tmp_path), max_seq_length=longest + 1).describe()
+
+
+def test_a_model_whose_files_say_more_tokens_than_it_has_positions_reads_what_it_can(tmp_path, texts, tiny_encoder):
+    shutil.copytree(tiny_encoder, tmp_path / "model")
+    settings = tmp_path / "model" / "sentence_bert_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_seq_length": 1024}))
+    section = EncoderSection(model=str(tmp_path / "model"), document_prompt="")
+    vectors = Embedder(section, tmp_path / "cache").documents(["how " * 200, "how " * 126, *texts])
+    assert vectors.count_cut == 1 and np.array_equal(vectors[:1], vectors[1:2])
 
 
 def test_cut_texts_are_counted_and_told_where_they_are_most(tmp_path, tiny_encoder, capsys):

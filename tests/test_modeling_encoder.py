@@ -26,6 +26,7 @@ from transformers import (
     Qwen2Config,
     Qwen2Tokenizer,
     Qwen3Config,
+    RobertaConfig,
 )
 from trl import ModelConfig
 
@@ -226,6 +227,19 @@ def test_eos_vector_trains_in_a_checkpoint_that_pads_with_eos(tmp_path):
 def test_encoders_that_would_be_silently_wrong(mistral, kwargs, message):
     with pytest.raises(InputError, match=message):
         build_encoder(mistral, prompts=PROMPTS, **kwargs)
+
+
+def test_an_encoder_that_counts_positions_from_behind_its_padding_reads_so_many_fewer(tmp_path):
+    folder = write_model(tmp_path / "model", word_piece(), RobertaConfig, max_position_embeddings=64)
+    encoder = build_encoder(folder, max_seq_length=63, pooling="mean")
+    save_merged(encoder, tmp_path / "saved")
+    settings = tmp_path / "saved" / "sentence_bert_config.json"
+    settings.write_text(settings.read_text().replace("63", "64"))
+    for read in (encoder, build_encoder(tmp_path / "saved")):
+        assert read.max_seq_length == 63 and read.encode("a " * 99).any()
+    for model in (folder, tmp_path / "saved"):
+        with pytest.raises(InputError, match="goes to 63; lower it"):
+            build_encoder(model, max_seq_length=64, pooling="mean")
 
 
 def test_a_prompt_may_take_all_but_the_stated_room(mistral):
