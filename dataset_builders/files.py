@@ -6,6 +6,7 @@ Values of CSV and TSV are texts (007 stays 007); of JSON a column has the type t
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -30,14 +31,22 @@ _TREC_RUN = re.compile(r"(\S+)\s+Q0\s+(\S+)\s+\d+\s+(-?[\d.]+(?:[eE][-+]?\d+)?)\
 _JSON = (".jsonl", ".ndjson", ".json")
 
 
+def format_of(path: Path) -> str:
+    """
+    >>> format_of(Path("FAQ.CSV"))
+    '.csv'
+    """
+    return path.suffix.lower()
+
+
 def read_file(path: Path, names: Sequence[str] = ()) -> pa.Table:
     """The rows of a file, memory-mapped where they were text. Raises InputError for what cannot be read.
 
     names: of the columns of a TSV file that has no header, and quotes nothing.
     """
-    if path.suffix == ".parquet":
+    if format_of(path) == ".parquet":
         return read_parquet(path)
-    if path.suffix == ".arrow":
+    if format_of(path) == ".arrow":
         return _read_arrow(path)
     with TemporaryDirectory() as folder, _one_line(path):
         rows, oldest = Path(folder) / "rows.arrow", pl.CompatLevel.oldest()
@@ -47,7 +56,7 @@ def read_file(path: Path, names: Sequence[str] = ()) -> pa.Table:
 
 def read_batches(path: Path) -> Iterator[pa.Table]:
     """As `read_file`, about BATCH_BYTES at a time: memory does not grow with the file."""
-    if path.suffix != ".parquet":
+    if format_of(path) != ".parquet":
         table = read_file(path)
         rows = BATCH_BYTES * len(table) // max(table.nbytes, 1) + 1
         yield from (table.slice(start, rows) for start in range(0, len(table), rows))
@@ -61,10 +70,12 @@ def read_batches(path: Path) -> Iterator[pa.Table]:
 
 def column_names(path: Path) -> list[str]:
     """Of a file's columns; of JSON lines those of the first thousand rows. Raises InputError as `read_file` does."""
-    if path.suffix == ".arrow":
+    if format_of(path) == ".arrow":
         return _read_arrow(path).column_names
     with _one_line(path):
-        return pq.read_schema(path).names if path.suffix == ".parquet" else _scan(path, 1000).collect_schema().names()
+        return (
+            pq.read_schema(path).names if format_of(path) == ".parquet" else _scan(path, 1000).collect_schema().names()
+        )
 
 
 def _read_arrow(path: Path) -> pa.Table:
@@ -81,15 +92,19 @@ def _scan(path: Path, rows: int | None, names: Sequence[str] = ()) -> pl.LazyFra
             path, has_header=False, new_columns=names, separator="\t", quote_char=None, infer_schema=False
         )
     with path.open("rb") as stream:
-        first = stream.readline().decode("utf-8-sig")
-    if path.suffix in _JSON:
-        return pl.scan_ndjson(path if path.suffix != ".json" else _lines(path, first), infer_schema_length=rows)
+        line = stream.readline()
+    first = line.decode("utf-8-sig")
+    if format_of(path) in _JSON:
+        source = _lines(path, first) if format_of(path) == ".json" else path
+        if source == path and line.startswith(codecs.BOM_UTF8):
+            source = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return pl.scan_ndjson(source, infer_schema_length=rows)
     trec = next((pattern for pattern in (_TREC, _TREC_RUN) if pattern.fullmatch(first)), None)
     if trec:
         parts = pl.col("line").str.extract_groups(trec.pattern).struct
         lines = pl.scan_csv(path, has_header=False, new_columns=["line"], separator="\x1f", quote_char=None)
         return lines.select(query_id=parts.field("1"), corpus_id=parts.field("2"), score=parts.field("3"))
-    separator = "\t" if path.suffix == ".tsv" else max(SEPARATORS, key=first.count)
+    separator = "\t" if format_of(path) == ".tsv" else max(SEPARATORS, key=first.count)
     return pl.scan_csv(path, separator=separator, infer_schema=False)
 
 
@@ -113,7 +128,7 @@ def _lines(path: Path, first: str) -> Path | bytes:
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
     """Raises InputError that says what is wrong with a file; with text, in which line, as far as that can be told."""
-    kind = "Parquet" if path.suffix == ".parquet" else path.suffix.removeprefix(".").upper()
+    kind = "Parquet" if format_of(path) == ".parquet" else format_of(path).removeprefix(".").upper()
     # pyarrow raises OSError for broken pages; with text it tells of the disk
     broken = (pa.ArrowException, OSError) if kind == "Parquet" else (pl.exceptions.PolarsError, ValueError)
     try:
@@ -128,7 +143,7 @@ def _wrong_line(path: Path) -> str | None:
         for number, line in enumerate(stream, 1):
             try:
                 text = line.decode()
-                if path.suffix in (".jsonl", ".ndjson") and text.strip():
+                if format_of(path) in (".jsonl", ".ndjson") and text.strip():
                     json.loads(text)
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]

@@ -103,7 +103,9 @@ def with_splits(source: LocalSource) -> tuple[LocalSource, Rows | None]:
         try:
             return held, read_rows(held, None)
         except InputError:
+            rows = read_rows(source, None)  # what is wrong with the rows themselves is told first
             print(f"too few rows for a hold-out of {HOLDOUT}: without validation and test nothing can be measured")
+            return source, rows
     return source, read_rows(source, None)
 
 
@@ -119,12 +121,12 @@ def print_lengths(sides: Mapping[str, pl.Series], section: Dense) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = load_model(SentenceTransformer, section)
-    limit = section.max_seq_length or model.max_seq_length  # none of static embeddings
+    limit = section.max_seq_length or model.max_seq_length or np.inf  # infinite of static embeddings
     for name, texts in sides.items():
         texts = texts.gather_every(max(1, len(texts) // MEASURED))
         lengths = count_tokens(model.tokenizer, texts.to_list())
         half, most = np.quantile(lengths, [0.5, 0.95]).astype(int)
-        cut = f"{np.mean(lengths > limit):.1%} would be cut to {limit}" if limit else "none would be cut"
+        cut = f"{np.mean(lengths > limit):.1%} would be cut to {limit}" if limit < np.inf else "none would be cut"
         print(f"{name}: {half:,} tokens at the median, {most:,} at 95 %, {lengths.max():,} at most; {cut}")
 
 

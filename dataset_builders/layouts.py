@@ -12,12 +12,16 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import polars as pl
 import pyarrow as pa
+from tqdm import tqdm
 
 from common.cli import InputError
 from dataset_builders.schema import cast_column
@@ -83,7 +87,8 @@ SPLIT_NAMES = {"dev": "validation", "valid": "validation", "val": "validation"}
 HELD_OUT = ("validation", "test")
 # The score of a pair with this label. Pairs with any other label (neutral), and of a text with itself, are left out.
 LABEL_SCORES = {"entailment": 1, "contradiction": 0, "duplicate": 1, "not_duplicate": 0}
-_JSON = {TEXTS: r'(?s)^\[(".*")?\]$', NUMBERS: r"^\[[-+.,\s\deE]*\]$"}
+_LIST = r"""(?s)^\[(\s*["'].*)?\]$"""  # a text that looks like a list of texts
+_NUMBERS = r"^\[[-+.,\s\deE]*\]$"
 
 
 def canonical(split: str) -> str:
@@ -134,8 +139,51 @@ def _values(column: pa.ChunkedArray, name: str, kind: pa.DataType, where: str) -
         return cast(kind)
     if kind == TEXTS or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         texts = cast(TEXT)
-        if texts.count() and texts.str.contains(_JSON[kind]).all():
-            return texts.str.json_decode(pl.List(pl.String if kind == TEXTS else pl.Float32))
         if kind == TEXTS:
-            return texts
+            return _lists(texts, where)
+        if texts.count() and texts.str.contains(_NUMBERS).all():
+            return texts.str.json_decode(pl.List(pl.Float32))
     return pl.select(pl.concat_list(cast(kind.value_type))).to_series()
+
+
+def _lists(texts: pl.Series, where: str) -> pl.Series:
+    """A column of texts; or of lists, where half of what is filled in is one, as JSON or Python (so pandas) writes it.
+
+    Raises InputError for a value among them that cannot be read.
+    """
+    filled = texts.str.strip_chars().replace("", None)
+    is_list = filled.str.contains(_LIST).fill_null(False)
+    lists, others = int(is_list.sum()), int((~is_list & filled.is_not_null()).sum())
+    if not lists:
+        return texts
+    are_lists = lists >= others
+    if others:
+        told = f"{lists:,} of {lists + others:,} values look like lists; {'the others' if are_lists else 'all'} are"
+        tqdm.write(f"{where}: column {texts.name!r}: {told} read as single texts", file=sys.stderr)
+    if not are_lists:
+        return texts
+    values = [value and (_list(value) if looks else [value]) for value, looks in zip(filled, is_list, strict=True)]
+    unread = [text for text, value in zip(filled, values, strict=True) if text and value is None]
+    if unread:
+        raise InputError(
+            f"{where}: column {texts.name!r}: {unread[0][:60]!r} looks like a list and is none of JSON's or Python's; "
+            "write lists as JSON"
+        )
+    return pl.Series(texts.name, values, dtype=pl.List(pl.String))
+
+
+def _list(text: str) -> list[str | None] | None:
+    """
+    >>> _list('["a", null]'), _list("['a', 'b']"), _list("[]"), _list("['a' 'b']")
+    (['a', None], ['a', 'b'], [], None)
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        try:
+            values = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return None
+        if repr(values) != text:  # numpy's way has no commas: Python would join the texts
+            return None
+    return values if all(isinstance(value, str | None) for value in values) else None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.cli import InputError
 from common.recipes import Section
-from dataset_builders.files import FORMATS, column_names, read_batches, read_file
+from dataset_builders.files import FORMATS, column_names, format_of, read_batches, read_file
 from dataset_builders.layouts import (
     COLUMNS,
     HELD_OUT,
@@ -92,7 +92,13 @@ class Tables:
 
     def read(self, name: str) -> pl.DataFrame:
         """row (from 0) and the columns of COLUMNS or PARTS that are there. Raises InputError without one it needs."""
-        frame = pl.concat(self.pieces(name), how="diagonal")
+        pieces = [*self.pieces(name)]
+        lists = {column for piece in pieces for column, kind in piece.schema.items() if kind == pl.List}
+        if lists:  # in some files; single texts in others
+            single = [[name for name in lists if piece.schema.get(name) == pl.String] for piece in pieces]
+            listed = zip(pieces, single, strict=True)
+            pieces = [piece.with_columns(map(pl.concat_list, names)) for piece, names in listed]
+        frame = pl.concat(pieces, how="diagonal")
         check_rows(frame, self.where(name))
         if name == "qrels":
             self.splits = frame["split"].drop_nulls().unique().to_list()
@@ -183,17 +189,21 @@ class FileTables(Tables):
         found = [path]
         if path.is_dir():
             found = [*path.iterdir(), *(file for file in path.glob("*/*") if _FOLDER.fullmatch(file.parent.name))]
-        found = sorted(file for file in found if file.suffix in FORMATS and file.exists())
-        if len({file.suffix for file in found}) > 1:  # beside other files, JSON holds settings
-            found = [file for file in found if file.suffix != ".json"]
+        found = sorted(file for file in found if format_of(file) in FORMATS and file.exists())
+        if len({format_of(file) for file in found}) > 1:  # beside other files, JSON holds settings
+            found = [file for file in found if format_of(file) != ".json"]
         self._files: dict[str | None, list[Path]] = {
             part: [file for file in found if re.match(name, self._name(file))] for part, name in PART_FILES.items()
         }
         self._is_corpus = path.is_dir() and bool(self._files["corpus"])
+        of_collections = (".txt", ".qrels", ".run", ".trec")
         if not self._is_corpus:
-            found, self._files = [file for file in found if file.suffix not in (".txt", ".qrels", ".run", ".trec")], {}
+            found, self._files = [file for file in found if format_of(file) not in of_collections], {}
             for file in found:
                 self._files.setdefault(self._split_of(file), []).append(file)
+            if path.is_file() and not found:
+                formats = ", ".join(suffix for suffix in FORMATS if suffix not in of_collections)
+                raise InputError(f"{path}: no table in a format that is read alone; these are {formats}")
             if len(self._files) == 1 and (path.is_file() or None in self._files):
                 self._files = {self.train: found}
         self.splits = [] if self._is_corpus else [name for name in self._files if name]
@@ -226,9 +236,16 @@ class FileTables(Tables):
                 table = table.append_column("split", pa.repeat(self._split_of(file) or self.train, len(table)))
             yield table
 
+    def tell(self) -> None:
+        super().tell()
+        if others := self._files.get(None):
+            names = ", ".join(map(self._name, others))
+            told = f"{self}: does not read {names}: named after no split (train, validation, test)"
+            print(told, file=sys.stderr, flush=True)
+
     def _is_headerless(self, file: Path) -> bool:
         """Whether ids and texts begin at once, as MS MARCO's do: two columns whose names nobody knows."""
-        if file.suffix != ".tsv" or self.keys.columns:
+        if format_of(file) != ".tsv" or self.keys.columns:
             return False
         there = column_names(file)
         return len(there) == 2 and not any(self.named(name, there) for name in ("_id", "text", "title"))
@@ -262,7 +279,7 @@ class FileTables(Tables):
             if needed <= {*there} and {*self.keys.columns} <= {*COLUMNS[layout]}:
                 return layout
         hint = ""
-        if file.suffix in (".csv", ".tsv"):
+        if format_of(file) in (".csv", ".tsv"):
             one = "is its separator a comma, semicolon, tab or |?"
             hint = f" ({one if len(there) == 1 else 'is this line its header?'})"
         raise InputError(

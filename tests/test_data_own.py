@@ -56,6 +56,8 @@ COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
 FORMATS = {
     "rows.csv": as_csv(","),
     "excel.csv": as_csv(";", "\ufeff"),
+    "ROWS.CSV": as_csv(","),
+    "powershell.jsonl": "\ufeff" + "\n".join(map(json.dumps, ROWS)),
     "rows.tsv": as_csv("\t"),
     "rows.jsonl": ROWS,
     "rows.json": json.dumps(ROWS, indent=1),
@@ -96,6 +98,17 @@ LAYOUTS = {
         [{"query": "q", "positive": '["p", "s"]', "negative": '["n"]'}, {"query": "r", "positive": "[]"}],
         {("q", "p", 1), ("q", "s", 1), ("q", "n", 0)},
     ),
+    "lists as pandas writes them, and blank cells": (
+        [
+            {"query": "q", "positive": "['p', \"it's\"]", "negative": " ['n'] "},
+            {"query": "r", "positive": "['s']", "negative": " "},
+        ],
+        {("q", "p", 1), ("q", "it's", 1), ("q", "n", 0), ("r", "s", 1)},
+    ),
+    "most are lists": (
+        [{"query": "q", "positive": ["p", "s"], "negative": "n"}, {"query": "r", "positive": "t", "negative": ["m"]}],
+        {("q", "p", 1), ("q", "s", 1), ("q", "n", 0), ("r", "t", 1), ("r", "m", 0)},
+    ),
     "judged": (
         [{"query": "q", "passage": "p", "relevance": 2}, {"query": "q", "passage": "n", "relevance": 0}],
         {("q", "p", 2), ("q", "n", 0)},
@@ -129,6 +142,30 @@ def test_columns_are_known_by_their_names(tmp_path, name):
     rows, expected = LAYOUTS[name]
     found = judged(write(tmp_path / "rows.jsonl", rows))
     assert found == {(*row, "train") for row in expected}
+
+
+def test_texts_that_look_like_lists_are_told_and_read_as_what_most_of_their_column_is(tmp_path, capsys):
+    rows = [
+        {"query": f"q{row}", "positive": f"p{row}", "negative": '["n", "m"]' if row < 2 else "n"} for row in range(5)
+    ]
+    found = judged(write(tmp_path / "rows.jsonl", rows))
+    assert {document for _, document, score, _ in found if not score} == {'["n", "m"]', "n"}
+    assert "column 'negative': 2 of 5 values look like lists; all are read as single texts" in capsys.readouterr().err
+    for row in rows[:4]:
+        row["negative"] = '["n", "m"]'
+    assert {d for _, d, score, _ in judged(write(tmp_path / "rows.jsonl", rows)) if not score} == {"n", "m"}
+    assert "4 of 5 values look like lists; the others are read as single texts" in capsys.readouterr().err
+
+
+def test_files_of_a_split_may_hold_lists_or_texts_and_files_of_no_split_are_told(tmp_path, capsys):
+    write(tmp_path / "train-1.jsonl", [{"query": "q", "positive": ["p", "s"]}])
+    write(tmp_path / "train-2.csv", "query,positive\nr,t\n")
+    write(tmp_path / "more.csv", "query,positive\nu,v\n")
+    assert judged(tmp_path) == {("q", "p", 1, "train"), ("q", "s", 1, "train"), ("r", "t", 1, "train")}
+    assert (
+        f"{tmp_path}: does not read more.csv: named after no split (train, validation, test)"
+        in capsys.readouterr().err
+    )
 
 
 def write_beir(folder: Path) -> Path:
@@ -239,6 +276,12 @@ BAD = {
     "no rows": ("x.json", "3", {}, "it holds no list of rows"),
     "cut Parquet": ("train.parquet", b"PAR1\xff\xff", {}, r"train\.parquet: not a readable Parquet file: Parquet"),
     "ragged": ("x.csv", f"{PAIR}a,b,c\n", {}, "found more fields"),
+    "numpy's lists": (
+        "x.csv",
+        "query,positive\nq,\"['a' 'b']\"\n",
+        {},
+        r"column 'positive': \"\['a' 'b'\]\" looks like a list and is none of JSON's or Python's; write lists as JSON",
+    ),
     "ids twice": ("x.csv", "id,query,answer\n1,a,b\n1,c,d\n", {}, "id '1' stands for two texts; make ids unique, or"),
     "ids of texts": ("x.csv", "id,text,label\n1,a,b\n1,c,b\n2,d,b\n", {}, "id '1' stands for two texts"),
     "nothing held out": ("x.csv", f"{PAIR}a,b\nc,d\n", {"holdout": 0.01}, "of 2 queries leaves none for 'validation'"),
@@ -260,6 +303,12 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path, name):
     with pytest.raises(InputError, match=message) as raised:
         read(tmp_path, **keys)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["faq.csv.gz", "faq.xlsx", "faq", "faq.txt"])
+def test_a_file_of_another_format_is_told_by_its_name(tmp_path, name):
+    with pytest.raises(InputError, match=rf"/{name}: no table in a format that is read alone; these are \.parquet, "):
+        read(write(tmp_path / name, f"{PAIR}a,b\n"))
 
 
 def test_memory_does_not_grow_with_a_file_of_json_lines(tmp_path):
@@ -336,6 +385,7 @@ def test_what_inspect_writes_builds(tmp_path, monkeypatch, capsys, small_encoder
         r"faq.jsonl: pairs, .*\ntest: \d+ queries\ntrain: 6\d queries\nvalidation: \d+ queries\n", told.out
     )
     assert told.out.count("  query: balu corn") == 3 and "3 tokens at the median" in told.out
+    assert told.out.count("at most; none would be cut") == 2
     recipe = read_yaml("faq.yaml")
     columns = {"query": "Question", "positive": "answer"}
     assert recipe["source"]["columns"] == columns and recipe["source"]["holdout"] == 0.1
@@ -343,3 +393,8 @@ def test_what_inspect_writes_builds(tmp_path, monkeypatch, capsys, small_encoder
     assert read_manifest(tmp_path / "data" / "hub")["rows"]["train"] > 10
     with pytest.raises(InputError, match=r"faq\.yaml: is there already"):
         main(["--inspect", "faq.jsonl", "--output", "faq.yaml"])
+    capsys.readouterr()
+    write(tmp_path / "blank.jsonl", [*rows, {"id": 80, "Question": " ", "answer": "fena"}])
+    with pytest.raises(InputError, match="row 80 has no 'query'"):
+        main(["--inspect", "blank.jsonl", "--dense.model", str(small_encoder)])
+    assert not capsys.readouterr().out  # such as that the rows are too few
