@@ -50,8 +50,8 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
     strategies = [mining, *(other for other in others if other != mining)]
     plain = {"margin_type": "ratio", "skip": 0}
     margins = [mining.model_copy(update={**plain, "margin": margin}) for margin in sorted({*MARGINS, mining.margin})]
-    mined = pl.scan_parquet(build.mined / "mined.parquet")
-    qrels = pl.scan_parquet(build.corpus / "qrels.parquet").filter(pl.col("split") == build.splits.split)
+    mined = pl.scan_parquet(build.mined / "mined.parquet", glob=False)
+    qrels = pl.scan_parquet(build.corpus / "qrels.parquet", glob=False).filter(pl.col("split") == build.splits.split)
     sums: dict[str, list[pl.DataFrame]] = defaultdict(list)
     queries = 0
     for block in graded.blocks(mining.relabel, SCORES.names, "audit"):

@@ -26,11 +26,12 @@ RANKS = {"bm25_rank": "BM25", "dense_rank": "dense", "rrf_rank": "fused"}
 
 def write_audit_page(build: Build, folder: Path, queries: int) -> None:
     """Write index.html beside the pictures in `folder`: at most 1,000 mined rows, evenly spread."""
-    mined = pl.scan_parquet(build.mined / "mined.parquet").with_row_index("row")
+    mined = pl.scan_parquet(build.mined / "mined.parquet", glob=False).with_row_index("row")
     count = mined.select(pl.len()).collect().item()
     chosen = mined.filter(pl.col("row").is_in(evenly(count))).collect()
     asked = chosen["query_id"].unique().implode()
-    graded = pl.scan_parquet(build.scores / "scores.parquet").filter(pl.col("query_id").is_in(asked)).collect()
+    graded = pl.scan_parquet(build.scores / "scores.parquet", glob=False)
+    graded = graded.filter(pl.col("query_id").is_in(asked)).collect()
     ids = sorted({*chosen["positive_id"], *chosen["negative_ids"].explode()})
     places = positions_of(pl.Series(ids).to_arrow().cast("string"), build.document_ids, "mined rows")
     is_cut = dict(zip(ids, build.document_vectors.is_cut(places), strict=True))

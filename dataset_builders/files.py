@@ -7,6 +7,7 @@ Values of CSV and TSV are texts (007 stays 007); of JSON a column has the type t
 from __future__ import annotations
 
 import codecs
+import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -87,32 +88,33 @@ def _read_arrow(path: Path) -> pa.Table:
 
 def _scan(path: Path, rows: int | None, names: Sequence[str] = ()) -> pl.LazyFrame:
     """The rows of a text file; types of JSON are those of the first `rows` (None: of all)."""
+    plain = glob.escape(path)  # polars takes [ and * for patterns
     if names:
         return pl.scan_csv(
-            path, has_header=False, new_columns=names, separator="\t", quote_char=None, infer_schema=False
+            plain, has_header=False, new_columns=names, separator="\t", quote_char=None, infer_schema=False
         )
     with path.open("rb") as stream:
         line = stream.readline()
     first = line.decode("utf-8-sig")
     if format_of(path) in _JSON:
-        source = _lines(path, first) if format_of(path) == ".json" else path
-        if source == path and line.startswith(codecs.BOM_UTF8):
-            source = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        return pl.scan_ndjson(source, infer_schema_length=rows)
+        listed = _lines(path, first) if format_of(path) == ".json" else None
+        if listed is None and line.startswith(codecs.BOM_UTF8):
+            listed = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return pl.scan_ndjson(plain if listed is None else listed, infer_schema_length=rows)
     trec = next((pattern for pattern in (_TREC, _TREC_RUN) if pattern.fullmatch(first)), None)
     if trec:
         parts = pl.col("line").str.extract_groups(trec.pattern).struct
-        lines = pl.scan_csv(path, has_header=False, new_columns=["line"], separator="\x1f", quote_char=None)
+        lines = pl.scan_csv(plain, has_header=False, new_columns=["line"], separator="\x1f", quote_char=None)
         return lines.select(query_id=parts.field("1"), corpus_id=parts.field("2"), score=parts.field("3"))
     separator = "\t" if format_of(path) == ".tsv" else max(SEPARATORS, key=first.count)
-    return pl.scan_csv(path, separator=separator, infer_schema=False)
+    return pl.scan_csv(plain, separator=separator, infer_schema=False)
 
 
-def _lines(path: Path, first: str) -> Path | bytes:
-    """The rows of a JSON file as JSON lines: lines, a list of rows (perhaps below a key), or lists by column."""
+def _lines(path: Path, first: str) -> bytes | None:
+    """A JSON file's list of rows (perhaps below a key), or lists by column, as JSON lines; None where it has lines."""
     try:
         if isinstance(json.loads(first), dict) and first.endswith("\n"):
-            return path
+            return None
     except ValueError:
         pass
     rows = json.loads(path.read_text(encoding="utf-8-sig"))

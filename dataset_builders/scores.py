@@ -158,7 +158,7 @@ def scan_given(corpus: Path) -> pl.LazyFrame:
         raise InputError(
             "teacher.kind 'given': the source has no scores; see docs/your-data.md, or name another teacher"
         )
-    return pl.scan_parquet(path)
+    return pl.scan_parquet(path, glob=False)
 
 
 def _asked_about(corpus: Path) -> pl.Series:
@@ -166,7 +166,7 @@ def _asked_about(corpus: Path) -> pl.Series:
     log = corpus / "contamination.parquet"
     if not log.exists():
         return pl.Series([], dtype=pl.String)
-    return pl.read_parquet(log).filter(~pl.col("dropped"), side="document")["id"]
+    return pl.read_parquet(log, glob=False).filter(~pl.col("dropped"), side="document")["id"]
 
 
 def blocks_of(graded: pa.Table) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -75,7 +75,7 @@ def teacher_of_pairs(build: Build) -> tuple[Teacher, Calibration]:
     """What grades two queries: the teacher; for one that grades documents alone, the dense model."""
     if build.recipe.teacher.kind not in ("hybrid", "given"):
         return build.recipe.teacher, Calibration(build.calibration["a"], build.calibration["b"])
-    found = pl.scan_parquet(build.scores / "scores.parquet").filter(pl.col("dense_score").is_not_null())
+    found = pl.scan_parquet(build.scores / "scores.parquet", glob=False).filter(pl.col("dense_score").is_not_null())
     scores, is_positive = (column.to_numpy() for column in found.select("dense_score", "is_positive").collect())
     return as_teacher(build.recipe.dense), calibrate(scores[is_positive], scores[~is_positive])[0]
 

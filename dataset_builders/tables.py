@@ -193,7 +193,8 @@ class FileTables(Tables):
         if len({format_of(file) for file in found}) > 1:  # beside other files, JSON holds settings
             found = [file for file in found if format_of(file) != ".json"]
         self._files: dict[str | None, list[Path]] = {
-            part: [file for file in found if re.match(name, self._name(file))] for part, name in PART_FILES.items()
+            part: [file for file in found if re.match(name, self._name(file).lower())]
+            for part, name in PART_FILES.items()
         }
         self._is_corpus = path.is_dir() and bool(self._files["corpus"])
         of_collections = (".txt", ".qrels", ".run", ".trec")

@@ -71,7 +71,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_of_every_format_gives_the_same_rows_with_their_ids(tmp_path, capsys, name):
-    path, content = tmp_path / "set" / name, FORMATS[name]
+    path, content = tmp_path / "set [1]" / name, FORMATS[name]  # the brackets are no pattern
     path.parent.mkdir()
     content(path) if callable(content) else write(path, content)
     for place in {path, path.parent if path.is_file() else path}:  # a folder with one file is that file
@@ -170,7 +170,7 @@ def test_files_of_a_split_may_hold_lists_or_texts_and_files_of_no_split_are_told
 
 def write_beir(folder: Path) -> Path:
     write(
-        folder / "corpus.jsonl",
+        folder / "Corpus.jsonl",
         [{"_id": f"d{row}", "title": "T", "text": f"text {row}", "metadata": {}} for row in (1, 2)],
     )
     write(folder / "queries.jsonl", [{"_id": f"q{row}", "text": f"ask {row}", "metadata": {}} for row in (1, 2)])
@@ -186,7 +186,7 @@ def test_a_folder_of_beir_is_read_as_it_lies_on_disk_and_dev_is_validation(tmp_p
     assert sorted(rows.qrels.rows()) == [("q1", "d1", 1, "train"), ("q2", "d2", 1, "validation")]
     assert {split for *_, split in read(folder, eval_splits=["dev"]).qrels.rows()} == {"train", "dev"}
     write(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n")
-    with pytest.raises(InputError, match=r"qrels/dev\.tsv: document_id 'd9' \(and 0 more\) is not in .*corpus\.jsonl"):
+    with pytest.raises(InputError, match=r"qrels/dev\.tsv: document_id 'd9' \(and 0 more\) is not in .*Corpus\.jsonl"):
         read(folder)
 
 
@@ -389,8 +389,8 @@ def test_what_inspect_writes_builds(tmp_path, monkeypatch, capsys, small_encoder
     recipe = read_yaml("faq.yaml")
     columns = {"query": "Question", "positive": "answer"}
     assert recipe["source"]["columns"] == columns and recipe["source"]["holdout"] == 0.1
-    main(["--config", "faq.yaml", "--output_dir", "data", "--num_negatives", "1"])
-    assert read_manifest(tmp_path / "data" / "hub")["rows"]["train"] > 10
+    main(["--config", "faq.yaml", "--output_dir", "data [1]", "--num_negatives", "1"])
+    assert read_manifest(tmp_path / "data [1]" / "hub")["rows"]["train"] > 10
     with pytest.raises(InputError, match=r"faq\.yaml: is there already"):
         main(["--inspect", "faq.jsonl", "--output", "faq.yaml"])
     capsys.readouterr()
