@@ -153,6 +153,12 @@ class EmbedderTrainer(SentenceTransformerTrainer):
             + (f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet")
         )
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save what is better than all before, whatever save_steps: transformers would load an older checkpoint."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             if len(self.train_dataset) > 1:
