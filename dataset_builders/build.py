@@ -11,6 +11,7 @@ Any key of the recipe can be given as a flag: --num_pairs 5000 --margin 0.9 --de
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(recipe_keys()))
         return
     options, flags = parse_arguments(argv)
+    if re.search(r"[*?]|\[.*\]", os.path.realpath(options.output_dir)):
+        raise InputError(f"--output_dir {options.output_dir}: `datasets` takes *, ? and [] for patterns; name another")
     recipes = load_recipes(options.config, flags, options.output_dir)
     for folder, recipe in recipes.items() if options.check_teacher is not None else ():
         refuse_unchecked(recipe, folder, options.check_teacher)

@@ -77,6 +77,7 @@ stray                       | unexpected argument 'stray'
 --check_teacher 1           | --check_teacher 1: use 2 or more
 --output_dir ''             | argument --output_dir: '' names no folder
 --output_dir recipe.yaml/x  | a file stands where a folder
+--output_dir 'data [1]'     | takes *, ? and [] for patterns; name another
 """
 BUILD_FILES = {
     **RECIPE_FILES,

@@ -389,8 +389,8 @@ def test_what_inspect_writes_builds(tmp_path, monkeypatch, capsys, small_encoder
     recipe = read_yaml("faq.yaml")
     columns = {"query": "Question", "positive": "answer"}
     assert recipe["source"]["columns"] == columns and recipe["source"]["holdout"] == 0.1
-    main(["--config", "faq.yaml", "--output_dir", "data [1]", "--num_negatives", "1"])
-    assert read_manifest(tmp_path / "data [1]" / "hub")["rows"]["train"] > 10
+    main(["--config", "faq.yaml", "--output_dir", "data", "--num_negatives", "1"])
+    assert read_manifest(tmp_path / "data" / "hub")["rows"]["train"] > 10
     with pytest.raises(InputError, match=r"faq\.yaml: is there already"):
         main(["--inspect", "faq.jsonl", "--output", "faq.yaml"])
     capsys.readouterr()
