@@ -351,7 +351,7 @@ def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out")], "")
     monkeypatch.chdir(ROOT)
     variants = read_variants(ablation, str(path))
-    counts = {"objectives": 18, "grades": 8, "number": 3, "cross-encoder": 3, "negatives": 10}
+    counts = {"objectives": 18, "grades": 9, "number": 3, "cross-encoder": 3, "negatives": 10}
     assert len(variants) == counts.get(path.stem, 4)
     assert len({variant.key for variant in variants}) == len(variants)
     assert ablation.compared_with == ablation.baseline
