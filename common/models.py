@@ -87,6 +87,16 @@ def resolve_model(reference: str) -> ModelReference:
     return ModelReference(reference, name, revision or None, file or None)
 
 
+def unlike_hub(reference: str) -> str:
+    """`reference`, of a folder or file here with ./ before it: elsewhere, models/base would read as a Hub id.
+
+    >>> unlike_hub("common"), unlike_hub("org/name"), unlike_hub("../x")
+    ('./common', 'org/name', '../x')
+    """
+    is_bare = not reference.startswith((".", "/", "~"))
+    return f"./{reference}" if is_bare and os.path.exists(reference) else reference
+
+
 def expand_user(path: str) -> Path:
     """`path` with ~ expanded; unchanged for an unknown user, where pathlib raises RuntimeError."""
     return Path(os.path.expanduser(path))

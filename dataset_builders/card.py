@@ -6,6 +6,7 @@ columns and their sizes. A build does not know the repository it will be publish
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -173,13 +174,15 @@ def _without_paths(value: Any, key: str = "") -> Any:
         return {name: item for name, item in inner.items() if item not in (None, [], {})}
     if isinstance(value, list | tuple):
         return [_without_paths(item) for item in value]
-    if key in ("path", "model", "dataset") and isinstance(value, str):
+    if key == "path" and isinstance(value, str):
+        return Path(value).name
+    if key in ("model", "dataset") and isinstance(value, str):
         return public_name(value)
     return value
 
 
 def public_name(reference: str) -> str:
-    """A Hub id or package as it is; of a folder on this machine its last part; of a server no address.
+    """A Hub id or package as it is; of a folder or file on this machine its last part; of a server no address.
 
     >>> public_name("org/model@main"), public_name("/home/me/models/mine"), public_name("package:name")
     ('org/model@main', 'mine', 'package:name')
@@ -190,7 +193,7 @@ def public_name(reference: str) -> str:
     """
     if reference.startswith(("http://", "https://")):
         return "a server of chat completions"
-    is_path = reference.startswith((".", "/", "~")) or Path(reference).is_dir() or reference.count("/") > 1
+    is_path = reference.startswith((".", "/", "~")) or os.path.exists(reference) or reference.count("/") > 1
     is_path |= "{" in reference  # folders of a cross-fitted teacher
     return Path(reference).name if is_path else reference
 

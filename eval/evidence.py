@@ -179,7 +179,7 @@ def provenance(hub: Path) -> dict[str, Any] | None:
     # with the commit that was read
     models |= used_models({step: made.get(step) for step in (GENERATED, *BUILD_FOLDERS)})
     return {
-        "title": public_name(source_title(source)),
+        "title": source_title(source) if commit or entry else Path(source_title(source)).name,
         "kind": source["kind"],
         "dataset": (entry.dataset if entry else source.get("dataset")) if commit else None,
         "commit": commit,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.cli import ArgumentParser, InputError
+from common.models import unlike_hub
 from common.recipes import Section, flag_texts, flag_value, read_yaml, text_keys
 from common.recipes import parse_recipe as parse_section
 from common.steps import write_json, written_whole
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 RESERVED = ("model", "adapter", "student", "merge", "logs", "data", "results", "report")
 LONGEST_NAME = 100
 STAGES = "stages.json"
+_REFERENCES = ("model_name_or_path", "dataset_name", "teacher", "corpus")  # keys that name a model or data
 VALIDATION_NDCG = "eval_validation_cosine_ndcg@10"  # in the trainer's log; chooses the best checkpoint by default
 
 
@@ -237,7 +239,7 @@ def _read_stage(
 def write_recipe(recipe: Recipe) -> None:
     """Write what is run, as a recipe that runs it again: before anything else, for whoever reads a half-done run."""
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True, width=119)
+    text = yaml.safe_dump(_with_paths(recipe.values), sort_keys=False, allow_unicode=True, width=119)
     with written_whole(recipe.output_dir / "recipe.yaml") as path:  # a run may be started from this very file
         path.write_text(text, encoding="utf-8")
 
@@ -259,7 +261,18 @@ def write_stages(stages: Sequence[Stage], start: Mapping[str, Any], output_dir: 
             keys.pop(key, None)
         datasets = {name: own.model_dump(mode="json") for name, own in stage.datasets.items()}
         written.append({"name": stage.name, "datasets": datasets, "keys": keys})
-    write_json(output_dir / STAGES, {"start": start, "stages": json.loads(json.dumps(written, default=str))})
+    stages = _with_paths(json.loads(json.dumps(written, default=str)))
+    write_json(output_dir / STAGES, {"start": start, "stages": stages})
+
+
+def _with_paths(values: Any) -> Any:
+    """A recipe's keys, folders and files of this machine written so that nobody takes them for Hub ids."""
+    if isinstance(values, Mapping):
+        return {
+            key: unlike_hub(value) if key in _REFERENCES and isinstance(value, str) else _with_paths(value)
+            for key, value in values.items()
+        }
+    return [_with_paths(value) for value in values] if isinstance(values, list) else values
 
 
 def read_stages(run_folder: Path) -> dict[str, Any]:

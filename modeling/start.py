@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from common.cli import InputError
-from common.models import fetch_settings, hub_commit, resolve_model
+from common.models import fetch_settings, hub_commit, resolve_model, unlike_hub
 from common.steps import files_of, fingerprint
 from modeling.arguments import DEFAULT_LENGTH, DatasetArguments
 from modeling.batches import LABEL
@@ -69,7 +69,7 @@ class Start:
             "pooling": self.published.pooling_name,
         }
         quantisation = resolve_model(self.reference).quantisation()
-        facts = {"model": self.reference, "revision": self.revision}
+        facts = {"model": unlike_hub(self.reference), "revision": self.revision}
         return {**facts, "published": published, "quantisation": quantisation}
 
 

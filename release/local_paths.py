@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def local_paths(text: str, references: Sequence[str | Path]) -> list[str]:
 def named_paths(recipe: Any) -> list[str]:
     """The local folders and files that a recipe names, wherever in it."""
     if isinstance(recipe, str):
-        return [recipe] if public_name(recipe) != recipe and not re.search(r"\s", recipe) else []
+        is_text = re.search(r"\s", recipe) and not (recipe.startswith(("./", "../")) or os.path.exists(recipe))
+        return [recipe] if public_name(recipe) != recipe and not is_text else []
     inner = recipe.values() if isinstance(recipe, Mapping) else recipe if isinstance(recipe, list) else ()
     return [path for value in inner for path in named_paths(value)]

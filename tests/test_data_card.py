@@ -164,6 +164,9 @@ def test_no_path_of_this_machine_is_told(facts, tmp_path, monkeypatch):
     text = render_card(CONFIGS, facts)
     assert "/home" not in text and "private/" not in text and "runs/mine" not in text
     assert "`reranker`" in text and "# scifact, graded" in text
+    facts["source"] = {**facts["source"], "path": "private/faq.csv"}  # a file, below data_root
+    text = render_card(CONFIGS, facts)
+    assert "# faq.csv, graded" in text and "private/" not in text
 
 
 def test_markdown_tables_are_whole(facts):

@@ -175,7 +175,7 @@ def test_data_of_a_folder_are_no_link(graded_data, tmp_path, facts):
             manifest["inputs"]["recipe"]["source"] = {"kind": "hub", "dataset": "customers/pairs", "split": "train"}
         write_json(path, manifest)
     found = provenance(copy / "hub")
-    assert (found["title"], found["dataset"], found["commit"]) == ("customers/pairs", None, None)
+    assert (found["title"], found["dataset"], found["commit"]) == ("pairs", None, None)
     recipe = {"student": {"teacher": "x"}, "stages": [{"name": "a", "dataset_name": str(copy / "hub")}]}
     card = render_card("org/name", facts, plain(recipe, data={str(copy / "hub"): found}))
     assert "huggingface.co/datasets/" not in card

@@ -18,7 +18,7 @@ from common.steps import MANIFEST, files_of, read_manifest, write_json
 from modeling.encoder import build_encoder, save_merged
 from modeling.reference import REFERENCE, write_reference
 from release import verify
-from release.local_paths import check_no_local_path, local_paths
+from release.local_paths import check_no_local_path, local_paths, named_paths
 from release.outside import describe_model
 from release.verify import TOLERANCE, in_clean_process, model_files, verify_adapter, verify_dataset, verify_model
 
@@ -381,3 +381,12 @@ def test_a_data_set_that_names_a_folder_is_refused(data):
 )
 def test_local_paths_are_told_from_other_texts(text, found):
     assert local_paths(text, ["runs/x/hub", "/data/customers/pairs"]) == found
+
+
+def test_paths_are_told_from_other_values_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "faq.csv").touch()
+    paths = ["my data/faq.csv", "./their data/hub", "/data/pairs"]
+    texts = ["Retrieve yes/no/maybe", "... and so on", "whatever " * 99, "x" * 999, "org/name", "package:x"]
+    assert named_paths({"a": [*texts, *paths], "b": {"c": 3}}) == paths

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from tiny_training import INSTRUCTION, two_stages, write_hub
+from tiny_training import INSTRUCTION, train, two_stages, write_hub
+
+from eval.evidence import base_model, hub_id, read_evidence
+from modeling.recipe import read_stages
 
 REPOSITORY = Path(__file__).parents[1]
 BASE, REVISION = "org/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -93,3 +96,16 @@ def test_adapter_on_its_base_equals_the_merged_model(tiny_decoder, tmp_path):
         assert (before * merged).sum(axis=1).max() < 0.99  # it is the adapter that makes them equal
     for path in elsewhere.rglob("*.json"):
         assert str(tmp_path) not in path.read_text(), f"{path} holds a local path"
+
+
+def test_folders_of_a_run_read_as_no_hub_ids_from_another_folder(tiny_decoder, tmp_path, monkeypatch):
+    """models/base and data/hub look like ORG/NAME to whoever does not stand beside them: a card would link to them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_decoder, tmp_path / "models" / "base")
+    write_hub(tmp_path / "data" / "hub")
+    recipe = two_stages("models/base", "data/hub") | {"max_steps": 1, "eval_strategy": "no"}
+    run = train(tmp_path, {**recipe, "stages": recipe["stages"][1:]})
+    monkeypatch.chdir(run)
+    evidence = read_evidence(run)
+    assert base_model(evidence["recipe"]) is None and [*map(hub_id, evidence["data"])] == [None]
+    assert read_stages(run)["start"]["model"] == "./models/base"
