@@ -122,8 +122,8 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
     """sentence-transformers' collator, which also adds demonstrations to prompts, and known positives to queries.
 
     All prompted columns of a batch get the same prompt, of its own where its data set has demonstrations. The query
-    column gets text keys of the known positives of its queries, (B, P), by which `modeling.losses.GradedLoss` tells
-    what is no negative; they are made of the same tokens as those of the positive column.
+    column gets text keys of its queries and of their known positives, (B, P), by which `modeling.losses.GradedLoss`
+    tells what is no negative; they are made of the same tokens as those of the positive column.
     """
 
     # tells what fits: its tokenizer, and its max_seq_length at the time of the batch
@@ -135,9 +135,10 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompts_of_batch = self.choose_prompts(features)
         batch = super().__call__(features)
-        known = self.positives.get(features[0].get("dataset_name"), {})
-        positives = [known.get(row.get("query"), ()) for row in features]
-        if any(positives):
+        if "query" in features[0]:
+            known = self.positives.get(features[0].get("dataset_name"), {})
+            # and the query's own text, which is no negative of it either where queries are documents
+            positives = [[*known.get(row["query"], ()), row["query"]] for row in features]
             batch[f"query_{POSITIVES}"] = self._keys_of(positives, self._resolve_prompts(batch))
         return batch
 

@@ -1,6 +1,7 @@
 """Shots in training: never from the batch, never at a query's cost, and the same whenever the same batch comes."""
 
 import json
+import math
 import random
 
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from tiny_training import distance, train
 
 from common.cli import InputError
 from modeling.demonstrations import DemonstrationCollator, Demonstrations
+from modeling.losses import GradedLoss
 from modeling.prompts import baked_prompts, few_shot_prompt, instruction_prompt
 
 INSTRUCTION = "retrieve answer"
@@ -158,6 +160,24 @@ def test_other_data_sets_keep_their_prompts(model):
     for name, prompt in (("plain", "query : "), ("bare", None)):
         batch = collate([{"query": "read", "positive": "file", "dataset_name": name}])
         assert batch["query_input_ids"].equal(model.preprocess(["read"], prompt=prompt)["input_ids"])
+
+
+def test_a_query_that_is_a_document_is_no_negative_of_itself(model):
+    """Duplicates are asked both ways. At a temperature of 1000 the loss is the log of the documents compared."""
+    rows = [("parse date", "how do i parse date", "sort"), ("how do i parse date", "parse date", "close file")]
+    rows = [*rows, ("read file", "open file", "parse date")]
+    names = ("query", "positive", "negative_1")
+    features = [{**dict(zip(names, row, strict=True)), "dataset_name": "pairs"} for row in rows]
+    collate = DemonstrationCollator(model.preprocess, prompts={"pairs": {"query": "query : "}}, model=model)
+    batch = collate(features)
+    columns = [
+        {key.removeprefix(f"{name}_"): value for key, value in batch.items() if key.startswith(f"{name}_")}
+        for name in names
+    ]
+    loss = GradedLoss(model, "info_nce", temperature=1000)(columns)
+    # of three positives and three negatives: its own text is left out, and what equals an own document
+    compared = [6 - 2, 6 - 1 - 1, 6 - 1]
+    assert float(loss) == pytest.approx(sum(map(math.log, compared)) / 3, abs=2e-3)
 
 
 def test_rows_without_positives_make_no_demonstrations():
