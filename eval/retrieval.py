@@ -224,7 +224,7 @@ def embed(system: System, cache: Path, asked: HeldOut) -> tuple[np.ndarray | Vec
     vectors = embedder.queries(list(asked.queries.values())), embedder.documents(list(asked.documents.values()))
     if system.dimensions:
         if system.dimensions > vectors[0].shape[1]:
-            raise InputError(f"--truncate_dim {system.dimensions}: {system.name} has fewer; lower it")
+            raise InputError(f"--truncate_dim {system.dimensions}: {system.model} has {vectors[0].shape[1]}; lower it")
         cut = [np.asarray(side)[:, : system.dimensions] for side in vectors]
         vectors = tuple(side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in cut)
     if system.precision != "float32":

@@ -42,8 +42,9 @@ class System:
 def compressed(system: System, dimensions: Sequence[int], precisions: Sequence[str]) -> list[System]:
     """`system` with vectors cut to each of `dimensions`, and in each precision."""
     plain = dataclasses.replace(system, with_bm25=False)
-    cut = [dataclasses.replace(plain, name=f"{plain.name}, {size} dimensions", dimensions=size) for size in dimensions]
-    return cut + [dataclasses.replace(plain, name=f"{plain.name}, {kind}", precision=kind) for kind in precisions]
+    sizes, kinds = dict.fromkeys(dimensions), dict.fromkeys(precisions)
+    cut = [dataclasses.replace(plain, name=f"{plain.name}, {size} dimensions", dimensions=size) for size in sizes]
+    return cut + [dataclasses.replace(plain, name=f"{plain.name}, {kind}", precision=kind) for kind in kinds]
 
 
 def named_systems(references: Sequence[str], output: Path) -> list[System]:

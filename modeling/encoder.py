@@ -64,7 +64,7 @@ def build_encoder(
         model_name_or_path: any model reference (common.models): a Hub id (`revision`), a folder, package:NAME, a GGUF
             file.
         max_seq_length: longest text in tokens, prompt, BOS and EOS included; longer ones are truncated before EOS.
-            None: the embedder's own; 512 for a bare model.
+            None: the embedder's own; 512, or its positions, for a bare model.
         prompts: baked into the model by name, beside those that it has; each leaves `min_text_tokens` for the text.
         pooling: a key of POOLING. None: the embedder's own; "eos" for a bare model.
         dtype, attn_implementation: as in transformers; None keeps the checkpoint's.
@@ -92,7 +92,9 @@ def build_encoder(
     transformer = encoder[0]
     tokenizer = transformer.tokenizer
     finish_texts(tokenizer, published and published.pooling_name, pooling)
-    set_length(transformer, max_seq_length or (None if published else DEFAULT_LENGTH), model.reference)
+    set_length(
+        transformer, max_seq_length, transformer.max_seq_length if published else DEFAULT_LENGTH, model.reference
+    )
     keep_layers(transformer.model, num_hidden_layers, model.reference)
     check_widths(transformer.model)
     embedding = transformer.model.get_input_embeddings()
@@ -222,13 +224,15 @@ def _check_modules(encoder: SentenceTransformer, reference: str) -> None:
         raise InputError(f"model {reference!r}: its modules ({modules}) do not fit together: {error}") from None
 
 
-def set_length(transformer: Transformer, max_seq_length: int | None, reference: str) -> None:
-    """Texts of at most `max_seq_length` tokens; None keeps the model's own. Raises InputError beyond its positions."""
+def set_length(transformer: Transformer, max_seq_length: int | None, otherwise: int, reference: str) -> None:
+    """Texts of at most `max_seq_length` tokens, of `otherwise` where it is None and the model has so many positions.
+    Raises InputError for more than it has.
+    """
     # of the text part, where a checkpoint reads images too
     longest = positions_in(transformer.config.get_text_config())
-    length = max_seq_length or transformer.max_seq_length
     if max_seq_length and longest and max_seq_length > longest:
         raise InputError(f"max_seq_length {max_seq_length}: {reference} goes to {longest}; lower it")
+    length = max_seq_length or otherwise
     transformer.max_seq_length = min(length, longest or length)
 
 
