@@ -156,12 +156,12 @@ def column_prompts(stage: Stage, dataset: str, columns: Sequence[str]) -> dict[s
 
 
 def saved_prompts(stage: Stage, shots: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
-    """The prompts of a stage's saved model: those of the start, and without an instruction no others where it is a
-    finished embedder; else one for each evaluation task.
+    """The prompts of a stage's saved model: those of the start, documents' as they were trained, and without an
+    instruction no others where it is a finished embedder; else one for each evaluation task.
     """
     own, kept = stage.own, stage.kept_prompts
     if kept is not None and own.instruction is None:
-        return dict(kept)
+        return {**kept, "document": own.document_prompt}
     return {**(kept or {}), **baked_prompts(own.instruction, shots, own.query_template, own.document_prompt)}
 
 

@@ -102,6 +102,10 @@ def test_what_is_asked_for_is_replaced_and_told(tmp_path):
     prompts = saved_prompts(replaced)
     assert prompts["query"] == "Instruct: Find it\nQuery:" and prompts["document"] == "passage: "
     assert prompts["FiQA2018-query"].endswith("\nQuery:") and prompts["FiQA2018-document"] == "passage: "
+    for told, own in ((facts, {"document_prompt": "doc: "}), (replace(facts, prompts={"passage": "doc: "}), {})):
+        stage = settled(told, **own)  # what encode_document() reads is what was trained
+        assert column_prompts(stage, "retrieval", ["positive"]) == {"positive": "doc: "}
+        assert saved_prompts(stage) == {**told.prompts, "document": "doc: "}
     columns = ["query", "positive", "negative_1"]
     assert column_prompts(kept, "retrieval", columns) == dict(
         zip(columns, [PROMPTS["query"], *["passage: "] * 2], strict=True)
