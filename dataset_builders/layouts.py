@@ -121,6 +121,9 @@ def to_frame(
             if column not in table.column_names:
                 raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
             parts.append(_values(table[column], name, types[name], where))
+        lists = [column for column, part in zip(theirs, parts, strict=True) if part.dtype == pl.List]
+        if lists and len(parts) > 1 and name != "negative":
+            raise InputError(f"{where}: {name!r} joins {', '.join(theirs)}, and {lists[0]!r} holds lists; name one")
         joined = pl.concat_str(parts, separator=" ", ignore_nulls=True).str.strip_chars()
         several = pl.concat_list(parts) if name == "negative" else joined
         found[name] = parts[0] if len(parts) == 1 else pl.select(several).to_series()

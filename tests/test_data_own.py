@@ -282,6 +282,12 @@ BAD = {
         {},
         r"column 'positive': \"\['a' 'b'\]\" looks like a list and is none of JSON's or Python's; write lists as JSON",
     ),
+    "lists joined": (
+        "x.csv",
+        "query,title,pos\nq,t,\"['a']\"\n",
+        {"columns": {"positive": ["title", "pos"]}},
+        "'positive' joins title, pos, and 'pos' holds lists; name one",
+    ),
     "ids twice": ("x.csv", "id,query,answer\n1,a,b\n1,c,d\n", {}, "id '1' stands for two texts; make ids unique, or"),
     "ids of texts": ("x.csv", "id,text,label\n1,a,b\n1,c,b\n2,d,b\n", {}, "id '1' stands for two texts"),
     "nothing held out": ("x.csv", f"{PAIR}a,b\nc,d\n", {"holdout": 0.01}, "of 2 queries leaves none for 'validation'"),
