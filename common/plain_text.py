@@ -10,6 +10,7 @@ from common.cli import InputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
 
 def use_plain_text(model: SentenceTransformer, name_or_path: str, revision: str | None = None) -> None:
@@ -37,7 +38,18 @@ def use_plain_text(model: SentenceTransformer, name_or_path: str, revision: str 
             )
         if module.tokenizer is None or "text" not in module.modalities:
             raise InputError(f"model {name_or_path!r} reads {', '.join(map(str, module.modalities))}, no plain text")
+        check_words(module.tokenizer, name_or_path)
         module.processor = module.tokenizer  # not the one for images or sound around it
         module.modality_config = {"text": module.modality_config["text"]}
         module.input_formatter.processor = module.tokenizer
         module.input_formatter.supported_modalities = module.modalities
+
+
+def check_words(tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
+    """Refuse a tokenizer of special tokens alone, which transformers 5 makes where a folder has no tokenizer's files:
+    all texts would read the same.
+    """
+    if len({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens}) < 2:  # T5's knows a space
+        raise InputError(
+            f"model {reference!r} has no tokenizer: its files (such as tokenizer.json) are missing; fetch them, too"
+        )

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, positions_in, resolve_model, without_bars
-from common.plain_text import use_plain_text
+from common.plain_text import check_words, use_plain_text
 from common.recipes import Section
 from common.steps import fingerprint
 from dataset_builders.columns import TextColumn
@@ -269,6 +269,8 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
             model = kind(path, revision=revision, model_kwargs={"dtype": section.dtype}, **keywords)
         if kind is SentenceTransformer:
             use_plain_text(model, path, revision)
+        else:
+            check_words(model.tokenizer, section.model)
         positions = None if section.max_seq_length else count_positions(path, revision)
         if positions and (model.max_seq_length or 0) > positions:  # as its files may say
             model.max_seq_length = positions

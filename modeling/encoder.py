@@ -206,7 +206,8 @@ def _one_line(model: ModelReference) -> Iterator[None]:
     processor, transformer.AutoProcessor = transformer.AutoProcessor, AutoTokenizer
     try:
         yield
-    except (HTTPError, OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    # RuntimeError: weights of other shapes than the configuration says
+    except (HTTPError, OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {model.reference!r} cannot be loaded: {error}") from None
     finally:
         transformer.AutoProcessor = processor

