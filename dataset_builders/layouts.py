@@ -87,7 +87,7 @@ SPLIT_NAMES = {"dev": "validation", "valid": "validation", "val": "validation"}
 HELD_OUT = ("validation", "test")
 # The score of a pair with this label. Pairs with any other label (neutral), and of a text with itself, are left out.
 LABEL_SCORES = {"entailment": 1, "contradiction": 0, "duplicate": 1, "not_duplicate": 0}
-_LIST = r"""(?s)^\[(\s*["'].*)?\]$"""  # a text that looks like a list of texts
+_LIST = r"""(?s)^\s*\[(\s*["'].*)?\]\s*$"""  # a text that looks like a list of texts
 _NUMBERS = r"^\[[-+.,\s\deE]*\]$"
 
 
@@ -154,11 +154,12 @@ def _lists(texts: pl.Series, where: str) -> pl.Series:
 
     Raises InputError for a value among them that cannot be read.
     """
-    filled = texts.str.strip_chars().replace("", None)
-    is_list = filled.str.contains(_LIST).fill_null(False)
-    lists, others = int(is_list.sum()), int((~is_list & filled.is_not_null()).sum())
+    is_list = texts.str.contains(_LIST).fill_null(False)
+    lists = int(is_list.sum())
     if not lists:
         return texts
+    filled = texts.str.strip_chars().replace("", None)
+    others = filled.count() - lists
     are_lists = lists >= others
     if others:
         told = f"{lists:,} of {lists + others:,} values look like lists; {'the others' if are_lists else 'all'} are"
