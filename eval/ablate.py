@@ -14,7 +14,8 @@ A recipe of an ablation (`Ablation` says what each key means; all of them are fl
       soft_info_nce: {}
       kl: {retrieval.loss: kl}              # KEY as a flag of train_st.py has it, or STAGE.KEY, or student.KEY
     grid: {stages: ["sts,retrieval", retrieval]}      # times every variant: all combinations
-    # mining.margin, mining.num_negatives, mining.strategy, mining.seed: train on rows mined again from the same grades
+    # mining.margin, mining.num_negatives, mining.strategy, ...: train on rows mined again from the same grades;
+    # mining.shuffle_labels: 0 gives each row the labels of another, a control
 
 Every variant and seed is trained and scored in a process of its own, in OUTPUT_DIR/runs/VARIANT/seed-N: its recipe,
 stages, model/, ledger.json, run.log and scores-SPLIT.json. What is finished is skipped, so a killed ablation resumes;

@@ -194,8 +194,11 @@ def read_mining(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keys `mining.KEY`, checked and without their prefix."""
     from dataset_builders.mine import Mining
 
+    class MinedAnew(Mining):
+        shuffle_labels: int | None = Field(None, ge=0)
+
     given = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith("mining.")}
-    parse_recipe(Mining, given, f"{where}: mining")
+    parse_recipe(MinedAnew, given, f"{where}: mining")
     return given
 
 
@@ -221,6 +224,7 @@ def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:
 
     from dataset_builders.builders import GradedDataset
 
+    settings = {key: value for key, value in mining.items() if key != "shuffle_labels"}
     with folder_step(folder, {"source": data_content(source, None), "mining": mining}) as step:
         if step.done:
             return
@@ -228,12 +232,37 @@ def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:
         datasets.disable_progress_bars()
         cache = step.path / "cache"
         made = {}
-        for name, keys in {"train": mining, "positives": {}}.items():  # known positives, where any were published
+        for name, keys in {"train": settings, "positives": {}}.items():  # known positives, where any were published
             if name == "train" or (Path(source) / name).is_dir():
                 builder = GradedDataset(config_name=name, data_dir=source, cache_dir=str(cache), **keys)
                 builder.download_and_prepare(str(step.path / name), file_format="parquet")
                 made[name] = builder.info.splits["train"].num_examples
         shutil.rmtree(cache)
+        if mining.get("shuffle_labels") is not None:
+            shuffle_labels(step.path / "train", mining["shuffle_labels"])
         configs = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in made]
         (step.path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
         step.finish(rows=made["train"])
+
+
+def shuffle_labels(folder: Path, seed: int) -> None:
+    """Give every row of the Parquet files in `folder` the labels of another row that has as many.
+
+    A control: what is left of the labels is how high they are on average, place by place, and nothing about the row.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    paths = sorted(folder.glob("*.parquet"))
+    table = pa.concat_tables(map(pq.read_table, paths))
+    place, counts = table.schema.get_field_index("label"), pc.list_value_length(table["label"]).to_numpy()
+    given, random = np.empty(len(table), np.int64), np.random.default_rng(seed)
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        given[rows] = random.permutation(rows)
+    table = table.set_column(place, table.schema.field(place), table["label"].take(pa.array(given)))
+    for path in paths[1:]:
+        path.unlink()
+    pq.write_table(table, paths[0])

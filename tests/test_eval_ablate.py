@@ -332,6 +332,11 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
     for table, margin in ((few, 0.5), (many, 0.95)):
         assert all(max(label[1:]) < margin * label[0] for label in table["label"])
     assert any(max(label[1:]) >= 0.5 * label[0] for label in many["label"])
+    shuffled = tmp_path / "shuffled"
+    write_mined_rows(shuffled, source, {**variant.mining, "shuffle_labels": 1})
+    dealt = pq.read_table(sorted((shuffled / "train").glob("*.parquet"))).to_pydict()
+    assert {key: dealt[key] for key in dealt if key != "label"} == {key: many[key] for key in dealt if key != "label"}
+    assert sorted(dealt["label"]) == sorted(many["label"]) and dealt["label"] != list(many["label"])
     # the two positives of q00 go along: neither is an in-batch negative of it, at whatever margin
     positives = load_dataset(str(mined), "positives", split="train", cache_dir=str(tmp_path / "positives"))
     assert len(positives) == 2 and len(set(positives["query"])) == 1
@@ -351,7 +356,7 @@ def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
     _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out")], "")
     monkeypatch.chdir(ROOT)
     variants = read_variants(ablation, str(path))
-    counts = {"objectives": 18, "grades": 9, "number": 3, "cross-encoder": 3, "negatives": 10}
+    counts = {"objectives": 18, "labels": 5, "grades": 9, "number": 3, "cross-encoder": 3, "negatives": 10}
     assert len(variants) == counts.get(path.stem, 4)
     assert len({variant.key for variant in variants}) == len(variants)
     assert ablation.compared_with == ablation.baseline
