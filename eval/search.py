@@ -4,7 +4,7 @@
     python -m eval.search --model runs/demo/model --data runs/demo/data --hybrid 0.4 "how do I parse a date"
 
 The documents' vectors are kept under DATA/embeddings, by the hash of the model and of the texts: the first question
-waits for them, the next ones do not. --hybrid adds BM25, with the weight that `eval.retrieval` printed.
+waits for them, the next ones do not. --hybrid adds the build's BM25, with the weight that `eval.retrieval` printed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from common.cli import ArgumentParser, InputError, at_least_1, run
 from common.steps import read_manifest
+from dataset_builders.bm25 import Bm25, tokenise
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, load_model
 from dataset_builders.fusion import convex_fusion
@@ -33,9 +36,10 @@ class Result(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    documents, language = load_documents(args.data), read_manifest(args.data / "candidates")["inputs"].get("language")
+    documents, found_by = load_documents(args.data), read_manifest(args.data / "candidates")["inputs"]
+    bm25, language = Bm25(**found_by.get("bm25", {})), found_by.get("language")
     cache = args.data / "embeddings"
-    print(format_results(search(args.model, args.question, documents, cache, args.top_k, args.hybrid, language)))
+    print(format_results(search(args.model, args.question, documents, cache, args.top_k, args.hybrid, bm25, language)))
 
 
 def _parse(argv: Sequence[str]):
@@ -64,6 +68,7 @@ def search(
     cache: Path,
     top_k: int,
     hybrid: float | None = None,
+    bm25: Bm25 | None = None,
     language: str | None = None,
 ) -> list[Result]:
     """The `top_k` documents nearest to `question`, best first; with `hybrid`, BM25 has that weight in the score."""
@@ -77,21 +82,28 @@ def search(
     positions, scores = dense_top_k(question_vector, vectors, top_k if hybrid is None else max(top_k, DEPTH))
     best = list(zip(positions[0].tolist(), scores[0].tolist(), strict=True))
     if hybrid is not None:
-        best = convex_fusion(search_bm25(question, texts, max(top_k, DEPTH), language), dict(best), hybrid, top_k)
+        sparse = search_bm25(question, texts, max(top_k, DEPTH), bm25 or Bm25(), language)
+        best = convex_fusion(sparse, dict(best), hybrid, top_k)
     return [Result(score, ids[position], texts[position]) for position, score in best]
 
 
-def search_bm25(question: str, texts: Sequence[str], top_k: int, language: str | None = None) -> dict[int, float]:
+def search_bm25(
+    question: str, texts: Sequence[str], top_k: int, section: Bm25, language: str | None = None
+) -> dict[int, float]:
     """Positions and BM25 scores of the documents that share a word with `question`, at most `top_k`."""
-    import bm25s
+    words, [asked] = tokenise(texts, language), tokenise([question], language)
+    if section.backend == "rank_bm25":
+        from rank_bm25 import BM25Okapi
 
-    from dataset_builders.bm25 import tokenise
+        index = BM25Okapi(words, k1=section.k1, b=section.b)
+    else:
+        import bm25s
 
-    index = bm25s.BM25()
-    index.index(tokenise(texts, language), show_progress=False)
-    found = index.retrieve(tokenise([question], language), k=min(top_k, len(texts)), show_progress=False)
-    pairs = zip(found.documents[0].tolist(), found.scores[0].tolist(), strict=True)
-    return {position: score for position, score in pairs if score > 0}
+        index = bm25s.BM25(k1=section.k1, b=section.b)
+        index.index(words, show_progress=False)
+    scores = index.get_scores(asked) if asked else np.zeros(len(texts))  # bm25s fails on a question of stop words
+    best = (-scores).argsort(kind="stable")[:top_k].tolist()
+    return {position: float(scores[position]) for position in best if scores[position] > 0}
 
 
 def format_results(results: Sequence[Result]) -> str:

@@ -3,9 +3,12 @@
 import shutil
 
 import pytest
+from tiny_data import write_encoder, write_recipe, write_set
 
+from dataset_builders import build
+from dataset_builders.bm25 import Bm25
 from dataset_builders.fusion import convex_fusion
-from eval.held_out import load_documents
+from eval.held_out import candidate_rankings, load_documents, load_held_out
 from eval.search import Result, format_results, main, search, search_bm25
 
 
@@ -50,7 +53,7 @@ def test_a_hybrid_search_is_the_convex_sum_of_both(tiny_encoder, data):
     ask = "sort a list"
     dense = search(str(tiny_encoder), ask, documents, data / "embeddings", top_k=6)
     texts = list(documents.values())
-    bm25 = search_bm25(ask, texts, 6)
+    bm25 = search_bm25(ask, texts, 6, Bm25())
     assert texts[max(bm25, key=bm25.get)] == ask and 0 < len(bm25) < 6
     places = {document_id: place for place, document_id in enumerate(documents)}
     for weight in (0.0, 0.4, 1.0):
@@ -60,6 +63,30 @@ def test_a_hybrid_search_is_the_convex_sum_of_both(tiny_encoder, data):
         assert [places[result.document_id] for result in found] == [place for place, _ in expected]
         assert [result.score for result in found] == pytest.approx([score for _, score in expected])
     assert found[0].text == ask
+
+
+@pytest.mark.parametrize("backend", ["bm25s", "rank_bm25"])
+def test_bm25_is_the_builds(backend, tmp_path, capsys):
+    """Its weight was chosen for these scores: k1, b and backend are not the library's defaults."""
+    folder, keys = write_set(tmp_path / "set"), {"backend": backend, "top_k": 20, "k1": 0.4, "b": 0.1}
+    recipe = write_recipe(tmp_path / "data.yaml", folder, write_encoder(tmp_path / "encoder"), bm25=keys, fusion={})
+    build.main(["--config", str(recipe), "--output_dir", str(tmp_path / "data")])
+    asked = load_held_out(tmp_path / "data", "test")
+    [bm25, *_] = candidate_rankings(tmp_path / "data", asked).values()
+    ids = list(asked.documents)
+    for query_id, question in asked.queries.items():
+        found = search_bm25(question, list(asked.documents.values()), 20, Bm25(**keys))
+        assert {ids[place]: score for place, score in found.items()} == pytest.approx(bm25[0][query_id], abs=1e-5)
+    shown = search(str(tmp_path / "encoder"), question, asked.documents, tmp_path / "e", 3, 0.4, Bm25(**keys))
+    default = search(str(tmp_path / "encoder"), question, asked.documents, tmp_path / "e", 3, 0.4)
+    assert shown != default
+    arguments = ["--model", str(tmp_path / "encoder"), "--data", str(tmp_path / "data"), "--top_k", "3"]
+    main([*arguments, "--hybrid", "0.4", question])
+    assert capsys.readouterr().out.endswith(f"{format_results(shown)}\n")
+
+
+def test_a_question_of_stop_words_has_no_bm25_scores():
+    assert search_bm25("is it the", ["is it the list", "a date"], 2, Bm25()) == {}
 
 
 def test_rank_score_id_and_the_beginning_of_the_text_are_shown():
