@@ -92,7 +92,7 @@ def _check_known(document_ids: set[str], documents: Documents, path: Path) -> No
 
 
 def candidate_rankings(data: Path, held_out: HeldOut) -> dict[str, tuple[Ranking, int]]:
-    """The rankings of RETRIEVERS, as the candidates folder holds them.
+    """The first DEPTH places of RETRIEVERS' rankings, as the candidates folder holds them.
 
     With each comes the rank down to which it is complete: with `fusion.top_k` the folder keeps the first documents of
     the fused list, and one that BM25 ranks 90th may not be among them.
@@ -116,7 +116,7 @@ def candidate_rankings(data: Path, held_out: HeldOut) -> dict[str, tuple[Ranking
     rankings = {}
     for name, prefix in RETRIEVERS.items():
         rank, score = pl.col(f"{prefix}_rank"), pl.col(f"{prefix}_score")
-        found = table.filter(rank.is_not_null()).sort(rank).group_by("query_id")
+        found = table.filter(rank <= DEPTH).sort(rank).group_by("query_id")
         in_place = (rank == pl.int_range(1, pl.len() + 1)).sum()
         rows = {query_id: rest for query_id, *rest in found.agg("document_id", score, in_place).iter_rows()}
         empty = [[], [], 0]

@@ -307,6 +307,14 @@ def test_a_cut_candidates_file_gives_no_recall(tiny_run, tmp_path, top_k, known,
     assert {measure: row[measure] is not None for measure in known} == known
 
 
+def test_fusion_looks_as_deep_as_it_says_however_many_documents_a_build_keeps(run, held_out, monkeypatch):
+    """Deeper lists have a lower last score, so the same document would get another share of the sum."""
+    whole = candidate_rankings(run / "data", held_out)
+    monkeypatch.setattr("eval.held_out.DEPTH", 1)
+    for name, (ranking, _) in candidate_rankings(run / "data", held_out).items():
+        assert ranking == {query: dict([*found.items()][:1]) for query, found in whole[name][0].items()}
+
+
 def test_intervals_hold_the_mean_and_are_paired():
     """A system that is better by the same amount on every query differs by exactly that, however queries vary."""
     generator = np.random.default_rng(0)
