@@ -62,7 +62,7 @@ def with_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrain
     """The settled stage with the prompts of its saved model; with `prompt_shots`, one shows rows of the first data set
     that trains with shots and the stage's own instruction. Raises InputError for rows or prompts that do not fit.
     """
-    own, shots = stage.own, []
+    own, shots, shown = stage.own, [], demonstrations(stage, train)
     if own.prompt_shots:
         name = next(
             name for name, data in stage.datasets.items() if data.shots and data.instruction == own.instruction
@@ -70,7 +70,7 @@ def with_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrain
         budget = stage.datasets[name].shots_budget or own.max_seq_length // 2
         budget = min(budget, own.max_seq_length - own.min_text_tokens)
         try:
-            shots = demonstrations(stage, train)[name].freeze(own.prompt_shots, counter(tokenizer), budget)
+            shots = shown[name].freeze(own.prompt_shots, counter(tokenizer), budget)
         except InputError as error:
             raise InputError(f"{stage.place(name)}: {error}") from None
     prompts = saved_prompts(stage, shots)
@@ -84,20 +84,18 @@ def with_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrain
 
 
 def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demonstrations]:
-    """Where batches get their shots from, by data set; those without shots are left out."""
-    return {
-        name: Demonstrations(
-            train[name],
-            own.instruction,
-            own.shots,
-            own.shots_budget,
-            own.zero_shot_probability,
-            stage.training.seed,
-            own.query_template,
-        )
-        for name, own in stage.datasets.items()
-        if own.shots
-    }
+    """Where batches get their shots from, by data set; those without shots are left out. Raises InputError for rows
+    that make none.
+    """
+    found = {}
+    for name, own in stage.datasets.items():
+        settings = own.instruction, own.shots, own.shots_budget, own.zero_shot_probability
+        try:
+            if own.shots:
+                found[name] = Demonstrations(train[name], *settings, stage.training.seed, own.query_template)
+        except InputError as error:
+            raise InputError(f"{stage.place(name)}: {error}") from None
+    return found
 
 
 def load_encoder(stage: Stage, base: Start, **loading: Any) -> SentenceTransformer:

@@ -241,3 +241,11 @@ def test_few_shot_prompts_that_cannot_be_made_are_refused_before_training(few_sh
     with pytest.raises(InputError, match=message):
         train(tmp_path, recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_without_demonstrations_is_told_by_name_before_any_stage_is_trained(recipe, tmp_path):
+    pairs = {"name": "pairs", "dataset_config": "sts", "loss": "cosent", "prompted_columns": ["sentence1"]}
+    mixed = {**recipe["stages"][1], "shots": 2, "datasets": [{"name": "questions"}, pairs]}
+    with pytest.raises(InputError, match="'retrieval': data set 'pairs': shots: rows without column 'positive'"):
+        train(tmp_path, {**recipe, "stages": [recipe["stages"][0], mixed]}, *SHORT)
+    assert not (tmp_path / "run").exists()
