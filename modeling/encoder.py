@@ -96,7 +96,7 @@ def build_encoder(
         transformer, max_seq_length, transformer.max_seq_length if published else DEFAULT_LENGTH, model.reference
     )
     keep_layers(transformer.model, num_hidden_layers, model.reference)
-    check_widths(transformer.model)
+    keep_unpacked(transformer.model)
     embedding = transformer.model.get_input_embeddings()
     if embedding.padding_idx == tokenizer.eos_token_id:
         embedding.padding_idx = None  # a checkpoint that pads with EOS would never train the vector of EOS
@@ -254,17 +254,13 @@ def keep_layers(model: PreTrainedModel, number: int | None, reference: str) -> N
         config.layer_types = config.layer_types[:number]
 
 
-def check_widths(model: PreTrainedModel) -> None:
-    """Refuse 4-bit weights that only some processors' kernels of bitsandbytes can multiply with.
-
-    Those of CPUs with AVX512-BF16 pack blocks of 64 (bitsandbytes 0.50); others take any width.
+def keep_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes (0.50) from packing 4-bit weights for inference, as it does for good at the first evaluation
+    on CPUs with AVX512-BF16: their kernel has no gradient, so layers below would train on a part of theirs.
     """
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
-            raise InputError(
-                f"load_in_4bit: {name} reads {module.in_features} features, which is no multiple of 64; "
-                "use load_in_8bit, or neither"
-            )
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def save_merged(encoder: SentenceTransformer, folder: Path) -> None:
