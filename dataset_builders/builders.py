@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common.cli import InputError
 from common.steps import MANIFEST, file_sha256, fingerprint, read_arrow, read_manifest, read_parquet, row_groups
 from dataset_builders.card import Config, render_card
-from dataset_builders.mine import Graded, Mining, Tally, mine, read_graded
+from dataset_builders.mine import Graded, Mining, Tally, known_positives, mine, positives_of, read_graded
 from dataset_builders.schema import (
     CLASSES,
     DOCUMENTS,
@@ -64,6 +64,7 @@ _MINED = re.compile(
     r"train-n(?P<num_negatives>\d+)(-m(?P<margin>[\d.]+))?(-(?P<margin_type>absolute|none|flipped_control))?"
     r"(-skip(?P<skip>\d+))?(-(?P<relabel>exclude|promote))?(-(?P<strategy>random)(-s(?P<seed>\d+))?)?"
 )
+_POSITIVES = re.compile("positives-(none|exclude|promote)")
 
 
 @dataclass
@@ -71,7 +72,8 @@ class GradedConfig(datasets.BuilderConfig):
     """A table by the name it is published under.
 
     `train` holds the rows as the build mined them, or, given any of `Mining`'s keys, rows mined with these (the
-    others at `Mining`'s defaults); `train-n15-m90` is short for num_negatives=15, margin=0.9.
+    others at `Mining`'s defaults); `train-n15-m90` is short for num_negatives=15, margin=0.9. `positives-exclude`
+    holds what goes along with rows of that `relabel`, as `positives` does with those of the build.
     """
 
     name: str = "train"
@@ -87,7 +89,9 @@ class GradedConfig(datasets.BuilderConfig):
         super().__post_init__()
         given = {name: getattr(self, name) for name in Mining.model_fields if getattr(self, name) is not None}
         short = _MINED.fullmatch(self.name)
-        if not short and self.name not in TABLES:
+        beside = _POSITIVES.fullmatch(self.name)
+        self.relabelled = beside and beside[1]
+        if not short and not beside and self.name not in TABLES:
             raise InputError(f"config {self.name!r}: there are {', '.join(TABLES)}, and names like train-n7-m90")
         if given and self.name != "train":
             raise InputError(f"config {self.name!r} takes no {next(iter(given))}; only train does")
@@ -123,17 +127,25 @@ class GradedDataset(datasets.ArrowBasedBuilder):
         if self.config.name == "train":
             columns = pq.read_schema(find_files(self._folder, "train")[0]).names
             return train_schema(sum(name.startswith("negative_") and name != "negative_ids" for name in columns))
-        return TABLES[self.config.name][1]
+        return POSITIVES if self.config.relabelled else TABLES[self.config.name][1]
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator(datasets.Split.TRAIN)]
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
-        for number, table in enumerate(self._mined() if self.config.mining else self._stored()):
+        tables = self._positives if self.config.relabelled else self._mined if self.config.mining else self._stored
+        for number, table in enumerate(tables()):
             yield number, table.select(list(self.info.features))
 
     def _mined(self) -> Iterator[pa.Table]:
         return mine(graded_of(self._folder, self._cache_dir_root), self.config.mining, Tally())
+
+    def _positives(self) -> Iterator[pa.Table]:
+        graded = graded_of(self._folder, self._cache_dir_root)
+        found = [positives_of(block) for block in graded.blocks(self.config.relabelled, description="positives")]
+        qrels = pl.from_arrow(pa.concat_tables(map(read_parquet, find_files(self._folder, "qrels"))))
+        graded_queries = pl.concat(found).select("query_id")
+        yield known_positives(graded, qrels.join(graded_queries, on="query_id", how="semi"), found)
 
     def _stored(self) -> Iterator[pa.Table]:
         files = find_files(self._folder, self.config.name)
@@ -238,9 +250,13 @@ def write_hub(
     """
     datasets.disable_progress_bars()  # which call every config "train"; ours name them
     names = [name for name in _files_by_config(data) if TABLES[name][0].partition("/")[0] in steps]
-    further = dict.fromkeys(mining.config_name() for mining in publish)
+    further = [mining.config_name() for mining in publish]
+    further += dict.fromkeys(f"positives-{mining.relabel}" for mining in publish)
     names[1:1] = further  # after `train`, which is the default
     configs = [_write_config(name, data, folder, max_shard_size) for name in names]
+    for config in [config for config in configs if not config.rows]:  # no query has several positives
+        shutil.rmtree(folder / config.name)
+        configs.remove(config)
     if "audit" in steps:
         (folder / "assets").mkdir(exist_ok=True)
         for plot in sorted((data / "audit").glob("*.png")):

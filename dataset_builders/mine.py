@@ -138,7 +138,8 @@ def write_mined(build: Build, folder: Path) -> dict[str, Any]:
     with parquet_writer(folder / "mined.parquet", mined_schema(mining.num_negatives)) as writer:
         for table in mine(graded, mining, tally):
             writer.write(table)
-    positives = known_positives(graded, build.corpus / "qrels.parquet", build.splits.split, tally.relabelled)
+    qrels = pl.from_arrow(read_parquet(build.corpus / "qrels.parquet")).filter(split=build.splits.split)
+    positives = known_positives(graded, qrels, tally.relabelled)
     if len(positives):
         write_parquet(folder / "positives.parquet", positives)
     return tally.facts()
@@ -298,13 +299,18 @@ def texts_of(table: pa.Table, ids: pl.Series) -> pa.Array:
     return take(table["text"], positions_of(ids.to_arrow().cast(pa.string()), table[0], "graded candidates"))
 
 
-def known_positives(graded: Graded, qrels: Path, split: str, relabelled: Sequence[pl.DataFrame]) -> pa.Table:
-    """POSITIVES: of the queries of `split` that have two or more, labelled or `relabelled` (query_id, document_id)."""
-    judged = pl.from_arrow(read_parquet(qrels)).filter((pl.col("split") == split) & (pl.col("score") > 0))
-    found = [judged.select("query_id", "document_id"), *relabelled]
+def known_positives(graded: Graded, qrels: pl.DataFrame, relabelled: Sequence[pl.DataFrame]) -> pa.Table:
+    """POSITIVES: of the queries that have two or more, labelled in `qrels` or `relabelled` (see `positives_of`)."""
+    found = [qrels.filter(pl.col("score") > 0).select("query_id", "document_id"), *relabelled]
     several = pl.concat(found).unique().filter(pl.len().over("query_id") > 1).sort("query_id", "document_id")
     texts = texts_of(graded.queries, several["query_id"]), texts_of(graded.documents, several["document_id"])
     return pa.table(texts, schema=POSITIVES)
+
+
+def positives_of(block: pl.DataFrame) -> pl.DataFrame:
+    """query_id, document_id of what is a positive in a block of `Graded.blocks`, or as good as one."""
+    is_positive = pl.col("is_positive") | (pl.col("ruled_out") == REASONS[-1]).fill_null(False)
+    return block.filter(is_positive).select("query_id", "document_id")
 
 
 class Tally:
@@ -315,12 +321,11 @@ class Tally:
         self.label_sums = np.zeros(2)  # of positives, of negatives
         self.qualifying: list[int] = []  # of each row, kept or dropped
         self.rows_per_query: list[int] = []
-        self.relabelled: list[pl.DataFrame] = []  # query_id, document_id of what is a positive, or as good as one
+        self.relabelled: list[pl.DataFrame] = []  # of `positives_of`
 
     def add(self, block: pl.DataFrame, qualifying: np.ndarray, rows: np.ndarray) -> None:
         self.qualifying += qualifying.tolist()
-        is_positive = pl.col("is_positive") | (pl.col("ruled_out") == REASONS[-1]).fill_null(False)
-        self.relabelled.append(block.filter(is_positive).select("query_id", "document_id"))
+        self.relabelled.append(positives_of(block))
         with_rows = block["query_id"].gather(rows[:, 0]).value_counts()["count"].to_list()
         self.rows_per_query += with_rows + [0] * (block["query_id"].n_unique() - len(with_rows))
         # a candidate stands in as many rows as its query has positives other than itself

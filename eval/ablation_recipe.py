@@ -232,11 +232,14 @@ def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:
         datasets.disable_progress_bars()
         cache = step.path / "cache"
         made = {}
-        for name, keys in {"train": settings, "positives": {}}.items():  # known positives, where any were published
-            if name == "train" or (Path(source) / name).is_dir():
-                builder = GradedDataset(config_name=name, data_dir=source, cache_dir=str(cache), **keys)
-                builder.download_and_prepare(str(step.path / name), file_format="parquet")
-                made[name] = builder.info.splits["train"].num_examples
+        positives = f"positives-{settings.get('relabel', 'none')}"
+        for name, config, keys in (("train", "train", settings), ("positives", positives, {})):
+            builder = GradedDataset(config_name=config, data_dir=source, cache_dir=str(cache), **keys)
+            builder.download_and_prepare(str(step.path / name), file_format="parquet")
+            made[name] = builder.info.splits["train"].num_examples
+        if not made["positives"]:  # no query has several
+            shutil.rmtree(step.path / "positives")
+            del made["positives"]
         shutil.rmtree(cache)
         if mining.get("shuffle_labels") is not None:
             shuffle_labels(step.path / "train", mining["shuffle_labels"])

@@ -51,7 +51,9 @@ def load_data(stage: Stage) -> StageData:
         where = f"{stage.place(name)}: config {own.dataset_config!r}"
         rows = sources[name].read(own.dataset_config)
         train[name] = training_rows(rows, own.loss, prompted, where, own.num_negatives)
-    positives = {name: known_positives(rows, sources[name]) for name, rows in train.items()}
+    positives = {
+        name: known_positives(rows, sources[name], stage.datasets[name].dataset_config) for name, rows in train.items()
+    }
     evaluated = stage.training.eval_strategy.value != "no"
     if stage.own.nanobeir and not evaluated:
         raise InputError(f"stage {stage.name!r}: nanobeir is measured at evaluations; set eval_strategy")

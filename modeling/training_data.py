@@ -178,12 +178,13 @@ def _fitted(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 # --- what else is known of the rows ---------------------------------------------------------------------------------
 
 
-def known_positives(rows: Dataset, source: Source) -> dict[str, list[str]]:
+def known_positives(rows: Dataset, source: Source, config: str = "train") -> dict[str, list[str]]:
     """Query text -> texts of all its labelled positives, of those queries in `rows` that have several.
 
     In a batch these are no negatives of the query, whichever row they come with. They are read from the rows (those of
     `training_rows`; graded pairs have no positives), and from what `source` publishes beside them: the config
-    `positives` (query, positive) or, without it, `qrels` with `queries` and `documents`.
+    `positives` (query, positive) or, without it, `qrels` with `queries` and `documents`. Rows of another `config` than
+    `train` may have been relabelled otherwise, and have positives of their own, by the name that this gave them.
     """
     if "query" not in rows.column_names:
         return {}
@@ -192,9 +193,11 @@ def known_positives(rows: Dataset, source: Source) -> dict[str, list[str]]:
         return pl.from_arrow(dataset.with_format("arrow")[:]).lazy()
 
     own, configs = table(rows.select_columns(["query", "positive"])), source.configs()
-    pairs = [own]
-    if "positives" in configs:
-        pairs.append(table(source.read("positives")))
+    pairs, beside = [own], "positives"
+    if config.startswith("train-"):
+        beside += next((relabel for relabel in ("-exclude", "-promote") if relabel in config), "-none")
+    if beside in configs:
+        pairs.append(table(source.read(beside)))
     elif {"qrels", "queries", "documents"} <= set(configs):
         judged = table(source.read("qrels")).filter(pl.col("score") > 0)
         judged = judged.join(table(source.read("queries")).select("query_id", query="text"), on="query_id")

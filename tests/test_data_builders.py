@@ -28,6 +28,7 @@ from dataset_builders.schema import STS
 MINING = Mining(num_negatives=3)
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "sts")
 PUBLISH = (Mining(num_negatives=5), Mining(num_negatives=4, margin=0.9, strategy="random", seed=2))
+PUBLISH += (Mining(num_negatives=3, relabel="exclude"),)
 
 
 def write_build(folder: Path, mining: Mining = MINING, **keys) -> Path:
@@ -83,6 +84,10 @@ def publish(build: Path, folder: Path, sets=PUBLISH, size="500MB") -> Path:
     return folder
 
 
+def published_rows(hub: Path, name: str) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in (hub / name).glob("*.parquet"))
+
+
 def mined_anew(build: Path, mining: Mining) -> pa.Table:
     """What the build itself mines, as published: without the ids."""
     folder = build.parent / mining.config_name()
@@ -110,6 +115,9 @@ COLUMNS = {
     "train": train_columns(3),
     "train-n5": train_columns(5),
     "train-n4-m90-random-s2": train_columns(4),
+    "train-n3-exclude": train_columns(3),
+    "positives-none": columns("query string, positive string"),
+    "positives-exclude": columns("query string, positive string"),
     "positives": columns("query string, positive string"),
     "candidates": columns(
         "query_id string, document_id string, bm25_rank int32, bm25_score float32, dense_rank int32, "
@@ -170,6 +178,11 @@ def test_the_recipes_rows_come_first_and_all_sets_are_as_asked_for(made, tmp_pat
         published = rows_of(hub, tmp_path / "cache", config_name=name)
         stored = pa.concat_tables(map(pq.read_table, sorted((hub / name).glob("*.parquet"))))
         assert published.equals(stored.replace_schema_metadata()) and published.equals(mined_anew(build, mining))
+        # what training never takes for a negative goes along
+        beside = pq.read_table(build.parent / mining.config_name() / "positives.parquet")
+        assert rows_of(hub, tmp_path / "cache", config_name=f"positives-{mining.relabel}").equals(beside)
+        assert len(beside) == published_rows(hub, f"positives-{mining.relabel}")
+    assert published_rows(hub, "positives-exclude") > published_rows(hub, "positives")
 
 
 @pytest.mark.parametrize(

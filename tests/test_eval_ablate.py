@@ -340,6 +340,10 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
     # the two positives of q00 go along: neither is an in-batch negative of it, at whatever margin
     positives = load_dataset(str(mined), "positives", split="train", cache_dir=str(tmp_path / "positives"))
     assert len(positives) == 2 and len(set(positives["query"])) == 1
+    # and so do documents graded above every positive, where these are no negatives either
+    write_mined_rows(tmp_path / "excluded", source, {**variant.mining, "relabel": "exclude"})
+    [beside] = (tmp_path / "excluded" / "positives").glob("*.parquet")
+    assert pq.read_metadata(beside).num_rows > 2
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------

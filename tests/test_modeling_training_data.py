@@ -149,6 +149,17 @@ def test_known_positives_are_those_of_the_rows_and_what_lies_beside_them(tmp_pat
     assert found == {"q2": ["p2", "p3"], **({"q0": ["p0", "p4"]} if case != "rows alone" else {})}
 
 
+@pytest.mark.parametrize("relabel", ["none", "exclude", "promote"])
+def test_rows_that_were_relabelled_otherwise_have_positives_of_their_own(tmp_path, relabel):
+    rows = {"query": ["q0"], "positive": ["p0"], "negative_1": ["n"]}
+    own = {f"positives-{name}": {"query": ["q0"], "positive": [name]} for name in ("none", "exclude", "promote")}
+    publish(tmp_path / "hub", train=rows, positives={"query": ["q0"], "positive": ["p4"]}, **own)
+    config = "train-n1-m90" + (f"-{relabel}" if relabel != "none" else "") + "-random"
+    source = Source(str(tmp_path / "hub"))
+    assert known_positives(Dataset.from_dict(rows), source, config) == {"q0": sorted(["p0", relabel])}
+    assert known_positives(Dataset.from_dict(rows), source) == {"q0": ["p0", "p4"]}
+
+
 def test_cut_texts_are_counted_by_column(tiny_encoder):
     """Lengths by hand: BOS, EOS, one token a word; the prompt's words count too."""
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_encoder))

@@ -281,7 +281,7 @@ def rewrite(folder, config, column, change):
 
 def test_a_sound_folder_gives_its_facts(published):
     facts = verify_dataset(published)
-    assert facts["configs"] == read_manifest(published)["rows"] and len(facts["configs"]) == 10
+    assert facts["configs"] == read_manifest(published)["rows"] and len(facts["configs"]) == 13
     on_disk = {path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()}
     assert set(facts["files"]) == on_disk - {MANIFEST} and len(on_disk) > 11
 
