@@ -232,12 +232,16 @@ def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:
         datasets.disable_progress_bars()
         cache = step.path / "cache"
         made = {}
-        positives = f"positives-{settings.get('relabel', 'none')}"
-        for name, config, keys in (("train", "train", settings), ("positives", positives, {})):
+        sets = [("train", "train", settings)]
+        if settings:
+            sets.append(("positives", f"positives-{settings.get('relabel', 'none')}", {}))
+        elif (Path(source) / "positives").is_dir():  # rows as the build mined them
+            sets.append(("positives", "positives", {}))
+        for name, config, keys in sets:
             builder = GradedDataset(config_name=config, data_dir=source, cache_dir=str(cache), **keys)
             builder.download_and_prepare(str(step.path / name), file_format="parquet")
             made[name] = builder.info.splits["train"].num_examples
-        if not made["positives"]:  # no query has several
+        if made.get("positives") == 0:  # no query has several
             shutil.rmtree(step.path / "positives")
             del made["positives"]
         shutil.rmtree(cache)

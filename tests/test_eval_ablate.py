@@ -311,7 +311,8 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
     judged = write_set(tmp_path / "set") / "qrels.parquet"
     second = pa.table({"query_id": ["q00"], "corpus_id": ["d01"], "score": [1], "split": ["train"]})
     pq.write_table(pa.concat_tables([pq.read_table(judged), second]), judged)
-    recipe = write_recipe(tmp_path / "data.yaml", tmp_path / "set", write_encoder(tmp_path / "teacher"))
+    mining = {"num_negatives": 3, "relabel": "exclude"}
+    recipe = write_recipe(tmp_path / "data.yaml", tmp_path / "set", write_encoder(tmp_path / "teacher"), mining=mining)
     build.main(["--config", str(recipe), "--output_dir", str(tmp_path / "build")])
     base = yaml.safe_load((folder / "train.yaml").read_text()) | {"dataset_name": str(tmp_path / "build" / "hub")}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(base))
@@ -340,10 +341,11 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
     # the two positives of q00 go along: neither is an in-batch negative of it, at whatever margin
     positives = load_dataset(str(mined), "positives", split="train", cache_dir=str(tmp_path / "positives"))
     assert len(positives) == 2 and len(set(positives["query"])) == 1
-    # and so do documents graded above every positive, where these are no negatives either
-    write_mined_rows(tmp_path / "excluded", source, {**variant.mining, "relabel": "exclude"})
-    [beside] = (tmp_path / "excluded" / "positives").glob("*.parquet")
-    assert pq.read_metadata(beside).num_rows > 2
+    # and so do documents graded above every positive, where these are no negatives either: as the build has it, too
+    for keys in ({**variant.mining, "relabel": "exclude"}, {"shuffle_labels": 1}):
+        write_mined_rows(tmp_path / str(len(keys)), source, keys)
+        [beside] = (tmp_path / str(len(keys)) / "positives").glob("*.parquet")
+        assert pq.read_metadata(beside).num_rows > 2
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
