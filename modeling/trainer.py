@@ -176,15 +176,15 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         """Cost of training so far, seconds before a resume included. Memory is the high-water mark of the process, and
         of its accelerator; `counts` is what share_prefix made of the tokens of this process since it started.
         """
-        on_gpu = torch.cuda.is_available()
+        on_gpu, seconds = torch.cuda.is_available(), round(self.seconds, 2)
         return {
             "steps": self.state.global_step,
             "tokens": self.state.num_input_tokens_seen,
-            "training_seconds": round(self.seconds, 2),
+            "training_seconds": seconds,
             "evaluation_seconds": round(sum(entry.get("eval_runtime", 0.0) for entry in self.state.log_history), 2),
             "seconds_before_resume": round(self.seconds_before, 2),
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "device_seconds": round(self.seconds * self.args.world_size, 2),
+            "device_seconds": round(seconds * self.args.world_size, 2),
             "peak_memory_bytes": peak_memory_bytes(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
             "share_prefix": counts and dataclasses.asdict(counts),

@@ -1,6 +1,8 @@
 """Runs that end early: killed ones go on with the batches they would have had, non-finite numbers stop one at once."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +146,14 @@ def test_a_non_finite_number_stops_training(tiny_encoder, tmp_path, what):
         run.train()
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
     assert run.state.global_step == 7
+
+
+def test_a_cost_reads_the_clock_once(tiny_encoder, tmp_path, monkeypatch):
+    """Two readings are now and then a hundredth apart: one device's seconds would not be those of training."""
+    run = trainer(tiny_encoder, tmp_path, [])
+    monkeypatch.setattr("modeling.trainer.time", SimpleNamespace(monotonic=itertools.count(run.started).__next__))
+    cost = run.cost(None)
+    assert cost["device_seconds"] == cost["training_seconds"]
 
 
 # --- what a person reads --------------------------------------------------------------------------------------------
