@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ def evaluations(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> li
             for split, subsets in result.scores.items()
             for subset in subsets
             for config in [subset["hf_subset"]]
+            if not math.isnan(subset["main_score"])  # which the Hub does not take for a number
         ]
     return results
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from common.cli import InputError
@@ -247,9 +248,10 @@ def headline(metrics: Mapping[str, Any] | None, final: Mapping[str, Any], board:
             f"{measure} {final[measure]:.3f} on {counts['queries']:,} held-out queries over {counts['documents']:,} "
             f"documents, where {baseline} has {reference:.3f}{interval}"
         )
-    if board:
-        count = f"{len(board.tasks)} of the {len(benchmark_tasks())} tasks of {BENCHMARK}"
-        parts.append(f"{100 * board.scores.mean():.2f} on average over {count}")
+    scores = board.scores[~np.isnan(board.scores)] if board else []  # NaN: run in part, or no number
+    if len(scores):
+        count = f"{len(scores)} of the {len(benchmark_tasks())} tasks of {BENCHMARK}"
+        parts.append(f"{100 * scores.mean():.2f} on average over {count}")
     return "; ".join(parts) or None
 
 

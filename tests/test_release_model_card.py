@@ -1,6 +1,7 @@
 """The model card: all of it comes out of a run's files, its code runs, and its metadata are what the Hub reads."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from jinja2 import UndefinedError
 from sentence_transformers import SentenceTransformer
+from tiny_mteb import write_result
 
 from common.cli import InputError
 from common.steps import write_json
 from eval.evidence import provenance, read_evidence
+from eval.leaderboard import read_result
 from modeling.encoder import POOLING, build_encoder
 from modeling.prompts import baked_prompts
 from release.model_card import card_metadata, render_adapter_card, render_card, settings_table
@@ -216,6 +219,17 @@ def test_the_card_says_how_to_use_a_few_shot_prompt(card, facts, evidence):
     more = [*systems, {**systems[-1], "name": "final, 2-shot", "shots": 2, "nDCG@10": 0.999}]
     shown = render_card("org/name", facts, {**evidence, "metrics": {**evidence["metrics"], "systems": more}})
     assert "| final, 2-shot | 0.999 |" in shown and "nDCG@10 0.999" not in shown
+
+
+def test_a_score_that_is_no_number_is_in_no_mean_and_no_index(facts, evidence, tmp_path):
+    write_result(tmp_path, "SICK-R", "test", "cosine_spearman", {"default": math.nan})
+    broken = {**evidence, "mteb": [*evidence["mteb"], read_result(tmp_path / "SICK-R.json")]}
+    shown = render_card("org/name", facts, broken)
+    assert "62.50 on average over 2 of the 41 tasks" in shown and "| SICK-R | STS | cosine_spearman | NaN |" in shown
+    names = {result.dataset_name for result in ModelCard(shown).data.eval_results}
+    assert "MTEB STSBenchmark" in names and "MTEB SICK-R" not in names
+    alone = {**evidence, "metrics": None, "mteb": broken["mteb"][-1:]}
+    assert "on average" not in render_card("org/name", facts, alone)
 
 
 def test_the_lengths_that_vectors_may_be_cut_to_are_named(card, facts, evidence):
