@@ -223,7 +223,7 @@ def _read_stage(
     keys = {key: value for key, value in values.items() if key in library_keys()}
     if own.early_stopping_patience:
         keys.setdefault("load_best_model_at_end", True)
-    if keys.get("load_best_model_at_end"):
+    if keys.get("load_best_model_at_end") or keys.get("save_strategy") == "best":
         keys.setdefault("metric_for_best_model", VALIDATION_NDCG)
     try:
         model, training = parse_library_keys(keys)

@@ -42,13 +42,14 @@ class NanoEvaluator(NanoBEIREvaluator):
 
 
 def load_validation(stage: Stage, sources: Mapping[str, Source]) -> list[SearchEvaluator]:
-    """nDCG@10 (and MRR@10, recall@10, MAP) by sentence-transformers, on a sample of the searches of each data set that
+    """nDCG@10 (and MRR, MAP, recall at 10) by sentence-transformers, on a sample of the searches of each data set that
     publishes any, once where several entries read one data set, and on the whole sets of key `nanobeir`.
     """
     own, training = stage.own, stage.training
     settings = {
         "accuracy_at_k": [10],
         "precision_recall_at_k": [10],
+        "map_at_k": [10],
         "batch_size": training.per_device_eval_batch_size,
         "write_csv": False,
         "score_functions": {"cosine": cos_sim},
@@ -74,7 +75,8 @@ def load_validation(stage: Stage, sources: Mapping[str, Source]) -> list[SearchE
     if not evaluators:
         raise InputError(f"stage {stage.name!r}: no data set to evaluate on has qrels; set eval_strategy: 'no'")
     metric, names = training.metric_for_best_model, [evaluator.name for evaluator in evaluators]
-    if metric and not any(re.fullmatch(rf"(eval_)?{name}_cosine_\w+@10", metric) for name in names):
+    measures = "ndcg|mrr|map|recall|precision|accuracy"
+    if metric and not any(re.fullmatch(rf"(eval_)?{name}_cosine_({measures})@10", metric) for name in names):
         measured = " or ".join(f"eval_{name}_cosine_ndcg@10" for name in names)
         raise InputError(
             f"stage {stage.name!r}: metric_for_best_model is {metric!r}; evaluations measure {measured}, or mrr, map, "

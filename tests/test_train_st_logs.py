@@ -112,6 +112,16 @@ def test_sets_of_nanobeir_are_measured_beside_validation(recipe, tmp_path, monke
     assert len(lines) == 2
 
 
+def test_the_best_is_chosen_by_any_measure_that_is_named(recipe, tmp_path):
+    keys = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2, "load_best_model_at_end": True}
+    recipe = {**recipe, **keys, "stages": recipe["stages"][:1]}
+    for measure in ("ndcg", "mrr", "map", "recall", "precision", "accuracy"):
+        (tmp_path / measure).mkdir()
+        train(tmp_path / measure, recipe, "--metric_for_best_model", f"eval_validation_cosine_{measure}@10")
+    with pytest.raises(InputError, match="evaluations measure eval_validation_cosine_ndcg@10, or mrr, map"):
+        train(tmp_path, recipe, "--metric_for_best_model", "eval_validation_cosine_f1@10")
+
+
 def test_a_stage_ends_when_evaluations_get_no_better_and_keeps_its_best(recipe, tmp_path, monkeypatch):
     """Of scores 0.1, 0.3, 0.2, 0.25, 0.4, patience 2 sees four, and the model is that of the second."""
     scores = dict(enumerate([0.1, 0.3, 0.2, 0.25, 0.4], start=1))
@@ -130,6 +140,10 @@ def test_a_stage_ends_when_evaluations_get_no_better_and_keeps_its_best(recipe, 
     output = train(tmp_path, recipe, "--early_stopping_patience", "2")
     history = json.loads((output / "logs/sts.json").read_text())
     assert [entry[best] for entry in history if best in entry] == [0.1, 0.3, 0.2, 0.25]
+    (tmp_path / "best").mkdir()
+    alone = train(tmp_path / "best", recipe, "--save_strategy", "best", "--max_steps", "4")
+    kept = [entry[best] for entry in json.loads((alone / "logs/sts.json").read_text()) if best in entry]
+    assert kept == [0.1, 0.3, 0.2, 0.25]
     scores[5] = 0.0
     recipe["save_steps"] = 3  # the best is saved between
     whole = train(tmp_path / "whole", recipe, "--load_best_model_at_end", "true")
