@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_see
 from common.cli import InputError
 from modeling.adapters import continue_adapter, quantization
 from modeling.arguments import memory_bytes
+from modeling.batches import EpochBatchSampler, steps_by_weight
 from modeling.demonstrations import Demonstrations, counter
 from modeling.encoder import build_encoder
 from modeling.losses import CachedCoSENTLoss, GradedLoss
@@ -194,6 +195,21 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
         title = stage.name if name == stage.name else f"{stage.name}, {name}"
         lines.append(f"training {title}: " + ", ".join(part for part in parts if part))
     return "\n".join(lines)
+
+
+def check_batches(stage: Stage, train: Mapping[str, Dataset]) -> None:
+    """Refuse now rows too few for a step, and weights too small for one."""
+    training, steps = stage.training, 0
+    size, devices = training.train_batch_size, processes().num_processes
+    for name, rows in train.items():
+        try:
+            steps += EpochBatchSampler(rows, size, training.dataloader_drop_last, world_size=devices).steps
+        except InputError as error:
+            raise InputError(f"{stage.place(name)}: {error}") from None
+    try:
+        steps_by_weight({name: own.weight for name, own in stage.datasets.items()}, steps)
+    except InputError as error:
+        raise InputError(f"stage {stage.name!r}: {error}") from None
 
 
 def check_layers(stages: Sequence[Stage], start: Start) -> None:

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from tiny_training import distance, train, weights
 
 import train_st
+from common.cli import InputError
 from common.steps import folder_step
 from modeling.ledger import write_ledger
 from modeling.merging import slerp
@@ -246,6 +247,25 @@ def test_the_data_sets_of_a_stage_take_turns_by_weight(curricula, tmp_path, monk
         parts = [value for key, value in entry.items() if key.startswith("loss_")]
         assert sum(parts) / len(parts) == pytest.approx(entry["loss"], rel=1e-3)
     assert "(pairs " in capsys.readouterr().out
+
+
+NO_STEP = {
+    "too few rows": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 100},
+        "data set 'b': 48 rows make no step of 1 x 100 rows",
+    ),
+    "too small a weight": ({}, "stage 'retrieval': data set 'b': its weight gives it none of 12 steps"),
+}
+
+
+@pytest.mark.parametrize("case", NO_STEP)
+def test_data_that_make_no_step_are_refused_before_the_first_stage(case, recipe, tmp_path):
+    keys, message = NO_STEP[case]
+    first, second = recipe["stages"]
+    second = {**second, **keys, "datasets": [{"name": "b", "weight": 1e-3}, {"name": "a"}]}
+    with pytest.raises(InputError, match=message):
+        train(tmp_path, {**recipe, "stages": [first, second]})
+    assert not (tmp_path / "run").exists()
 
 
 # --- resumed ---------------------------------------------------------------------------------------------------------
