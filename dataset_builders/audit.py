@@ -45,11 +45,13 @@ RANKINGS = {
 def write_audit(build: Build, folder: Path) -> dict[str, Any]:
     """Write the plots into `folder`; returns the figures for the manifest."""
     graded, mining = read_graded(build.corpus, build.scores), build.recipe.mining
-    changed = [{"strategy": "random" if mining.strategy == "top" else "top"}, {"margin": 1.0}]
+    plain = {"margin_type": "ratio", "skip": 0}
+    changed = [{"strategy": "random" if mining.strategy == "top" else "top"}, {"margin": 1.0, "margin_type": "ratio"}]
     others = [mining.model_copy(update=update) for update in changed]
     strategies = [mining, *(other for other in others if other != mining)]
-    plain = {"margin_type": "ratio", "skip": 0}
-    margins = [mining.model_copy(update={**plain, "margin": margin}) for margin in sorted({*MARGINS, mining.margin})]
+    own = mining.margin if mining.margin_type == "ratio" else None  # other types' margins are no such shares
+    margins = sorted({*MARGINS, own} - {None})
+    margins = [mining.model_copy(update={**plain, "margin": margin}) for margin in margins]
     mined = pl.scan_parquet(build.mined / "mined.parquet", glob=False)
     qrels = pl.scan_parquet(build.corpus / "qrels.parquet", glob=False).filter(pl.col("split") == build.splits.split)
     sums: dict[str, list[pl.DataFrame]] = defaultdict(list)
@@ -79,7 +81,7 @@ def write_audit(build: Build, folder: Path) -> dict[str, Any]:
         "ndcg_at_10": ndcg_figures(queries, _total(sums["ndcg"], "ranking")),
         "cut_texts": cut_texts(read_manifest(build.candidates), read_manifest(build.scores)),
     }
-    plots = draw(figures, mining.margin, build.calibration.get("reliability"))
+    plots = draw(figures, own, build.calibration.get("reliability"))
     for name, plot in plots.items():
         # without the writing library's name and version the same figures give the same bytes
         plot.savefig(folder / name, metadata={"Software": None})
@@ -310,7 +312,9 @@ def quality_figures(strategies: list[Mining], sums: pl.DataFrame) -> dict[str, A
     found = [
         {
             "strategy": mining.strategy,
-            "margin": mining.margin,
+            "margin": {"ratio": mining.margin, "none": "none"}.get(
+                mining.margin_type, f"{mining.margin:g} {mining.margin_type}"
+            ),
             "rows": int(rows),
             "hardness": _ratio(hardness, rows),
             "useful": _ratio(useful, rows),

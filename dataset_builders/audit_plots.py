@@ -16,9 +16,9 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 
 
 def draw(
-    figures: Mapping[str, Any], margin: float, reliability: Sequence[Mapping[str, Any]] | None
+    figures: Mapping[str, Any], margin: float | None, reliability: Sequence[Mapping[str, Any]] | None
 ) -> dict[str, Figure]:
-    """File name -> plot; those that have nothing to show are left out. `margin` is the recipe's."""
+    """File name -> plot; those that have nothing to show are left out. `margin` is the recipe's, if it is a ratio."""
     plots = {"labels.png": plot_labels(figures["labels"])}
     if figures["false_negatives"]["by_margin"]:
         plots["false_negatives.png"] = plot_false_negatives(figures["false_negatives"]["by_margin"], margin)
@@ -42,7 +42,7 @@ def plot_labels(labels: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def plot_false_negatives(by_margin: Sequence[Mapping[str, Any]], margin: float) -> Figure:
+def plot_false_negatives(by_margin: Sequence[Mapping[str, Any]], margin: float | None) -> Figure:
     figure, axis = _figure(
         title="False negatives, by leaving out known positives",
         xlabel="margin (share of the positive's label)",

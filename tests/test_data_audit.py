@@ -264,6 +264,19 @@ def test_strategies_are_compared_on_the_encoders_own_cosines(graded, facts):
     assert all(row["useful"] <= row["hardness"] for row in found)
 
 
+@pytest.mark.parametrize(
+    ("kind", "named"), [("absolute", "0.2 absolute"), ("none", "none"), ("flipped_control", "0.2 flipped_control")]
+)
+def test_a_margin_that_is_no_ratio_is_not_taken_for_one(kind, named, copy):
+    """Nor is the comparison with margin 1 made by its rule, which would leave no row."""
+    mining = Mining(margin=0.2, margin_type=kind, num_negatives=1)
+    write_mined(build_of(copy, mining), copy / "mined")
+    found = run_audit(copy, mining)
+    assert {row["margin"] for row in found["false_negatives"]["by_margin"]} == set(MARGINS)
+    strategies = found["negative_quality"]["strategies"]
+    assert [row["margin"] for row in strategies] == [named, named, 1.0] and strategies[-1]["rows"] > 0
+
+
 def test_rules_broken_in_the_file_are_counted(graded, copy):
     _, rows = graded
     table = read_parquet(copy / "mined" / "mined.parquet")

@@ -241,6 +241,12 @@ def test_what_was_compared_and_dropped_is_told(facts):
     assert "`training_datasets`: ArguAna, MSMARCO." in text
 
 
+def test_a_margin_of_another_type_is_no_line_of_the_estimate(facts):
+    assert "| 0.95 (this set) |" in render_card(CONFIGS, facts)
+    facts["mining"]["margin_type"] = "absolute"
+    assert "| 0.95 |" in (text := render_card(CONFIGS, facts)) and "(this set)" not in text
+
+
 @pytest.mark.parametrize("task_type", ["classification", "clustering"])
 def test_rows_of_classes_must_not_be_each_others_negatives(facts, task_type):
     assert "Use each row's own negatives only" not in render_card(CONFIGS, facts)
