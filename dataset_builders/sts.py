@@ -13,11 +13,12 @@ from pydantic import Field
 
 from common.cli import InputError
 from common.recipes import Section
-from common.steps import write_parquet
+from common.steps import row_groups, write_parquet
 from dataset_builders.calibration import Calibration, calibrate
 from dataset_builders.decontamination import clean_pairs, read_probes
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Vectors
+from dataset_builders.mine import read_classes, share_with_a_positive
 from dataset_builders.schema import STS, check_rows
 from dataset_builders.sources import read_sts
 from dataset_builders.teachers import PairScorer, Teacher, as_teacher
@@ -72,12 +73,20 @@ def write_sts(build: Build, folder: Path) -> dict[str, Any]:
 
 
 def teacher_of_pairs(build: Build) -> tuple[Teacher, Calibration]:
-    """What grades two queries: the teacher; for one that grades documents alone, the dense model."""
+    """What grades two queries: the teacher; for one that grades documents alone, the dense model, calibrated as
+    teachers are: what is in the class of a positive is no other document.
+    """
     if build.recipe.teacher.kind not in ("hybrid", "given"):
         return build.recipe.teacher, Calibration(build.calibration["a"], build.calibration["b"])
-    found = pl.scan_parquet(build.scores / "scores.parquet", glob=False).filter(pl.col("dense_score").is_not_null())
-    scores, is_positive = (column.to_numpy() for column in found.select("dense_score", "is_positive").collect())
-    return as_teacher(build.recipe.dense), calibrate(scores[is_positive], scores[~is_positive])[0]
+    classes, found = read_classes(build.corpus), []
+    for table in row_groups(
+        build.scores / "scores.parquet", ["query_id", "document_id", "dense_score", "is_positive"]
+    ):
+        block = pl.from_arrow(table)
+        is_relevant = pl.col("is_positive") | share_with_a_positive(block, classes)
+        found.append(block.select("dense_score", is_relevant=is_relevant).drop_nulls("dense_score"))
+    scores, is_relevant = (column.to_numpy() for column in pl.concat(found))
+    return as_teacher(build.recipe.dense), calibrate(scores[is_relevant], scores[~is_relevant])[0]
 
 
 @dataclass(frozen=True)

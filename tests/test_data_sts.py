@@ -1,15 +1,18 @@
 """STS pairs of a build: which are paired, graded by whom, and how evenly their labels are spread."""
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_data import TOPICS, WORDS, tiny_build, write_encoder
+from tiny_data import TOPICS, WORDS, tiny_build, write_encoder, write_recipe
 
 from common.cli import InputError
 from common.steps import write_json, write_parquet
+from dataset_builders import build
+from dataset_builders.calibration import calibrate
 from dataset_builders.schema import QUERIES
-from dataset_builders.sts import Sts, count_by_bin, pairs_to_grade, spread_over_bins, write_sts
+from dataset_builders.sts import Sts, count_by_bin, pairs_to_grade, spread_over_bins, teacher_of_pairs, write_sts
 
 
 def test_bins_are_filled_evenly_and_short_ones_run_out():
@@ -56,8 +59,9 @@ def test_sts_pairs_are_graded_by_the_teacher_and_hold_no_test_query(tmp_path):
     (tmp_path / "sts").mkdir()
     write_json(tmp_path / "scores" / "manifest.json", {"calibration": {"a": 4.0, "b": -1.0}})
     sections = {"dense": {"model": str(model)}, "teacher": {"kind": "bi_encoder", "model": str(model)}}
-    build = tiny_build(tmp_path, splits=("train", "test"), sts=Sts(num_rows=50), **sections)
-    facts = write_sts(build, tmp_path / "sts")
+    facts = write_sts(
+        tiny_build(tmp_path, splits=("train", "test"), sts=Sts(num_rows=50), **sections), tmp_path / "sts"
+    )
     rows = pq.read_table(tmp_path / "sts" / "sts.parquet").to_pylist()
     train = {text for _, text, split in queries if split == "train"}
     assert len(rows) == facts["rows"] == 50
@@ -69,6 +73,30 @@ def test_sts_pairs_are_graded_by_the_teacher_and_hold_no_test_query(tmp_path):
     expected = 1 / (1 + np.exp(-(4 * (one * other).sum(axis=1) - 1)))
     np.testing.assert_allclose([row["label"] for row in rows], expected, atol=2e-3)  # vectors are kept as float16
     assert sum(count > 0 for count in facts["rows_by_label_bin"]) >= 5
+
+
+def test_the_dense_model_is_calibrated_on_whole_classes(tmp_path):
+    """A text of the positive's class is relevant, too: among the others it would say that near texts mean nothing."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS[6 * (row % 4) :][:9], 6)) for row in range(TOPICS)]
+    rows = pa.table({"text": texts, "label": [f"class {row % 4}" for row in range(TOPICS)]})
+    pq.write_table(rows, tmp_path / "texts.parquet")
+    model = write_encoder(tmp_path / "encoder")
+    source = {"kind": "local", "path": str(tmp_path / "texts.parquet")}
+    keys = {"source": source, "task_type": "classification", "teacher": {"kind": "hybrid"}, "sts": {"num_rows": 20}}
+    recipe = write_recipe(tmp_path / "data.yaml", tmp_path, model, **keys)
+    build.main(["--config", str(recipe), "--output_dir", str(tmp_path / "data")])
+    folder = tmp_path / "data"
+    graded = pl.read_parquet(folder / "scores" / "scores.parquet")
+    class_of = dict(pl.read_parquet(folder / "corpus" / "classes.parquet").iter_rows())
+    of_query = {query: class_of[document] for query, document in graded.filter("is_positive")[:, :2].iter_rows()}
+    found = graded.drop_nulls("dense_score")
+    is_relevant = np.array([class_of[document] == of_query[query] for query, document in found[:, :2].iter_rows()])
+    scores = found["dense_score"].to_numpy()
+    expected = calibrate(scores[is_relevant], scores[~is_relevant])[0]
+    sections = {"dense": {"model": str(model)}, "teacher": {"kind": "hybrid"}}
+    _, calibration = teacher_of_pairs(tiny_build(folder, task_type="classification", **sections))
+    assert (calibration.a, calibration.b) == pytest.approx((expected.a, expected.b)) and is_relevant.mean() > 0.2
 
 
 def test_sts_of_one_query_is_refused(tmp_path):
