@@ -144,10 +144,11 @@ def push(api: HfApi, release: Release, refs: Refs | None, args: Namespace) -> st
     left = [name for name in there if name not in release.files and _is_replaced(name, release.repo_type)]
     content = fingerprint([[addition.path_in_repo, addition.upload_info.sha256.hex()] for addition in additions])
     title = f"{release.title} {content[:8]}"
-    # a lost answer hides whether the pull request was opened
-    for proposal in [branch for branch in refs.branches if args.create_pr and branch.startswith("refs/pr/")]:
-        if api.list_repo_commits(**repository, revision=proposal)[0].title == title:
-            return f"{name}: {proposal} proposes these files already; no other one was made"
+    # a lost answer hides whether the pull request was opened; of merged and closed ones the refs stay
+    pulls = {"discussion_type": "pull_request", "discussion_status": "open"}
+    for proposal in api.get_repo_discussions(**repository, **pulls) if args.create_pr else ():
+        if api.list_repo_commits(**repository, revision=proposal.git_reference)[0].title == title:
+            return f"{name}: {proposal.git_reference} proposes these files already; no other one was made"
     # drops files that have not changed, and makes no empty commit
     made = api.create_commit(
         **repository,

@@ -53,6 +53,7 @@ class Repository:
     private: bool = False
     branches: dict[str, list[Commit]] = field(default_factory=dict)  # and pull requests, refs/pr/N; oldest first
     tags: dict[str, str] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)  # pull requests, whose refs stay
     objects: dict[str, bytes] = field(default_factory=dict)  # uploaded LFS files, by SHA-256
 
     def history(self, revision: str) -> list[Commit] | None:
@@ -290,6 +291,14 @@ class Handler(BaseHTTPRequestHandler):
         found = {"branches": named(heads, "refs/heads/"), "tags": named(self.repository.tags, "refs/tags/")}
         return as_json({**found, "converts": [], "pullRequests": named(pulls, "")})
 
+    def discussions(self) -> Answer:
+        assert (self.query["type"], self.query["status"]) == ("pull_request", "open")
+        pulls = [name for name in self.repository.branches.keys() - self.repository.closed if "/pr/" in name]
+        facts = {"title": "", "createdAt": DATE, "status": "open", "isPullRequest": True}
+        facts |= {"repo": {"name": self.repository.page, "type": "model"}}
+        found = [{"num": int(name.rpartition("/")[2]), **facts} for name in sorted(pulls)]
+        return as_json({"discussions": found, "count": len(found), "start": 0})
+
     def branch(self) -> Answer:
         self.repository.branches[self.names["name"]] = self.repository.history(self.json()["startingPoint"])
         return 200, {}, b""
@@ -354,6 +363,7 @@ ROUTES = (
     ("GET HEAD", f"/{ID}/resolve/{REV}/(?P<path>.+)", Handler.resolve, False),
     ("GET", f"{API}/commits/{REV}", Handler.commits, False),
     ("GET", f"{API}/refs", Handler.refs, False),
+    ("GET", f"{API}/discussions", Handler.discussions, False),
     ("POST", f"{API}/branch/(?P<name>[^/]+)", Handler.branch, True),
     ("POST", f"{API}/tag/{REV}", Handler.tag, True),
     ("POST", f"{API}/preupload/{REV}", Handler.preupload, True),

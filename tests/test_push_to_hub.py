@@ -117,6 +117,9 @@ def test_a_pull_request_is_opened_once_and_never_empty(hub, push):
     push(files=newer)
     assert "no commit was made" in push("--create_pr", files=newer).stdout
     assert list(hub.repositories[NAME].branches) == ["main", "refs/pr/1", "refs/pr/2"]
+    # back to what one that was merged proposed
+    hub.repositories[NAME].closed = {"refs/pr/1", "refs/pr/2"}
+    assert push("--create_pr", files=CHANGED).stdout == f"{NAME}: {hub.endpoint}/{NAME}/discussions/3\n"
 
 
 def test_private_holds_for_a_new_repository_and_a_public_one_is_refused(hub, push):
