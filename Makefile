@@ -46,7 +46,7 @@ real: .venv/installed
 	$(BIN)/python push_to_hub.py model $(REAL)/model you/smollm2-embedder --license apache-2.0 --dry_run
 
 # The questions of docs/evidence.md, three seeds each: a day on 2 CPU cores, by estimate. STUDIES="labels teachers" takes some.
-STUDIES := labels teachers negatives curriculum number objectives pooling lora length shots backbone merging
+STUDIES := labels teachers grades negatives curriculum number objectives pooling lora length shots backbone merging
 evidence: EVIDENCE := runs/evidence
 evidence-gpu: EVIDENCE := runs/evidence-gpu
 evidence-gpu: FLAGS := --base recipes/evidence/gpu.yaml --runs_dir runs/evidence-gpu/runs
