@@ -102,7 +102,9 @@ def bixse(scores: Tensor, own: Tensor, labels: Tensor, mask: Tensor | None = Non
     without in-batch negatives, and nothing to save.
 
     A logit is a probability here and not one of a softmax, so the temperature wants to be higher than InfoNCE's:
-    SigLIP starts at 0.1. It learns from a single graded document a row, too.
+    SigLIP starts at 0.1. It learns from a single graded document a row, too. It wants a start that tells texts apart:
+    where all cosines are near 1, as of a bare decoder, its loss begins in the hundreds and training collapsed
+    (docs/evidence.md); let a stage of InfoNCE come first.
 
     Example:
         A document graded 0.75 at score log 3 costs the entropy of 0.75, the least that is possible:
