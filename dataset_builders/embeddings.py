@@ -251,13 +251,13 @@ def _digest(texts: Texts) -> str:
 
 
 def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any) -> Any:
-    """A sentence-transformers model of `kind`; an encoder reads plain text (see common/plain_text.py).
+    """What `kind` makes of a model: an encoder, which reads plain text (see common/plain_text.py), or another kind.
 
     Raises InputError when its files cannot be had or read.
     """
     from huggingface_hub.errors import HTTPError
     from safetensors import SafetensorError
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import CrossEncoder, SentenceTransformer
 
     reference = resolve_model(section.model)
     path = reference.name_or_path
@@ -269,8 +269,10 @@ def load_model(kind: Callable[..., Any], section: ModelSection, **keywords: Any)
             model = kind(path, revision=revision, model_kwargs={"dtype": section.dtype}, **keywords)
         if kind is SentenceTransformer:
             use_plain_text(model, path, revision)
-        else:
+        elif kind is CrossEncoder:
             check_words(model.tokenizer, section.model)
+        else:
+            return model  # a language model, whose chat template is looked at
         positions = None if section.max_seq_length else count_positions(path, revision)
         if positions and (model.max_seq_length or 0) > positions:  # as its files may say
             model.max_seq_length = positions
