@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SHARD = 1024  # texts in a shard: what a killed process loses at most
 MAX_SHARDS = 1024  # beyond that many texts, longer shards rather than more files
 Texts: TypeAlias = Sequence[str] | TextColumn
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 class ModelSection(Section):
@@ -43,7 +44,7 @@ class ModelSection(Section):
     model: str  # Hub id, folder, GGUF file or package:NAME
     max_seq_length: int | None = Field(None, ge=8)  # tokens; null: the model's own
     batch_tokens: int = Field(1024, ge=8)  # padded tokens in a batch: about 1,000 on a CPU, tens of thousands on a GPU
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
+    dtype: Dtype = "float32"  # of the weights
 
     def describe(self) -> dict[str, Any]:
         """What decides the section's results. The batches are left out: they move them by rounding only.

@@ -162,11 +162,11 @@ def _lists(texts: pl.Series, where: str) -> pl.Series:
     others = filled.count() - lists
     are_lists = lists >= others
     if others:
-        told = f"{lists:,} of {lists + others:,} values look like lists; {'the others' if are_lists else 'all'} are"
-        tqdm.write(f"{where}: column {texts.name!r}: {told} read as single texts", file=sys.stderr)
+        message = f"{lists:,} of {lists + others:,} values look like lists; {'the others' if are_lists else 'all'} are"
+        tqdm.write(f"{where}: column {texts.name!r}: {message} read as single texts", file=sys.stderr)
     if not are_lists:
         return texts
-    values = [value and (_list(value) if looks else [value]) for value, looks in zip(filled, is_list, strict=True)]
+    values = [value and (_list(value) if listed else [value]) for value, listed in zip(filled, is_list, strict=True)]
     unread = [text for text, value in zip(filled, values, strict=True) if text and value is None]
     if unread:
         raise InputError(

@@ -241,8 +241,8 @@ class FileTables(Tables):
         super().tell()
         if others := self._files.get(None):
             names = ", ".join(map(self._name, others))
-            told = f"{self}: does not read {names}: named after no split (train, validation, test)"
-            print(told, file=sys.stderr, flush=True)
+            message = f"{self}: does not read {names}: named after no split (train, validation, test)"
+            print(message, file=sys.stderr, flush=True)
 
     def _is_headerless(self, file: Path) -> bool:
         """Whether ids and texts begin at once, as MS MARCO's do: two columns whose names nobody knows."""

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field
@@ -19,6 +19,7 @@ from common.cli import ArgumentParser, InputError
 from common.models import resolve_model
 from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import files_of, fingerprint, folder_step
+from dataset_builders.embeddings import Dtype
 from modeling.recipe import Recipe
 from modeling.recipe import parse_recipe as parse_training_recipe
 
@@ -41,7 +42,7 @@ class Ablation(Section):
     tasks: tuple[str, ...] = ()
     data_root: str | None = None  # folder of local copies of tasks' data, see eval.local_tasks
     # that models are scored in: bfloat16 takes half the time where the processor has it; null: as they were saved
-    scoring_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    scoring_dtype: Dtype | None = None
     shared: dict[str, Any] = Field(default_factory=dict)  # overrides of the base for every row
     # name -> overrides: KEY as a flag of train_st.py has it, STAGE.KEY, student.KEY, or mining.KEY for rows mined anew
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -28,7 +28,7 @@ from common.steps import fingerprint, folder_step
 from eval.leaderboard import format_means, format_tasks, make_leaderboard
 from eval.local_tasks import LOCAL_TASKS, training_pairs
 from eval.run_mteb import evaluate, load_for_mteb, load_tasks, update_meta
-from eval.systems import demonstrations, saved_encoder
+from eval.systems import DTYPES, demonstrations, saved_encoder
 from modeling.prompts import ASYMMETRIC, few_shot_prompt, instruction_prompt, task_instructions
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--templates", nargs="*", choices=list(TEMPLATES), default=list(TEMPLATES), help=templates)
     parser.add_argument("--num_hidden_layers", type=at_least_1, help="keep the first so many layers")
     parser.add_argument("--max_seq_length", type=at_least_1, default=512, help="tokens (default: 512)")
-    parser.add_argument("--dtype", default="float32", help="of weights (default: float32; bfloat16 for large models)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights (default: float32; bfloat16 for large models)"
+    )
     parser.add_argument("--batch_size", type=at_least_1, default=32, help="texts per forward pass (default: 32)")
     args = parser.parse_args(argv)
     if min(args.shots, default=0) < 0:

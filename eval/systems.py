@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, resolve_model
 from common.steps import files_of, fingerprint, folder_step, read_parquet
-from dataset_builders.embeddings import EncoderSection
+from dataset_builders.embeddings import Dtype, EncoderSection
 from eval.run_files import read_json
 from modeling.encoder import read_setting
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, few_shot_prompt, few_shot_prompts
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 SHOTS = (1, 2)  # demonstrations shown to the untrained model
-DTYPES = ("float32", "bfloat16", "float16")  # that a model can be run in, whatever it was saved in
+DTYPES = get_args(Dtype)  # that a model can be run in, whatever it was saved in
 
 
 @dataclass(frozen=True)

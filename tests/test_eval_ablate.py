@@ -351,15 +351,18 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("base", ["recipes/evidence/train.yaml", "recipes/evidence/gpu.yaml"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_recipes_that_ship_are_whole(path, folder, tmp_path, monkeypatch):
-    """With tiny data in place of the demo's: every variant is read and checked as a run would be."""
+def test_recipes_that_ship_are_whole(path, base, folder, tmp_path, monkeypatch):
+    """With tiny data in place of the demo's: every variant is read and checked as a run would be, and no two of them
+    are the same on a CPU's base or on a GPU's.
+    """
     assert len(SHIPPED) == 14
     monkeypatch.setattr(ablation_recipe, "data_content", lambda name, revision: name)
     monkeypatch.setattr(ablation_recipe, "corpus_content", lambda name: name)
     monkeypatch.setattr(ablation_recipe, "model_content", lambda name: name)
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
-    _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out")], "")
+    _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--base", base], "")
     monkeypatch.chdir(ROOT)
     variants = read_variants(ablation, str(path))
     counts = {"objectives": 18, "labels": 5, "grades": 9, "number": 3, "cross-encoder": 3, "negatives": 10}
