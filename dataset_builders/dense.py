@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -13,10 +13,15 @@ from pydantic import Field
 from common.cli import InputError
 from dataset_builders.embeddings import EncoderSection, Vectors
 from dataset_builders.engines import Engine, Shards, compute_shards
-from dataset_builders.top_k import NOTHING, Ranking, Search, best, merge, ranges
+from dataset_builders.top_k import NOTHING, Ranking, Search, merge, ranges, ranked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUERY_BLOCK = 256
 DOCUMENT_BLOCK = 8192  # with the above, 8 MiB of scores at a time
+_PAIRS = 512  # multiplied again at a time
+_MOST_LEFT = 1 / 32  # of all pairs: beyond, multiplying them again takes longer than bfloat16 saves
 
 
 class Dense(EncoderSection):
@@ -40,13 +45,17 @@ def search_dense(
     engine: Engine,
 ) -> Ranking:
     """The queries' top-k documents; shards of unfinished work lie in `folder`."""
-    plan = (section.top_k, blocks, parts, queries)
     if len(documents) < section.faiss_from:
-        return _ExactSearch(*plan, documents).run(folder / "dense.shards", engine, "dense search")
+        whole = [range(len(documents))]  # no parts: each would look for a top k of its own
+        return _ExactSearch(section.top_k, blocks, whole, queries, documents).run(
+            folder / "dense.shards", engine, "dense search"
+        )
     sizes = [len(part) for part in parts]
     index = _FaissIndex(documents, parts)
     indexes = compute_shards(index, sizes, folder / "faiss.shards", engine, description="FAISS index", unit="texts")
-    return _FaissSearch(*plan, indexes, section.faiss_probes).run(folder / "dense.shards", engine, "dense search")
+    return _FaissSearch(section.top_k, blocks, parts, queries, indexes, section.faiss_probes).run(
+        folder / "dense.shards", engine, "dense search"
+    )
 
 
 def dense_top_k(queries: np.ndarray, documents: np.ndarray | Vectors, top_k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,28 +63,8 @@ def dense_top_k(queries: np.ndarray, documents: np.ndarray | Vectors, top_k: int
 
     Exact, never the whole score matrix, and ties go to the smaller position.
     """
-    found = _exact(queries, documents, range(len(documents)), top_k)
+    found = exact_search(queries, documents, top_k)
     return found["document"].astype(np.int64), found["score"]
-
-
-def _exact(queries: np.ndarray, documents: np.ndarray | Vectors, rows: range, top_k: int) -> np.ndarray:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = np.full((len(queries), min(top_k, len(rows))), NOTHING)
-    # a block of documents is read once, and every block of queries compared with it
-    for part in ranges(len(rows), DOCUMENT_BLOCK):
-        first = rows.start + part.start
-        texts = torch.from_numpy(np.asarray(documents[first : first + len(part)], np.float32)).to(device)
-        for start in range(0, len(queries), QUERY_BLOCK):
-            here = slice(start, start + QUERY_BLOCK)
-            block = torch.from_numpy(np.asarray(queries[here], np.float32)).to(device)
-            so_far = found[here]
-            above = so_far["score"][:, -1] if part.start else -np.inf  # equal scores lose to earlier documents
-            scores = block @ texts.T
-            scores = scores if scores.is_cuda else scores.numpy()
-            found[here] = merge([so_far, best(scores, top_k, first, above)], so_far.shape[1])
-    return found
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,77 @@ class _ExactSearch(Search):
     documents: Vectors
 
     def search(self, queries: range, part: int) -> np.ndarray:
-        vectors = self.queries[queries.start : queries.stop]
-        return _exact(vectors, self.documents, self.parts[part], self.top_k)
+        return exact_search(self.queries[queries.start : queries.stop], self.documents, self.top_k)
+
+
+def exact_search(
+    queries: np.ndarray, documents: np.ndarray | Vectors, top_k: int, bfloat16: bool | None = None
+) -> np.ndarray:
+    """FOUND (queries, up to top_k), best first: fast products rule documents out, the pairs that are left are
+    multiplied again in float32.
+
+    A pair is left unless its fast product is below the top k by more than that product's error. So the fast ones may
+    be in bfloat16 (null: where the processor multiplies it), and a score depends on its two vectors alone: equal
+    documents have equal scores, wherever they lie.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if bfloat16 is None:
+        bfloat16 = device == "cpu" and _multiplies_bfloat16()
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    queries = np.array(queries, np.float32)
+    lengths = np.linalg.norm(queries, axis=1)
+    found = np.full((len(queries), min(top_k, len(documents))), NOTHING)
+    blocks = [slice(rows.start, rows.stop) for rows in ranges(len(queries), QUERY_BLOCK)]
+    asked = [torch.from_numpy(queries[here]).to(device, dtype) for here in blocks]
+    centre = None
+    for rows in ranges(len(documents), DOCUMENT_BLOCK):  # read once, compared with every block of queries
+        texts = np.array(documents[rows.start : rows.stop], np.float32)
+        # A model's vectors point the same way: without what they share, the numbers and their errors are small.
+        centre = texts.mean(axis=0) if centre is None else centre
+        centred = texts - centre
+        compared, longest = torch.from_numpy(centred).to(device, dtype), np.linalg.norm(centred, axis=1).max()
+        # |q d - q' d'| <= |q - q'| |d| + |q'| |d - d'|, both at most eps / 2 |q| |d|; and what sums in float32 lose
+        errors = lengths * (2 * longest + np.linalg.norm(centre)) * len(centre) * np.finfo(np.float32).eps
+        errors += 1.01 * lengths * longest * torch.finfo(dtype).eps
+        count = 0
+        for here, rounded in zip(blocks, asked, strict=True):
+            block, so_far = queries[here], found[here]
+            bars = so_far["score"][:, -1] - block @ centre
+            left, places = _pairs_left(rounded @ compared.T, bars, errors[here], so_far.shape[1])
+            steps = [slice(first, first + _PAIRS) for first in range(0, len(left), _PAIRS)]  # which stay in the cache
+            scores = [np.einsum("ij,ij->i", block[left[step]], texts[places[step]]) for step in steps]
+            best = ranked(left, rows.start + places, np.concatenate([np.empty(0, np.float32), *scores]), so_far.shape)
+            found[here] = merge([so_far, best], so_far.shape[1])
+            count += len(left)
+        if bfloat16 and rows.start and count > _MOST_LEFT * len(queries) * len(rows):  # scores lie too close for it
+            return exact_search(queries, documents, top_k, bfloat16=False)
+    return found
+
+
+def _pairs_left(products: Tensor, bars: np.ndarray, errors: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns, sorted, of the products (queries, documents) that may be above their query's bar (-inf: none
+    yet) and among its top k here, if each is right but for the query's error and its own rounding.
+    """
+    import torch
+
+    low = torch.from_numpy(bars - errors).to(products.device, torch.float32)
+    if low.isinf().any():  # the top k of these products, which bars the others
+        last = products.topk(min(top_k, products.shape[1]), dim=1).values[:, -1].float()
+        last -= torch.finfo(products.dtype).eps * last.abs()
+        low = torch.maximum(low, last - torch.from_numpy(2 * errors).to(last))
+    reached = products >= low.to(products.dtype).float()[:, None]  # rounded like the products, which keeps the order
+    # where the scores lie, but numpy is the faster on a CPU
+    places = reached.flatten().nonzero().ravel().cpu().numpy() if reached.is_cuda else np.flatnonzero(reached.numpy())
+    return np.divmod(places, products.shape[1])
+
+
+def _multiplies_bfloat16() -> bool:
+    import torch
+
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # of torch since 2.10 or so
+    return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from dataset_builders.engines import Engine, Shards, compute_shards
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # A retrieved document: its position in the corpus (-1, with a score of -inf: none) and its score.
 FOUND = np.dtype([("document", np.int32), ("score", np.float32)])
@@ -77,41 +74,33 @@ def merge(found: Sequence[np.ndarray], top_k: int) -> np.ndarray:
     return np.take_along_axis(joined, order, axis=1)
 
 
-def best(scores: np.ndarray | Tensor, top_k: int, first: int, above: float | np.ndarray = -np.inf) -> np.ndarray:
+def best(scores: np.ndarray, top_k: int, first: int, above: float = -np.inf) -> np.ndarray:
     """FOUND (queries, up to top_k), best first, from a matrix of scores of the documents numbered from `first`.
 
-    Only scores higher than `above` count: one number, or one a query, such as its best so far end with. Places left
-    over hold NOTHING. A tensor is looked through where it lies; of one on a CPU give the array, which is faster.
+    Only scores higher than `above` count. Places left over hold NOTHING.
     """
     queries, documents = scores.shape
     top_k = min(top_k, documents)
-    bars = np.nextafter(np.full(queries, above, np.float32), np.float32(np.inf))
+    bars = np.full(queries, np.nextafter(np.float32(above), np.float32(np.inf)))
     groups = _GROUPS * top_k
-    # the top_k-th best of groups' maxima: so many scores reach it and few more, where a sort would look at all
-    grouped = scores[:, : documents // groups * groups] if np.ndim(above) == 0 and documents >= 2 * groups else None
-    if isinstance(scores, np.ndarray):
-        if grouped is not None:
-            maxima = grouped.reshape(queries, -1, groups).max(axis=1)
-            bars = np.maximum(bars, np.partition(maxima, groups - top_k, axis=1)[:, groups - top_k])
-        places = np.flatnonzero(scores >= bars[:, None])
-        values = scores.ravel()[places]
-    else:
-        import torch
-
-        bars = torch.from_numpy(bars).to(scores.device)
-        if grouped is not None:
-            maxima = grouped.unflatten(1, (-1, groups)).amax(dim=1)
-            bars = torch.maximum(bars, maxima.topk(top_k).values[:, -1])
-        places = (scores >= bars[:, None]).flatten().nonzero().ravel()
-        values, places = scores.flatten()[places].cpu().numpy(), places.cpu().numpy()
+    if documents >= 2 * groups:
+        # the top_k-th best of groups' maxima: so many scores reach it and few more, where a sort would look at all
+        maxima = scores[:, : documents // groups * groups].reshape(queries, -1, groups).max(axis=1)
+        bars = np.maximum(bars, np.partition(maxima, groups - top_k, axis=1)[:, groups - top_k])
+    places = np.flatnonzero(scores >= bars[:, None])
     rows, columns = np.divmod(places, documents)
-    order = np.lexsort((-values, rows))  # stable, so ties keep to their positions
-    starts = np.searchsorted(rows, np.arange(queries))
-    ranks = np.arange(len(rows)) - starts[rows]  # `order` keeps to the rows
+    return ranked(rows, first + columns, scores.ravel()[places], (queries, top_k))
+
+
+def ranked(rows: np.ndarray, documents: np.ndarray, scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """FOUND of `shape` (queries, top_k), best first, from scores of pairs, sorted by query (`rows`) and document."""
+    queries, top_k = shape
+    order = np.lexsort((-scores, rows))  # stable, so ties keep to their positions
+    ranks = np.arange(len(rows)) - np.searchsorted(rows, np.arange(queries))[rows]  # `order` keeps to the rows
     order, rows, ranks = (part[ranks < top_k] for part in (order, rows, ranks))
-    found = np.full((queries, top_k), NOTHING)
-    found["document"][rows, ranks] = first + columns[order]
-    found["score"][rows, ranks] = values[order] + np.float32(0)  # no negative zeros
+    found = np.full(shape, NOTHING)
+    found["document"][rows, ranks] = documents[order]
+    found["score"][rows, ranks] = scores[order] + np.float32(0)  # no negative zeros
     return found
 
 

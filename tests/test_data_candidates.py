@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import Stemmer
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -22,7 +21,7 @@ from dataset_builders import bm25, dense
 from dataset_builders.bm25 import Bm25, search_bm25, tokenise
 from dataset_builders.candidates import fuse
 from dataset_builders.columns import TextColumn
-from dataset_builders.dense import Dense, dense_top_k, search_dense
+from dataset_builders.dense import Dense, dense_top_k, exact_search, search_dense
 from dataset_builders.embeddings import Vectors, vector_shard
 from dataset_builders.engines import LOCAL, compute_shards
 from dataset_builders.fusion import Fusion, best_weight, convex_fusion, reciprocal_rank_fusion
@@ -98,12 +97,10 @@ matrices = st.integers(1, 40).flatmap(
 )
 
 
-@given(matrices, st.integers(1, 45), st.integers(1, 40), st.sampled_from([-np.inf, 0.0]), st.booleans())
-def test_the_best_of_parts_are_those_of_a_full_sort_with_ties_by_position(scores, top_k, size, above, as_tensor):
-    given_as = torch.from_numpy if as_tensor else np.asarray  # on a GPU and on a CPU
+@given(matrices, st.integers(1, 45), st.integers(1, 40), st.sampled_from([-np.inf, 0.0]))
+def test_the_best_of_parts_are_those_of_a_full_sort_with_ties_by_position(scores, top_k, size, above):
     parts = [
-        best(given_as(scores[:, part.start : part.stop]), top_k, part.start, above)
-        for part in ranges(scores.shape[1], size)
+        best(scores[:, part.start : part.stop], top_k, part.start, above) for part in ranges(scores.shape[1], size)
     ]
     found = merge(parts, top_k)
     for row, expected in zip(found, scores, strict=True):
@@ -113,19 +110,42 @@ def test_the_best_of_parts_are_those_of_a_full_sort_with_ties_by_position(scores
         assert not np.signbit(row["score"][row["score"] == 0]).any()
 
 
-@settings(max_examples=30)
-@given(matrices, st.integers(1, 50))
-def test_blocked_inner_products_are_a_full_sort(vectors, top_k):
+@settings(max_examples=60)
+@given(matrices, st.integers(1, 50), st.booleans())
+def test_blocked_inner_products_are_a_full_sort(vectors, top_k, bfloat16):
     texts = vectors.T[:, :2].copy() if vectors.shape[1] > 1 else vectors[:, :1].copy()
     queries = texts[::2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "QUERY_BLOCK", 3)
         patch.setattr(dense, "DOCUMENT_BLOCK", 9)
+        patch.setattr(dense, "_multiplies_bfloat16", lambda: bfloat16)
         positions, found = dense_top_k(queries, texts, top_k)
     scores = queries @ texts.T  # sums of multiples of 1/4: exact, so ties are real ties
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.05, 1e-6])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_exact_search_in_bfloat16_finds_what_float64_ranks_highest(spread, bfloat16, monkeypatch):
+    """Of vectors of other lengths than 1, half of them twice, in a cone too narrow for bfloat16 to tell them apart."""
+    monkeypatch.setattr(dense, "DOCUMENT_BLOCK", 300)
+    rng = np.random.default_rng(0)
+    axis = rng.normal(size=48)
+    texts = (axis + spread * rng.normal(size=(1000, 48))).astype(np.float32) * rng.uniform(0.5, 3, (1000, 1))
+    texts = np.concatenate([texts, texts[::2]]).astype(np.float32)
+    queries = (axis + spread * rng.normal(size=(300, 48))).astype(np.float32)
+    found = exact_search(queries, texts, 20, bfloat16)
+    scores = queries.astype(np.float64) @ texts.astype(np.float64).T
+    np.testing.assert_allclose(found["score"], np.take_along_axis(scores, found["document"], 1), rtol=1e-5)
+    np.testing.assert_allclose(found["score"], -np.sort(-scores, axis=1)[:, :20], rtol=1e-5)
+    order = np.lexsort((found["document"], -found["score"]))  # equal documents: by position, though blocks apart
+    np.testing.assert_array_equal(order, np.broadcast_to(np.arange(20), order.shape))
+    text = np.where(found["document"] < 1000, found["document"], 2 * (found["document"] - 1000))
+    twins = text[:, 1:] == text[:, :-1]
+    assert twins.sum() > 1000 and (np.diff(found["score"])[twins] == 0).all()
+    np.testing.assert_array_equal(found, exact_search(queries, texts, 20, not bfloat16))
 
 
 # --- BM25 -----------------------------------------------------------------------------------------------------------
