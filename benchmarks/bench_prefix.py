@@ -252,9 +252,12 @@ def train(models: Models, texts: Texts, prompt_tokens: int, args: Namespace, rat
         sides[f"CachedMultipleNegativesRankingLoss, {dtype}"] = Side(model, plain)
         sides[f"the same, share_prefix, {dtype}"] = Side(model, plain, shared=True)
         none = f"SoftInfoNCELoss, share_prefix, {dtype}"
-        kept = {"": 0, ", one kept": 1, ", half kept": needed_by_all // 2, ", all kept": UNLIMITED}
-        for name, memory in kept.items():
-            loss = SoftInfoNCELoss(model, temperature=0.02, alpha=0.0, activation_memory=memory, **settings)
+        size = args.mini_batch_size
+        quarter = max(size // 4, 1)  # with nothing to pad little slower, and the same gradients
+        kept = [("", 0, size), (f", mini-batches of {quarter}", 0, quarter)]
+        kept += [(", one kept", 1, size), (", half kept", needed_by_all // 2, size), (", all kept", UNLIMITED, size)]
+        for name, memory, size in kept:
+            loss = SoftInfoNCELoss(model, 0.02, mini_batch_size=size, alpha=0.0, activation_memory=memory)
             sides[none + name] = Side(model, step_of(model, loss, columns), shared=True, before=none)
     needed = texts.needed(prompt, queries) + sum(texts.needed("", column) for column in documents)
     # forward and backward, gradients of frozen weights left out; what GradCache repeats is not useful work
