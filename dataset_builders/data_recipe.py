@@ -19,7 +19,7 @@ from dataset_builders.fusion import Fusion
 from dataset_builders.mine import Mining
 from dataset_builders.sources import TASK_LAYOUTS, Source, check_task_type, prefer_local, registry
 from dataset_builders.sts import Sts
-from dataset_builders.teachers import Given, Hybrid, Teacher
+from dataset_builders.teachers import Given, Hybrid, Retriever, Teacher
 
 
 def _with_unit(size: Any) -> str:
@@ -54,7 +54,7 @@ class Graders(Section):
     dense: Dense  # search by vectors
     fusion: Fusion = Fusion()  # of both rankings
     # Without a model of its own, the teacher is what both retrievers and the labels know together.
-    teacher: Annotated[Teacher | Hybrid | Given, Field(discriminator="kind")] = Hybrid(
+    teacher: Annotated[Teacher | Hybrid | Given | Retriever, Field(discriminator="kind")] = Hybrid(
         kind="hybrid"
     )  # grades the candidates
     mining: Mining = Mining()  # of the training set

@@ -70,8 +70,8 @@ def write_scores(build: Build, folder: Path) -> dict[str, Any]:
     import pyarrow.compute as pc  # slow to import: --help needs none
 
     teacher, graded = build.recipe.teacher, write_graded(build, folder / "graded.arrow")
-    grade = {"hybrid": grade_by_features, "given": grade_as_given}.get(teacher.kind, grade_by_model)
-    grades = grade(build, folder, graded)
+    grade = {"hybrid": grade_by_features, "given": grade_as_given, "retriever": grade_by_ranking}
+    grades = grade.get(teacher.kind, grade_by_model)(build, folder, graded)
     facts = grades.facts
     facts["positives_not_retrieved"] = pc.sum(graded["is_relevant"]).as_py() - facts["positives"]
     counts = Counter(dict.fromkeys(("queries", "graded", "judged_not_retrieved", "flat_rows", "one_hot_rows"), 0))
@@ -211,6 +211,11 @@ def grade_by_model(build: Build, folder: Path, graded: pa.Table) -> Grades:
 def grade_as_given(build: Build, folder: Path, graded: pa.Table) -> Grades:
     """The source's own scores, calibrated."""
     return _grade_by_column("given", graded, *rows_to_fit(graded))
+
+
+def grade_by_ranking(build: Build, folder: Path, graded: pa.Table) -> Grades:
+    """The scores of one ranking, calibrated."""
+    return _grade_by_column(f"{build.recipe.teacher.by}_score", graded, *rows_to_fit(graded))
 
 
 def _grade_by_column(name: str, graded: pa.Table, *fitted: np.ndarray) -> Grades:

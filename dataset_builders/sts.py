@@ -76,7 +76,7 @@ def teacher_of_pairs(build: Build) -> tuple[Teacher, Calibration]:
     """What grades two queries: the teacher; for one that grades documents alone, the dense model, calibrated as
     teachers are: what is in the class of a positive is no other document.
     """
-    if build.recipe.teacher.kind not in ("hybrid", "given"):
+    if isinstance(build.recipe.teacher, Teacher):
         return build.recipe.teacher, Calibration(build.calibration["a"], build.calibration["b"])
     classes, found = read_classes(build.corpus), []
     for table in row_groups(

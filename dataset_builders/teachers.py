@@ -117,7 +117,17 @@ class Given(Section):
         return {"kind": "given"}
 
 
-def teacher_name(teacher: Teacher | Hybrid | Given) -> str:
+class Retriever(Section):
+    """No model: one ranking's own scores, a baseline for teachers. A document that it did not return has 0."""
+
+    kind: Literal["retriever"]
+    by: Literal["bm25", "rrf", "convex"]  # whose scores; the dense model's are those of a bi_encoder
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "retriever", "by": self.by}
+
+
+def teacher_name(teacher: Teacher | Hybrid | Given | Retriever) -> str:
     return teacher.model if isinstance(teacher, Teacher) else teacher.kind
 
 

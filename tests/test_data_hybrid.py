@@ -106,6 +106,16 @@ def test_with_few_labels_the_convex_sum_grades(source, capsys, monkeypatch):
     assert np.all(np.diff(found["label"].to_numpy()[order]) >= 0) and len(set(convex)) > 20
 
 
+@pytest.mark.parametrize("ranking", ["bm25", "rrf", "convex"])
+def test_a_ranking_grades_by_its_own_scores(source, ranking):
+    found = built(source, ranking, teacher={"kind": "retriever", "by": ranking})
+    own = found[f"{ranking}_score"]
+    np.testing.assert_allclose(found["teacher_score"].to_numpy(), own.fill_null(0.0).to_numpy(), rtol=1e-6)
+    assert (own.null_count > 0) == (ranking == "bm25")  # what the dense model alone found
+    order = np.argsort(found["teacher_score"].to_numpy(), kind="stable")
+    assert np.all(np.diff(found["label"].to_numpy()[order]) >= 0) and len(found["label"].unique()) > 20
+
+
 def test_a_hybrid_teacher_cannot_be_checked(source):
     with pytest.raises(InputError, match="no reference scorer"):
         built_with = write_recipe(source[0] / "c.yaml", source[0] / "set", source[1], teacher={"kind": "hybrid"})
