@@ -24,6 +24,7 @@ from eval.ablation_recipe import Ablation, override, read_ablation, read_variant
 from eval.ablation_table import save
 from eval.figures import plot_differences
 from eval.intervals import bootstrap_interval
+from modeling.start import settle
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
@@ -370,6 +371,8 @@ def test_recipes_that_ship_are_whole(path, base, folder, tmp_path, monkeypatch):
     assert len(variants) == counts.get(path.stem, 4)
     assert len({variant.key for variant in variants}) == len(variants)
     assert ablation.compared_with == ablation.baseline
+    for stage in (stage for variant in variants for stage in variant.recipe.stages):
+        settle(stage, None)  # lengths that go together
     steps = {sum(stage.training.max_steps for stage in variant.recipe.stages) for variant in variants}
     assert len(steps) == 1 and steps.pop() > 0  # equal budgets
     assert ablation.splits == ["validation", "test"] and len(ablation.seeds) == 3 and ablation.tasks
