@@ -65,7 +65,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError, Unfinished, run
 from common.steps import MANIFEST, Step, link_files
-from modeling.arguments import recipe_keys
+from modeling.keys import NO_INPUTS, recipe_keys
 from modeling.ledger import closing_line, write_ledger, write_log
 from modeling.processes import joint_step, keep_freed_memory, launched_with, make_once, processes, refuse_shards
 from modeling.recipe import Recipe, Stage, read_recipe, write_recipe, write_stages
@@ -75,10 +75,6 @@ if TYPE_CHECKING:
     from modeling.start import Start
     from modeling.trainer import EmbedderTrainer
 
-# Keys that decide where a result lies and how it is shown, not what it is: a stage is not trained again for them.
-NO_INPUTS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "save_total_limit")
-NO_INPUTS += ("activation_memory",)  # gradients are the same
-NO_INPUTS += ("dataset_name", "model_name_or_path", "model_revision")  # fingerprinted by content instead
 ADAPTER = "adapter"
 
 

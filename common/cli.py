@@ -7,11 +7,12 @@ without it, only a defect of ours does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,22 @@ class InputError(Exception):
 
 class Unfinished(InputError):
     """What stopped work that the same command goes on with: what is finished stays."""
+
+
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Have an InputError that comes from inside begin with the place it is about; "" adds nothing.
+
+    >>> with at("x.yaml"), at("stage 'a'"): raise InputError("no data")
+    Traceback (most recent call last):
+    common.cli.InputError: x.yaml: stage 'a': no data
+    """
+    try:
+        yield
+    except InputError as error:
+        if place:
+            error.args = (f"{place}: {error}",)
+        raise
 
 
 class ArgumentParser(argparse.ArgumentParser):

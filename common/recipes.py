@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from common.cli import InputError
+from common.cli import InputError, at
 
 # pydantic speaks of Python's types, where a recipe has YAML's
 _ADVICE = {"tuple_type": "write a list, such as [a, b]", "model_type": "write a mapping, such as {a: 1}"}
@@ -95,10 +95,16 @@ def parse_recipe(kind: type[Recipe], values: dict[str, Any], where: str, flags: 
             target[key] = {**section} if isinstance(section, dict) else {}
             target = target[key]
         target[path[-1]] = value
+    with at(where):
+        return parse_section(kind, values)
+
+
+def parse_section(kind: type[Recipe], values: Mapping[str, Any]) -> Recipe:
+    """`values` as an instance of `kind`. Raises InputError on the first unknown, missing or ill-typed key."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{where}: {_first_problem(kind, error)}") from None
+        raise InputError(_first_problem(kind, error)) from None
 
 
 def _read_flags(kind: type[Section], flags: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -199,7 +205,7 @@ def _first_problem(kind: type[Section], error: ValidationError) -> str:
 def _suggestion(name: str, paths: list[str]) -> str:
     leaves = {path.rsplit(".", 1)[-1]: path for path in paths}
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
-    return f"; did you mean {leaves[close[0]]!r}?" if close else f"; known keys: {', '.join(paths)}"
+    return f"; did you mean {leaves[close[0]]!r}?" if close else "; --list_keys prints all"
 
 
 # --- what the keys mean ---------------------------------------------------------------------------------------------

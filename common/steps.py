@@ -69,6 +69,16 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, written_by: str = "the step that writes it") -> Any:
+    """The content of a JSON file. Raises InputError when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; run {written_by}") from None
+    except ValueError:
+        raise InputError(f"{path}: not readable as JSON; delete it and run {written_by}") from None
+
+
 def write_parquet(path: Path, table: pa.Table) -> None:
     with parquet_writer(path, table.schema) as writer:
         writer.write(table)

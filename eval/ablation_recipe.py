@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from common.cli import ArgumentParser, InputError
+from common.cli import ArgumentParser, InputError, at
 from common.models import resolve_model
 from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import files_of, fingerprint, folder_step
@@ -175,7 +175,8 @@ def input_key(recipe: Recipe, where: str) -> str:
 def data_content(name: str, revision: str | None) -> str:
     from modeling.training_data import Source
 
-    return Source(name, revision, "training data").key
+    with at("training data"):
+        return Source(name, revision).key
 
 
 @functools.cache

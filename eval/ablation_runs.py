@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError, run
-from common.steps import write_json
+from common.steps import read_json, write_json
 from eval.ablation_recipe import Ablation, Variant
 from eval.held_out import HeldOut, load_documents, load_held_out
 from eval.metrics import COMPARED
 from eval.retrieval import model_row
-from eval.run_files import read_json, read_ledger
+from eval.run_files import read_ledger
 from eval.systems import System
 from modeling.recipe import parse_recipe, read_stages, write_recipe
 

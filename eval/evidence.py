@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from common.cli import InputError
 from common.models import resolve_model
 from common.recipes import read_yaml
-from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, files_of, fingerprint, read_manifest
+from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, files_of, fingerprint, read_json, read_manifest
 from dataset_builders.card import BENCHMARK, compared_tasks, public_name, source_licence, source_title, used_models
 from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 from eval.figures import KEY
 from eval.leaderboard import BESIDE_RESULTS, read_result
 from eval.metrics import read_metrics
-from eval.run_files import read_json, read_ledger, read_manifests
+from eval.run_files import read_ledger, read_manifests
 from modeling import recipe as recipes
 
 if TYPE_CHECKING:

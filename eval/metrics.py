@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.cli import InputError
+from common.steps import read_json
 from common.tables import markdown_table
 from eval.held_out import DEPTH
 from eval.intervals import format_mean, mean_with_interval
-from eval.run_files import read_json
 
 # In ir_measures' names, with the number of ranks that each looks at; RR is that of the first DEPTH documents.
 MEASURES = {"nDCG@10": 10, "R@100": DEPTH, "RR": DEPTH}

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from common.cli import ArgumentParser, InputError, output_folder, run
 from common.models import hub_commit, resolve_model
-from common.steps import written_whole
+from common.steps import read_json, written_whole
 from dataset_builders.languages import MTEB_CODES
 from eval.evidence import base_model, disclosure, other_files, read_evidence
-from eval.run_files import read_json
 from modeling.reference import REFERENCE
 
 if TYPE_CHECKING:

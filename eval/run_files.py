@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.cli import InputError
-from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, read_manifest
+from common.steps import BUILD_FOLDERS, GENERATED, MANIFEST, read_json, read_manifest
 
 Log = list[dict[str, Any]]  # the trainer's: step, and loss or evaluation figures
-
-
-def read_json(path: Path, written_by: str = "the step that writes it") -> Any:
-    """The content of a JSON file. Raises InputError when it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file; run {written_by}") from None
-    except ValueError:
-        raise InputError(f"{path}: not readable as JSON; delete it and run {written_by}") from None
 
 
 def read_ledger(run_folder: Path) -> dict[str, Any]:

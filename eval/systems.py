@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, resolve_model
-from common.steps import files_of, fingerprint, folder_step, read_parquet
+from common.steps import files_of, fingerprint, folder_step, read_json, read_parquet
 from dataset_builders.embeddings import Dtype, EncoderSection
-from eval.run_files import read_json
 from modeling.encoder import read_setting
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, few_shot_prompt, few_shot_prompts
 from modeling.recipe import read_stages

@@ -18,7 +18,7 @@ from common.models import ModelReference, fetch_settings, positions_in, resolve_
 from common.plain_text import use_plain_text
 from common.steps import write_json
 from modeling.adapters import add_adapter, merge_adapter
-from modeling.arguments import DEFAULT_LENGTH
+from modeling.keys import DEFAULT_LENGTH
 from modeling.portable import make_portable
 from modeling.tokens import check_prompts, check_saved_text, check_text, finish_texts
 

@@ -8,7 +8,6 @@ from one of them. Optimizer and schedule begin anew in every stage.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from common.cli import ArgumentParser, InputError
+from common.cli import ArgumentParser, InputError, at
 from common.models import unlike_hub
-from common.recipes import Section, flag_texts, flag_value, read_yaml, text_keys
-from common.recipes import parse_recipe as parse_section
-from common.steps import write_json, written_whole
-from modeling.arguments import (
+from common.recipes import Section, flag_texts, flag_value, parse_section, read_yaml, text_keys
+from common.steps import read_json, write_json, written_whole
+from modeling.keys import (
+    DEFAULTS,
     OF_THE_RECIPE,
     DatasetArguments,
     MergeArguments,
     RecipeArguments,
     StageArguments,
     StudentConfig,
+    stage_keys,
 )
-from modeling.keys import DEFAULTS, REFUSED, check_training, library_keys, parse_library_keys
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -119,121 +118,186 @@ def parse_recipe(
     Raises InputError on whatever is wrong; `where` is how the message calls the recipe.
     """
     values, overrides = dict(values), dict(overrides or {})
-    stages = _named(values.pop("stages", None), "stage", "stages", where, taken=RESERVED)
-    if selected is not None:
-        stages = _select(stages, selected)
-    if isinstance(overrides.get("student"), dict):
-        overrides["student"] = {**(values.get("student") or {}), **overrides["student"]}
-    by_stage = {name: overrides.pop(name) for name in stages if isinstance(overrides.get(name), dict)}
-    values |= overrides
-    stages = {name: {**_without(keys, overrides), **by_stage.get(name, {})} for name, keys in stages.items()}
-    places = {name: f"{where}: stage {name!r}" for name in stages}
-
-    whole = {key: value for key, value in values.items() if key in RecipeArguments.model_fields}
-    shared = {key: value for key, value in values.items() if key not in whole}
-    whole = parse_section(RecipeArguments, whole, where)
-    _check_names(shared, where)
-    for name, keys in stages.items():
-        _check_names(keys, places[name])
-        for key in OF_THE_RECIPE:
-            if key in keys:
-                raise InputError(f"{places[name]}: {key}: stages go on from one another; name it above them")
-    output_dir = str(shared.get("output_dir") or "")
-    if not output_dir or "\0" in output_dir:
-        raise InputError(f"{where}: name one output_dir for all stages, in the recipe or by --output_dir")
-    if bool(whole.student) == bool(shared.get("model_name_or_path")):
-        number = "one of the two alone" if whole.student else "model_name_or_path, or student:"
-        raise InputError(f"{where}: name the model to start from: {number}")
-    for name in whole.merge.stages if whole.merge else ():
-        if name not in stages:
-            raise InputError(f"{where}: merge: no stage {name!r} is run; there are {', '.join(stages)}")
-    budgets = _budgets(whole.total_steps, shared, stages, where)
-    keys_of = {name: {**shared, **keys, **budgets.get(name, {})} for name, keys in stages.items()}
-    datasets = {name: _read_own(keys, name, places[name]) for name, keys in keys_of.items()}
-    # only now what takes seconds: importing the libraries that check their own keys
-    parsed = [_read_stage(name, keys, *datasets[name], places[name]) for name, keys in keys_of.items()]
+    with at(where):
+        stages = _named(values.pop("stages", None), "stage", "stages", taken=RESERVED)
+        if selected is not None:
+            stages = _select(stages, selected)
+        if isinstance(overrides.get("student"), dict):
+            overrides["student"] = {**(values.get("student") or {}), **overrides["student"]}
+        by_stage = {name: overrides.pop(name) for name in stages if isinstance(overrides.get(name), dict)}
+        values |= overrides
+        stages = {name: {**_without(keys, overrides), **by_stage.get(name, {})} for name, keys in stages.items()}
+        whole = parse_section(RecipeArguments, _part(values, RecipeArguments))
+        shared = {key: value for key, value in values.items() if key not in RecipeArguments.model_fields}
+        _check_recipe(whole, shared, stages)
+        budgets = _budgets(whole.total_steps, shared, stages)
+        keys_of = {name: {**shared, **keys, **budgets.get(name, {})} for name, keys in stages.items()}
+        own, parsed = {}, []
+        for name, keys in keys_of.items():
+            with at(f"stage {name!r}"):
+                own[name] = _read_own(name, keys)
+        for name, keys in keys_of.items():  # only now what takes seconds: importing the libraries
+            with at(f"stage {name!r}"):
+                parsed.append(Stage(name, keys, *own[name], *parse_library_keys(keys)))
     values["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
-    return Recipe(values, Path(output_dir), parsed, whole.student, whole.merge)
+    return Recipe(values, Path(shared["output_dir"]), parsed, whole.student, whole.merge)
 
 
-def _check_names(values: Mapping[str, Any], where: str) -> None:
-    """Raises InputError on a key that nothing reads, or that has no place in a recipe."""
-    known = {*StageArguments.model_fields, *library_keys(), "datasets"}
-    for key, value in values.items():
-        if value and key in REFUSED:
-            raise InputError(f"{where}: {key} {REFUSED[key]}")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "python train_st.py --list_keys prints all"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")
+def _part(values: Mapping[str, Any], kind: type[Section]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in kind.model_fields}
 
 
-def _without(keys: Mapping[str, Any], overrides: Collection[str]) -> dict[str, Any]:
-    """A stage's keys, and those of its data sets, that no flag overrides."""
-    kept = {key: value for key, value in keys.items() if key not in overrides}
+def _without(keys: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
+    """A stage's keys, and those of its data sets, but for `dropped` ones."""
+    kept = {key: value for key, value in keys.items() if key not in dropped}
     if isinstance(kept.get("datasets"), list):
         kept["datasets"] = [
-            _without(entry, overrides) if isinstance(entry, dict) else entry for entry in kept["datasets"]
+            _without(entry, dropped) if isinstance(entry, dict) else entry for entry in kept["datasets"]
         ]
     return kept
 
 
-def _read_own(values: Mapping[str, Any], name: str, where: str) -> tuple[StageArguments, dict[str, DatasetArguments]]:
+def _check_recipe(whole: RecipeArguments, shared: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names and ranges of all keys where they are written, and that the recipe has what stages do not."""
+    parse_section(stage_keys(), _without(shared, ["datasets"]))
+    output_dir = str(shared.get("output_dir") or "")
+    if not output_dir or "\0" in output_dir:
+        raise InputError("name one output_dir for all stages, in the recipe or by --output_dir")
+    if bool(whole.student) == bool(shared.get("model_name_or_path")):
+        number = "one of the two alone" if whole.student else "model_name_or_path, or student:"
+        raise InputError(f"name the model to start from: {number}")
+    for name in whole.merge.stages if whole.merge else ():
+        if name not in stages:
+            raise InputError(f"merge: no stage {name!r} is run; there are {', '.join(stages)}")
+    for name, keys in stages.items():
+        with at(f"stage {name!r}"):
+            parse_section(stage_keys(), _without(keys, ["datasets"]))
+            if above := [key for key in OF_THE_RECIPE if key in keys]:
+                raise InputError(f"{above[0]}: stages go on from one another; name it above them")
+
+
+def _read_own(name: str, values: Mapping[str, Any]) -> tuple[StageArguments, dict[str, DatasetArguments]]:
     """A stage's keys that are ours, and those of its data sets."""
-
-    def own_keys(kind: type[Section]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if key in kind.model_fields}
-
-    own = parse_section(StageArguments, own_keys(StageArguments), where)
-    datasets: dict[str, DatasetArguments] = {name: own}
-    if values.get("datasets") is not None:
-        datasets = {
-            entry: parse_section(
-                DatasetArguments, {**own_keys(DatasetArguments), **keys}, f"{where}: data set {entry!r}"
-            )
-            for entry, keys in _named(values["datasets"], "data set", "datasets", where).items()
-        }
-    for entry, dataset in datasets.items():
-        place = where if dataset is own else f"{where}: data set {entry!r}"
-        if dataset.dataset_name is None:
-            raise InputError(f"{place}: name the data to train on: dataset_name")
-        if dataset.shots and not (dataset.instruction and dataset.prompted_columns):
-            raise InputError(f"{place}: shots stand before an instruction; name it and prompted_columns")
+    own, shared = StageArguments(**_part(values, StageArguments)), _part(values, DatasetArguments)
+    entries = None if values.get("datasets") is None else _named(values["datasets"], "data set", "datasets")
+    datasets = {name: _checked(own)} if entries is None else {}
+    for entry, keys in (entries or {}).items():
+        with at(f"data set {entry!r}"):
+            datasets[entry] = _checked(parse_section(DatasetArguments, {**shared, **keys}))
     if own.prompt_shots and not any(data.shots and data.instruction == own.instruction for data in datasets.values()):
         raise InputError(
-            f"{where}: prompt_shots shows training rows before the stage's `instruction`; no data set of it trains "
-            "with shots and that instruction"
+            "prompt_shots shows training rows before the stage's `instruction`; no data set of it trains with shots "
+            "and that instruction"
         )
     return own, datasets
 
 
-def _read_stage(
-    name: str, values: dict[str, Any], own: StageArguments, datasets: dict[str, DatasetArguments], where: str
-) -> Stage:
-    from modeling.adapters import quantization
-    from modeling.objectives import OBJECTIVES
+def _checked(data: DatasetArguments) -> DatasetArguments:
+    """What is trained on, where one key asks for another."""
+    if data.dataset_name is None:
+        raise InputError("name the data to train on: dataset_name")
+    if data.shots and not (data.instruction and data.prompted_columns):
+        raise InputError("shots stand before an instruction; name it and prompted_columns")
+    return data
 
-    for entry, dataset in datasets.items():
-        place = where if dataset is own else f"{where}: data set {entry!r}"
-        if dataset.loss not in (*OBJECTIVES, "cosent"):
-            raise InputError(f"{place}: key 'loss' is {dataset.loss!r}: choose {', '.join(OBJECTIVES)} or cosent")
-        needed = OBJECTIVES[dataset.loss].documents - 1 if dataset.loss in OBJECTIVES else 0
-        if dataset.num_negatives is not None and dataset.num_negatives < needed:
-            raise InputError(f"{place}: num_negatives is {dataset.num_negatives}; {dataset.loss} needs more")
-    keys = {key: value for key, value in values.items() if key in library_keys()}
-    if own.early_stopping_patience:
-        keys.setdefault("load_best_model_at_end", True)
-    if keys.get("load_best_model_at_end") or keys.get("save_strategy") == "best":
-        keys.setdefault("metric_for_best_model", VALIDATION_NDCG)
+
+def parse_library_keys(values: Mapping[str, Any]) -> tuple[ModelConfig, SentenceTransformerTrainingArguments]:
+    """The keys of a stage that are not ours, as the libraries' dataclasses. Raises InputError for what they do not
+    take, or would not when the stage starts, hours from now.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_available_reporting_integrations
+    from trl import ModelConfig, TrlParser
+
+    from modeling.adapters import quantization
+
+    if values.get("early_stopping_patience"):
+        values = {"load_best_model_at_end": True, **values}
+    if values.get("load_best_model_at_end") or values.get("save_strategy") == "best":
+        values = {"metric_for_best_model": VALIDATION_NDCG, **values}
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> None:
+            raise InputError(message)
+
+    parser = Parser([ModelConfig, SentenceTransformerTrainingArguments], allow_abbrev=False)
+    # what no flag says: an empty list, and several of a key that is text or a list
+    ours = (*StageArguments.model_fields, "datasets")
+    values = {key: value for key, value in values.items() if key not in ours and value is not None}
+    unsaid = {key: value for key, value in values.items() if value == [] or key == "report_to"}
+    on_cpu = {"use_cpu": True} if values.get("bf16") and not torch.accelerator.is_available() else {}
+    parser.set_defaults_with_config(**DEFAULTS, **on_cpu, **unsaid)  # transformers asks for use_cpu there
+    # the rest as flags, so that a recipe's values are checked and converted as those of the command line are
+    flags = [part for key, value in values.items() if key not in unsaid for part in _as_flags(key, value)]
     try:
-        model, training = parse_library_keys(keys)
-        quantization(model)
-        if model.lora_task_type != DEFAULTS["lora_task_type"]:
-            raise InputError(f"lora_task_type: an embedder has no head; it is {DEFAULTS['lora_task_type']}")
-        check_training(training)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    return Stage(name, values, own, datasets, model, training)
+        model, training = parser.parse_args_and_config(args=flags)
+        rates = training.learning_rate_mapping  # YAML reads 1e-5 as a text
+        training.learning_rate_mapping = {pattern: float(rate) for pattern, rate in rates.items()}
+    except (ValueError, TypeError, OSError, ImportError) as error:  # a wrong value, or what it names is not there
+        raise InputError(str(error)) from None
+    quantization(model)
+    installed = get_available_reporting_integrations()
+    if missing := [name for name in training.report_to if name not in installed]:
+        raise InputError(f"report_to: {missing[0]!r} is not installed; there is {', '.join(installed) or 'none'}")
+    try:
+        if not training.optim_target_modules:  # which would need the model
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
+            schedule = training.lr_scheduler_kwargs or {}
+            get_scheduler(training.lr_scheduler_type, optimizer, 0, 2, scheduler_specific_kwargs=schedule)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise InputError(f"training cannot start so: {error}") from None
+    return model, training
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    if value is False and key.endswith("_strategy"):
+        value = "no"  # which YAML reads as false
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _named(entries: Any, kind: str, key: str, taken: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The list of mappings under `key`, by their names."""
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"`{key}` must be a list of mappings, each with a name")
+    named: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name.isidentifier() or len(name.encode()) > LONGEST_NAME:
+            rule = f"a {kind} is a mapping with a name of letters, digits and _, {LONGEST_NAME} at most"
+            raise InputError(f"{kind} {entry!r}: {rule}")
+        if name in named or name in taken:
+            raise InputError(f"{kind} name {name!r} is taken; choose another")
+        named[name] = {key: value for key, value in entry.items() if key != "name"}
+    return named
+
+
+def _select(stages: dict[str, dict[str, Any]], names: str) -> dict[str, dict[str, Any]]:
+    selected = names.split(",")
+    unknown = [name for name in selected if name not in stages]
+    if unknown or len(set(selected)) < len(selected):
+        wrong = f"no stage {unknown[0]!r}" if unknown else "a stage twice"
+        raise InputError(f"--stages {names}: {wrong}; the recipe has {', '.join(stages)}")
+    return {name: stages[name] for name in selected}
+
+
+def _budgets(total: int | None, shared: Mapping[str, Any], stages: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Each stage's max_steps out of `total_steps`; the first ones take what cannot be divided."""
+    if total is None:
+        return {}
+    if total < len(stages):
+        raise InputError(f"total_steps is {total}; it must be at least 1 for each stage")
+    if any("max_steps" in keys for keys in (shared, *stages.values())):
+        raise InputError("max_steps and total_steps both say how long stages are; drop one")
+    share, left = divmod(total, len(stages))
+    return {name: {"max_steps": share + (position < left)} for position, name in enumerate(stages)}
+
+
+# --- what is written of a run ---------------------------------------------------------------------------------------
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -277,51 +341,6 @@ def _with_paths(values: Any) -> Any:
 
 def read_stages(run_folder: Path) -> dict[str, Any]:
     """What `write_stages` wrote. Raises InputError where `run_folder` is no training run."""
-    path = run_folder / STAGES
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{run_folder}: not a training run ({STAGES} is missing); make one with train_st.py"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}; run train_st.py again") from None
-
-
-def _named(entries: Any, kind: str, key: str, where: str, taken: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """The list of mappings under `key`, by their names."""
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{where}: `{key}` must be a list of mappings, each with a name")
-    named: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name.isidentifier() or len(name.encode()) > LONGEST_NAME:
-            rule = f"a {kind} is a mapping with a name of letters, digits and _, {LONGEST_NAME} at most"
-            raise InputError(f"{where}: {kind} {entry!r}: {rule}")
-        if name in named or name in taken:
-            raise InputError(f"{where}: {kind} name {name!r} is taken; choose another")
-        named[name] = {key: value for key, value in entry.items() if key != "name"}
-    return named
-
-
-def _select(stages: dict[str, dict[str, Any]], names: str) -> dict[str, dict[str, Any]]:
-    selected = names.split(",")
-    unknown = [name for name in selected if name not in stages]
-    if unknown or len(set(selected)) < len(selected):
-        wrong = f"no stage {unknown[0]!r}" if unknown else "a stage twice"
-        raise InputError(f"--stages {names}: {wrong}; the recipe has {', '.join(stages)}")
-    return {name: stages[name] for name in selected}
-
-
-def _budgets(
-    total: int | None, shared: Mapping[str, Any], stages: Mapping[str, Any], where: str
-) -> dict[str, dict[str, int]]:
-    """Each stage's max_steps out of `total_steps`; the first ones take what cannot be divided."""
-    if total is None:
-        return {}
-    if total < len(stages):
-        raise InputError(f"{where}: total_steps is {total}; it must be at least 1 for each stage")
-    if any("max_steps" in keys for keys in (shared, *stages.values())):
-        raise InputError(f"{where}: max_steps and total_steps both say how long stages are; drop one")
-    share, left = divmod(total, len(stages))
-    return {name: {"max_steps": share + (position < left)} for position, name in enumerate(stages)}
+    if not (run_folder / STAGES).is_file():
+        raise InputError(f"{run_folder}: not a training run ({STAGES} is missing); make one with train_st.py")
+    return read_json(run_folder / STAGES, "train_st.py again")

@@ -16,12 +16,12 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, set_seed
 
-from common.cli import InputError
+from common.cli import InputError, at
 from modeling.adapters import continue_adapter, quantization
-from modeling.arguments import memory_bytes
 from modeling.batches import EpochBatchSampler, steps_by_weight
 from modeling.demonstrations import Demonstrations, counter
 from modeling.encoder import build_encoder
+from modeling.keys import memory_bytes
 from modeling.losses import CachedCoSENTLoss, GradedLoss
 from modeling.processes import launched_with, processes
 from modeling.recipe import Stage
@@ -42,19 +42,16 @@ class StageData:
 
 def load_data(stage: Stage) -> StageData:
     """A stage's rows and, if it evaluates while it trains, its validation searches; all checked before training."""
-    sources = {
-        name: Source(own.dataset_name, own.dataset_revision, stage.place(name)) for name, own in stage.datasets.items()
-    }
-    keys = {name: source.key for name, source in sources.items()}
-    train = {}
+    sources = {name: Source(own.dataset_name, own.dataset_revision) for name, own in stage.datasets.items()}
+    train, keys, positives = {}, {}, {}
     for name, own in stage.datasets.items():
-        prompted = own.prompted_columns if own.instruction else []
-        where = f"{stage.place(name)}: config {own.dataset_config!r}"
-        rows = sources[name].read(own.dataset_config)
-        train[name] = training_rows(rows, own.loss, prompted, where, own.num_negatives)
-    positives = {
-        name: known_positives(rows, sources[name], stage.datasets[name].dataset_config) for name, rows in train.items()
-    }
+        with at(stage.place(name)):
+            source, keys[name] = sources[name], sources[name].key
+            rows = source.read(own.dataset_config)
+            with at(f"config {own.dataset_config!r}"):
+                prompted = own.prompted_columns if own.instruction else []
+                train[name] = training_rows(rows, own.loss, prompted, own.num_negatives)
+            positives[name] = known_positives(train[name], source, own.dataset_config)
     evaluated = stage.training.eval_strategy.value != "no"
     if stage.own.nanobeir and not evaluated:
         raise InputError(f"stage {stage.name!r}: nanobeir is measured at evaluations; set eval_strategy")
@@ -72,10 +69,8 @@ def with_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrain
         )
         budget = stage.datasets[name].shots_budget or own.max_seq_length // 2
         budget = min(budget, own.max_seq_length - own.min_text_tokens)
-        try:
+        with at(stage.place(name)):
             shots = shown[name].freeze(own.prompt_shots, counter(tokenizer), budget)
-        except InputError as error:
-            raise InputError(f"{stage.place(name)}: {error}") from None
     prompts = saved_prompts(stage, shots)
     columns = {name: column_prompts(stage, name, rows.column_names) for name, rows in train.items()}
     trained = {
@@ -93,11 +88,9 @@ def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demo
     found = {}
     for name, own in stage.datasets.items():
         settings = own.instruction, own.shots, own.shots_budget, own.zero_shot_probability
-        try:
+        with at(stage.place(name)):
             if own.shots:
                 found[name] = Demonstrations(train[name], *settings, stage.training.seed, own.query_template)
-        except InputError as error:
-            raise InputError(f"{stage.place(name)}: {error}") from None
     return found
 
 
@@ -199,17 +192,13 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
 
 def check_batches(stage: Stage, train: Mapping[str, Dataset]) -> None:
     """Refuse now rows too few for a step, and weights too small for one."""
-    training, steps = stage.training, 0
-    size, devices = training.train_batch_size, processes().num_processes
+    training, steps, devices = stage.training, 0, processes().num_processes
     for name, rows in train.items():
-        try:
-            steps += EpochBatchSampler(rows, size, training.dataloader_drop_last, world_size=devices).steps
-        except InputError as error:
-            raise InputError(f"{stage.place(name)}: {error}") from None
-    try:
+        with at(stage.place(name)):
+            size, last = training.train_batch_size, training.dataloader_drop_last
+            steps += EpochBatchSampler(rows, size, last, world_size=devices).steps
+    with at(f"stage {stage.name!r}"):
         steps_by_weight({name: own.weight for name, own in stage.datasets.items()}, steps)
-    except InputError as error:
-        raise InputError(f"stage {stage.name!r}: {error}") from None
 
 
 def check_layers(stages: Sequence[Stage], start: Start) -> None:

@@ -17,9 +17,9 @@ from common.cli import InputError
 from common.models import fetch_settings, hub_commit, resolve_model, unlike_hub
 from common.plain_text import check_words
 from common.steps import files_of, fingerprint
-from modeling.arguments import DEFAULT_LENGTH, DatasetArguments
 from modeling.batches import LABEL
 from modeling.encoder import Published, read_published
+from modeling.keys import DEFAULT_LENGTH, DatasetArguments
 from modeling.processes import make_once
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, instruction_prompt, template_of
 from modeling.recipe import Recipe, Stage

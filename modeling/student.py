@@ -33,7 +33,7 @@ from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel, 
 
 from common.models import resolve_model, without_bars
 from common.steps import read_arrow, read_parquet
-from modeling.arguments import StudentConfig
+from modeling.keys import StudentConfig
 
 HEAD_SIZE = 128
 ROPE_THETA = 1e6

@@ -33,7 +33,6 @@ class Source:
 
     name: str
     revision: str | None = None  # of the Hub id
-    where: str = "data"  # how messages call what reads it
 
     @functools.cached_property
     def key(self) -> str:
@@ -42,7 +41,7 @@ class Source:
             return fingerprint(files_of(Path(self.name)))
         if self.name.count("/") > 1 or self.name.startswith((".", "/", "~")):
             advice = "no such folder; python -m dataset_builders.build makes it"
-            raise InputError(f"{self.where}: dataset {self.name!r}: {advice}")
+            raise InputError(f"dataset {self.name!r}: {advice}")
         return hub_commit(self.name, self.revision, repo_type="dataset")
 
     def configs(self) -> list[str]:
@@ -60,13 +59,10 @@ class Source:
             reason = str(error.__cause__ or error)  # "An error occurred while generating the dataset" helps nobody
             if "BatchSize must be greater than 0" in reason:  # what Parquet files without a row come to
                 reason = "it has no rows"
-            place = f"{self.where}: config {config!r} of dataset {self.name!r}"
-            raise InputError(f"{place} cannot be read: {reason}") from None
+            raise InputError(f"config {config!r} of dataset {self.name!r} cannot be read: {reason}") from None
 
 
-def training_rows(
-    rows: Dataset, loss: str, prompted: Sequence[str], where: str, num_negatives: int | None = None
-) -> Dataset:
+def training_rows(rows: Dataset, loss: str, prompted: Sequence[str], num_negatives: int | None = None) -> Dataset:
     """The columns that `loss` reads, in its order, after a check of every row; the first `num_negatives` of a row.
 
     Rows are query, positive, negative_1, ... and a list `label` of as many soft labels as documents; or graded pairs,
@@ -80,30 +76,31 @@ def training_rows(
     objective = OBJECTIVES.get(loss)  # None is CoSENT
     labelled = objective is None or "labels" in objective.needs
     pairs = objective is None or (labelled and objective.documents == 1 and "query" not in rows.column_names)
-    texts = _text_columns(rows.column_names, loss, pairs, where)
+    texts = _text_columns(rows.column_names, loss, pairs)
     for column in prompted:
         if column not in texts:
-            raise InputError(f"{where}: no column {column!r} to prompt; prompted_columns may hold {', '.join(texts)}")
+            raise InputError(f"no column {column!r} to prompt; prompted_columns may hold {', '.join(texts)}")
     if labelled and LABEL not in rows.column_names:
-        raise InputError(f"{where}: no column 'label', which {loss} trains on")
+        raise InputError(f"no column 'label', which {loss} trains on")
     if len(rows) == 0:
-        raise InputError(f"{where}: no rows; python -m dataset_builders.build makes them")
+        raise InputError("no rows; python -m dataset_builders.build makes them")
     rows = rows.select_columns([*texts, LABEL] if labelled else texts)
-    _refuse_first(rows, where, [*_empty_texts(texts), *(_bad_labels(texts, loss, pairs) if labelled else [])])
+    _refuse_first(rows, [*_empty_texts(texts), *(_bad_labels(texts, loss, pairs) if labelled else [])])
     if pairs:
         return rows if loss == "cosent" else rows.map(_listed, batched=True, desc="Labels of pairs")
     dropped: list[str] = []
     if num_negatives is not None:  # mined ones stand in the order they were chosen in
-        negatives = texts[2:]
-        if num_negatives > len(negatives):
-            raise InputError(f"{where}: rows have {len(negatives)} negatives; num_negatives is {num_negatives}")
-        dropped = negatives[num_negatives:]
+        there, needed = len(texts) - 2, objective.documents - 1
+        if not needed <= num_negatives <= there:
+            asked = f"{loss} needs {needed}" if num_negatives < needed else f"rows have {there} negatives"
+            raise InputError(f"{asked}; num_negatives is {num_negatives}")
+        dropped = texts[2 + num_negatives :]
     ragged = any(rows.data.table[name].null_count for name in texts)
     rows = rows.remove_columns(dropped)
     return rows.map(_fitted, batched=True, desc="Negatives") if ragged or (labelled and dropped) else rows
 
 
-def _text_columns(names: Sequence[str], loss: str, pairs: bool, where: str) -> list[str]:
+def _text_columns(names: Sequence[str], loss: str, pairs: bool) -> list[str]:
     if pairs:
         wanted = ["sentence1", "sentence2"]
     else:
@@ -113,7 +110,7 @@ def _text_columns(names: Sequence[str], loss: str, pairs: bool, where: str) -> l
             wanted.append("negative_1")
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise InputError(f"{where}: no column {missing[0]!r}, which {loss} needs; it has {', '.join(names)}")
+        raise InputError(f"no column {missing[0]!r}, which {loss} needs; it has {', '.join(names)}")
     return wanted
 
 
@@ -145,14 +142,14 @@ def _bad_labels(texts: Sequence[str], loss: str, pairs: bool) -> Iterator[Rule]:
     yield outside, "labels must lie in (0, 1): these are not calibrated teacher scores"
 
 
-def _refuse_first(rows: Dataset, where: str, rules: Sequence[Rule]) -> None:
+def _refuse_first(rows: Dataset, rules: Sequence[Rule]) -> None:
     """Raises InputError for the first row that breaks a rule. Rows are read once, in blocks."""
     first = 0
     for block in rows.with_format("arrow").iter(10_000):
         broken = pl.from_arrow(block).select(bad.alias(str(at)) for at, (bad, _) in enumerate(rules))
         for bad, (_, what) in zip(broken, rules, strict=True):
             if bad.any():
-                raise InputError(f"{where}: row {first + bad.arg_max()}: {what}")
+                raise InputError(f"row {first + bad.arg_max()}: {what}")
         first += len(block)
 
 

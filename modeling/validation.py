@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.util import cos_sim
 from tqdm import tqdm
 
-from common.cli import InputError
+from common.cli import InputError, at
 from modeling.processes import processes
 from modeling.recipe import Stage
 from modeling.training_data import Source
@@ -57,10 +57,11 @@ def load_validation(stage: Stage, sources: Mapping[str, Source]) -> list[SearchE
     evaluators = []
     for name in {source.key: name for name, source in sources.items()}.values():
         source, several = sources[name], len(sources) > 1
-        if several and "qrels" not in source.configs():
-            continue  # graded pairs have nothing to search
-        tables = [source.read(config) for config in ("queries", "documents", "qrels")]
-        sample = search_sample(*tables, own.eval_queries, own.eval_documents, training.seed, source.where)
+        with at(stage.place(name)):
+            if several and "qrels" not in source.configs():
+                continue  # graded pairs have nothing to search
+            tables = [source.read(config) for config in ("queries", "documents", "qrels")]
+            sample = search_sample(*tables, own.eval_queries, own.eval_documents, training.seed)
         title = f"validation_{name}" if several else "validation"
         evaluators.append(SearchEvaluator(*sample, name=title, **settings))
     if own.nanobeir:
@@ -96,7 +97,7 @@ class SearchSample(NamedTuple):
 
 
 def search_sample(
-    queries: Dataset, documents: Dataset, qrels: Dataset, max_queries: int, max_documents: int, seed: int, where: str
+    queries: Dataset, documents: Dataset, qrels: Dataset, max_queries: int, max_documents: int, seed: int
 ) -> SearchSample:
     """A seeded sample of the validation queries, and of documents with all of their relevant ones in it.
 
@@ -107,7 +108,7 @@ def search_sample(
         if row["split"] == VALIDATION and row["score"] > 0:
             relevant.setdefault(row["query_id"], set()).add(row["document_id"])
     if not relevant:
-        raise InputError(f"{where}: its qrels have no split {VALIDATION!r} to evaluate on; set eval_strategy: 'no'")
+        raise InputError(f"its qrels have no split {VALIDATION!r} to evaluate on; set eval_strategy: 'no'")
     texts = dict(zip(queries["query_id"], queries["text"], strict=True))
     corpus = dict(zip(documents["document_id"], documents["text"], strict=True))
     generator = random.Random(seed)
@@ -117,7 +118,7 @@ def search_sample(
     for kind, ids, known in (("query", chosen, texts), ("document", needed, corpus)):
         unknown = [name for name in ids if name not in known]
         if unknown:
-            raise InputError(f"{where}: its qrels name {kind} {unknown[0]!r}, which is not in its other configs")
+            raise InputError(f"its qrels name {kind} {unknown[0]!r}, which is not in its other configs")
     others = sorted(corpus.keys() - set(needed))
     searched = {*needed, *generator.sample(others, min(max(max_documents - len(needed), 0), len(others)))}
     return SearchSample(

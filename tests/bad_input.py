@@ -139,8 +139,10 @@ merge: {stages: [sts, other]}          | no stage 'other' is run; there are sts
 {shots: 2, instruction: null}          | shots stand before an instruction
 load_in_4bit: true                     | stage 'sts': load_in_4bit and load_in_8bit freeze
 batch_sampler: no_duplicates           | batch_sampler has no effect
-learning_rate_mapping: {norm: fast}    | string to float: 'fast'
-learning_rate_mapping: {norm: nan}     | learning_rate_mapping' is nan
+learning_rate_mapping: {norm: fast}    | key 'learning_rate_mapping.norm' is 'fast'
+learning_rate_mapping: {norm: nan}     | key 'learning_rate_mapping.norm' is 'nan': 
+lr_scheduler_kwargs: {num_cycles: .nan} | key 'lr_scheduler_kwargs' is {'num_cycles': nan}
+loss: mse                              | key 'loss' is 'mse': Input should be 'cosent', 'soft
 stages: [{name: a, los: 1}]            | stage 'a': unknown key 'los'
 stages: [{name: a, model_name_or_path: b}]            | stages go on from one another
 stages: [{name: a, loss: cosent, dataset_config: train}] | no column 'sentence1', which cosent needs
@@ -167,20 +169,22 @@ stray                                  | stray
 --stages mining                        | no stage 'mining'; the recipe has sts, retrieval
 --stages sts,sts                       | a stage twice
 --output_dir ''                        | name one output_dir
---warmup_ratio .nan                    | is nan: it must be a finite number
+--warmup_ratio .nan                    | key 'warmup_ratio' is nan: 
 --max_steps 10 --total_steps 5         | both say how long
 --train_max_seq_length 4000            | train_max_seq_length 4000 is above max_seq_length
---num_negatives 0                      | num_negatives is 0; soft_info_nce needs more
+--num_negatives 0                      | soft_info_nce needs 1; num_negatives is 0
 {ONE} --lora_modules_to_save norm nrm  | has no 'nrm'
-{ONE} --temperature 0                  | stage 'retrieval': key 'temperature' is 0: 
+{ONE} --retrieval.temperature 0        | stage 'retrieval': key 'temperature' is 0: 
 {ONE} --report_to nothing              | report_to: 'nothing' is not installed
-{ONE} --temperature .inf               | stage 'retrieval': key 'temperature' is inf: 
-{ONE} --alpha 2                        | stage 'retrieval': key 'alpha' is 2: 
-{ONE} --learning_rate 1e400            | stage 'retrieval': key 'learning_rate' is inf: 
-{ONE} --num_train_epochs 0             | stage 'retrieval': key 'num_train_epochs' is 0.0: 
-{ONE} --max_steps 99999999999          | stage 'retrieval': key 'max_steps' is 99999999999: 
-{ONE} --seed 4294967296                | stage 'retrieval': key 'seed' is 4294967296: 
-{ONE} --push_to_hub true               | push_to_hub.py
+{ONE} --temperature .inf               | recipe.yaml: key 'temperature' is inf: 
+{ONE} --alpha 2                        | recipe.yaml: key 'alpha' is 2: 
+{ONE} --learning_rate 1e400            | recipe.yaml: key 'learning_rate' is '1e400': 
+{ONE} --retrieval.num_train_epochs 0   | stage 'retrieval': key 'num_train_epochs' is 0: 
+{ONE} --max_steps 0                    | key 'max_steps' is 0: it must be 1 or more
+{ONE} --max_steps 99999999999          | recipe.yaml: key 'max_steps' is 99999999999: 
+{ONE} --seed 4294967296                | recipe.yaml: key 'seed' is 4294967296: 
+{ONE} --push_to_hub true               | push_to_hub is not for training: leave it out, and run push_to_hub.py
+{ONE} --hub_token hf_secret            | recipe.yaml: hub_token is not for training
 {ONE} --neftune_noise_alpha 5          | neftune_noise_alpha needs embeddings
 {ONE} --lora_task_type CAUSAL_LM       | FEATURE_EXTRACTION
 {ONE} --lora_target_modules nothing    | Target modules nothing not found

@@ -15,8 +15,8 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from benchmarks.measure import live_tensors
 from modeling import gradcache
 from modeling.adapters import add_adapter
-from modeling.arguments import memory_bytes
 from modeling.encoder import build_encoder
+from modeling.keys import memory_bytes
 from modeling.losses import CachedCoSENTLoss, GradedLoss, text_keys
 from modeling.shared_prefix import share_prefix
 

@@ -17,10 +17,9 @@ from trl import ModelConfig
 
 from common.cli import InputError
 from common.models import resolve_model
-from modeling.arguments import StageArguments
 from modeling.encoder import build_encoder, read_published, save_merged
-from modeling.keys import parse_library_keys
-from modeling.recipe import Stage
+from modeling.keys import StageArguments
+from modeling.recipe import Stage, parse_library_keys
 from modeling.stages import check_layers
 from modeling.start import (
     Start,

