@@ -72,10 +72,7 @@ def write_corpus(
         qrels, queries, splits.split
     )
     if probes:
-        qrels, dropped, log, counts["contamination"] = _decontaminate(
-            qrels, splits.split, queries, kept, bands, probes
-        )
-        kept = kept.filter(~pl.col("document_id").is_in(dropped.implode()))
+        qrels, kept, log, counts["contamination"] = _decontaminate(qrels, splits.split, queries, kept, bands, probes)
         write_parquet(folder / "contamination.parquet", log)
     if splits.split not in qrels["split"]:
         raise InputError(f"split {splits.split!r}: no query is left with a positive document; nothing to train on")
@@ -222,8 +219,8 @@ def _number_of_queries(qrels: pl.DataFrame) -> int:
 
 def _decontaminate(
     qrels: pl.DataFrame, train: str, queries: pl.DataFrame, kept: pl.DataFrame, bands: np.ndarray, probes: Probes
-) -> tuple[pl.DataFrame, pl.Series, pa.Table, dict[str, Any]]:
-    """Qrels whose training split asks nothing that a probe asks; ids of documents to drop; log; counts.
+) -> tuple[pl.DataFrame, pl.DataFrame, pa.Table, dict[str, Any]]:
+    """Qrels whose training split asks nothing that a probe asks; the documents that stay; log; counts.
 
     A document that another split judges stays, without its judgements in the training split.
     """
@@ -234,6 +231,7 @@ def _decontaminate(
     judged_elsewhere = qrels.filter(~is_train)["document_id"].implode()
     bad_documents = bad_documents.with_columns(dropped=~pl.col("id").is_in(judged_elsewhere))
     dropped = bad_documents.filter("dropped")["id"].unique()
+    staying = kept.filter(~pl.col("document_id").is_in(dropped.implode()))
     bad = is_train & (
         pl.col("query_id").is_in(bad_queries["id"].implode())
         | pl.col("document_id").is_in(bad_documents["id"].implode())
@@ -250,9 +248,9 @@ def _decontaminate(
         - _number_of_queries(cleaned.filter(is_train)),
         "matches": count_by_task(log),
         "by_kind": count_by_kind(log),
-        "documents_that_tasks_search": count_searched(kept["key"], probes),
+        "documents_that_tasks_search": count_searched(staying["key"], probes),
     }
-    return cleaned, dropped, log, counts
+    return cleaned, staying, log, counts
 
 
 def _document_batches(kept: pl.DataFrame) -> Iterator[pa.RecordBatch]:

@@ -23,7 +23,7 @@ from dataset_builders.decontamination import (
 from dataset_builders.near_duplicates import band_keys, text_keys
 from dataset_builders.readers import Rows
 from dataset_builders.schema import QRELS
-from dataset_builders.sources import Splits
+from dataset_builders.sources import LocalSource, Splits, read_rows
 from dataset_builders.typos import typo_matches
 
 RNG = np.random.default_rng(0)
@@ -137,6 +137,21 @@ def test_test_queries_inside_training_data_are_dropped_and_logged(tmp_path, eval
         "by_kind": {"exact": 3, "near": 4, "typo": 0},
         "documents_that_tasks_search": {"ArguAna": 2},
     }
+
+
+def test_documents_that_are_said_to_stay_are_in_the_corpus(tmp_path):
+    """A task that asks about what it searches, as ArguAna does: what it asks about does not stay."""
+    source = LocalSource(kind="local", path=str(write_set(tmp_path / "set")))
+    texts = read_parquet(tmp_path / "set" / "corpus.parquet")["text"].to_pylist()[:4]
+    (tmp_path / "task").mkdir()
+    write_table(tmp_path / "task" / "corpus.parquet", _id=list("abcd"), text=texts)
+    write_table(tmp_path / "task" / "queries.parquet", _id=["q"], text=texts[3:])
+    write_table(tmp_path / "task" / "qrels.parquet", query_id=["q"], corpus_id=["a"], score=[1], split=["test"])
+    section = Decontamination(local={"task": str(tmp_path / "task")})
+    counts = write_corpus(read_rows(source, None), source, tmp_path, section)["contamination"]
+    here = set(read_arrow(tmp_path / "documents.arrow")["text"].to_pylist()).intersection(texts)
+    assert here == {*texts[:3]} and counts["documents_dropped"] == 1
+    assert counts["documents_that_tasks_search"] == {"task": len(here)}
 
 
 def test_a_text_of_two_tasks_is_logged_for_both(tmp_path):
