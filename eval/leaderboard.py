@@ -108,8 +108,9 @@ def make_leaderboard(results: Mapping[str, Sequence[TaskResult]], tasks: Iterabl
         for result in of_model:
             task, column = by_name[result.task_name], columns[result.task_name]
             scores[row, column] = result.validate_and_filter_scores(task).get_score()
-            subsets = [subset["main_score"] for split in task.eval_splits for subset in result.scores.get(split, [])]
-            is_nan[row, column] = np.isnan(subsets).any()
+            subsets = itertools.chain(*(result.scores.get(split, []) for split in task.eval_splits))
+            asked = [subset["main_score"] for subset in subsets if subset["hf_subset"] in task.hf_subsets]
+            is_nan[row, column] = np.isnan(asked).any()
     return Leaderboard(list(results), ordered, scores, is_nan, benchmark)
 
 

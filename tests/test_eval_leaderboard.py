@@ -62,9 +62,9 @@ def test_table_by_hand(output):
 def test_the_benchmark_of_most_tasks_decides_which_languages_count(tmp_path):
     """Of AmazonCounterfactualClassification the multilingual one asks for Japanese too: this result is not whole."""
     folder = tmp_path / "results" / "org__a" / "main"
-    write_result(folder, "AmazonCounterfactualClassification", "test", "accuracy", {"en": 0.8, "de": 0.4})
-    [[score]] = read_leaderboard(tmp_path).scores
-    assert score == 0.8
+    write_result(folder, "AmazonCounterfactualClassification", "test", "accuracy", {"en": 0.8, "de": np.nan})
+    board = read_leaderboard(tmp_path)
+    assert board.scores == [[0.8]] and not board.is_nan.any(), "German is none of the English benchmark's"
     write_result(folder, "BornholmBitextMining", "test", "f1", {"default": 0.5})
     write_result(folder, "PolEmo2.0-OUT", "test", "accuracy", {"default": 0.5})
     board = read_leaderboard(tmp_path)
