@@ -91,8 +91,10 @@ class HubTables(Tables):
             yield self._first_of_lists()
             return
         loaded = self._load(name, config or name)
-        if name != "qrels" and len(loaded) == 1:
-            yield from loaded.values()
+        tables = [*loaded.values()]
+        # qrels as we publish them name each judgement's split in a column
+        if len(tables) == 1 and (name != "qrels" or "split" in tables[0].column_names):
+            yield from tables
             return
         there = {self.asked_as(split): table for split, table in loaded.items()}
         for split in (self.train, *(name for name in self.asked[1:] if name in there or not self.keys.holdout)):

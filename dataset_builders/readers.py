@@ -129,6 +129,7 @@ def _given_scores(
         lists = _known(tables, "scores", piece, queries, "queries").join(asked, on="query_id", how="semi")
         if len(lists):
             scores = _exploded(lists, "document_ids", "given", where).rename({"document_ids": "document_id"})
+            scores = scores.drop_nulls("given")  # as in pairs: not scored
             known = _known(tables, "scores", scores, documents, "corpus")
             left_out += len(scores) - len(known)
             yield known.select("query_id", "document_id", "given")

@@ -133,10 +133,15 @@ def test_lists_of_scores_are_read_some_rows_at_a_time_to_the_same_table(tmp_path
     assert given_of(local(folder), tmp_path / "parts") == whole
     drawn = given_of(local(folder, num_pairs=9), tmp_path / "drawn")
     assert len({row[0] for row in drawn}) == 9 and set(drawn) < set(whole)
+    tables["scores"]["scores"][2][4] = None  # not scored; no document of this list is another's equal
+    write_lines(folder / "scores.jsonl", pl.DataFrame(tables["scores"]).to_dicts())
+    (folder / "scores.parquet").unlink(missing_ok=True)
+    left = given_of(local(folder), tmp_path / "unscored")
+    unscored = "2", str(tables["scores"]["document_ids"][2][4])
+    assert left == [row for row in whole if row[:2] != unscored] and len(left) == len(whole) - 1
     lists = tables["scores"]["document_ids"]
     lists[3][5] = 77
     write_lines(folder / "scores.jsonl", pl.DataFrame(tables["scores"]).to_dicts())
-    (folder / "scores.parquet").unlink(missing_ok=True)
     with pytest.raises(InputError, match=r"scores.jsonl: document_id '77' \(and 0 more\) is not in .*documents"):
         given_of(local(folder), tmp_path / "unknown")
 
