@@ -49,6 +49,7 @@ class PlannedStep(NamedTuple):
     reads: tuple[str, ...]  # steps whose files it reads
     keys: Mapping[str, Any]  # what else decides its files
     write: Callable[[Build, Path], dict[str, Any]]  # fills a folder; returns counts for the manifest
+    cites: tuple[str, ...] = ()  # steps whose manifests it reads: equal files may have come from other texts and keys
 
 
 def main(argv: Sequence[str]) -> None:
@@ -120,11 +121,14 @@ def plan_graded(recipe: GradedRecipe) -> list[PlannedStep]:
     raw = raw_keys(recipe)
     search = {"bm25": keys["bm25"], "dense": dense, "fusion": keys["fusion"], "language": recipe.source.language}
     graded, mining = {**splits, "teacher": teacher}, {"mining": keys["mining"]}
+    if recipe.teacher.kind == "hybrid":  # a retriever's depth and vectors are among what it reads
+        graded |= search
+    audited = {**splits, **mining, "dense": dense}
     plan = [
         PlannedStep("candidates", ("corpus",), {**splits, **search}, write_candidates),
         PlannedStep("scores", ("corpus", "candidates"), graded, write_scores),
         PlannedStep("mined", ("corpus", "scores"), mining, _mined),
-        PlannedStep("audit", ("corpus", "scores", "mined"), {**splits, **mining, "dense": dense}, write_audit),
+        PlannedStep("audit", ("corpus", "scores", "mined"), audited, write_audit, cites=("candidates", "scores")),
     ]
     if recipe.sts:
         sts = {**splits, "sts": keys["sts"], "dense": dense, "teacher": teacher}
@@ -156,7 +160,7 @@ def plan_hub(recipe: GradedRecipe | StsRecipe, steps: Sequence[str]) -> PlannedS
         published = getattr(recipe, "publish", ())
         return builders.write_hub(build.folder, steps, facts, folder, recipe.max_shard_size, published)
 
-    return PlannedStep("hub", tuple(steps), {"recipe": keys}, write)
+    return PlannedStep("hub", tuple(steps), {"recipe": keys}, write, cites=tuple(steps))
 
 
 def raw_keys(recipe: GradedRecipe | StsRecipe) -> dict[str, Any]:
@@ -197,8 +201,10 @@ def _mined(build: Build, folder: Path) -> dict[str, Any]:
 
 def make_step(build: Build, step: PlannedStep) -> None:
     """Make a step unless it was made before from the same files and keys; print its counts."""
-    read = {name: read_manifest(build.folder / name)["files"] for name in step.reads}
-    with folder_step(build.folder / step.name, {**step.keys, "steps": read}) as made:
+    inputs = {**step.keys, "steps": {name: read_manifest(build.folder / name)["files"] for name in step.reads}}
+    if step.cites:
+        inputs["cites"] = {name: read_manifest(build.folder / name)["key"] for name in step.cites}
+    with folder_step(build.folder / step.name, inputs) as made:
         state = "done before" if made.done else "done"
         if not made.done:
             counts = step.write(build, made.path)

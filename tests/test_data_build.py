@@ -16,6 +16,7 @@ from common.cli import run
 from common.steps import BUILD_FOLDERS, files_of, read_manifest
 from dataset_builders.build import main
 from dataset_builders.card import card_for
+from dataset_builders.sources import HubSource, read_rows
 from release.verify import verify_dataset
 
 
@@ -77,6 +78,14 @@ def test_what_was_built_is_fit_to_publish_and_the_lines_in_its_card_run(built, t
     assert answer.returncode == 0, answer.stderr
     rows = facts["configs"]["train"]
     assert answer.stdout.splitlines() == [str(rows), "20 61 20", "['negative_5', 'label']"]
+
+
+def test_what_was_published_is_a_source_again_with_its_splits(built):
+    """Its qrels name each judgement's split in a column: no test query is trained on."""
+    source = HubSource(kind="hub", dataset=str(built / "hub"), layout="corpus", eval_splits=("test",))
+    judged = read_rows(source, None).qrels.rows()
+    known = [tuple(row.values()) for row in rows_of(built / "corpus" / "qrels.parquet")]
+    assert sorted(judged) == sorted(known) and {row[3] for row in known} == {"train", "test"}
 
 
 def states(command, capsys) -> dict[str, str]:
@@ -163,6 +172,38 @@ def test_one_document_the_teachers_weights_or_an_option_redo_exactly_what_depend
     assert redone() == list(BUILD_FOLDERS)
     new = {path.parent.name for path in tmp_path.glob("data/embeddings/*/*.npy")} - shards
     assert len(new) == 2  # the documents by two models; the queries' vectors were there
+
+
+def another_duplicate(folder: Path) -> None:
+    """One more document that says what another does: the corpus stays as it was, and what its card counts does not."""
+    table = pq.read_table(folder / "corpus.parquet").to_pydict()
+    more = {"_id": "z-more", "title": "", "text": table["text"][0]}
+    write_table(folder / "corpus.parquet", **{name: [*values, more[name]] for name, values in table.items()})
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags", "edit"),
+    [
+        # deeper than the corpus: the same candidates, but what the hybrid reads of those not found lies deeper
+        ({"teacher": {"kind": "hybrid"}, "fusion": {"top_k": None}}, ["--bm25.top_k", "200"], None),
+        ({}, [], another_duplicate),
+    ],
+)
+def test_a_build_that_is_changed_comes_to_what_a_fresh_one_makes(inputs, tmp_path, capsys, keys, flags, edit):
+    shutil.copytree(inputs[0], tmp_path / "set")
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "set", inputs[1], **keys)
+    command = ["--config", str(recipe), "--bm25.top_k", "100", "--output_dir"]
+    main([*command, str(tmp_path / "changed")])
+    before = files_without_manifests(tmp_path / "changed")
+    if edit:
+        edit(tmp_path / "set")
+    redone = states([*command, str(tmp_path / "changed"), *flags], capsys)
+    assert redone["candidates"] == ("before" if edit else "made")
+    main([*command, str(tmp_path / "fresh"), *flags])
+    made = files_without_manifests(tmp_path / "fresh")
+    assert files_without_manifests(tmp_path / "changed") == made
+    alike = {name for name in made if before.get(name) == made[name]}
+    assert "candidates/candidates.parquet" in alike and "hub/README.md" not in alike, "the case this test is about"
 
 
 def test_ray_builds_the_same_bytes_as_local(recipe, built, tmp_path):
