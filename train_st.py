@@ -64,7 +64,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError, Unfinished, run
-from common.steps import MANIFEST, Step, link_files
+from common.steps import MANIFEST, Step, fingerprint, link_files
 from modeling.keys import NO_INPUTS, recipe_keys
 from modeling.ledger import closing_line, write_ledger, write_log
 from modeling.processes import joint_step, keep_freed_memory, launched_with, make_once, processes, refuse_shards
@@ -116,7 +116,10 @@ def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, l
     check_layers(stages, start)
     if processes().is_main_process:
         write_recipe(recipe)
-        write_stages(stages, start.facts(), recipe.output_dir)
+        keys, before = {}, start.key
+        for stage in stages:
+            before = keys[stage.name] = fingerprint(stage_inputs(stage, data[stage.name], before))
+        write_stages(stages, start.facts(), recipe.output_dir, model_inputs(recipe, keys))
         print(start_line(start, stages[0], tokenizer), flush=True)
         if line := untrained_prompt(stages[-1]):
             print(line, file=sys.stderr, flush=True)
@@ -128,7 +131,7 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
     from modeling.start import Start, TrainedAdapter
 
     folder = output_dir / stage.name
-    with joint_step(folder, {"keys": input_keys(stage.values), "data": data.keys, "start": start.key}) as step:
+    with joint_step(folder, stage_inputs(stage, data, start.key)) as step:
         if step.done and processes().is_main_process:
             print(f"stage {stage.name}: done before, kept in {folder}", flush=True)
         elif not step.done:
@@ -138,6 +141,11 @@ def train_stage(stage: Stage, start: Start, data: StageData, output_dir: Path) -
         before = start.adapter_for(stage)
         adapter = TrainedAdapter(folder / ADAPTER, stage.lora_settings, before.base if before else start)
     return Start(str(folder), None, step.key, stage.name, adapter)
+
+
+def stage_inputs(stage: Stage, data: StageData, start: str) -> dict[str, Any]:
+    """What decides a stage's result; `start` is the key of the model that it starts from."""
+    return {"keys": input_keys(stage.values), "data": data.keys, "start": start}
 
 
 def input_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,15 +246,15 @@ def publish(recipe: Recipe, results: Mapping[str, Start]) -> None:
     from modeling.merging import merge_models
 
     merge, last, output_dir = recipe.merge, [*results.values()][-1], recipe.output_dir
+    inputs = model_inputs(recipe, {name: result.key for name, result in results.items()})
     if merge:
-        chosen = [results[name] for name in merge.stages]
-        inputs = {"stages": [result.key for result in chosen], "method": merge.method, "weights": merge.weights}
-        folders, weights = [Path(result.name_or_path) for result in chosen], merge.weights or [1.0] * len(chosen)
+        folders = [Path(results[name].name_or_path) for name in merge.stages]
+        weights = merge.weights or [1.0] * len(folders)
         make_once(output_dir / "model", inputs, lambda path: merge_models(folders, weights, merge.method, path))
     else:
         without = (ADAPTER, MANIFEST)
         source = Path(last.name_or_path)
-        make_once(output_dir / "model", {"stage": last.key}, lambda path: link_files(source, path, without))
+        make_once(output_dir / "model", inputs, lambda path: link_files(source, path, without))
 
     def write_adapter(path: Path) -> None:
         link_files(last.adapter.folder, path)
@@ -254,9 +262,17 @@ def publish(recipe: Recipe, results: Mapping[str, Start]) -> None:
         name_base(path, base.name_from(path), base.revision)
 
     if last.adapter and not merge:
-        make_once(output_dir / ADAPTER, {"stage": last.key}, write_adapter)
+        make_once(output_dir / ADAPTER, inputs, write_adapter)
     elif processes().is_main_process:  # that of an earlier run into this folder belonged to another model/
         shutil.rmtree(output_dir / ADAPTER, ignore_errors=True)
+
+
+def model_inputs(recipe: Recipe, keys: Mapping[str, str]) -> dict[str, Any]:
+    """What decides model/; `keys` of the stages' results, in order."""
+    merge = recipe.merge
+    if not merge:
+        return {"stage": [*keys.values()][-1]}
+    return {"stages": [keys[name] for name in merge.stages], "method": merge.method, "weights": merge.weights}
 
 
 if __name__ == "__main__":

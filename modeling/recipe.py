@@ -19,7 +19,7 @@ import yaml
 from common.cli import ArgumentParser, InputError, at
 from common.models import unlike_hub
 from common.recipes import Section, flag_texts, flag_value, parse_section, read_yaml, text_keys
-from common.steps import read_json, write_json, written_whole
+from common.steps import MANIFEST, read_json, read_manifest, write_json, written_whole
 from modeling.keys import (
     DEFAULTS,
     OF_THE_RECIPE,
@@ -308,11 +308,14 @@ def write_recipe(recipe: Recipe) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def write_stages(stages: Sequence[Stage], start: Mapping[str, Any], output_dir: Path) -> None:
+def write_stages(
+    stages: Sequence[Stage], start: Mapping[str, Any], output_dir: Path, model: Mapping[str, Any] | None = None
+) -> None:
     """Write stages.json: every stage with all its keys as they hold, defaults and the start's own values filled in.
 
     {"start": facts of the model that the first stage starts from,
-     "stages": [{"name": ..., "datasets": {name: {key: value}}, "keys": {key: value}}]}
+     "stages": [{"name": ..., "datasets": {name: {key: value}}, "keys": {key: value}}],
+     "model": inputs of model/ as its manifest will have them}
     """
     written = []
     for stage in stages:
@@ -326,7 +329,7 @@ def write_stages(stages: Sequence[Stage], start: Mapping[str, Any], output_dir: 
         datasets = {name: own.model_dump(mode="json") for name, own in stage.datasets.items()}
         written.append({"name": stage.name, "datasets": datasets, "keys": keys})
     stages = _with_paths(json.loads(json.dumps(written, default=str)))
-    write_json(output_dir / STAGES, {"start": start, "stages": stages})
+    write_json(output_dir / STAGES, {"start": start, "stages": stages, "model": model})
 
 
 def _with_paths(values: Any) -> Any:
@@ -340,7 +343,16 @@ def _with_paths(values: Any) -> Any:
 
 
 def read_stages(run_folder: Path) -> dict[str, Any]:
-    """What `write_stages` wrote. Raises InputError where `run_folder` is no training run."""
-    if not (run_folder / STAGES).is_file():
+    """What `write_stages` wrote. Raises InputError where `run_folder` is no training run, or model/ is of an earlier
+    one: nothing here would hold for it.
+    """
+    path, model = run_folder / STAGES, run_folder / "model"
+    if not path.is_file():
         raise InputError(f"{run_folder}: not a training run ({STAGES} is missing); make one with train_st.py")
-    return read_json(run_folder / STAGES, "train_st.py again")
+    found = read_json(path, "train_st.py again")
+    if found.get("model") and (model / MANIFEST).is_file() and read_manifest(model)["inputs"] != found["model"]:
+        raise InputError(
+            f"{model}: of other keys, data or stages than {path}, whose run has not ended; finish it: python "
+            f"train_st.py --config {run_folder / 'recipe.yaml'} --resume_from_checkpoint true"
+        )
+    return found

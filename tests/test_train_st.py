@@ -17,7 +17,9 @@ from tiny_training import distance, train, weights
 
 import train_st
 from common.cli import InputError
-from common.steps import folder_step
+from common.steps import folder_step, read_manifest
+from eval.evidence import read_evidence
+from eval.systems import run_systems
 from modeling.ledger import write_ledger
 from modeling.merging import slerp
 from modeling.prompts import baked_prompts
@@ -175,6 +177,20 @@ def test_model_is_the_average_of_stages_and_comes_without_an_adapter(finished, r
     train(tmp_path, recipe)
     assert distance(output / "retrieval", output / "model") == 0
     assert load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_model_of_another_recipe_than_the_folder_tells_is_not_told_of(recipe, finished, tmp_path, monkeypatch):
+    """Other keys, and the run killed in its first stage: model/ is of the recipe before, recipe.yaml is not."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert read_stages(run)["model"] == read_manifest(run / "model")["inputs"]
+    monkeypatch.setattr(train_st, "run_stage", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        train(tmp_path, recipe, "--sts.learning_rate", "7e-4")
+    for read in (read_stages, read_evidence, lambda folder: run_systems(folder, folder, folder)):
+        with pytest.raises(InputError, match="whose run has not ended; finish it"):
+            read(run)
+    train(tmp_path, recipe)  # the recipe before, whose stages are there
+    assert len(read_stages(run)["stages"]) == 2
 
 
 def test_the_ledger_tells_what_the_data_cost(recipe, tmp_path):
