@@ -82,7 +82,7 @@ def finished_metrics(output: Path, key: str) -> dict[str, Any] | None:
 
 
 def ranking_scores(
-    qrels: Mapping[str, Mapping[str, int]], ranking: Mapping[str, Iterable[str]]
+    qrels: Mapping[str, Mapping[str, int]], ranking: Mapping[str, Iterable[str]], measures: Iterable[str] = MEASURES
 ) -> dict[str, float | list[float]]:
     """Mean of each measure over the queries (by ir_measures), and COMPARED of each query, in the order of `qrels`.
 
@@ -97,8 +97,8 @@ def ranking_scores(
         query_id: {document_id: -float(rank) for rank, document_id in enumerate(list(found)[:DEPTH])}
         for query_id, found in ranking.items()
     }
-    values: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
-    for metric in ir_measures.iter_calc(map(ir_measures.parse_measure, MEASURES), qrels, scored):
+    values: dict[str, dict[str, float]] = {name: {} for name in measures}
+    for metric in ir_measures.iter_calc(map(ir_measures.parse_measure, measures), qrels, scored):
         values[str(metric.measure)][metric.query_id] = metric.value
     means = {name: round(float(np.mean([of_query[id] for id in qrels])), 4) for name, of_query in values.items()}
     return means | {"per_query": [values[COMPARED][query_id] for query_id in qrels]}

@@ -263,8 +263,11 @@ def fuse(sparse: Ranking, dense: Ranking, weight: float, top_k: int) -> Ranking:
 
 def choose_weight(qrels: dict[str, dict[str, int]], sparse: Ranking, dense: Ranking) -> float:
     """BM25's share, that of WEIGHTS with the best COMPARED; of equal ones the smallest."""
-    depth = MEASURES[COMPARED]
-    return max(WEIGHTS, key=lambda weight: ranking_scores(qrels, fuse(sparse, dense, weight, depth))[COMPARED])
+
+    def score(weight: float) -> float:
+        return ranking_scores(qrels, fuse(sparse, dense, weight, MEASURES[COMPARED]), [COMPARED])[COMPARED]
+
+    return max(WEIGHTS, key=score)
 
 
 def cosine_quantiles(
