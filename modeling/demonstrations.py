@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from modeling.losses import MISSING, POSITIVES, text_keys
 from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, instruction_prompt
 
 _TRIES = 100  # rows tried for one shot, before a batch goes with fewer
-_TRIES_TO_FREEZE = 1000  # rows tried for all shots of a saved prompt
+_SAMPLE = 1000  # rows tried for all shots of a saved prompt, or looked at for how many would fit
 
 
 def counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[str]], list[int]]:
@@ -80,9 +80,7 @@ class Demonstrations:
         """
         [bare] = count_tokens([instruction_prompt(self.instruction, self.template)])
         drawn: list[tuple[str, str]] = []
-        for position in random.Random(self.seed).sample(range(len(self.rows)), min(_TRIES_TO_FREEZE, len(self.rows))):
-            row = self.rows[position]
-            shot = (row["query"], row["positive"])
+        for shot in self._sample():
             if shot[0] == shot[1] or not {text for pair in drawn for text in pair}.isdisjoint(shot):
                 continue
             room = bare + (max_tokens - bare) * (len(drawn) + 1) / shots
@@ -95,6 +93,20 @@ class Demonstrations:
             f"prompt_shots is {shots}: only {len(drawn)} fit into {max_tokens} tokens, of {len(self.rows):,} rows; "
             "raise shots_budget (or max_seq_length, half of which is the default), or lower prompt_shots"
         )
+
+    def share_that_fits(self, count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int) -> float:
+        """The share, from 0 to 1, of the rows whose prompt of one shot has at most `max_tokens`; of a sample of them.
+
+        Where it is low, batches have fewer shots than they draw; at 0 they have none.
+        """
+        lengths = count_tokens([few_shot_prompt(self.instruction, [shot], self.template) for shot in self._sample()])
+        return sum(length <= max_tokens for length in lengths) / len(lengths)
+
+    def _sample(self) -> Iterator[tuple[str, str]]:
+        """(query, positive) of rows in a random order that depends on the seed alone."""
+        for position in random.Random(self.seed).sample(range(len(self.rows)), min(_SAMPLE, len(self.rows))):
+            row = self.rows[position]
+            yield row["query"], row["positive"]
 
     def fit(
         self,

@@ -76,6 +76,14 @@ def with_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrain
     trained = {
         f"{name}.{column}": prompt for name, by_column in columns.items() for column, prompt in by_column.items()
     }
+    for name in shown:
+        room = shots_room(stage, name)
+        if not shown[name].share_that_fits(counter(tokenizer), room):
+            with at(stage.place(name)):
+                raise InputError(
+                    f"shots: no row fits into a prompt of {room} tokens as a demonstration; raise shots_budget or "
+                    "train_max_seq_length, or drop shots"
+                )
     check_prompts(tokenizer, prompts, own.max_seq_length, own.min_text_tokens)
     check_prompts(tokenizer, trained, own.train_max_seq_length, own.min_text_tokens)
     return dataclasses.replace(stage, prompts=prompts, column_prompts=columns)
@@ -92,6 +100,12 @@ def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demo
             if own.shots:
                 found[name] = Demonstrations(train[name], *settings, stage.training.seed, own.query_template)
     return found
+
+
+def shots_room(stage: Stage, name: str) -> int:
+    """The most tokens of a batch's prompt with shots, where its texts are short."""
+    room = stage.own.train_max_seq_length - stage.own.min_text_tokens
+    return min(stage.datasets[name].shots_budget or room, room)
 
 
 def load_encoder(stage: Stage, base: Start, **loading: Any) -> SentenceTransformer:
@@ -185,6 +199,10 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
         parts = [f"{len(data.train[name]):,} rows of {own.dataset_name} ({own.dataset_config})", own.loss]
         parts += [f"{length} of {batch} rows, about {tokens:,.0f} tokens each"]
         parts += [cut_line(cut[name], stage.own.train_max_seq_length)]
+        if shown := trainer.data_collator.demonstrations.get(name):
+            room = shots_room(stage, name)
+            share = shown.share_that_fits(counter(trainer.data_collator.model.tokenizer), room)
+            parts += [f"{share:.0%} of the rows fit into a prompt of {room} tokens as a demonstration"]
         title = stage.name if name == stage.name else f"{stage.name}, {name}"
         lines.append(f"training {title}: " + ", ".join(part for part in parts if part))
     return "\n".join(lines)

@@ -110,6 +110,15 @@ def test_a_frozen_prompt_has_all_its_shots_and_no_token_too_many(lengths, shots,
     assert words([few_shot_prompt("x", frozen)])[0] <= window
 
 
+def test_the_share_of_rows_that_fit_is_counted_over_all_of_few_rows():
+    texts = [f"q{i}" + " x" * i for i in range(10)]
+    shown = Demonstrations(Dataset.from_dict({"query": texts, "positive": texts}), "x", 1)
+    lengths = sorted(words([few_shot_prompt("x", [(text, text)]) for text in texts]))
+    assert len(set(lengths)) == 10
+    for most in (lengths[0] - 1, lengths[3], lengths[-1]):
+        assert shown.share_that_fits(words, most) == sum(length <= most for length in lengths) / 10
+
+
 @pytest.fixture(scope="module")
 def model(tiny_encoder) -> SentenceTransformer:
     return SentenceTransformer(str(tiny_encoder), device="cpu")
@@ -229,6 +238,10 @@ FEW_SHOT = {
     "no rows that fit": (
         {"shots_budget": 20},
         "stage 'retrieval': prompt_shots is 2: only 0 fit into 20 tokens, of 48 rows",
+    ),
+    "no row that fits in training": (
+        {"shots_budget": 20, "prompt_shots": 0},
+        "stage 'retrieval': shots: no row fits into a prompt of 20 tokens as a demonstration; raise shots_budget",
     ),
 }
 
