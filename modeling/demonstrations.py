@@ -24,6 +24,9 @@ from modeling.losses import MISSING, POSITIVES, text_keys
 from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, instruction_prompt
 
 _TRIES = 100  # rows tried for one shot, before a batch goes with fewer
+Shots = Sequence[tuple[str, str]]  # (query, positive)
+Count = Callable[[Sequence[str]], Sequence[int]]  # tokens of whole strings
+Fits = Callable[[Shots, int], bool]  # whether some shots, of so many that are wanted, take no more than their share
 _SAMPLE = 1000  # rows tried for all shots of a saved prompt, or looked at for how many would fit
 
 
@@ -49,10 +52,11 @@ class Demonstrations:
         if missing:
             raise InputError(f"shots: rows without column {min(missing)!r} make no demonstrations; drop shots")
 
-    def draw(self, texts: Collection[str]) -> list[tuple[str, str]]:
+    def draw(self, texts: Collection[str], fits: Fits = lambda *_: True) -> list[tuple[str, str]]:
         """(query, positive) of 0 to `shots` rows that share no text with each other or with `texts`, the batch's.
 
-        So no shot is a row of the batch or gives away its positive. There are fewer where such rows are hard to find.
+        So no shot is a row of the batch or gives away its positive. There are fewer where such rows, and rows that
+        `fits` takes, are hard to find.
         """
         generator = random.Random("\0".join([str(self.seed), *sorted(texts)]))
         if generator.random() < self.zero_shot_probability:
@@ -62,16 +66,32 @@ class Demonstrations:
         for _ in range(_TRIES * count):
             row = self.rows[generator.randrange(len(self.rows))]
             shot = (row["query"], row["positive"])
-            if seen.isdisjoint(shot):
+            if seen.isdisjoint(shot) and fits([*drawn, shot], count):
                 drawn.append(shot)
                 seen.update(shot)
             if len(drawn) == count:
                 break
         return drawn
 
-    def freeze(
-        self, shots: int, count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int
-    ) -> list[tuple[str, str]]:
+    def room(self, texts: Sequence[str], count_tokens: Count, max_seq_length: int) -> Fits:
+        """An equal share each of the tokens that the budget, and the longest of `texts` after the bare instruction,
+        leave to all shots.
+        """
+        prompt = instruction_prompt(self.instruction, self.template)
+        bare, *whole = count_tokens([prompt, *(prompt + text for text in texts)])
+        left = max_seq_length - max(whole)
+        return self._share_of(left if self.shots_budget is None else min(left, self.shots_budget - bare), count_tokens)
+
+    def _share_of(self, left: int, count_tokens: Count) -> Fits:
+        [bare] = count_tokens([instruction_prompt(self.instruction, self.template)])
+
+        def fits(shots: Shots, count: int) -> bool:
+            [length] = count_tokens([few_shot_prompt(self.instruction, shots, self.template)])
+            return length - bare <= left * len(shots) / count
+
+        return fits
+
+    def freeze(self, shots: int, count_tokens: Count, max_tokens: int) -> list[tuple[str, str]]:
         """(query, positive) of exactly `shots` rows, for the few-shot prompt that a saved model carries.
 
         A function of the rows and the seed: rows are tried in a random order, and taken if they fit. Each shot may
@@ -79,13 +99,11 @@ class Demonstrations:
         before it left. `count_tokens` counts whole strings. Raises InputError when not so many rows fit.
         """
         [bare] = count_tokens([instruction_prompt(self.instruction, self.template)])
-        drawn: list[tuple[str, str]] = []
+        fits, drawn = self._share_of(max_tokens - bare, count_tokens), []
         for shot in self._sample():
             if shot[0] == shot[1] or not {text for pair in drawn for text in pair}.isdisjoint(shot):
                 continue
-            room = bare + (max_tokens - bare) * (len(drawn) + 1) / shots
-            [length] = count_tokens([few_shot_prompt(self.instruction, [*drawn, shot], self.template)])
-            if length <= room:
+            if fits([*drawn, shot], shots):
                 drawn.append(shot)
             if len(drawn) == shots:
                 return drawn
@@ -94,10 +112,10 @@ class Demonstrations:
             "raise shots_budget (or max_seq_length, half of which is the default), or lower prompt_shots"
         )
 
-    def share_that_fits(self, count_tokens: Callable[[Sequence[str]], Sequence[int]], max_tokens: int) -> float:
+    def share_that_fits(self, count_tokens: Count, max_tokens: int) -> float:
         """The share, from 0 to 1, of the rows whose prompt of one shot has at most `max_tokens`; of a sample of them.
 
-        Where it is low, batches have fewer shots than they draw; at 0 they have none.
+        Where it is low, all shots are short rows, and batches may find fewer than they want; at 0 they find none.
         """
         lengths = count_tokens([few_shot_prompt(self.instruction, [shot], self.template) for shot in self._sample()])
         return sum(length <= max_tokens for length in lengths) / len(lengths)
@@ -108,13 +126,7 @@ class Demonstrations:
             row = self.rows[position]
             yield row["query"], row["positive"]
 
-    def fit(
-        self,
-        shots: Sequence[tuple[str, str]],
-        texts: Sequence[str],
-        count_tokens: Callable[[Sequence[str]], Sequence[int]],
-        max_seq_length: int,
-    ) -> str:
+    def fit(self, shots: Shots, texts: Sequence[str], count_tokens: Count, max_seq_length: int) -> str:
         """The few-shot prompt with as many of `shots`, from the first on, as cost none of `texts` a token. A text too
         long even after the bare instruction gets no shots, nor do those beside it in the batch.
 
@@ -172,8 +184,10 @@ class DemonstrationCollator(SentenceTransformerDataCollator):
         if demonstrations is None:
             return None
         columns = [column for column in features[0] if column not in ("dataset_name", LABEL)]
-        shots = demonstrations.draw({row[column] for row in features for column in columns})
         prompted = [column for column in columns if column in self.prompts[name]]
         texts = [row[column] for row in features for column in prompted]
-        prompt = demonstrations.fit(shots, texts, counter(self.model.tokenizer), self.model.max_seq_length)
+        reads = counter(self.model.tokenizer), self.model.max_seq_length
+        fits = demonstrations.room(texts, *reads)
+        shots = demonstrations.draw({row[column] for row in features for column in columns}, fits)
+        prompt = demonstrations.fit(shots, texts, *reads)
         return dict.fromkeys(prompted, prompt)

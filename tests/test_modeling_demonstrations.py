@@ -110,6 +110,25 @@ def test_a_frozen_prompt_has_all_its_shots_and_no_token_too_many(lengths, shots,
     assert words([few_shot_prompt("x", frozen)])[0] <= window
 
 
+def test_shots_are_drawn_among_rows_that_fit():
+    """Two of three rows are too long for their share; without asking, most batches would lose shots by it."""
+    lengths = [2 if i % 3 == 0 else 30 for i in range(300)]
+    texts = [f"q{i}" + " x" * length for i, length in enumerate(lengths)]
+    rows = Dataset.from_dict({"query": texts, "positive": [f"p{i}" for i in range(300)]})
+    counts, bare = [], words([few_shot_prompt("x", [])])[0]
+    for seed in range(60):
+        shown = Demonstrations(rows, "x", 3, shots_budget=bare + 3 * 9, seed=seed)
+        batch = ["how do i"]
+        fits = shown.room(batch, words, 100)
+        shots = shown.draw(batch, fits)
+        assert shown.fit(shots, batch, words, 100) == few_shot_prompt("x", shots)  # none is lost again
+        counts.append(len(shots))
+    assert [round(counts.count(count) / 60, 1) for count in (0, 1, 2, 3)] == pytest.approx(
+        [0, 1 / 3, 1 / 3, 1 / 3], abs=0.11
+    )
+    assert shown.draw(["how"], shown.room(["t " * 97], words, 100)) == []  # a text that leaves no room
+
+
 def test_the_share_of_rows_that_fit_is_counted_over_all_of_few_rows():
     texts = [f"q{i}" + " x" * i for i in range(10)]
     shown = Demonstrations(Dataset.from_dict({"query": texts, "positive": texts}), "x", 1)
