@@ -43,11 +43,11 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import InputError, run
+from common.cli import InputError, at, run
 from common.recipes import list_keys
-from common.steps import file_sha256, fingerprint, stack_versions
-from eval.ablation_recipe import Ablation, Variant, folder_name, read_ablation, read_variants, write_mined_rows
-from eval.ablation_runs import TASKS, Run, costs, load_splits, read_tasks, train_and_score
+from common.steps import stack_versions
+from eval.ablation_recipe import Ablation, MinedAnew, Variant, read_ablation, read_variants, write_mined_rows
+from eval.ablation_runs import TASKS, Run, costs, load_splits, make_runs, train_and_score
 from eval.ablation_table import choose, is_compared, notes, save, summary
 from eval.intervals import LEVEL, METHOD, RESAMPLES
 from eval.metrics import COMPARED, MEASURES
@@ -56,33 +56,22 @@ from eval.pages import write_ablation_page
 
 def main(argv: Sequence[str]) -> None:
     if "--list_keys" in argv:
-        print("\n".join(list_keys(Ablation, "An ablation")))
+        mining = list_keys(MinedAnew, "`mining.KEY` of a variant", "mining.")
+        print("\n".join([*list_keys(Ablation, "An ablation"), *mining]))
         return
     config, ablation = read_ablation(argv, __doc__)
-    data, output = Path(ablation.data), Path(ablation.output_dir)
-    variants = read_variants(ablation, config)
+    output, reported = Path(ablation.output_dir), ablation.splits[-1]
+    with at(config):
+        variants = read_variants(ablation)
     asked = load_splits(ablation)
-    keys = {split: split_key(split, data) for split in ablation.splits}
-    if ablation.tasks:
-        keys[TASKS] = fingerprint([(task.metadata.name, task.metadata.dataset) for task in read_tasks(ablation)])
-    if ablation.scoring_dtype:
-        keys = {name: fingerprint([key, ablation.scoring_dtype]) for name, key in keys.items()}
     for variant in variants:
         for folder, source in variant.mined.items():
             write_mined_rows(folder, source, variant.mining)
-    runs = [
-        Run(
-            variant,
-            seed,
-            runs_folder(ablation, variant) / f"seed-{seed}",
-            {name: fingerprint([variant.key, seed, key]) for name, key in keys.items()},
-        )
-        for seed in ablation.seeds  # outermost: a killed ablation has whole comparisons of the seeds before
-        for variant in variants
-    ]
+    runs = make_runs(variants, ablation)
     failed = train_and_score(runs, ablation)
-    rows = make_rows(variants, runs, ablation)
-    reported = ablation.splits[-1]
+    finished = [run_ for run_ in runs if run_.is_scored]
+    scored = {of.name: {run_.seed: run_ for run_ in finished if run_.variant is of} for of in variants}
+    rows = [make_row(variant, scored, ablation) for variant in variants]
     result = {
         "config": config,
         "command": "python -m eval.ablate " + shlex.join(argv),
@@ -104,10 +93,9 @@ def main(argv: Sequence[str]) -> None:
     result["notes"] = notes(result)
     save(result, output)
     if is_compared(result):
-        scores: dict[str, dict[int, list[float]]] = {row["name"]: {} for row in rows}
-        for run_ in runs:
-            scores[run_.variant.name][run_.seed] = run_.scores(reported).get("per_query", [])
-        write_ablation_page(result, scores, asked[reported], output)
+        write_ablation_page(
+            result, {name: per_query(done, reported) for name, done in scored.items()}, asked[reported], output
+        )
     if failed:
         raise InputError(
             f"{len(failed)} of {len(runs)} runs failed, first {failed[0]['name']}, seed {failed[0]['seed']}: "
@@ -115,52 +103,34 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
-def runs_folder(ablation: Ablation, variant: Variant) -> Path:
-    if ablation.runs_dir is not None:
-        return Path(ablation.runs_dir) / variant.key[:16]
-    return Path(ablation.output_dir) / "runs" / folder_name(variant.name)
+def per_query(done: Mapping[int, Run], split: str) -> dict[int, list[float]]:
+    return {seed: run_.scores(split)["per_query"] for seed, run_ in done.items()}
 
 
-def split_key(split: str, data: Path) -> str:
-    """Changes with what is asked, and of which documents."""
-    names = ("documents.arrow", "queries.parquet", "qrels.parquet")
-    return fingerprint([split, [file_sha256(data / "corpus" / name) for name in names]])
-
-
-def make_rows(variants: Sequence[Variant], runs: Sequence[Run], ablation: Ablation) -> list[dict[str, Any]]:
-    """A row for each variant, from what its runs left."""
-    found: dict[str, dict[int, Run]] = {variant.name: {} for variant in variants}
-    for run_ in runs:
-        if run_.is_scored:
-            found[run_.variant.name][run_.seed] = run_
-    split, against = ablation.splits[-1], found[ablation.compared_with]
-
-    def per_query(done: Mapping[int, Run], seeds: Sequence[int], split: str) -> np.ndarray:
-        return np.array([done[seed].scores(split)["per_query"] for seed in seeds])
-
-    rows = []
-    for variant in variants:
-        done = found[variant.name]
-        row: dict[str, Any] = {"name": variant.name, "overrides": variant.overrides, "seeds": list(done)}
-        row |= dict.fromkeys(("mean", "low", "high", "standard_deviation", "difference", "chosen_on_mean"))
-        row |= {"per_seed": [], "measures": {}}
-        if done:
-            row |= summary(per_query(done, row["seeds"], split))
-            if len(done) > 1:
-                row["standard_deviation"] = round(float(np.std(row["per_seed"], ddof=1)), 6)
-            row["chosen_on_mean"] = round(float(per_query(done, row["seeds"], ablation.split).mean()), 6)
-            row["measures"] = averages([run_.scores(split) for run_ in done.values()], MEASURES, 4)
-            of_runs = [costs(run_, split) for run_ in done.values()]
-            row |= averages(of_runs, of_runs[0], 2)
-            if ablation.tasks:
-                means = [run_.scores(TASKS)["means"] for run_ in done.values()]
-                row["tasks"] = {name: [round(one[name], 6) for one in means] for name in means[0]}
-        both = [seed for seed in done if seed in against]
-        if both and done is not against:
-            difference = per_query(done, both, split) - per_query(against, both, split)
-            row["difference"] = summary(difference) | {"seeds": both}
-        rows.append(row)
-    return rows
+def make_row(variant: Variant, scored: Mapping[str, Mapping[int, Run]], ablation: Ablation) -> dict[str, Any]:
+    """A variant's row, from what its runs left. scored: of every variant by seed, the runs that finished."""
+    split, done, against = ablation.splits[-1], scored[variant.name], scored[ablation.compared_with]
+    row: dict[str, Any] = {"name": variant.name, "overrides": variant.overrides, "seeds": list(done)}
+    row |= dict.fromkeys(("mean", "low", "high", "standard_deviation", "difference", "chosen_on_mean"))
+    row |= {"per_seed": [], "measures": {}}
+    if not done:
+        return row
+    scores, others = per_query(done, split), per_query(against, split)
+    row |= summary(np.array([*scores.values()]))
+    if len(done) > 1:
+        row["standard_deviation"] = round(float(np.std(row["per_seed"], ddof=1)), 6)
+    row["chosen_on_mean"] = round(float(np.mean([*per_query(done, ablation.split).values()])), 6)
+    row["measures"] = averages([run_.scores(split) for run_ in done.values()], MEASURES, 4)
+    of_runs = [costs(run_, split) for run_ in done.values()]
+    row |= averages(of_runs, of_runs[0], 2)
+    if ablation.tasks:
+        means = [run_.scores(TASKS)["means"] for run_ in done.values()]
+        row["tasks"] = {name: [round(one[name], 6) for one in means] for name in means[0]}
+    both = [seed for seed in done if seed in against]
+    if both and done is not against:
+        differences = np.array([np.subtract(scores[seed], others[seed]) for seed in both])
+        row["difference"] = summary(differences) | {"seeds": both}
+    return row
 
 
 def averages(entries: Sequence[Mapping[str, float]], names: Iterable[str], digits: int) -> dict[str, float]:

@@ -17,10 +17,11 @@ from pydantic import Field
 
 from common.cli import ArgumentParser, InputError, at
 from common.models import resolve_model
-from common.recipes import Section, parse_recipe, read_yaml
+from common.recipes import Section, parse_recipe, parse_section, read_yaml
 from common.steps import files_of, fingerprint, folder_step
 from dataset_builders.embeddings import Dtype
-from modeling.recipe import Recipe
+from dataset_builders.mine import Mining
+from modeling.recipe import Recipe, nested
 from modeling.recipe import parse_recipe as parse_training_recipe
 
 OF_THE_ABLATION = ("seed", "data_seed", "output_dir", "resume_from_checkpoint", "disable_tqdm")  # not a variant's
@@ -57,6 +58,12 @@ class Ablation(Section):
     def compared_with(self) -> str:
         """The name of the row that the others are compared with."""
         return self.baseline if self.baseline is not None else next(iter(combinations(self.variants, self.grid)))
+
+
+class MinedAnew(Mining):
+    """`mining.KEY` of a variant."""
+
+    shuffle_labels: int | None = Field(None, ge=0)  # a control: seed by which each row gets the labels of another
 
 
 @dataclass(frozen=True)
@@ -106,54 +113,49 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "_", name)
 
 
-def read_variants(ablation: Ablation, config: str) -> list[Variant]:
+def read_variants(ablation: Ablation) -> list[Variant]:
     """Every row's recipe, checked before anything is trained. Raises InputError on the first that is wrong."""
     combined = combinations(ablation.variants, ablation.grid)
     if list(combined) in ([""], []):
-        raise InputError(f"{config}: nothing to compare; name `variants:` or a `grid:`")
+        raise InputError("nothing to compare; name `variants:` or a `grid:`")
     folders = {folder_name(name) for name in combined}
     if len(folders) < len(combined) or not all(re.search(r"\w", name[:1]) and len(name) <= 100 for name in folders):
-        raise InputError(f"{config}: variants are also folders: names differ in letters and digits, 100 at most")
+        raise InputError("variants are also folders: names differ in letters and digits, 100 at most")
     if ablation.baseline is not None and ablation.baseline not in combined:
-        raise InputError(f"{config}: no variant {ablation.baseline!r} for a baseline; there are {'; '.join(combined)}")
-    base = read_yaml(ablation.base)
-    variants = []
+        raise InputError(f"no variant {ablation.baseline!r} for a baseline; there are {'; '.join(combined)}")
+    base, variants = read_yaml(ablation.base), []
     for name, overrides in combined.items():
-        where = f"{config}: variant {name!r}"
         # what a variant says of all stages is stronger than what is shared by single ones
         shared = {key: value for key, value in ablation.shared.items() if key.rpartition(".")[2] not in overrides}
-        recipe = override(base, {**shared, **overrides}, where, ablation.output_dir)
-        key = input_key(recipe, where)
-        mining, mined = read_mining({**shared, **overrides}, where), {}
-        if mining:
-            recipe, mined = on_mined_rows(recipe, mining, Path(ablation.output_dir) / "mined", where)
+        with at(f"variant {name!r}"):
+            recipe = override(base, {**shared, **overrides}, ablation.output_dir)
+            key, mining, mined = input_key(recipe), read_mining({**shared, **overrides}), {}
+            if mining:
+                recipe, mined = on_mined_rows(recipe, mining, Path(ablation.output_dir) / "mined")
         variants.append(Variant(name, overrides, recipe, mining, mined, fingerprint([key, mining])))
     return variants
 
 
-def override(base: Mapping[str, Any], overrides: Mapping[str, Any], where: str, output_dir: str) -> Recipe:
+def override(base: Mapping[str, Any], overrides: Mapping[str, Any], output_dir: str) -> Recipe:
     """A recipe of train_st.py with `overrides`: a KEY holds for all stages, as a flag does; STAGE.KEY is stronger."""
-    values, flags = dict(base), {"output_dir": output_dir}
     names = [str(stage.get("name")) for stage in base.get("stages") or () if isinstance(stage, dict)]
-    selected = overrides.get("stages", names)
-    selected = selected if isinstance(selected, str) else ",".join(map(str, selected))
-    for key, value in overrides.items():
-        owner, _, name = key.rpartition(".")
-        if name in OF_THE_ABLATION and owner != "student":
-            raise InputError(f"{where}: {key} is not a variant's to set; seeds: and output_dir say it for all of them")
+    for owner, _, name in (key.rpartition(".") for key in overrides):
+        if name in OF_THE_ABLATION and owner not in ("student", "mining"):
+            raise InputError(f"{name} is not a variant's to set; seeds: and output_dir say it for all of them")
         if owner and owner not in (*names, "student", "mining"):
-            raise InputError(f"{where}: {key}: no stage {owner!r}; there are {', '.join(names)}")
-        if owner in (*selected.split(","), "student"):
-            flags[owner] = {**flags.get(owner, {}), name: value}
-        elif not owner and key != "stages":
-            flags[key] = value
+            raise InputError(f"{owner}.{name}: no stage {owner!r}; there are {', '.join(names)}")
+    flags = nested((key, value) for key, value in overrides.items() if not key.startswith("mining."))
+    values, selected = dict(base), flags.pop("stages", names)
+    selected = selected if isinstance(selected, str) else ",".join(map(str, selected))
+    for left_out in set(names) - set(selected.split(",")):  # by a grid of `stages`
+        flags.pop(left_out, None)
     for start, other in (("student", "model_name_or_path"), ("model_name_or_path", "student")):
         if start in flags:
             values.pop(other, None)
-    return parse_training_recipe(values, where, selected, flags)
+    return parse_training_recipe(values, selected, {"output_dir": output_dir, **flags})
 
 
-def input_key(recipe: Recipe, where: str) -> str:
+def input_key(recipe: Recipe) -> str:
     """A hash of all that decides a run of `recipe`. Raises InputError when its data or models are missing."""
     settings = [{key: value for key, value in stage.values.items() if key != "output_dir"} for stage in recipe.stages]
     data = {
@@ -164,7 +166,7 @@ def input_key(recipe: Recipe, where: str) -> str:
     student = recipe.student
     if student:
         if not Path(student.corpus).is_dir():
-            raise InputError(f"{where}: student.corpus {student.corpus}: no such folder; build the data first")
+            raise InputError(f"student.corpus {student.corpus}: no such folder; build the data first")
         start = [student.model_dump(), model_content(student.teacher), corpus_content(student.corpus)]
     else:
         start = [model_content(recipe.values["model_name_or_path"]), recipe.values.get("model_revision")]
@@ -175,8 +177,7 @@ def input_key(recipe: Recipe, where: str) -> str:
 def data_content(name: str, revision: str | None) -> str:
     from modeling.training_data import Source
 
-    with at("training data"):
-        return Source(name, revision).key
+    return Source(name, revision).key
 
 
 @functools.cache
@@ -192,19 +193,15 @@ def corpus_content(folder: str) -> str:
 # --- rows mined again -----------------------------------------------------------------------------------------------
 
 
-def read_mining(overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_mining(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The keys `mining.KEY`, checked and without their prefix."""
-    from dataset_builders.mine import Mining
-
-    class MinedAnew(Mining):
-        shuffle_labels: int | None = Field(None, ge=0)
-
     given = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith("mining.")}
-    parse_recipe(MinedAnew, given, f"{where}: mining")
+    with at("mining"):
+        parse_section(MinedAnew, given)
     return given
 
 
-def on_mined_rows(recipe: Recipe, mining: dict[str, Any], output: Path, where: str) -> tuple[Recipe, dict[Path, str]]:
+def on_mined_rows(recipe: Recipe, mining: dict[str, Any], output: Path) -> tuple[Recipe, dict[Path, str]]:
     """`recipe` with a folder below `output` for each data set of mined rows, and these folders' published sources."""
     values, mined = copy.deepcopy(recipe.values), {}
     for holder, stage in zip(values["stages"], recipe.stages, strict=True):
@@ -213,12 +210,12 @@ def on_mined_rows(recipe: Recipe, mining: dict[str, Any], output: Path, where: s
             if own.dataset_config == "train":
                 source = own.dataset_name
                 if not Path(source).is_dir():
-                    raise InputError(f"{where}: mining.*: {source!r} is no folder here; download the data first")
+                    raise InputError(f"mining.*: {source!r} is no folder here; download the data first")
                 folder = output / fingerprint([data_content(source, None), mining])
                 entries[name]["dataset_name"], mined[folder] = str(folder), source
     if not mined:
-        raise InputError(f"{where}: mining.*: no stage trains on mined rows (dataset_config: train)")
-    return parse_training_recipe(values, where), mined
+        raise InputError("mining.*: no stage trains on mined rows (dataset_config: train)")
+    return parse_training_recipe(values), mined
 
 
 def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:

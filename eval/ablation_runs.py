@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError, run
-from common.steps import read_json, write_json
-from eval.ablation_recipe import Ablation, Variant
+from common.steps import file_sha256, fingerprint, read_json, write_json
+from eval.ablation_recipe import Ablation, Variant, folder_name
 from eval.held_out import HeldOut, load_documents, load_held_out
 from eval.metrics import COMPARED
 from eval.retrieval import model_row
@@ -67,6 +67,37 @@ def read_tasks(ablation: Ablation) -> list[AbsTask]:
     return load_tasks(None, list(ablation.tasks), Path(ablation.data_root) if ablation.data_root else None)
 
 
+def make_runs(variants: Sequence[Variant], ablation: Ablation) -> list[Run]:
+    """Every variant with every seed; seeds outermost: a killed ablation has whole comparisons of the seeds before."""
+    keys = {split: split_key(split, Path(ablation.data)) for split in ablation.splits}
+    if ablation.tasks:
+        keys[TASKS] = fingerprint([(task.metadata.name, task.metadata.dataset) for task in read_tasks(ablation)])
+    if ablation.scoring_dtype:
+        keys = {name: fingerprint([key, ablation.scoring_dtype]) for name, key in keys.items()}
+    return [
+        Run(
+            variant,
+            seed,
+            runs_folder(ablation, variant) / f"seed-{seed}",
+            {name: fingerprint([variant.key, seed, key]) for name, key in keys.items()},
+        )
+        for seed in ablation.seeds
+        for variant in variants
+    ]
+
+
+def runs_folder(ablation: Ablation, variant: Variant) -> Path:
+    if ablation.runs_dir is not None:
+        return Path(ablation.runs_dir) / variant.key[:16]
+    return Path(ablation.output_dir) / "runs" / folder_name(variant.name)
+
+
+def split_key(split: str, data: Path) -> str:
+    """Changes with what is asked, and of which documents."""
+    names = ("documents.arrow", "queries.parquet", "qrels.parquet")
+    return fingerprint([split, [file_sha256(data / "corpus" / name) for name in names]])
+
+
 def train_and_score(runs: Sequence[Run], ablation: Ablation) -> list[dict[str, Any]]:
     """Run what is not finished, one run after the other, each in a new process; return the failed ones."""
     waiting = [run for run in runs if not run.is_scored]
@@ -77,7 +108,7 @@ def train_and_score(runs: Sequence[Run], ablation: Ablation) -> list[dict[str, A
     for number, run_ in enumerate(waiting, start=1):
         settings = {"seed": run_.seed, "data_seed": None, "output_dir": str(run_.folder), "disable_tqdm": True}
         settings["resume_from_checkpoint"] = "true"
-        write_recipe(parse_recipe(run_.variant.recipe.values, run_.name, overrides=settings))
+        write_recipe(parse_recipe(run_.variant.recipe.values, overrides=settings))
         exit_code = run_in_new_process(run_.folder, ablation, run_.keys)
         if exit_code == 0:
             outcome = ", ".join(

@@ -125,17 +125,12 @@ def demonstrations(
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from modeling.demonstrations import Demonstrations
+    from modeling.demonstrations import Demonstrations, counter
 
     model = resolve_model(reference)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=model.revision)
-
-    def lengths(texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
-
-    return Demonstrations(Dataset.from_polars(rows), instruction, shots, template=template).freeze(
-        shots, lengths, most
-    )
+    found = Demonstrations(Dataset.from_polars(rows), instruction, shots, template=template)
+    return found.freeze(shots, counter(tokenizer), most)
 
 
 def saved_encoder(reference: str, folder: Path, settings: Mapping[str, Any]) -> Path:

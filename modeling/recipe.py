@@ -9,7 +9,7 @@ from one of them. Optimizer and schedule begin anew in every stage.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,51 +94,61 @@ def read_recipe(argv: Sequence[str], description: str) -> Recipe:
     parser.add_argument("--stages", metavar="NAME,NAME", help="stages to run, in this order; all by default")
     parser.add_argument("--list_keys", action="store_true", help="print every key with default and meaning, and stop")
     arguments, flags = parser.parse_known_args(argv)
-    return parse_recipe(read_yaml(arguments.config), str(arguments.config), arguments.stages, read_flags(flags))
+    values, overrides = read_yaml(arguments.config), read_flags(flags)
+    with at(str(arguments.config)):
+        return parse_recipe(values, arguments.stages, overrides)
 
 
 def read_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Flags as a mapping; of --STAGE.KEY and --student.KEY there is a mapping STAGE or student in it."""
     texts = text_keys(StageArguments) | text_keys(StudentConfig)
+    return nested((name, flag_value(given, name.rpartition(".")[2] in texts)) for name, given in flag_texts(flags))
+
+
+def nested(overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Overrides by KEY or PART.KEY, as `parse_recipe` takes them.
+
+    >>> nested([("loss", "kl"), ("sts.loss", "cosent"), ("sts.shots", 2)])
+    {'loss': 'kl', 'sts': {'loss': 'cosent', 'shots': 2}}
+    """
     values: dict[str, Any] = {}
-    for name, given in flag_texts(flags):
+    for name, value in overrides:
         part, _, key = name.rpartition(".")
         target = values.setdefault(part, {}) if part else values
         if not isinstance(target, dict):
             raise InputError(f"--{name}: --{part} has a value already")
-        target[key] = flag_value(given, key in texts)
+        target[key] = value
     return values
 
 
 def parse_recipe(
-    values: Mapping[str, Any], where: str, selected: str | None = None, overrides: Mapping[str, Any] | None = None
+    values: Mapping[str, Any], selected: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """`values`, as YAML has them, with `overrides` (see `read_flags`), and only the `selected` stages (NAME,NAME).
+    """`values`, as YAML has them, with `overrides` (see `nested`), and only the `selected` stages (NAME,NAME).
 
-    Raises InputError on whatever is wrong; `where` is how the message calls the recipe.
+    Raises InputError on whatever is wrong.
     """
     values, overrides = dict(values), dict(overrides or {})
-    with at(where):
-        stages = _named(values.pop("stages", None), "stage", "stages", taken=RESERVED)
-        if selected is not None:
-            stages = _select(stages, selected)
-        if isinstance(overrides.get("student"), dict):
-            overrides["student"] = {**(values.get("student") or {}), **overrides["student"]}
-        by_stage = {name: overrides.pop(name) for name in stages if isinstance(overrides.get(name), dict)}
-        values |= overrides
-        stages = {name: {**_without(keys, overrides), **by_stage.get(name, {})} for name, keys in stages.items()}
-        whole = parse_section(RecipeArguments, _part(values, RecipeArguments))
-        shared = {key: value for key, value in values.items() if key not in RecipeArguments.model_fields}
-        _check_recipe(whole, shared, stages)
-        budgets = _budgets(whole.total_steps, shared, stages)
-        keys_of = {name: {**shared, **keys, **budgets.get(name, {})} for name, keys in stages.items()}
-        own, parsed = {}, []
-        for name, keys in keys_of.items():
-            with at(f"stage {name!r}"):
-                own[name] = _read_own(name, keys)
-        for name, keys in keys_of.items():  # only now what takes seconds: importing the libraries
-            with at(f"stage {name!r}"):
-                parsed.append(Stage(name, keys, *own[name], *parse_library_keys(keys)))
+    stages = _named(values.pop("stages", None), "stage", "stages", taken=RESERVED)
+    if selected is not None:
+        stages = _select(stages, selected)
+    by_stage = {name: overrides.pop(name) for name in stages if isinstance(overrides.get(name), dict)}
+    if isinstance(overrides.get("student"), dict):
+        overrides["student"] = {**(values.get("student") or {}), **overrides["student"]}
+    values |= overrides
+    stages = {name: {**_without(keys, overrides), **by_stage.get(name, {})} for name, keys in stages.items()}
+    whole = parse_section(RecipeArguments, _part(values, RecipeArguments))
+    shared = {key: value for key, value in values.items() if key not in RecipeArguments.model_fields}
+    _check_recipe(whole, shared, stages)
+    budgets = _budgets(whole.total_steps, shared, stages)
+    keys_of = {name: {**shared, **keys, **budgets.get(name, {})} for name, keys in stages.items()}
+    own, parsed = {}, []
+    for name, keys in keys_of.items():
+        with at(f"stage {name!r}"):
+            own[name] = _read_own(name, keys)
+    for name, keys in keys_of.items():  # only now what takes seconds: importing the libraries
+        with at(f"stage {name!r}"):
+            parsed.append(Stage(name, keys, *own[name], *parse_library_keys(keys)))
     values["stages"] = [{"name": name, **keys} for name, keys in stages.items()]
     return Recipe(values, Path(shared["output_dir"]), parsed, whole.student, whole.merge)
 
@@ -178,27 +188,21 @@ def _check_recipe(whole: RecipeArguments, shared: Mapping[str, Any], stages: Map
 
 def _read_own(name: str, values: Mapping[str, Any]) -> tuple[StageArguments, dict[str, DatasetArguments]]:
     """A stage's keys that are ours, and those of its data sets."""
-    own, shared = StageArguments(**_part(values, StageArguments)), _part(values, DatasetArguments)
-    entries = None if values.get("datasets") is None else _named(values["datasets"], "data set", "datasets")
-    datasets = {name: _checked(own)} if entries is None else {}
-    for entry, keys in (entries or {}).items():
-        with at(f"data set {entry!r}"):
-            datasets[entry] = _checked(parse_section(DatasetArguments, {**shared, **keys}))
+    own, of_data = StageArguments(**_part(values, StageArguments)), _part(values, DatasetArguments)
+    listed, datasets = values.get("datasets") is not None, {}
+    for entry, keys in (_named(values["datasets"], "data set", "datasets") if listed else {name: {}}).items():
+        with at(f"data set {entry!r}" if listed else ""):
+            data = datasets[entry] = parse_section(DatasetArguments, {**of_data, **keys}) if listed else own
+            if data.dataset_name is None:
+                raise InputError("name the data to train on: dataset_name")
+            if data.shots and not (data.instruction and data.prompted_columns):
+                raise InputError("shots stand before an instruction; name it and prompted_columns")
     if own.prompt_shots and not any(data.shots and data.instruction == own.instruction for data in datasets.values()):
         raise InputError(
             "prompt_shots shows training rows before the stage's `instruction`; no data set of it trains with shots "
             "and that instruction"
         )
     return own, datasets
-
-
-def _checked(data: DatasetArguments) -> DatasetArguments:
-    """What is trained on, where one key asks for another."""
-    if data.dataset_name is None:
-        raise InputError("name the data to train on: dataset_name")
-    if data.shots and not (data.instruction and data.prompted_columns):
-        raise InputError("shots stand before an instruction; name it and prompted_columns")
-    return data
 
 
 def parse_library_keys(values: Mapping[str, Any]) -> tuple[ModelConfig, SentenceTransformerTrainingArguments]:

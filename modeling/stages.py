@@ -241,12 +241,9 @@ def check_layers(stages: Sequence[Stage], start: Start) -> None:
         if not stage.peft_config:
             continue
         # peft passes over names that it does not find; of modules to save, any ending is one
-        kinds = {
-            "modules_to_save": ("", modules),
-            "target_modules": (".", modules),
-            "target_parameters": (".", parameters),
-        }
-        for key, (before, names) in kinds.items():
+        there_are = {"modules_to_save": modules, "target_modules": modules, "target_parameters": parameters}
+        for key, names in there_are.items():
+            before = "" if key == "modules_to_save" else "."
             wanted = getattr(stage.peft_config, key) or ()
             if isinstance(wanted, str):  # a pattern, which peft itself looks for
                 continue

@@ -209,7 +209,7 @@ def reported_run(tiny_run, graded_data, tmp_path_factory):
         {"name": "retrieval", "use_peft": True, "loss": "soft_info_nce", "lora_target_modules": ["q_proj", "v_proj"]},
     ]
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    stages = [settle(stage, None) for stage in parse_recipe(recipe, "recipe").stages]
+    stages = [settle(stage, None) for stage in parse_recipe(recipe).stages]
     write_stages(stages, read_stages(run)["start"], run)
     retrieval.main(["--run", str(run), "--data", str(run / "data"), "--output_dir", str(run / "results")])
     report.main([str(run / "results"), "--output_dir", str(run / "report")])

@@ -19,8 +19,9 @@ from common.cli import InputError
 from common.steps import folder_step, write_arrow, write_parquet
 from dataset_builders import build
 from eval import ablation_recipe, ablation_runs
-from eval.ablate import main, runs_folder
+from eval.ablate import main
 from eval.ablation_recipe import Ablation, override, read_ablation, read_variants, write_mined_rows
+from eval.ablation_runs import runs_folder
 from eval.ablation_table import save
 from eval.figures import plot_differences
 from eval.intervals import bootstrap_interval
@@ -38,14 +39,17 @@ def test_overrides_are_those_of_flags_and_of_single_stages():
     base["stages"] = [{"name": "a", "loss": "cosent"}, {"name": "b", "alpha": 1.0}]
     base["stages"][1]["datasets"] = [{"name": "x", "loss": "ranknet"}]
     overrides = {"b.loss": "bixse", "loss": "info_nce", "stages": "b,a", "student.sif": 2.0}
-    changed = override(base, overrides, "here", "out").values
+    changed = override(base, overrides, "out").values
     assert changed["stages"] == [
         {"name": "b", "alpha": 1.0, "datasets": [{"name": "x"}], "loss": "bixse"},
         {"name": "a"},
     ]
     assert (changed["loss"], changed["student"]["sif"]) == ("info_nce", 2.0)
     assert base["stages"][0] == {"name": "a", "loss": "cosent"}  # the next variant starts from it
-    assert "student" not in override(base, {"model_name_or_path": "org/name"}, "here", "out").values
+    assert "student" not in override(base, {"model_name_or_path": "org/name"}, "out").values
+    # keys of a stage that is left out
+    alone = override(base, {"stages": ["b"], "a.loss": "kl", "mining.seed": 1}, "out")
+    assert alone.values["stages"] == [base["stages"][1]]
 
 
 # --- tiny ablation --------------------------------------------------------------------------------------------------
@@ -258,7 +262,7 @@ def test_ablations_share_runs_of_equal_settings(folder, result, tmp_path):
     for variants in ({"x": {}, "hot": {"retrieval.alpha": 0}}, {"y": {}, "half": {"alpha": 0.5}}):
         keys = recipe | {"runs_dir": str(tmp_path / "runs"), "output_dir": "out", "variants": variants}
         ablation = Ablation(**keys)
-        places += [runs_folder(ablation, variant) for variant in read_variants(ablation, "x")]
+        places += [runs_folder(ablation, variant) for variant in read_variants(ablation)]
     assert places[0] == places[2] and len(set(places)) == 3
     save(result, tmp_path / "of its own")
     assert (tmp_path / "of its own" / "ablation.md").is_file()
@@ -319,7 +323,7 @@ def test_other_margins_are_mined_from_the_same_grades(folder, tmp_path):
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(base))
     keys = {"base": str(tmp_path / "train.yaml"), "data": str(folder / "data"), "output_dir": str(tmp_path / "out")}
     grid = {"mining.margin": [0.5, 0.95], "stages": ["retrieval"], "mining.num_negatives": [2]}
-    low, high = read_variants(Ablation(**keys, grid=grid), "x")
+    low, high = read_variants(Ablation(**keys, grid=grid))
     assert low.key != high.key
     rows = {}
     for variant in (low, high):
@@ -365,7 +369,7 @@ def test_recipes_that_ship_are_whole(path, base, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     _, ablation = read_ablation(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--base", base], "")
     monkeypatch.chdir(ROOT)
-    variants = read_variants(ablation, str(path))
+    variants = read_variants(ablation)
     counts = {"objectives": 18, "labels": 5, "grades": 9, "number": 3, "cross-encoder": 3, "negatives": 10}
     counts |= {"teachers": 6}
     assert len(variants) == counts.get(path.stem, 4)

@@ -198,7 +198,7 @@ def test_the_ledger_tells_what_the_data_cost(recipe, tmp_path):
     for name in ("corpus", "scores", "hub"):
         with folder_step(tmp_path / "data" / name, {}) as step:
             step.finish()
-    stages = parse_recipe({**recipe, "dataset_name": str(tmp_path / "data/hub"), "output_dir": "run"}, "here").stages
+    stages = parse_recipe({**recipe, "dataset_name": str(tmp_path / "data/hub"), "output_dir": "run"}).stages
     write_ledger(stages, tmp_path)
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     places = [(str(tmp_path / "data"), name) for name in ("corpus", "scores", "hub")]
@@ -225,7 +225,7 @@ def test_every_curriculum_takes_the_budget(curricula):
     selected = {command.split("--stages ")[1].split()[0] for command in commands}
     assert selected == {"sts,retrieval", "retrieval,sts", "sts", "retrieval", "mixed", "sts,classes,retrieval"}
     for names in selected:
-        stages = parse_recipe({**curricula, "output_dir": "run"}, "here", names).stages
+        stages = parse_recipe({**curricula, "output_dir": "run"}, names).stages
         assert [stage.name for stage in stages] == names.split(",")
         steps = [stage.training.max_steps for stage in stages]
         assert sum(steps) == 7 and max(steps) - min(steps) <= 1

@@ -43,11 +43,11 @@ def test_values_keep_their_types(recipe):
     """A recipe's values arrive as their fields type them, null as the default, `no` as no, a flag's text as it is."""
     values = {"mini_batch_size": None, "prompted_columns": ["a", "b"], "alpha": "5e-1", "output_dir": "run"}
     values |= {"report_to": [], "save_strategy": False}
-    stage = parse_recipe({**recipe, **values}, "here").stages[1]
+    stage = parse_recipe({**recipe, **values}).stages[1]
     assert (stage.training.report_to, stage.training.save_strategy) == ([], "no")
     own = stage.own
     assert (own.mini_batch_size, own.prompted_columns, own.alpha) == (4, ("a", "b"), 0.5)
     flags = read_flags(["--prompted_columns", "[]", "--document_prompt", "passage: "])
-    stage = parse_recipe({**recipe, **values}, "here", overrides=flags).stages[0]
+    stage = parse_recipe({**recipe, **values}, overrides=flags).stages[0]
     assert (stage.own.prompted_columns, stage.own.document_prompt) == ((), "passage: ")
     assert stage.training.eval_strategy == "steps"
