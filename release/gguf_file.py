@@ -82,6 +82,8 @@ def _problems(config: PreTrainedConfig, settings: Mapping[str, Any]) -> Iterator
         yield f"llama.cpp cannot pool as it does ({settings['pooling_mode']}, the prompt in or out)"
     if further := set(settings["modules"]) - {"Transformer", "Pooling", "Normalize"}:
         yield f"llama.cpp knows no module {min(further)}"
+    if not settings["normalised"] and settings["similarity"] != "cosine":
+        yield f"llama.cpp gives vectors of unit length, and its own are compared by {settings['similarity']}"
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < settings["max_seq_length"]:
         yield f"llama.cpp would not keep its attention to the last {window} tokens"

@@ -17,6 +17,7 @@ def settings_of(model) -> dict:
         "pooling_mode": pooling and (mode if isinstance(mode := pooling.pooling_mode, str) else "+".join(mode)),
         "include_prompt": pooling is None or pooling.include_prompt,
         "normalised": "Normalize" in names,
+        "similarity": str(model.similarity_fn_name),
         "max_seq_length": model.max_seq_length,
     }
 

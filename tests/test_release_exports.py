@@ -267,6 +267,20 @@ def test_a_model_without_the_wanted_backend(tiny_decoder, tmp_path, kind, option
     assert not (tmp_path / "exports").exists()
 
 
+@pytest.mark.parametrize(
+    ("similarity", "message"), [("dot", "unit length, and its own are compared by dot"), ("cosine", "its tokenizer")]
+)
+def test_lengths_that_count_are_not_lost_to_llama_cpp(tiny_decoder, tmp_path, similarity, message):
+    """Its server makes every vector a unit vector: other rankings by dot product, the same by cosine."""
+    modules = [*build_encoder(tiny_decoder, max_seq_length=64)][:2]
+    encoder = SentenceTransformer(modules=modules, similarity_fn_name=similarity)
+    lengths = np.linalg.norm(encoder.encode(TEXTS), axis=1)
+    assert np.abs(lengths - 1).max() > 0.1, "the case this test is about"
+    encoder.save(str(tmp_path / "model"))
+    with pytest.raises(InputError, match=message):
+        gguf_file.write_gguf(tmp_path / "model", tmp_path / "x.gguf", "F32", settings_of(encoder))
+
+
 def test_a_missing_package_is_named_with_its_extra(adapted_run, settings, monkeypatch):
     monkeypatch.setitem(exports._NEEDS, "onnx", ("onnx", "no-such-package"))
     with pytest.raises(InputError, match=r"--onnx needs no-such-package; pip install '\.\[export\]'"):
