@@ -113,12 +113,13 @@ def read_folder(folder: Path) -> dict[str, Any]:
     try:
         settings = read_json(folder / "config_sentence_transformers.json")
         saved = read_json(folder / REFERENCE)
-        files = get_local_safetensors_metadata(folder).files_metadata
-        tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
-        embeddings = [tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
-        size = sum(end - begin for begin, end in (tensor.data_offsets for tensor in tensors.values()))
+        places = [folder, *sorted({path.parent for path in folder.glob("*/*.safetensors")})]  # with later modules'
+        files = [file for place in places for file in get_local_safetensors_metadata(place).files_metadata.values()]
+        tensors = [named for file in files for named in file.tensors.items()]
+        embeddings = [tensor for name, tensor in tensors if name.endswith("embed_tokens.weight")]
+        size = sum(end - begin for begin, end in (tensor.data_offsets for _, tensor in tensors))
         return {
-            "n_parameters": sum(tensor.parameter_count for tensor in tensors.values()),
+            "n_parameters": sum(tensor.parameter_count for _, tensor in tensors),
             "n_embedding_parameters": sum(tensor.parameter_count for tensor in embeddings) or None,
             "memory_usage_mb": round(size / 2**20),
             "max_tokens": read_json(folder / "sentence_bert_config.json")["max_seq_length"],

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_client import run_python
 from huggingface_hub import ModelCardData
@@ -20,7 +21,9 @@ from common.cli import InputError
 from common.steps import folder_step, write_json
 from eval import model_meta, run_mteb
 from eval.evidence import read_evidence
+from modeling.encoder import save_merged
 from modeling.recipe import read_stages
+from modeling.reference import write_reference
 from release.model_card import card_metadata
 from release.verify import model_files
 
@@ -98,6 +101,21 @@ def write_results_repository(folder):
     ):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return environment
+
+
+def test_a_dense_layers_numbers_count_as_the_models(adapted_run, tmp_path):
+    """As of a finished embedder with a projection, whose weights lie in a folder of their own."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    first, pooling, *_ = SentenceTransformer(str(adapted_run / "model"), device="cpu")
+    layers = [Dense(32, 24), Dense(24, 16)]  # whose tensors have the same names
+    model = SentenceTransformer(modules=[first, pooling, *layers], prompts={"query": "q"})
+    save_merged(model, tmp_path / "model")
+    write_reference(model, tmp_path / "model")
+    facts, parameters = model_meta.read_folder(tmp_path / "model"), list(model.parameters())
+    assert facts["embed_dim"] == 16 and facts["n_parameters"] == sum(map(torch.numel, parameters))
+    assert facts["memory_usage_mb"] == round(sum(each.nbytes for each in parameters) / 2**20)
 
 
 def test_from_a_pushed_commit_to_what_mteb_takes(run_folder, tmp_path):
