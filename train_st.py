@@ -183,6 +183,8 @@ def run_stage(stage: Stage, start: Start, data: StageData, step: Step, logs: Pat
         with sharing as counts, stopping(stage, trainer, checkpoints):
             trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     encoder.max_seq_length = stage.own.max_seq_length
+    # with bf16, accelerate left it a forward pass in bfloat16, which what is saved does not have
+    trainer.accelerator.unwrap_model(encoder, keep_fp32_wrapper=False)
     cost = trainer.cost(counts)
     weights = trainer.whole_weights()
     if not processes().is_main_process:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from sentence_transformers import SentenceTransformer
 from tiny_training import INSTRUCTION, train, two_stages, write_hub
 
 from eval.evidence import base_model, hub_id, read_evidence
 from modeling.recipe import read_stages
+from modeling.reference import REFERENCE
 
 REPOSITORY = Path(__file__).parents[1]
 BASE, REVISION = "org/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -109,3 +111,15 @@ def test_folders_of_a_run_read_as_no_hub_ids_from_another_folder(tiny_decoder, t
     evidence = read_evidence(run)
     assert base_model(evidence["recipe"]) is None and [*map(hub_id, evidence["data"])] == [None]
     assert read_stages(run)["start"]["model"] == "./models/base"
+
+
+def test_reference_vectors_of_a_training_in_bfloat16_are_those_of_the_saved_weights(recipe, tmp_path):
+    """The arithmetic of training ends with it: what is published is in float32, and compared as such."""
+    recipe = {**recipe, "stages": recipe["stages"][1:]}
+    run = train(tmp_path, recipe, "--bf16", "true", "--max_steps", "1", "--eval_strategy", "no")
+    reference = json.loads((run / "model" / REFERENCE).read_text())
+    model = SentenceTransformer(str(run / "model"), device="cpu")
+    assert reference["dtype"] == str(model.dtype).removeprefix("torch.") == "float32"
+    for entry in reference["vectors"]:
+        vector = model.encode(entry["text"], prompt_name=entry["prompt_name"])
+        np.testing.assert_allclose(vector, entry["vector"], atol=2e-6)
