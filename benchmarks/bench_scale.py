@@ -33,6 +33,7 @@ from common.steps import MANIFEST, read_manifest
 from common.tables import markdown_table
 
 STEPS = ("corpus", "candidates", "scores", "mined", "audit", "hub")
+RANKS, SCORES = ("bm25_rank", "dense_rank"), ("bm25_score", "dense_score")
 INTERVAL = 0.05  # seconds between two samples
 HERE = Path(__file__).parents[1]
 
@@ -128,13 +129,18 @@ def sample(process: int, step: str, found: Measured) -> None:
 
 
 def agreement(ours: Path, theirs: Path) -> str:
-    """How many of their candidates ours hold with the same ranks and scores by both retrievers."""
-    columns = ["query_id", "document_id", "bm25_rank", "bm25_score", "dense_rank", "dense_score"]
-    one, other = (
-        pl.scan_parquet(path / "candidates" / "candidates.parquet").select(columns) for path in (ours, theirs)
+    """How many of their candidates ours hold with the same ranks by both retrievers, and how far scores are apart."""
+    tables = (pl.scan_parquet(path / "candidates" / "candidates.parquet") for path in (theirs, ours))
+    other, one = (table.select("query_id", "document_id", *RANKS, *SCORES) for table in tables)
+    both = other.join(one, on=["query_id", "document_id"])
+    same = [pl.col(name).eq_missing(pl.col(f"{name}_right")) for name in RANKS]
+    apart = pl.max_horizontal((pl.col(name) - pl.col(f"{name}_right")).abs().max() for name in SCORES)
+    [found] = both.select(found=pl.len(), same=pl.all_horizontal(same).sum(), apart=apart).collect().to_dicts()
+    count = other.select(pl.len()).collect().item()
+    return (
+        f"{found['found']:,} of their {count:,} candidates are ours, {found['same']:,} with the same ranks; "
+        f"scores differ by {found['apart']:.0e} at most"
     )
-    same = other.join(one, on=columns, how="semi", nulls_equal=True).select(pl.len()).collect().item()
-    return f"{same:,} of their {other.select(pl.len()).collect().item():,} candidates are ours in ranks and scores"
 
 
 def format_table(runs: Sequence[Measured]) -> str:
