@@ -32,7 +32,7 @@ from dataset_builders.engines import LOCAL, Engine, RayEngine
 from dataset_builders.generate import write_generated
 from dataset_builders.inspect_source import inspect
 from dataset_builders.mine import Tally, mine, read_graded, write_mined
-from dataset_builders.readers import Rows
+from dataset_builders.readers import Rows, part_texts
 from dataset_builders.round_trip import read_generated
 from dataset_builders.scores import scan_given, write_scores
 from dataset_builders.sources import describe_source, open_tables, read_rows, sources_table
@@ -172,7 +172,8 @@ def raw_keys(recipe: GradedRecipe | StsRecipe) -> dict[str, Any]:
 
 
 def _generated(build: Build, folder: Path) -> dict[str, Any]:
-    return write_generated(build, open_tables(build.recipe.source, build.recipe.data_root).texts(), folder)
+    tables = open_tables(build.recipe.source, build.recipe.data_root)
+    return write_generated(build, part_texts(tables, tables.train, "document_id"), folder)
 
 
 def _corpus_of_generated(build: Build, folder: Path) -> dict[str, Any]:

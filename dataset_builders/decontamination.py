@@ -30,7 +30,7 @@ from common.recipes import Section
 from common.steps import file_sha256
 from dataset_builders.near_duplicates import NEAR_DUPLICATE, band_keys, near_matches, text_keys
 from dataset_builders.readers import read_asked
-from dataset_builders.sources import find_copy, find_source
+from dataset_builders.sources import LocalSource, find_copy, open_tables
 from dataset_builders.tables import FileTables
 from dataset_builders.typos import SHORT, typo_matches
 
@@ -312,4 +312,4 @@ def _searched_keys(corpus: pl.DataFrame) -> pl.Series:
 
 
 def _local_tables(folder: str, data_root: str | None) -> FileTables:
-    return FileTables(find_source(folder, data_root), (TEST,))
+    return open_tables(LocalSource(kind="local", path=folder, split=TEST), data_root)

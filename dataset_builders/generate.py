@@ -19,18 +19,13 @@ import polars as pl
 import pyarrow as pa
 from pydantic import Field
 
-from common.cli import InputError
 from common.models import check_model_folder, resolve_model
 from common.recipes import Section
 from common.steps import write_parquet
 from dataset_builders.engines import compute_shards
-from dataset_builders.files import column_names
 from dataset_builders.language_models import LocalModel, Server, causal_model
 from dataset_builders.languages import Language, language_name
-from dataset_builders.layouts import OPTIONAL
 from dataset_builders.near_duplicates import in_blocks, normalised, stable_hash, text_keys
-from dataset_builders.readers import part_texts
-from dataset_builders.tables import FileTables, TableKeys
 
 if TYPE_CHECKING:
     from dataset_builders.build_record import Build
@@ -102,32 +97,6 @@ class Generate(Section):
         if model.is_local:
             check_model_folder(Path(model.name_or_path))
         return {**keys, "model": model.fingerprint()}
-
-
-class Documents(FileTables):
-    """Documents alone: a file, or the files of a folder, with a text and perhaps an id and a title."""
-
-    optional = OPTIONAL | {"_id"}
-    parts = ("corpus",)
-
-    def __init__(self, path: Path, asked: Sequence[str], keys: TableKeys) -> None:
-        super().__init__(path, asked, keys)
-        if self._files.get("queries") or self._files.get("qrels"):
-            raise InputError(
-                f"{path}: holds queries already; leave source.queries out, or name the documents' file alone as path"
-            )
-        files = self._files.get("corpus") or [file for files in self._files.values() for file in files]
-        self._files, self._is_corpus, self.splits = {"corpus": files}, True, []
-        there = column_names(self._of("corpus")[0])
-        if not keys.columns and (asking := self.named("query", there)) and self.named("positive", there):
-            raise InputError(
-                f"{self.where('corpus')}: column {asking!r} holds queries already; leave source.queries out, or say "
-                "which column is the documents': --columns '{text: THEIRS}'"
-            )
-
-    def texts(self) -> pl.DataFrame:
-        """document_id, text (title and text)."""
-        return part_texts(self, "corpus", "document_id")
 
 
 # --- prompts and answers --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pyarrow as pa
@@ -20,6 +20,9 @@ from common.steps import files_of, fingerprint
 from dataset_builders.files import read_batches
 from dataset_builders.layouts import COLUMNS, PARTS, Layout
 from dataset_builders.tables import TableKeys, Tables
+
+if TYPE_CHECKING:
+    from dataset_builders.sources import HubSource
 
 # Of a set on the Hub the configs that hold a part, the first that is there.
 PART_CONFIGS = {
@@ -45,10 +48,10 @@ class HubSet(TableKeys):
 
     @model_validator(mode="after")
     def _known_columns(self) -> HubSet:
+        known = [name for kind in (PARTS if self.layout == "corpus" else [self.layout]) for name in COLUMNS[kind]]
         for name in self.columns:
-            if name not in COLUMNS[self.layout]:
-                known = ", ".join(COLUMNS[self.layout]) or "none to rename"
-                raise ValueError(f"layout {self.layout!r} has no column {name!r}; it has {known}")
+            if name not in known:
+                raise ValueError(f"layout {self.layout!r} has no column {name!r}; it has {', '.join(known)}")
         return self
 
 
@@ -56,55 +59,50 @@ class HubTables(Tables):
     """A data set on the Hub at `revision`, or a folder that `load_dataset` reads."""
 
     published = True
+    source: HubSource
 
-    def __init__(self, keys: HubSet, asked: Sequence[str]) -> None:
-        super().__init__(asked, keys)
-        self.dataset, self.config, self.revision, self.layout = keys.dataset, keys.config, keys.revision, keys.layout
+    @property
+    def layout(self) -> str:
+        return self.source.layout
 
     def __str__(self) -> str:
-        return self.dataset
+        return self.source.dataset
 
     def where(self, name: str) -> str:
-        return f"{self.dataset} ({name})"
+        return f"{self.source.dataset} ({name})"
 
     @cached_property
     def splits(self) -> Sequence[str]:
         from datasets import get_dataset_split_names
 
         with self._one_line(self.train):
-            return get_dataset_split_names(self.dataset, self.config, revision=self.revision)
+            return get_dataset_split_names(self.source.dataset, self.source.config, revision=self.source.revision)
 
     @cached_property
     def parts(self) -> Sequence[str]:
         return [part for part in PARTS if part != "scores" or self._config_of(part)]
 
-    def load(self, name: str) -> Iterator[pa.Table]:
+    def load(self, name: str) -> Iterator[tuple[str, pa.Table]]:
         """A part is a config, as mteb's loader reads it. Corpus and queries have a single split, or one for each."""
         if self.layout != "corpus":
-            yield self._load(name, self.config, name)
-            return
-        if name == "scores":
-            yield from self._scores()
-            return
-        config = self._config_of(name)
-        if name == "qrels" and not config and "scores" in self.parts:
-            yield self._first_of_lists()
-            return
-        loaded = self._load(name, config or name)
-        tables = [*loaded.values()]
-        # qrels as we publish them name each judgement's split in a column
-        if len(tables) == 1 and (name != "qrels" or "split" in tables[0].column_names):
-            yield from tables
-            return
-        there = {self.asked_as(split): table for split, table in loaded.items()}
-        for split in (self.train, *(name for name in self.asked[1:] if name in there or not self.keys.holdout)):
-            self._check_there(name, split, there)
-            table = there[split]
-            yield table if name != "qrels" else table.append_column("split", pa.repeat(split, len(table)))
+            yield name, self._load(name, self.source.config, name)
+        elif name == "scores":
+            yield from ((name, table) for table in self._scores())
+        elif name == "qrels" and not self._config_of(name) and "scores" in self.parts:
+            yield self.train, self._first_of_lists()
+        else:
+            there = self._load(name, self._config_of(name) or name)
+            there = {self.asked_as(split): table for split, table in there.items()}
+            # qrels as we publish them name each judgement's split in a column
+            is_whole = len(there) == 1 and (name != "qrels" or "split" in [*there.values()][0].column_names)
+            others = [split for split in self.asked[1:] if split in there or not self.source.holdout]
+            for split in there if is_whole else (self.train, *others):
+                self._check_there(name, split, there)
+                yield split, there[split]
 
     def _config_of(self, part: str) -> str | None:
         """The config that holds a part; None where there is none."""
-        names = [f"{self.config}-{part}"] if self.config else PART_CONFIGS[part]
+        names = [f"{self.source.config}-{part}"] if self.source.config else PART_CONFIGS[part]
         return next((name for name in names if name in self._configs), None)
 
     @cached_property
@@ -112,16 +110,18 @@ class HubTables(Tables):
         from datasets import get_dataset_config_names
 
         with self._one_line("corpus"):
-            return get_dataset_config_names(self.dataset, revision=self.revision)
+            return get_dataset_config_names(self.source.dataset, revision=self.source.revision)
 
     def _load(self, name: str, config: str | None, split: str | None = None) -> pa.Table | dict[str, pa.Table]:
         """The table of a split, or of each."""
         from datasets import load_dataset
 
-        folder = Path(self.dataset)
+        folder = Path(self.source.dataset)
         cache = datasets_cache(fingerprint(files_of(folder))) if folder.is_dir() else None
         with self._one_line(name):
-            loaded = load_dataset(self.dataset, config, split=split, revision=self.revision, cache_dir=cache)
+            loaded = load_dataset(
+                self.source.dataset, config, split=split, revision=self.source.revision, cache_dir=cache
+            )
         arrow = loaded.with_format("arrow")
         return arrow[:] if split else {name: table[:] for name, table in arrow.items()}
 
@@ -135,7 +135,9 @@ class HubTables(Tables):
         from huggingface_hub import HfFileSystem, hf_hub_download
 
         with self._one_line("scores"):
-            builder = load_dataset_builder(self.dataset, self._config_of("scores"), revision=self.revision)
+            builder = load_dataset_builder(
+                self.source.dataset, self._config_of("scores"), revision=self.source.revision
+            )
             files = {self.asked_as(str(split)): paths for split, paths in builder.config.data_files.items()}
             [split] = files if len(files) == 1 else [self.train]
             self._check_there("scores", split, files)
@@ -152,7 +154,7 @@ class HubTables(Tables):
         judged = [piece.select("query_id", corpus_id=first) for piece in self.pieces("scores")]
         told = "no qrels: the first document of each list of scores is the query's positive"
         tqdm.write(f"{self.where('scores')}: {told}", file=sys.stderr)
-        return pl.concat(judged).with_columns(score=1, split=pl.lit(self.train)).to_arrow()
+        return pl.concat(judged).with_columns(score=1).to_arrow()
 
     @contextmanager
     def _one_line(self, name: str) -> Iterator[None]:

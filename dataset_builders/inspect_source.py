@@ -15,9 +15,9 @@ from common.recipes import Section, parse_recipe
 from dataset_builders.dense import Dense
 from dataset_builders.embeddings import count_tokens, load_model
 from dataset_builders.files import column_names
-from dataset_builders.layouts import COLUMNS, HELD_OUT, plain
+from dataset_builders.layouts import ASKED, HELD_OUT, NEEDED, plain
 from dataset_builders.readers import Rows
-from dataset_builders.sources import LocalSource, find_source, read_rows
+from dataset_builders.sources import LocalSource, open_tables, read_rows
 from dataset_builders.tables import FileTables
 
 SHOWN = 3  # rows
@@ -48,14 +48,14 @@ def inspect(argv: Sequence[str]) -> None:
     if options.output and options.output.exists():
         raise InputError(f"--output {options.output}: is there already; name another file")
     look = parse_recipe(Look, {"source": {"kind": "local", "path": options.inspect}}, options.inspect, flags)
-    source, rows = with_splits(look.source)
-    tables = FileTables(find_source(source.path, None), source.searched, source)
+    source, rows = with_splits(look.source.model_copy(update={"queries": None}))
+    tables = open_tables(source, None)
     task_type, instruction = TASKS[tables.layout]
     print(f"{tables.path}: {tables.layout}, for task_type {task_type}")
     if tables.layout == "graded_pairs":
-        shown = tables.read(source.split).drop("row")
+        shown = tables.read(source.split).select(*NEEDED[tables.layout])
         tables.tell()
-        texts = {name: shown[name] for name in ("sentence1", "sentence2")}
+        texts = {name: shown[name] for name in ASKED[tables.layout]}
         print(f"{source.split}: {len(shown):,} pairs")
     else:
         shown = judged_texts(rows, source.split)
@@ -88,7 +88,7 @@ def with_splits(source: LocalSource) -> tuple[LocalSource, Rows | None]:
 
     Its rows come with it, unless they are graded pairs.
     """
-    tables = FileTables(find_source(source.path, None), (source.split,), source)
+    tables = open_tables(source, None)
     if tables.layout == "corpus":
         tables.read("qrels")
     if source.split not in map(tables.asked_as, tables.splits):
@@ -135,7 +135,7 @@ def source_keys(source: LocalSource, tables: FileTables) -> dict[str, Any]:
     keys = source.model_dump(mode="json", exclude_defaults=True)
     keys = {"kind": keys.pop("kind"), "path": keys.pop("path"), **keys}
     if tables.layout != "corpus":
-        found = tables.find(COLUMNS[tables.layout], column_names(next(iter(tables.files.values()))))
+        found = tables.columns_of(tables.layout, column_names(next(iter(tables.files.values()))))
         others = {name: [*theirs] for name, theirs in found.items() if [plain(column) for column in theirs] != [name]}
         others = {name: theirs if len(theirs) > 1 else theirs[0] for name, theirs in others.items()}
         keys |= {"columns": {**source.columns, **others}} if others else {}

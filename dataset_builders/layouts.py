@@ -1,4 +1,4 @@
-"""The five layouts of raw data: their columns, the names by which these are known, and a table of them.
+"""The layouts of raw data: their columns, the names by which these are known, and a table of them.
 
 | layout | columns | task types |
 |---|---|---|
@@ -27,33 +27,43 @@ from common.cli import InputError
 from dataset_builders.schema import cast_column
 
 Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]
+PARTS = ("corpus", "queries", "qrels", "scores")  # tables of layout corpus; a teacher's scores need not be there
 TEXT = pa.string()
 TEXTS, NUMBERS = pa.list_(pa.string()), pa.list_(pa.float32())  # lists of them, perhaps as JSON, or single ones
-COLUMNS: dict[str, dict[str, pa.DataType]] = {
-    "corpus": {},  # its three tables have the columns of PARTS
+# The columns that a table of each layout, or each part of a corpus, must have: our name -> type.
+NEEDED: dict[str, dict[str, pa.DataType]] = {
+    "pairs": {"query": TEXT, "positive": TEXTS},
+    "texts": {"text": TEXTS, "label": TEXTS},
+    "text_pairs": {"text1": TEXT, "text2": TEXT, "label": TEXT},
+    "graded_pairs": {"sentence1": TEXT, "sentence2": TEXT, "score": pa.float64()},
+    "documents": {"text": TEXT},  # alone: a model writes their queries
+    "corpus": {"_id": TEXT, "text": TEXT},
+    "queries": {"_id": TEXT, "text": TEXT},
+    "qrels": {"query_id": TEXT, "corpus_id": TEXT, "score": pa.int32()},
+    "scores": {"query_id": TEXT, "document_ids": TEXTS, "given": NUMBERS},
+}
+# Read where they are there; those of pairs and texts on the Hub only where `columns` names them. A row's id stands for
+# its query, and for its positive where that is one text.
+OPTIONAL: dict[str, dict[str, pa.DataType]] = {
     "pairs": {
-        "query": TEXT,
-        "positive": TEXTS,
         "negative": TEXTS,
         "relevance": pa.int32(),
         **dict.fromkeys(("positive_score", "negative_score", "scores"), NUMBERS),
         **dict.fromkeys(("id", "query_id", "positive_id"), TEXT),
     },
-    "texts": {"text": TEXTS, "label": TEXTS, "id": TEXT},
-    "text_pairs": {"text1": TEXT, "text2": TEXT, "label": TEXT},
-    "graded_pairs": {"sentence1": TEXT, "sentence2": TEXT, "score": pa.float64()},
+    "texts": {"id": TEXT},
+    "documents": {"_id": TEXT, "title": TEXT},
+    "corpus": {"title": TEXT},
+    "qrels": {"split": TEXT},
 }
-# Read where they are there; those of pairs and texts on the Hub only where `columns` names them. A row's id stands for
-# its query, and for its positive where that is one text.
-OPTIONAL = {"negative", "relevance", "id", "query_id", "positive_id", "title", "split"}
-OPTIONAL |= {"positive_score", "negative_score", "scores"}
-PARTS = {
-    "corpus": {"_id": TEXT, "title": TEXT, "text": TEXT},
-    "queries": {"_id": TEXT, "text": TEXT},
-    "qrels": {"query_id": TEXT, "corpus_id": TEXT, "score": pa.int32(), "split": TEXT},
-    # a teacher's, for lists of documents; a set need not have them
-    "scores": {"query_id": TEXT, "document_ids": TEXTS, "given": NUMBERS},
+# What an evaluation asks about, and what decides on which side of a hold-out a row is.
+ASKED = {
+    "pairs": ("query",),
+    "texts": ("text",),
+    "text_pairs": ("text1", "text2"),
+    "graded_pairs": ("sentence1", "sentence2"),
 }
+COLUMNS = {name: {**columns, **OPTIONAL.get(name, {})} for name, columns in NEEDED.items()}
 # Our name -> what it may be called, the first of them that is there; capitals, spaces and hyphens make no difference.
 NAMES = {
     "query": "query question anchor prompt",
@@ -114,38 +124,40 @@ def to_frame(
 
     Raises InputError for a missing column, and for values of another type.
     """
-    found = {}
+    found = []
     for name, theirs in columns.items():
-        parts = []
         for column in theirs:
             if column not in table.column_names:
                 raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
-            parts.append(_values(table[column], name, types[name], where))
-        lists = [column for column, part in zip(theirs, parts, strict=True) if part.dtype == pl.List]
-        if lists and len(parts) > 1 and name != "negative":
-            raise InputError(f"{where}: {name!r} joins {', '.join(theirs)}, and {lists[0]!r} holds lists; name one")
-        joined = pl.concat_str(parts, separator=" ", ignore_nulls=True).str.strip_chars()
-        several = pl.concat_list(parts) if name == "negative" else joined
-        found[name] = parts[0] if len(parts) == 1 else pl.select(several).to_series()
+        parts = [_values(table[column], name, types[name], where) for column in theirs]
+        if len(parts) > 1:
+            lists = [column for column, part in zip(theirs, parts, strict=True) if part.dtype == pl.List]
+            if lists and name != "negative":
+                raise InputError(
+                    f"{where}: {name!r} joins {', '.join(theirs)}, and {lists[0]!r} holds lists; name one"
+                )
+            joined = pl.concat_str(parts, separator=" ", ignore_nulls=True).str.strip_chars()
+            several = pl.concat_list(parts) if name == "negative" else joined
+            parts = [pl.select(several.alias(name)).to_series()]
+        found += parts
     return pl.DataFrame(found)
 
 
 def _values(column: pa.ChunkedArray, name: str, kind: pa.DataType, where: str) -> pl.Series:
     """A column as `kind`; of TEXTS single texts stay as they are, of NUMBERS single ones become lists."""
-    if pa.types.is_integer(kind) and pa.types.is_large_string(column.type):  # 1.0, of a text file
-        column = cast_column(column, name, pa.float64(), where)
 
     def cast(kind: pa.DataType) -> pl.Series:
         return pl.Series(name, pl.from_arrow(cast_column(column, name, kind, where)))
 
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if is_text and pa.types.is_integer(kind):  # 1.0, of a text file
+        column = cast_column(column, name, pa.float64(), where)
     if not pa.types.is_list(kind) or pa.types.is_nested(column.type):
         return cast(kind)
-    if kind == TEXTS or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        texts = cast(TEXT)
-        if kind == TEXTS:
-            return _lists(texts, where)
-        if texts.count() and texts.str.contains(_NUMBERS).all():
-            return texts.str.json_decode(pl.List(pl.Float32))
+    if kind == TEXTS:
+        return _lists(cast(TEXT), where)
+    if is_text and (texts := cast(TEXT)).count() and texts.str.contains(_NUMBERS).all():
+        return texts.str.json_decode(pl.List(pl.Float32))
     return pl.select(pl.concat_list(cast(kind.value_type))).to_series()
 
 

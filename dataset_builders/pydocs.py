@@ -18,13 +18,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
-from dataset_builders.readers import Draw, Rows
+from dataset_builders.readers import Rows, draw
+
+if TYPE_CHECKING:
+    from dataset_builders.sources import Splits
 
 PROJECT = "graded-embedder"
 # Below these a summary asks nothing ("Returns self.") and a body answers nothing ("Parameters: x").
@@ -171,10 +175,10 @@ def _module_name(relative: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def read_docstrings(draw: Draw) -> Rows:
+def read_docstrings(source: Splits) -> Rows:
     """Summaries as queries, bodies as documents, both under the name of what they describe; no splits."""
     pairs = pl.DataFrame(docstring_pairs()).with_columns(score=pl.lit(1, pl.Int32), split=pl.lit(None, pl.String))
-    kept = draw.keeps(pairs, "name")
+    kept = draw(pairs, source, "name")
     return Rows(
         documents=kept.select(document_id="name", text="body"),
         queries=kept.select(query_id="name", text="summary"),

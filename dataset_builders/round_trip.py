@@ -9,6 +9,7 @@ asked what many documents answer.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from common.steps import GENERATED, folder_step, read_parquet, write_parquet
 from dataset_builders.build_record import Build
 from dataset_builders.candidates import write_candidates
 from dataset_builders.corpus import write_corpus
-from dataset_builders.generate import OUTPUTS, Documents, read_queries
-from dataset_builders.holdout import deal
-from dataset_builders.near_duplicates import normalised, stable_hash, text_keys
-from dataset_builders.readers import Rows
+from dataset_builders.generate import OUTPUTS, read_queries
+from dataset_builders.holdout import deal_by
+from dataset_builders.near_duplicates import normalised, stable_hash
+from dataset_builders.readers import Rows, part_texts
 from dataset_builders.scores import blocks_of, grade_by_features, write_graded
 from dataset_builders.sources import Splits, open_tables
 from dataset_builders.teachers import Hybrid
@@ -37,9 +38,9 @@ def read_generated(build: Build, folder: Path) -> tuple[Rows, dict[str, Any]]:
     generated.parquet and generated.html in `folder` show every line that the model wrote, and why it went. Raises
     InputError when no query stays.
     """
-    section, source = build.recipe.source.queries, build.recipe.source
-    tables = open_tables(source, build.recipe.data_root)
-    documents = tables.texts()
+    section = build.recipe.source.queries
+    tables = open_tables(build.recipe.source, build.recipe.data_root)
+    documents = part_texts(tables, tables.train, "document_id")
     outputs = pl.from_arrow(read_parquet(build.folder / GENERATED / "outputs.parquet", OUTPUTS.names))
     outputs = outputs.join(documents, on="document_id", how="left", maintain_order="left")
     lines = [
@@ -76,7 +77,15 @@ def read_generated(build: Build, folder: Path) -> tuple[Rows, dict[str, Any]]:
         )
     write_parquet(folder / "generated.parquet", table.to_arrow())
     write_generated_page(folder / "generated.html", table, documents, counts)
-    return rows_of(tables, source, documents, kept, len(table)), counts
+    rows = rows_of(documents, kept, tables.train, len(table))
+    return replace(rows, qrels=deal_by(tables, rows.qrels, documents)), counts  # a document's are in one split
+
+
+def rows_of(documents: pl.DataFrame, pairs: pl.DataFrame, split: str, seen: int) -> Rows:
+    """A query that was written for several documents has them all. pairs: query_id, query, document_id."""
+    queries = pairs.select("query_id", text="query").unique("query_id", keep="first", maintain_order=True)
+    qrels = pairs.select("query_id", "document_id", score=pl.lit(1, pl.Int32), split=pl.lit(split))
+    return Rows(documents, queries, qrels, seen)
 
 
 def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folder: Path) -> pl.DataFrame:
@@ -87,9 +96,7 @@ def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folde
     splits = Splits(split="train", language=build.recipe.source.language)
     recipe = build.recipe.model_copy(update={"source": splits, "teacher": Hybrid(kind="hybrid")})
     trial = Build(folder, recipe, build.engine, build.cache)  # of the queries before any goes
-    queries = pairs.select("query_id", text="query").unique("query_id", keep="first")
-    qrels = pairs.select("query_id", "document_id", score=pl.lit(1, pl.Int32), split=pl.lit("train"))
-    rows = Rows(documents, queries, qrels, len(pairs))
+    rows = rows_of(documents, pairs, splits.split, len(pairs))
     for name, write in (
         ("corpus", lambda path: write_corpus(rows, splits, path)),
         ("candidates", lambda path: write_candidates(trial, path)),
@@ -110,16 +117,6 @@ def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folde
         .unique()
         .join(pl.concat(found), on=["query_id", "document_id"], how="left")
     )
-
-
-def rows_of(tables: Documents, source: Splits, documents: pl.DataFrame, kept: pl.DataFrame, seen: int) -> Rows:
-    """A query that was written for several documents has them all. Queries of one document are in one split."""
-    asked = documents.join(kept, on="document_id", how="semi")
-    split = deal(tables, text_keys(asked["text"])) if tables.made else pl.lit(source.split)
-    asked = asked.select("document_id", split=split)
-    qrels = kept.join(asked, on="document_id", maintain_order="left").with_columns(score=pl.lit(1, pl.Int32))
-    queries = kept.select("query_id", text="query").unique("query_id", keep="first", maintain_order=True)
-    return Rows(documents, queries, qrels.select("query_id", "document_id", "score", "split"), seen)
 
 
 def write_generated_page(path: Path, table: pl.DataFrame, documents: pl.DataFrame, counts: dict[str, Any]) -> None:

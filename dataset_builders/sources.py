@@ -26,19 +26,19 @@ from common.models import expand_user, hub_commit
 from common.recipes import Section, parse_recipe, read_yaml
 from common.steps import file_sha256, files_of
 from dataset_builders import pydocs
-from dataset_builders.generate import Documents, Generate
+from dataset_builders.generate import Generate
 from dataset_builders.hub_tables import HubSet, HubTables
 from dataset_builders.languages import Language
-from dataset_builders.layouts import COLUMNS, LABEL_SCORES, PARTS, Layout
+from dataset_builders.layouts import COLUMNS, LABEL_SCORES, NEEDED
 from dataset_builders.near_duplicates import stable_hash as stable_hash  # for mining
-from dataset_builders.readers import Draw, Rows, read_graded_pairs, read_layout
+from dataset_builders.readers import Rows, draw, read_layout
 from dataset_builders.schema import LABEL_FLOOR, STS
 from dataset_builders.tables import FileTables, TableKeys, Tables
 
 REGISTRY = Path(__file__).with_name("sources.yaml")
 TaskType = Literal["retrieval", "classification", "clustering", "duplicates", "nli", "sts"]
-TASK_LAYOUTS: dict[str, tuple[Layout, ...]] = {
-    "retrieval": ("corpus", "pairs"),
+TASK_LAYOUTS = {
+    "retrieval": ("corpus", "pairs", "documents"),
     "classification": ("texts",),
     "clustering": ("texts",),
     "duplicates": ("text_pairs",),
@@ -135,7 +135,7 @@ class LocalSource(Splits, TableKeys):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        known = {name for layout in (*COLUMNS.values(), *PARTS.values()) for name in layout}
+        known = {name for names in COLUMNS.values() for name in names}
         for name in columns:
             if name not in known:
                 raise ValueError(f"our names come first, and {name!r} is none of {', '.join(sorted(known))}")
@@ -161,6 +161,12 @@ class RegistrySource(OnTheHub):
     @property
     def entry(self) -> Entry:
         return registry()[self.name]
+
+    @property
+    def of_the_hub(self) -> HubSource:
+        """The same as a source of kind `hub`."""
+        keys = self.model_dump(include={*Splits.model_fields}) | self.entry.model_dump(include={*HubSet.model_fields})
+        return HubSource(kind="hub", **keys)
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +211,7 @@ def prefer_local(source: Source, data_root: str | None) -> Source:
     keys = getattr(source, "local_copy", None)
     if not keys:
         return source
-    found, path = _set_keys(source), find_copy(keys["path"], data_root)
+    found, path = _complete(source), find_copy(keys["path"], data_root)
     if not path:
         print(f"reads {found.dataset} on the Hub: no {keys['path']} below --data_root", file=sys.stderr, flush=True)
         return source
@@ -231,7 +237,7 @@ def describe_source(source: Source, data_root: str | None) -> dict[str, Any]:
     if source.kind == "local":  # the same files are the same source wherever they lie
         files = open_tables(source, data_root).files
         return {**keys, "files": {name: file_sha256(path) for name, path in files.items()}}
-    found = _set_keys(source)
+    found = _complete(source)
     keys |= {"set": found.model_dump(mode="json", include={*HubSet.model_fields})}
     if Path(found.dataset).is_dir():
         return {**keys, "files": files_of(Path(found.dataset))}
@@ -257,12 +263,12 @@ def check_task_type(task_type: str, source: Source, data_root: str | None) -> No
             raise InputError(f"key 'source.{key}': task_type 'sts' reads one split; leave it out")
     if source.kind == "registry" and source.entry.task_type != task_type:
         raise InputError(f"source.name {source.name!r} is for task_type {source.entry.task_type!r}, not {task_type!r}")
-    if source.kind != "pydocs" and (task_type == "sts") != (_set_keys(source).score_range is not None):
+    if source.kind != "pydocs" and (task_type == "sts") != (_complete(source).score_range is not None):
         raise InputError("key 'source.score_range' goes with task_type 'sts', which needs it, and with no other")
     if source.kind == "local":
         layout = open_tables(source, data_root).layout
     else:
-        layout = "pairs" if source.kind == "pydocs" else _set_keys(source).layout
+        layout = "pairs" if source.kind == "pydocs" else _complete(source).layout
     if layout not in TASK_LAYOUTS[task_type]:
         fitting = ", ".join(name for name, layouts in TASK_LAYOUTS.items() if layout in layouts)
         raise InputError(f"task_type {task_type!r}: the source holds {layout!r}, which is for {fitting}")
@@ -271,9 +277,9 @@ def check_task_type(task_type: str, source: Source, data_root: str | None) -> No
 def read_rows(source: Source, data_root: str | None) -> Rows:
     """Documents, queries and qrels. Raises InputError at the first row that cannot be used."""
     if source.kind == "pydocs":
-        return pydocs.read_docstrings(Draw(source.num_pairs, source.seed))
+        return pydocs.read_docstrings(source)
     tables = open_tables(source, data_root)
-    rows = read_layout(tables, Draw(source.num_pairs, source.seed))
+    rows = read_layout(tables)
     tables.tell()
     return rows
 
@@ -281,26 +287,26 @@ def read_rows(source: Source, data_root: str | None) -> Rows:
 def read_sts(source: Source, data_root: str | None) -> pa.Table:
     """(sentence1, sentence2, label): the published score moved from its stated range into (0, 1)."""
     tables = open_tables(source, data_root)
-    table = read_graded_pairs(tables, source.split, Draw(source.num_pairs, source.seed))
-    lowest, highest = _set_keys(source).score_range
+    table = tables.whole_rows(tables.read(source.split), [*NEEDED["graded_pairs"]])
+    pairs = table.select("split", query_id=pl.int_range(pl.len()), score=1)
+    table = table[draw(pairs, source)["query_id"]]
+    lowest, highest = tables.source.score_range
     outside = table.filter(~pl.col("score").is_between(lowest, highest))
     if len(outside):
-        row, score = outside.select("row", "score").row(0)
-        where = f"{tables.where(source.split)}: score {score} in row {row}"
-        raise InputError(f"{where} is outside score_range [{lowest}, {highest}]")
+        where, row, score = outside.select("where", "row", "score").row(0)
+        raise InputError(f"{where}: score {score} in row {row} is outside score_range [{lowest}, {highest}]")
     label = ((pl.col("score") - lowest) / (highest - lowest)).clip(LABEL_FLOOR, 1 - LABEL_FLOOR)
     return table.with_columns(label=label.cast(pl.Float32)).select(STS.names).to_arrow().cast(STS)
 
 
 def open_tables(source: Source, data_root: str | None) -> Tables:
     """The tables of a source that has some. Raises InputError when there is no such folder or data set."""
+    source = _complete(source)
     if source.kind == "local":
-        kind = Documents if source.queries else FileTables
-        return kind(find_source(source.path, data_root), source.searched, source)
-    found = _set_keys(source)
-    if found.revision is None and not Path(found.dataset).is_dir():
-        found = found.model_copy(update={"revision": hub_commit(found.dataset, None, repo_type="dataset")})
-    return HubTables(found, source.searched)
+        return FileTables(find_source(source.path, data_root), source)
+    if source.revision is None and not Path(source.dataset).is_dir():
+        source = source.model_copy(update={"revision": hub_commit(source.dataset, None, repo_type="dataset")})
+    return HubTables(source)
 
 
 def find_copy(path: str, data_root: str | None) -> Path | None:
@@ -343,5 +349,5 @@ def sources_table() -> str:
     return "\n".join(lines)
 
 
-def _set_keys(source: LocalSource | HubSource | RegistrySource) -> Any:
-    return source.entry if source.kind == "registry" else source
+def _complete(source: LocalSource | HubSource | RegistrySource) -> LocalSource | HubSource:
+    return source.of_the_hub if source.kind == "registry" else source

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pyarrow as pa
@@ -29,18 +29,21 @@ from dataset_builders.layouts import (
     NUMBERED,
     OPTIONAL,
     PARTS,
-    Layout,
     canonical,
     plain,
     to_frame,
 )
 from dataset_builders.schema import check_rows
 
+if TYPE_CHECKING:
+    from dataset_builders.sources import HubSource, LocalSource
+
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|dev|valid|val)(?![a-z])")
 # below a set's own
 _FOLDER = re.compile(r"data|corpus|documents|queries|qrels|scores|train|test|validation|dev|valid|val")
 PART_FILES = {"corpus": r"(corpus|collection|documents)\b", "queries": r"(queries|topics)\b", "qrels": r".*qrels\b"}
 PART_FILES |= {"scores": r"scores\b|(?!.*qrels).*\.(run|trec)$"}
+_OF_COLLECTIONS = (".txt", ".qrels", ".run", ".trec")
 
 
 class TableKeys(Section):
@@ -72,48 +75,49 @@ class TableKeys(Section):
 
 
 class Tables:
-    """A set that can be read by the names of its splits or, of layout corpus, of its PARTS. Its two kinds have:
+    """A source that can be read by the names of its splits or, of layout corpus, of its PARTS. Its two kinds have:
 
-    layout; splits (the set's own; of layout corpus known once its qrels are read); parts (of layout corpus: scores of
-    a teacher need not be there); where(name): what messages call it; load(name): its tables, one by one, those of
-    qrels with a column `split`.
+    layout (see layouts.py); splits (the set's own; of layout corpus known once its qrels are read); parts (of layout
+    corpus); where(name): what messages call it; load(name): its tables one by one, each after the split of its rows.
     """
 
     published: bool  # rows that cannot be used are left out, not refused
-    layout: Layout
-    splits: Sequence[str]
-    parts: Sequence[str]
-    optional = OPTIONAL
+    layout: str
+    splits: Sequence[str] = ()
+    parts: Sequence[str] = ()
 
-    def __init__(self, asked: Sequence[str], keys: TableKeys) -> None:
-        self.asked, self.train, self.keys = asked, asked[0], keys  # the first of the splits asked for is trained on
+    def __init__(self, source: LocalSource | HubSource) -> None:
+        self.source, self.train, self.asked = source, source.split, source.searched
         self.read_as: dict[str, str] = {}  # their columns -> ours, as far as they were read
         self.unread: set[str] = set()
 
-    def read(self, name: str) -> pl.DataFrame:
-        """row (from 0) and the columns of COLUMNS or PARTS that are there. Raises InputError without one it needs."""
-        pieces = [*self.pieces(name)]
+    def read(self, *names: str) -> pl.DataFrame:
+        """The rows of splits, or of a part: `pieces` in one table. Raises InputError as they do."""
+        pieces = [piece for name in names for piece in self.pieces(name)]
+        # in some files lists, in others single texts
         lists = {column for piece in pieces for column, kind in piece.schema.items() if kind == pl.List}
-        if lists:  # in some files; single texts in others
-            single = [[name for name in lists if piece.schema.get(name) == pl.String] for piece in pieces]
-            listed = zip(pieces, single, strict=True)
-            pieces = [piece.with_columns(map(pl.concat_list, names)) for piece, names in listed]
+        single = [[name for name in lists if piece.schema.get(name) == pl.String] for piece in pieces]
+        pieces = [piece.with_columns(map(pl.concat_list, ones)) for piece, ones in zip(pieces, single, strict=True)]
         frame = pl.concat(pieces, how="diagonal")
-        check_rows(frame, self.where(name))
-        if name == "qrels":
+        if names == ("qrels",):
             self.splits = frame["split"].drop_nulls().unique().to_list()
             frame = frame.with_columns(pl.col("split").replace({split: self.asked_as(split) for split in self.splits}))
         return frame
 
     def pieces(self, name: str) -> Iterator[pl.DataFrame]:
-        """The same, some rows at a time: all scores need not fit in memory."""
-        types, row = PARTS[name] if self.layout == "corpus" else COLUMNS[self.layout], 0
-        for table in self.load(name):
-            found = self.find(types, table.column_names)
-            self.read_as |= {column: ours for ours, theirs in found.items() for column in theirs}
+        """where, row (from 0), split, and the COLUMNS that are there; some rows at a time, as scores need not fit in
+        memory. Raises InputError without a column that is needed, and without rows.
+        """
+        kind, where, rows = name if name in PARTS else self.layout, self.where(name), 0
+        for split, table in self.load(name):
+            columns = self.columns_of(kind, table.column_names)
+            self.read_as |= {column: ours for ours, theirs in columns.items() for column in theirs}
             self.unread = (self.unread | {*table.column_names}) - {*self.read_as}
-            yield to_frame(table, found, types, self.where(name)).with_row_index("row", row)
-            row += len(table)
+            frame = to_frame(table, columns, COLUMNS[kind], where).with_row_index("row", rows)
+            frame = frame if "split" in columns else frame.with_columns(split=pl.lit(split))
+            yield frame.with_columns(where=pl.lit(where))
+            rows += len(table)
+        check_rows(range(rows), where)
 
     def asked_as(self, split: str) -> str:
         """A split of the set by the name that it is asked for with: `validation` may be `dev`."""
@@ -122,30 +126,25 @@ class Tables:
     @property
     def made(self) -> tuple[str, ...]:
         """The splits that `holdout` makes of the one trained on, which comes first; empty where there are none."""
-        if not self.keys.holdout:
+        if not self.source.holdout:
             return ()
         missing = [name for name in HELD_OUT if name not in map(canonical, (*self.splits, self.train))]
         return (self.train, *missing) if missing else ()
 
-    def find(self, wanted: Iterable[str], there: Sequence[str]) -> dict[str, Sequence[str]]:
-        """Our name -> theirs, of the columns to read. One that is needed and not there keeps our name."""
+    def columns_of(self, kind: str, there: Sequence[str]) -> dict[str, Sequence[str]]:
+        """Our name -> theirs, of the COLUMNS of a kind to read. One that is needed and not there keeps our name."""
         found = {}
-        for name in wanted:
-            theirs = self.keys.columns[name] if name in self.keys.columns else self.named(name, there)
-            if theirs or name not in self.optional:
-                found[name] = (theirs or name,) if isinstance(theirs or name, str) else theirs
+        for ours in COLUMNS[kind]:
+            is_optional = ours in OPTIONAL.get(kind, {})
+            if ours in self.source.columns:
+                theirs = self.source.columns[ours]
+            elif self.published and kind not in PARTS and is_optional:
+                continue
+            else:
+                theirs = ours if self.published and ours in there else usual_columns(ours, there)
+            if theirs or not is_optional:
+                found[ours] = (theirs or ours,) if isinstance(theirs or ours, str) else theirs
         return found
-
-    def named(self, name: str, there: Sequence[str]) -> str | Sequence[str] | None:
-        """The columns that have one of our column's usual names."""
-        if self.published and self.layout != "corpus" and name in self.optional:
-            return None
-        if self.published and name in there:
-            return name
-        known = {plain(other): other for other in reversed(there)}
-        if usual := [known[other] for other in NAMES[name].split() if other in known]:
-            return usual[0]
-        return [other for other in there if name == "negative" and NUMBERED.fullmatch(plain(other))] or None
 
     def tell(self) -> None:
         """Print one line on how columns were read, where that is not by our names."""
@@ -157,25 +156,32 @@ class Tables:
         if told:
             print(f"{self}: {'; '.join(told)}; --columns changes that", file=sys.stderr, flush=True)
 
-    def whole_rows(self, name: str, table: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-        """The rows (of a split or a part) without null or blank in `columns`. Raises InputError unless `published`."""
-        where = self.where(name)
+    def whole_rows(self, table: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+        """The rows without null or blank in `columns`. Raises InputError unless `published`."""
         texts = [column for column in columns if table.schema[column] == pl.String]
         blank = pl.any_horizontal(pl.col(columns).is_null(), pl.col(texts).str.strip_chars() == "").fill_null(True)
         bad = table.filter(blank)
         if len(bad) and not self.published:
             row = bad.row(0, named=True)
             column = next(column for column in columns if row[column] is None or not str(row[column]).strip())
-            raise InputError(f"{where}: row {row['row']} has no {column!r}; fill it in or leave the row out")
-        if len(bad):
-            tqdm.write(f"{where}: {len(bad):,} rows without {' or '.join(columns)} left out", file=sys.stderr)
-            table = table.filter(~blank)
-        check_rows(table, where)
+            raise InputError(f"{row['where']}: row {row['row']} has no {column!r}; fill it in or leave the row out")
+        for where, count in bad["where"].value_counts(sort=True).rows():
+            tqdm.write(f"{where}: {count:,} rows without {' or '.join(columns)} left out", file=sys.stderr)
+        table = table.filter(~blank)
+        check_rows(table, str(self))
         return table
 
 
+def usual_columns(name: str, there: Sequence[str]) -> str | list[str] | None:
+    """Theirs that has one of our column's NAMES; of several negatives all."""
+    known = {plain(other): other for other in reversed(there)}
+    usual = (known[other] for other in NAMES[name].split() if other in known)
+    numbered = [other for other in there if name == "negative" and NUMBERED.fullmatch(plain(other))]
+    return next(usual, numbered or None)
+
+
 class FileTables(Tables):
-    """A file, or a folder with one for each split, or with a corpus, its queries and qrels.
+    """A file, or a folder with one for each split, or with a corpus, its queries and qrels; or documents alone.
 
     A file's split is told by its name or its folder's (train.csv, data/dev-00000-of-00002.parquet, qrels/test.tsv);
     one that has no such name, and is alone, holds what is trained on.
@@ -183,8 +189,8 @@ class FileTables(Tables):
 
     published = False
 
-    def __init__(self, path: Path, asked: Sequence[str], keys: TableKeys | None = None) -> None:
-        super().__init__(asked, keys or TableKeys())
+    def __init__(self, path: Path, source: LocalSource) -> None:
+        super().__init__(source)
         self.path = path
         found = [path]
         if path.is_dir():
@@ -192,50 +198,53 @@ class FileTables(Tables):
         found = sorted(file for file in found if format_of(file) in FORMATS and file.exists())
         if len({format_of(file) for file in found}) > 1:  # beside other files, JSON holds settings
             found = [file for file in found if format_of(file) != ".json"]
-        self._files: dict[str | None, list[Path]] = {
-            part: [file for file in found if re.match(name, self._name(file).lower())]
-            for part, name in PART_FILES.items()
+        parts = {
+            name: [f for f in found if re.match(known, self._name(f).lower())] for name, known in PART_FILES.items()
         }
-        self._is_corpus = path.is_dir() and bool(self._files["corpus"])
-        of_collections = (".txt", ".qrels", ".run", ".trec")
-        if not self._is_corpus:
-            found, self._files = [file for file in found if format_of(file) not in of_collections], {}
-            for file in found:
-                self._files.setdefault(self._split_of(file), []).append(file)
-            if path.is_file() and not found:
-                formats = ", ".join(suffix for suffix in FORMATS if suffix not in of_collections)
-                raise InputError(f"{path}: no table in a format that is read alone; these are {formats}")
-            if len(self._files) == 1 and (path.is_file() or None in self._files):
-                self._files = {self.train: found}
-        self.splits = [] if self._is_corpus else [name for name in self._files if name]
+        is_corpus = path.is_dir() and bool(parts["corpus"])
+        if is_corpus and not source.queries:
+            self.parts, self._files = [part for part in PARTS if part != "scores" or parts["scores"]], parts
+            return
+        tables = [file for file in found if format_of(file) not in _OF_COLLECTIONS]
+        if path.is_file() and not tables:
+            formats = ", ".join(suffix for suffix in FORMATS if suffix not in _OF_COLLECTIONS)
+            raise InputError(f"{path}: no table in a format that is read alone; these are {formats}")
+        if source.queries:
+            if is_corpus and (parts["queries"] or parts["qrels"]):
+                raise InputError(
+                    f"{path}: holds queries already; leave source.queries out, or name the documents' file alone as "
+                    "path"
+                )
+            self._files = {self.train: parts["corpus"] if is_corpus else tables}
+            return
+        self._files = {}
+        for file in tables:
+            self._files.setdefault(self._split_of(file), []).append(file)
+        if len(self._files) == 1 and (path.is_file() or None in self._files):
+            self._files = {self.train: tables}
+        self.splits = [name for name in self._files if name]
 
     def __str__(self) -> str:
         return str(self.path)
 
     @property
-    def parts(self) -> list[str]:
-        """Of a corpus; it need not have a teacher's scores."""
-        return [part for part in PARTS if part != "scores" or self._files["scores"]]
-
-    @property
     def files(self) -> dict[str, Path]:
         """What is read, by its name below the set's folder. Raises InputError for what is not there."""
-        names = self.parts if self._is_corpus else [name for name in self.asked if name not in self.made[1:]]
+        names = [name for name in self.asked if name not in self.made[1:]]
+        names = self.parts if self.layout == "corpus" else names
         return {self._name(file): file for name in names for file in self._of(name)}
 
     def where(self, name: str) -> str:
         return str(self._of(self.train if name in self.made else name)[0])
 
-    def load(self, name: str) -> Iterator[pa.Table]:
+    def load(self, name: str) -> Iterator[tuple[str, pa.Table]]:
         for file in self._of(name):
+            split = (self._split_of(file) or self.train) if name == "qrels" else name
             if name == "scores":
-                yield from read_batches(file)
-                continue
-            headerless = name in ("corpus", "queries") and self._is_headerless(file)
-            table = read_file(file, ("_id", "text") if headerless else ())
-            if name == "qrels" and "split" not in table.column_names:
-                table = table.append_column("split", pa.repeat(self._split_of(file) or self.train, len(table)))
-            yield table
+                yield from ((split, table) for table in read_batches(file))
+            else:
+                headerless = name in ("corpus", "queries") and self._is_headerless(file)
+                yield split, read_file(file, ("_id", "text") if headerless else ())
 
     def tell(self) -> None:
         super().tell()
@@ -246,10 +255,10 @@ class FileTables(Tables):
 
     def _is_headerless(self, file: Path) -> bool:
         """Whether ids and texts begin at once, as MS MARCO's do: two columns whose names nobody knows."""
-        if format_of(file) != ".tsv" or self.keys.columns:
+        if format_of(file) != ".tsv" or self.source.columns:
             return False
         there = column_names(file)
-        return len(there) == 2 and not any(self.named(name, there) for name in ("_id", "text", "title"))
+        return len(there) == 2 and not any(usual_columns(name, there) for name in ("_id", "text", "title"))
 
     def _of(self, name: str) -> list[Path]:
         files = self._files.get(name) or self._files.get(canonical(name))
@@ -270,14 +279,22 @@ class FileTables(Tables):
         return canonical(named[1]) if named else None
 
     @cached_property
-    def layout(self) -> Layout:
-        if self._is_corpus:
+    def layout(self) -> str:
+        if self.parts:
             return "corpus"
         file = self._of(self.train)[0]
         there = column_names(file)
+        if self.source.queries:
+            asking = usual_columns("query", there)
+            if asking and usual_columns("positive", there) and not self.source.columns:
+                raise InputError(
+                    f"{file}: column {asking!r} holds queries already; leave source.queries out, or say which column "
+                    "is the documents': --columns '{text: THEIRS}'"
+                )
+            return "documents"
         for layout in ("pairs", "texts", "text_pairs", "graded_pairs"):
-            needed = {column for theirs in self.find(COLUMNS[layout], there).values() for column in theirs}
-            if needed <= {*there} and {*self.keys.columns} <= {*COLUMNS[layout]}:
+            needed = {column for theirs in self.columns_of(layout, there).values() for column in theirs}
+            if needed <= {*there} and {*self.source.columns} <= {*COLUMNS[layout]}:
                 return layout
         hint = ""
         if format_of(file) in (".csv", ".tsv"):

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from hub_client import run_python
 from local_hub import LocalHub
-from tiny_data import write_encoder, write_recipe, write_table
+from tiny_data import write_encoder, write_recipe
 
 from common.cli import InputError
 from common.steps import read_manifest
@@ -51,16 +51,6 @@ def test_scores_that_came_with_the_texts_are_calibrated_in_a_teachers_place(tmp_
     with pytest.raises(InputError, match="kind 'given': the source has no scores"):
         main([*flags[:3], "early", *flags[4:]])
     assert not Path("early").exists(), "it is told before anything is searched"
-
-
-@pytest.mark.parametrize(
-    ("scores", "message"), [([1.0], "row 0 has not as many positive_score as positive"), ([1.0, float("nan")], "NaN")]
-)
-def test_scores_that_cannot_be_used_are_told(tmp_path, scores, message):
-    row = {"query": "q", "positive": ["a", "b"], "positive_score": scores}
-    write_table(tmp_path / "train.parquet", **{name: [value] for name, value in row.items()})
-    with pytest.raises(InputError, match=message):
-        read_rows(local(tmp_path), None)
 
 
 def test_scores_of_two_scales_are_refused():

@@ -290,6 +290,25 @@ BAD = {
     ),
     "ids twice": ("x.csv", "id,query,answer\n1,a,b\n1,c,d\n", {}, "id '1' stands for two texts; make ids unique, or"),
     "ids of texts": ("x.csv", "id,text,label\n1,a,b\n1,c,b\n2,d,b\n", {}, "id '1' stands for two texts"),
+    "scores of others": (
+        "x.jsonl",
+        [{"query": "q", "positive": ["a", "b"], "positive_score": [1.0]}],
+        {},
+        "row 0 has not as many positive_score as positive",
+    ),
+    "labels of others": ("x.jsonl", [{"text": ["a", "b"], "label": ["x"]}], {}, "row 0 has not as many label as text"),
+    "score is none": (
+        "x.csv",
+        "query,positive,positive_score\nq,a,nan\n",
+        {},
+        "row 0 has a positive_score that is NaN",
+    ),
+    "in another file": (
+        "dev.csv",
+        f"{PAIR}a,b\nc,\n",
+        {"split": "validation"},
+        r"dev\.csv: row 1 has no 'positive'",
+    ),
     "nothing held out": ("x.csv", f"{PAIR}a,b\nc,d\n", {"holdout": 0.01}, "of 2 queries leaves none for 'validation'"),
     "no such split": ("train.csv", f"{PAIR}a,b\n", {"eval_splits": ["test"]}, "no such file, nor as .* are: train"),
     "unknown columns": (

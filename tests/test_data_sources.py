@@ -14,13 +14,14 @@ from common.steps import read_manifest
 from dataset_builders import pydocs, sources
 from dataset_builders.build import main
 from dataset_builders.data_recipe import load_recipes
-from dataset_builders.readers import Draw, Rows
+from dataset_builders.readers import Rows, draw
 from dataset_builders.sources import (
     TASK_LAYOUTS,
     HubSource,
     LocalSource,
     PydocsSource,
     RegistrySource,
+    Splits,
     check_task_type,
     describe_source,
     find_source,
@@ -110,8 +111,12 @@ def docstrings(monkeypatch):
 def test_whole_queries_are_drawn_up_to_the_number_of_pairs(positives, number, more, seed):
     scores = [[1] * count + [0] for count in positives]
     qrels = pl.DataFrame({"query_id": [f"q{row}" for row in range(len(positives))], "score": scores}).explode("score")
-    small, large = (Draw(count, seed).keeps(qrels) for count in (number, number + more))
-    assert Draw(None).keeps(qrels).equals(qrels)
+    others, qrels = (qrels.with_columns(split=pl.lit(split)) for split in ("test", "train"))
+    small, large = (
+        draw(pl.concat([others, qrels]), Splits(num_pairs=count, seed=seed)) for count in (number, number + more)
+    )
+    assert draw(qrels, Splits()).equals(qrels) and small.filter(split="test").equals(others)
+    small, large = (drawn.filter(split="train") for drawn in (small, large))
     assert len(small) and set(small["query_id"]) <= set(large["query_id"])
     for query_id, found in small.group_by("query_id"):
         assert len(found) == positives[int(query_id[0][1:])] + 1
