@@ -1,14 +1,5 @@
-"""The layouts of raw data: their columns, the names by which these are known, and a table of them.
-
-| layout | columns | task types |
-|---|---|---|
-| corpus | a corpus, its queries and qrels, as BEIR and mteb publish them | retrieval |
-| pairs | query, positive; negative, relevance, ids; texts or lists of texts | retrieval |
-| texts | text, label; texts or lists of texts; id | classification, clustering |
-| text_pairs | text1, text2, label | duplicates, nli |
-| graded_pairs | sentence1, sentence2, score | sts |
-
-"""
+"""What a source's columns mean: the layouts that it may have, the names by which their columns are known, and a table
+of them."""
 
 from __future__ import annotations
 
@@ -30,13 +21,14 @@ Layout = Literal["corpus", "pairs", "texts", "text_pairs", "graded_pairs"]
 PARTS = ("corpus", "queries", "qrels", "scores")  # tables of layout corpus; a teacher's scores need not be there
 TEXT = pa.string()
 TEXTS, NUMBERS = pa.list_(pa.string()), pa.list_(pa.float32())  # lists of them, perhaps as JSON, or single ones
-# The columns that a table of each layout, or each part of a corpus, must have: our name -> type.
+# The columns that a table of each layout must have: our name -> type.
 NEEDED: dict[str, dict[str, pa.DataType]] = {
-    "pairs": {"query": TEXT, "positive": TEXTS},
-    "texts": {"text": TEXTS, "label": TEXTS},
-    "text_pairs": {"text1": TEXT, "text2": TEXT, "label": TEXT},
-    "graded_pairs": {"sentence1": TEXT, "sentence2": TEXT, "score": pa.float64()},
-    "documents": {"text": TEXT},  # alone: a model writes their queries
+    "pairs": {"query": TEXT, "positive": TEXTS},  # retrieval
+    "texts": {"text": TEXTS, "label": TEXTS},  # classification, clustering
+    "text_pairs": {"text1": TEXT, "text2": TEXT, "label": TEXT},  # duplicates, nli
+    "graded_pairs": {"sentence1": TEXT, "sentence2": TEXT, "score": pa.float64()},  # sts
+    "documents": {"text": TEXT},  # retrieval, by queries that a model writes
+    # layout corpus, for retrieval, as BEIR and mteb publish it: its PARTS
     "corpus": {"_id": TEXT, "text": TEXT},
     "queries": {"_id": TEXT, "text": TEXT},
     "qrels": {"query_id": TEXT, "corpus_id": TEXT, "score": pa.int32()},

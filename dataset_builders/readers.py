@@ -187,11 +187,13 @@ def _judged(tables: Tables, table: pl.DataFrame) -> pl.DataFrame:
             positive_score=pl.col("scores").list.head(positives), negative_score=pl.col("scores").list.slice(positives)
         )
     score = pl.col("relevance") if "relevance" in table.columns else pl.lit(1, pl.Int32)
-    found = tables.whole_rows(_exploded(table, "positive", "positive_score"), ["positive"])
+    found = tables.whole_rows(
+        _exploded(table.drop("negative", strict=False), "positive", "positive_score"), ["positive"]
+    )
     sides = {"positive": found.with_columns(score=score)}
     if "negative" in table.columns:  # a row need not have one
-        found = _exploded(table, "negative", "negative_score")
-        found = found.filter(pl.col("negative").str.strip_chars() != "")
+        found = _exploded(table.drop("positive"), "negative", "negative_score")  # without copies of the other texts
+        found = found.filter(pl.col("negative").str.contains(r"\S"))
         sides["negative"] = found.with_columns(score=pl.lit(0, pl.Int32))
     judged = []
     for side, found in sides.items():

@@ -29,6 +29,7 @@ from dataset_builders.scores import blocks_of, grade_by_features, write_graded
 from dataset_builders.sources import Splits, open_tables
 from dataset_builders.teachers import Hybrid
 
+FOUND = ["query_id", "document_id"]
 NOT_FOUND, TOO_LOW = "document not found", "document ranked too low"
 
 
@@ -52,15 +53,12 @@ def read_generated(build: Build, folder: Path) -> tuple[Rows, dict[str, Any]]:
     table = pl.DataFrame(lines, schema, orient="row")
     asked = [f"q{stable_hash(normalised(query)):016x}" for query in table["query"]]
     table = table.with_columns(query_id=pl.Series(asked, dtype=pl.String))
-    good, rank = table.filter(pl.col("reason").is_null()), pl.lit(None, pl.UInt32)
-    if len(good):
-        ranks = round_trip(build, documents, good, folder / "trial")
-        table = table.join(ranks, on=["query_id", "document_id"], how="left", maintain_order="left")
-        rank = pl.when(pl.col("reason").is_null()).then("rank")
-    table = table.with_columns(rank=rank)
-    rank = pl.col("rank")
-    judged = pl.when(rank.is_null()).then(pl.lit(NOT_FOUND)).when(rank > section.keep_within).then(pl.lit(TOO_LOW))
-    table = table.with_columns(reason=pl.coalesce("reason", judged))
+    good = table.filter(pl.col("reason").is_null())
+    ranks = round_trip(build, documents, good, folder / "trial") if len(good) else good.select(*FOUND, rank=None)
+    table = table.join(ranks, on=FOUND, how="left", maintain_order="left")
+    rank = pl.when(pl.col("reason").is_null()).then(pl.col("rank").cast(pl.UInt32))
+    why = pl.when(rank.is_null()).then(pl.lit(NOT_FOUND)).when(rank > section.keep_within).then(pl.lit(TOO_LOW))
+    table = table.with_columns(rank=rank, reason=pl.coalesce("reason", why))
     kept = table.filter(pl.col("reason").is_null())
     dropped = table.drop_nulls("reason").group_by("reason").len().sort("len", "reason", descending=True)
     counts = {
@@ -110,13 +108,9 @@ def round_trip(build: Build, documents: pl.DataFrame, pairs: pl.DataFrame, folde
         scores = pl.Series(grades.scores_of(block, start))
         ranked = pl.from_arrow(block).with_columns(score=scores).filter(pl.col("rrf_rank").is_not_null())
         ranked = ranked.with_columns(rank=pl.col("score").rank("min", descending=True).over("query_id"))
-        found.append(ranked.filter("is_positive").select("query_id", "document_id", "rank"))
+        found.append(ranked.filter("is_positive").select(*FOUND, "rank"))
     shutil.rmtree(folder)
-    return (
-        pairs.select("query_id", "document_id")
-        .unique()
-        .join(pl.concat(found), on=["query_id", "document_id"], how="left")
-    )
+    return pairs.select(FOUND).unique().join(pl.concat(found), on=FOUND, how="left")
 
 
 def write_generated_page(path: Path, table: pl.DataFrame, documents: pl.DataFrame, counts: dict[str, Any]) -> None:

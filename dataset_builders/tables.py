@@ -159,7 +159,7 @@ class Tables:
     def whole_rows(self, table: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
         """The rows without null or blank in `columns`. Raises InputError unless `published`."""
         texts = [column for column in columns if table.schema[column] == pl.String]
-        blank = pl.any_horizontal(pl.col(columns).is_null(), pl.col(texts).str.strip_chars() == "").fill_null(True)
+        blank = pl.any_horizontal(pl.col(columns).is_null(), ~pl.col(texts).str.contains(r"\S")).fill_null(True)
         bad = table.filter(blank)
         if len(bad) and not self.published:
             row = bad.row(0, named=True)
