@@ -48,7 +48,8 @@ class HubSet(TableKeys):
 
     @model_validator(mode="after")
     def _known_columns(self) -> HubSet:
-        known = [name for kind in (PARTS if self.layout == "corpus" else [self.layout]) for name in COLUMNS[kind]]
+        kinds = PARTS if self.layout == "corpus" else (self.layout,)
+        known = dict.fromkeys(name for kind in kinds for name in COLUMNS[kind])
         for name in self.columns:
             if name not in known:
                 raise ValueError(f"layout {self.layout!r} has no column {name!r}; it has {', '.join(known)}")
@@ -94,7 +95,7 @@ class HubTables(Tables):
             there = self._load(name, self._config_of(name) or name)
             there = {self.asked_as(split): table for split, table in there.items()}
             # qrels as we publish them name each judgement's split in a column
-            is_whole = len(there) == 1 and (name != "qrels" or "split" in [*there.values()][0].column_names)
+            is_whole = len(there) == 1 and (name != "qrels" or "split" in next(iter(there.values())).column_names)
             others = [split for split in self.asked[1:] if split in there or not self.source.holdout]
             for split in there if is_whole else (self.train, *others):
                 self._check_there(name, split, there)

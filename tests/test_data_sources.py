@@ -200,16 +200,17 @@ def test_published_judgements_of_texts_that_are_not_there(tmp_path, capsys, judg
     ]
     folder = write_rows(tmp_path / "set" / "corpus.parquet", _id=["d0", "d1"], title=["", ""], text=["a", "b"])
     write_rows(tmp_path / "set" / "queries.parquet", _id=["q0", "q1"], text=["x", "y"])
-    qrels = {"query-id": ["q0", "q0", "q1"], "corpus-id": judged_ids, "score": [1] * 3}
+    qrels = {"query-id": ["q0", "q0", "q1"], "corpus-id": judged_ids, "gain": [1] * 3}
     write_rows(tmp_path / "set" / "qrels.parquet", **qrels)
     (tmp_path / "set" / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+    source = hub(folder, layout="corpus", columns={"score": "gain"})
     if "d0" in judged_ids:
-        rows = read_rows(hub(folder, layout="corpus"), None)
+        rows = read_rows(source, None)
         assert judged(rows) == [("x", "a", 1, "train"), ("y", "b", 1, "train")] and rows.seen == 3
         assert "1 rows whose document_id is not in corpus left out" in capsys.readouterr().err
     else:
         with pytest.raises(InputError, match=r"document_id '0' \(and 2 more\) is not in"):
-            read_rows(hub(folder, layout="corpus"), None)
+            read_rows(source, None)
 
 
 LABELLED = {"text": ["a", "b", "c", "x", "y", "alone", "A "], "label_text": [*"111", *"222"[:2], "3", "1"]}
