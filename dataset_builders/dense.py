@@ -83,7 +83,7 @@ def exact_search(
     multiplied again in float32.
 
     A pair is left unless its fast product is below the top k by more than that product's error. So the fast ones may
-    be in bfloat16 (null: where the processor multiplies it), and a score depends on its two vectors alone: equal
+    be in bfloat16 (None: where the processor multiplies it), and a score depends on its two vectors alone: equal
     documents have equal scores, wherever they lie.
     """
     import torch
