@@ -51,9 +51,8 @@ from eval.metrics import (
     with_differences,
 )
 from eval.pages import write_queries_page
-from eval.systems import DTYPES, System, compressed, encoder_section, named_systems, run_systems
+from eval.systems import DTYPES, System, compressed, encoder_section, named_systems, run_systems, stage_names
 from eval.thresholds import relevance
-from modeling.recipe import read_stages
 
 # Of the cosines that a model gives: in %, and down to which rank documents that are not relevant are looked at.
 QUANTILES, NEAR = (5, 25, 50, 75, 95), 10
@@ -130,7 +129,7 @@ def load_validation(data: Path, documents: Documents) -> tuple[HeldOut, Ranking]
 
 def missing_stages(run_folder: Path) -> list[str]:
     """Names of stages that the recipe lists and the run has no model of."""
-    return [stage["name"] for stage in read_stages(run_folder)["stages"] if not (run_folder / stage["name"]).is_dir()]
+    return [name for name in stage_names(run_folder) if not (run_folder / name).is_dir()]
 
 
 def evaluation_key(data: Path, split: str, systems: Sequence[System]) -> str:

@@ -15,7 +15,7 @@ from common.steps import files_of, fingerprint, folder_step, read_json, read_par
 from dataset_builders.embeddings import Dtype, EncoderSection
 from modeling.encoder import read_setting
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, few_shot_prompt, few_shot_prompts
-from modeling.recipe import read_stages
+from modeling.recipe import STAGES, read_stages
 
 if TYPE_CHECKING:
     import polars as pl
@@ -62,11 +62,10 @@ def named_systems(references: Sequence[str], output: Path) -> list[System]:
 
 def run_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
     """The models of a run: untrained, after each stage, final; then the final one with each few-shot prompt it has."""
-    stages = [stage["name"] for stage in read_stages(run_folder)["stages"]]
-    final = run_folder / "model"
+    names, final = stage_names(run_folder), run_folder / "model"
     if not final.is_dir():
         raise InputError(f"{final}: no such folder; finish the training with train_st.py first")
-    stages = [System(f"after {name}", str(run_folder / name)) for name in stages if (run_folder / name).is_dir()]
+    stages = [System(f"after {name}", str(run_folder / name)) for name in names if (run_folder / name).is_dir()]
     for folder in (*(system.model for system in stages), str(final)):
         encoder_section(folder)  # refuses a broken one before hours of work on the others
     if stages and files_of(final).items() <= files_of(Path(stages[-1].model)).items():
@@ -75,7 +74,14 @@ def run_systems(run_folder: Path, data: Path, output: Path) -> list[System]:
         stages.append(System("final model", str(final), with_bm25=True))
     settings = read_json(final / "config_sentence_transformers.json")
     shown = with_shots(stages[-1], settings.get("prompts", {}))
-    return [*untrained_systems(run_folder, data, output), *stages, *shown]
+    return [*(untrained_systems(run_folder, data, output) if names else ()), *stages, *shown]
+
+
+def stage_names(run_folder: Path) -> list[str]:
+    """The stages of a run; none of a folder with model/ alone, put there by hand or before there was stages.json."""
+    if (run_folder / "model").is_dir() and not (run_folder / STAGES).is_file():
+        return []
+    return [stage["name"] for stage in read_stages(run_folder)["stages"]]
 
 
 def with_shots(system: System, prompts: Mapping[str, str]) -> list[System]:

@@ -332,3 +332,12 @@ def test_a_run_without_a_stage_says_so(run, tmp_path):
     shutil.rmtree(copy / "sts")
     assert missing_stages(copy) == ["sts"]
     assert "after sts" not in [system.name for system in run_systems(copy, copy / "data", tmp_path / "out")]
+
+
+def test_a_folder_with_a_model_and_no_record_of_its_run_is_evaluated_as_it_is(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "run" / "model")
+    found = run_systems(tmp_path / "run", tmp_path / "data", tmp_path / "out")
+    assert found == [System("final model", str(tmp_path / "run" / "model"), with_bm25=True)]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: not a training run"):
+        run_systems(tmp_path / "empty", tmp_path / "data", tmp_path / "out")
