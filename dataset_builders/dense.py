@@ -142,7 +142,7 @@ def _pairs_left(products: Tensor, bars: np.ndarray, errors: np.ndarray, top_k: i
 def _multiplies_bfloat16() -> bool:
     import torch
 
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # of torch since 2.10 or so
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch has none
     return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -24,10 +24,10 @@ from modeling.losses import MISSING, POSITIVES, text_keys
 from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, instruction_prompt
 
 _TRIES = 100  # rows tried for one shot, before a batch goes with fewer
+_SAMPLE = 1000  # rows tried for all shots of a saved prompt, or looked at for how many would fit
 Shots = Sequence[tuple[str, str]]  # (query, positive)
 Count = Callable[[Sequence[str]], Sequence[int]]  # tokens of whole strings
 Fits = Callable[[Shots, int], bool]  # whether some shots, of so many that are wanted, take no more than their share
-_SAMPLE = 1000  # rows tried for all shots of a saved prompt, or looked at for how many would fit
 
 
 def counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[str]], list[int]]:
@@ -79,15 +79,16 @@ class Demonstrations:
         """
         prompt = instruction_prompt(self.instruction, self.template)
         bare, *whole = count_tokens([prompt, *(prompt + text for text in texts)])
-        left = max_seq_length - max(whole)
-        return self._share_of(left if self.shots_budget is None else min(left, self.shots_budget - bare), count_tokens)
+        most = bare + max_seq_length - max(whole)
+        return self._share_of(most if self.shots_budget is None else min(most, self.shots_budget), count_tokens)
 
-    def _share_of(self, left: int, count_tokens: Count) -> Fits:
+    def _share_of(self, most: int, count_tokens: Count) -> Fits:
+        """An equal share each of what the bare instruction leaves of a prompt of `most` tokens."""
         [bare] = count_tokens([instruction_prompt(self.instruction, self.template)])
 
         def fits(shots: Shots, count: int) -> bool:
             [length] = count_tokens([few_shot_prompt(self.instruction, shots, self.template)])
-            return length - bare <= left * len(shots) / count
+            return length - bare <= (most - bare) * len(shots) / count
 
         return fits
 
@@ -98,8 +99,7 @@ class Demonstrations:
         take an equal share of `max_tokens` (of the prompt, instruction and special tokens included) and what those
         before it left. `count_tokens` counts whole strings. Raises InputError when not so many rows fit.
         """
-        [bare] = count_tokens([instruction_prompt(self.instruction, self.template)])
-        fits, drawn = self._share_of(max_tokens - bare, count_tokens), []
+        fits, drawn = self._share_of(max_tokens, count_tokens), []
         for shot in self._sample():
             if shot[0] == shot[1] or not {text for pair in drawn for text in pair}.isdisjoint(shot):
                 continue
