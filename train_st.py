@@ -64,6 +64,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import InputError, Unfinished, run
+from common.models import resolve_model
 from common.steps import MANIFEST, Step, fingerprint, link_files
 from modeling.keys import NO_INPUTS, recipe_keys
 from modeling.ledger import closing_line, write_ledger, write_log
@@ -241,8 +242,8 @@ def sizes(stage: Stage) -> str:
 
 
 def publish(recipe: Recipe, results: Mapping[str, Start]) -> None:
-    """model/: the last stage's result, or the average of stages; adapter/: where the last stage trained LoRA and no
-    stages are averaged.
+    """model/: the last stage's result, or an average; adapter/: where the last stage trained LoRA and nothing is
+    averaged.
     """
     from modeling.encoder import name_base
     from modeling.merging import merge_models
@@ -250,7 +251,7 @@ def publish(recipe: Recipe, results: Mapping[str, Start]) -> None:
     merge, last, output_dir = recipe.merge, [*results.values()][-1], recipe.output_dir
     inputs = model_inputs(recipe, {name: result.key for name, result in results.items()})
     if merge:
-        folders = [Path(results[name].name_or_path) for name in merge.stages]
+        folders = [Path(results[name].name_or_path if name in results else name) for name in merge.stages]
         weights = merge.weights or [1.0] * len(folders)
         make_once(output_dir / "model", inputs, lambda path: merge_models(folders, weights, merge.method, path))
     else:
@@ -274,7 +275,8 @@ def model_inputs(recipe: Recipe, keys: Mapping[str, str]) -> dict[str, Any]:
     merge = recipe.merge
     if not merge:
         return {"stage": [*keys.values()][-1]}
-    return {"stages": [keys[name] for name in merge.stages], "method": merge.method, "weights": merge.weights}
+    merged = [keys.get(name) or resolve_model(name).fingerprint() for name in merge.stages]
+    return {"stages": merged, "method": merge.method, "weights": merge.weights}
 
 
 if __name__ == "__main__":

@@ -170,7 +170,9 @@ def input_key(recipe: Recipe) -> str:
         start = [student.model_dump(), model_content(student.teacher), corpus_content(student.corpus)]
     else:
         start = [model_content(recipe.values["model_name_or_path"]), recipe.values.get("model_revision")]
-    return fingerprint([settings, recipe.values.get("merge"), data, start])
+    own = {stage.name for stage in recipe.stages}
+    others = [model_content(name) for name in recipe.merge.stages if name not in own] if recipe.merge else []
+    return fingerprint([settings, recipe.values.get("merge"), data, start, *others])
 
 
 @functools.cache  # variants read the same, which may be gigabytes

@@ -121,20 +121,20 @@ class StudentConfig(Section):
 
 
 class MergeArguments(Section):
-    """Which stages' weights are averaged into model/, and how (see modeling.merging)."""
+    """Which weights are averaged into model/, and how (see modeling.merging)."""
 
-    stages: tuple[str, ...]  # two or more that run
+    stages: tuple[str, ...]  # two or more: stages that run, folders of models (another seed's, the untrained one)
     method: Literal["linear", "slerp"] = "linear"  # mean, or the arc between two
-    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()  # one a stage; none = equal ones
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = ()  # one each; none = equal ones
 
     @model_validator(mode="after")
     def _fit(self) -> MergeArguments:
         if len(set(self.stages)) < max(2, len(self.stages)):
-            raise ValueError("name two stages or more, each once")
+            raise ValueError("name two or more, each once")
         if self.weights and (len(self.weights) != len(self.stages) or not any(self.weights)):
-            raise ValueError(f"weights {list(self.weights)}: one a stage is needed, not all 0")
+            raise ValueError(f"weights {list(self.weights)}: one each is needed, not all 0")
         if self.method == "slerp" and len(self.stages) != 2:
-            raise ValueError("slerp lies on the arc between two models; name two stages, or method: linear")
+            raise ValueError("slerp lies on the arc between two models; name two, or method: linear")
         return self
 
 
@@ -142,7 +142,7 @@ class RecipeArguments(Section):
     """What belongs to the whole recipe."""
 
     student: StudentConfig | None = None  # start from a small model built on the spot, not from model_name_or_path
-    merge: MergeArguments | None = None  # publish an average of stages as model/, not the last one
+    merge: MergeArguments | None = None  # publish an average of weights as model/, not the last stage
     # optimizer steps, shared out equally among the stages that run; max_steps, by contrast, holds for each stage
     total_steps: Count | None = None
 

@@ -1,4 +1,4 @@
-"""Averages of the weights of models that came from one another, such as the stages of a curriculum."""
+"""Averages of the weights of models that came from one another: stages of a curriculum, seeds, the untrained model."""
 
 from __future__ import annotations
 
@@ -54,17 +54,19 @@ METHODS = {"linear": linear, "slerp": slerp}
 
 
 def merge_models(folders: Sequence[Path], weights: Sequence[float], method: str, target: Path) -> None:
-    """Write into `target` the average of a curriculum's stages, plain SentenceTransformer folders, all in memory at
-    once. Prompts, lengths and dtypes are those of the last one. Raises InputError where stages pool differently: an
+    """Write into `target` the average of plain SentenceTransformer folders, all in memory at once. Prompts, lengths
+    and dtypes are those of the last one. Raises InputError where models pool differently or have other layers: an
     average of their weights would mean nothing.
     """
     models = [SentenceTransformer(str(folder), device="cpu") for folder in folders]
     last = models[-1]
-    for folder, model in zip(folders, models, strict=True):
+    states = [model.state_dict() for model in models]
+    for folder, model, state in zip(folders, models, states, strict=True):
         if [*map(str, model)][1:] != [*map(str, last)][1:]:
             raise InputError(f"{folder} and {folders[-1]}: not of one pooling, so their weights cannot be averaged")
-    # the first one's dtype is the result's
-    states, weights = [model.state_dict() for model in reversed(models)], [*reversed(weights)]
+        if {name: value.shape for name, value in state.items()} != {name: v.shape for name, v in states[-1].items()}:
+            raise InputError(f"{folder} and {folders[-1]}: not of one layout, so their weights cannot be averaged")
+    states, weights = [*reversed(states)], [*reversed(weights)]  # the first one's dtype is the result's
     average = METHODS[method]
     merged = {
         name: average([state[name] for state in states], weights) if tensor.is_floating_point() else tensor

@@ -177,8 +177,10 @@ def _check_recipe(whole: RecipeArguments, shared: Mapping[str, Any], stages: Map
         number = "one of the two alone" if whole.student else "model_name_or_path, or student:"
         raise InputError(f"name the model to start from: {number}")
     for name in whole.merge.stages if whole.merge else ():
-        if name not in stages:
-            raise InputError(f"merge: no stage {name!r} is run; there are {', '.join(stages)}")
+        if name not in stages and not Path(name, "modules.json").is_file():
+            raise InputError(
+                f"merge: {name!r} is no stage that is run and no folder of a model; stages are {', '.join(stages)}"
+            )
     for name, keys in stages.items():
         with at(f"stage {name!r}"):
             parse_section(stage_keys(), _without(keys, ["datasets"]))

@@ -67,8 +67,21 @@ def test_folders_are_merged_tensor_by_tensor(folders, tmp_path, method):
     assert abs((model.encode(["parse a date"]) ** 2).sum() - 1) < 1e-5
 
 
-def test_stages_that_pool_differently_are_refused(folders, tmp_path):
-    edit(folders[0] / "1_Pooling" / "config.json", pooling_mode="mean")
-    with pytest.raises(InputError, match="not of one pooling"):
+def fewer_layers(folder):
+    edit(folder / "config.json", num_hidden_layers=1)
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in state.items() if "layers.1." not in name}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda folder: edit(folder / "1_Pooling" / "config.json", pooling_mode="mean"), "not of one pooling"),
+        (fewer_layers, "not of one layout"),
+    ],
+)
+def test_models_that_are_no_relatives_are_refused(folders, tmp_path, change, problem):
+    change(folders[0])
+    with pytest.raises(InputError, match=problem):
         merge_models(folders, [1, 1], "linear", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -179,6 +179,21 @@ def test_model_is_the_average_of_stages_and_comes_without_an_adapter(finished, r
     assert load_file(output / "adapter" / "adapter_model.safetensors")
 
 
+def test_model_is_the_average_with_the_model_of_another_run(finished, recipe, tmp_path):
+    """Another seed's, say: what lies in that folder decides model/, not its name."""
+    output, other = (shutil.copytree(finished, tmp_path / name) for name in ("run", "other"))
+    merged = {**recipe, "merge": {"stages": [str(other / "sts"), "retrieval"]}}
+    train(tmp_path, merged)
+    mean = weights(output / "model")
+    one, last = weights(other / "sts"), weights(output / "retrieval")
+    assert all(torch.allclose(mean[name], (one[name] + last[name]) / 2, atol=1e-7) for name in mean)
+    shutil.copyfile(other / "retrieval" / "model.safetensors", other / "sts" / "model.safetensors")
+    train(tmp_path, merged)
+    assert all(torch.allclose(value, last[name], atol=1e-7) for name, value in weights(output / "model").items())
+    with pytest.raises(InputError, match=r"merge: 'nowhere' is no stage that is run and no folder of a model; .*sts"):
+        train(tmp_path, {**recipe, "merge": {"stages": ["nowhere", "retrieval"]}})
+
+
 def test_a_model_of_another_recipe_than_the_folder_tells_is_not_told_of(recipe, finished, tmp_path, monkeypatch):
     """Other keys, and the run killed in its first stage: model/ is of the recipe before, recipe.yaml is not."""
     run = shutil.copytree(finished, tmp_path / "run")
