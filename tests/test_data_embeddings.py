@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_data import WORDS, write_encoder
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from common.cli import InputError
 from common.steps import write_arrow
@@ -164,3 +165,48 @@ def test_encoders_read_plain_text_whatever_chat_template_they_carry(tmp_path):
     expected = plain.encode(["sort the list"], prompt="find: ", normalize_embeddings=True)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(found - chatting).max() > 1e-2
+
+
+def word_pieces(pre_tokenizer, normalizer=None):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizer, normalizer
+    texts = ["parsing dates, parsed date-times", "Café ça 植物园 end", " ".join(WORDS)]
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False))
+    return tokenizer
+
+
+BERT = word_pieces(pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer())
+
+
+@pytest.mark.parametrize("tokenizer", [BERT, word_pieces(pre_tokenizers.Whitespace(), normalizers.Lowercase())])
+@given(
+    texts=st.lists(st.text(st.sampled_from("parsedt  \t\n\u00a0\u3000é\u0301ç植园,-İ\x00[UNK]")), min_size=1),
+    prompt=st.sampled_from([None, "", "query: ", "pars"]),
+)
+def test_a_static_model_reads_each_distinct_word_once_and_the_same_tokens(tokenizer, texts, prompt):
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    assert embeddings.ends_at_spaces(tokenizer)
+    expected = StaticEmbedding(tokenizer, embedding_dim=2).preprocess(texts, prompt=prompt)
+    words = embeddings._Words(tokenizer)
+    for _ in range(2):  # the second time from memory
+        found = words.preprocess(texts, prompt=prompt)
+        assert found.keys() == expected.keys()
+        assert all(found[key].tolist() == value.tolist() for key, value in expected.items())
+
+
+def test_words_are_forgotten_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(embeddings, "KNOWN", 3)
+    words = embeddings._Words(BERT)
+    for text in ("parse dates parsed end", "parse end"):
+        found = words.preprocess([text])["input_ids"].tolist()
+        assert found == BERT.encode(text, add_special_tokens=False).ids and len(words._known) <= 4
+
+
+def test_a_tokenizer_that_reads_across_spaces_is_asked_for_whole_texts():
+    cut = word_pieces(pre_tokenizers.Whitespace())
+    cut.enable_truncation(4)
+    named = word_pieces(pre_tokenizers.Whitespace())
+    named.add_tokens([AddedToken("parse date")])
+    others = [word_pieces(pre_tokenizers.Metaspace()), word_pieces(pre_tokenizers.ByteLevel()), cut, named]
+    assert not any(map(embeddings.ends_at_spaces, others))
