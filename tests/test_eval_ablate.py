@@ -371,7 +371,7 @@ def test_recipes_that_ship_are_whole(path, base, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     variants = read_variants(ablation)
     counts = {"objectives": 18, "labels": 5, "grades": 9, "number": 3, "cross-encoder": 3, "negatives": 10}
-    counts |= {"teachers": 6}
+    counts |= {"teachers": 6, "curriculum": 6}
     assert len(variants) == counts.get(path.stem, 4)
     assert len({variant.key for variant in variants}) == len(variants)
     assert ablation.compared_with == ablation.baseline
