@@ -6,6 +6,7 @@ columns and their sizes. A build does not know the repository it will be publish
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -86,8 +87,10 @@ def render_card(configs: Sequence[Config], facts: Mapping[str, Any]) -> str:
         repo_id=REPO_ID,
         configs=configs,
         recipe=public,
+        packages=sorted({*re.findall(r"\bpackage:(\w+)", json.dumps(public))}),
         recipe_yaml=yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=110).strip(),
         words=describe_words(public["source"].get("language")),
+        margin=describe_margin(public["mining"]) if made["mined"] else None,
         title=source_title(public["source"]),
         entry=entry,
         licence=licence,
@@ -196,6 +199,25 @@ def public_name(reference: str) -> str:
     is_path = reference.startswith((".", "/", "~")) or os.path.exists(reference) or reference.count("/") > 1
     is_path |= "{" in reference  # folders of a cross-fitted teacher
     return Path(reference).name if is_path else reference
+
+
+def describe_margin(mining: Mapping[str, Any]) -> str:
+    """Which candidates a recipe's `mining` takes for negatives, in words.
+
+    >>> describe_margin({"margin": 0.1, "margin_type": "absolute"})
+    "only documents with label < the positive's label - 0.1"
+    """
+    margin = mining["margin"]
+    if mining["margin_type"] == "ratio":
+        return f"only documents with label < {margin} × the positive's label (those above may be relevant)"
+    if mining["margin_type"] == "absolute":
+        return f"only documents with label < the positive's label - {margin}"
+    if mining["margin_type"] == "none":
+        return "whatever their label"
+    return (
+        f"**only documents with label ≥ {margin} × the positive's label: a control, the inequality turned round; do "
+        "not train on it for use**"
+    )
 
 
 def used_models(made: Mapping[str, Any]) -> dict[str, str]:

@@ -190,7 +190,7 @@ def provenance(hub: Path) -> dict[str, Any] | None:
         "recipe": recipe,
         "models": models,
         "mined": "mined" in made,
-        "compared": compared_tasks(made.get("corpus")),
+        "compared": compared_tasks(first) if first else None,  # None: data/hub alone is at hand
         "contamination": first.get("contamination"),
         "training_datasets": source.get("training_datasets"),  # None: not stated
         "benchmark": (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK,

