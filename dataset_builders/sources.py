@@ -193,10 +193,15 @@ class RegistrySource(OnTheHub):
 
 
 def _of_a_path(values: Any) -> Any:
-    """--source.path FOLDER reads a folder by the recipe of a set on the Hub."""
+    """--source.path FOLDER reads a folder by the recipe of a set on the Hub, with what the registry knows of it."""
     if not isinstance(values, dict) or values.get("kind") not in ("hub", "registry") or "path" not in values:
         return values
-    return {**{name: value for name, value in values.items() if name in LocalSource.model_fields}, "kind": "local"}
+    known, entry = {}, registry().get(str(values.get("name")))
+    if entry and entry.split:
+        known = entry.model_dump(include={"split", "training_datasets", "score_range", "licence"}) | {"language": "en"}
+        known["label_scores"] = {**LABEL_SCORES, **entry.label_scores}  # numbers or words
+    kept = {name: value for name, value in values.items() if name in LocalSource.model_fields}
+    return {**known, **kept, "kind": "local"}
 
 
 Source = Annotated[
@@ -217,6 +222,7 @@ def prefer_local(source: Source, data_root: str | None) -> Source:
         return source
     print(f"reads {path} in place of {found.dataset} on the Hub", file=sys.stderr, flush=True)
     shared = source.model_dump(include={*Splits.model_fields}) | {"score_range": found.score_range}
+    shared["licence"] = source.licence or (source.entry.licence if source.kind == "registry" else None)
     # columns are known by their names; labels may be the Hub's numbers or words
     return LocalSource(**{**shared, "label_scores": {**LABEL_SCORES, **found.label_scores}, **keys, "kind": "local"})
 

@@ -81,6 +81,7 @@ def test_a_recipe_of_data_is_built_from_a_copy(tmp_path, monkeypatch, capsys, wo
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "sets"))
     main([*asked, "--output_dir", str(tmp_path / "data")])
     assert f"reads {copy} in place of stanfordnlp/snli on the Hub" in capsys.readouterr().err
+    assert "license: cc-by-sa-4.0" in (tmp_path / "data" / "hub" / "README.md").read_text()
     corpus = read_manifest(tmp_path / "data" / "corpus")
     assert corpus["queries"] == {"test": 3, "validation": 12} and corpus["pairs_seen"] == 30
     rows = pl.read_parquet(tmp_path / "data" / "mined" / "mined.parquet")
@@ -90,6 +91,18 @@ def test_a_recipe_of_data_is_built_from_a_copy(tmp_path, monkeypatch, capsys, wo
     splits = ["--split", "validation", "--eval_splits", "[test]", "--label_scores", "{'0': 1, '2': 0, entailment: 1}"]
     main([*asked, *splits, "--source.path", str(copy), "--output_dir", str(tmp_path / "other")])
     assert read_manifest(tmp_path / "other" / "corpus")["queries"] == corpus["queries"]
+
+
+def test_another_folder_keeps_what_the_registry_knows_of_the_set(tmp_path):
+    """Without the range of its scores sts is refused; without training_datasets the card cannot say what was seen."""
+    (path,) = (path for path in DATA_RECIPES if path.name == "stsb.yaml")
+    (tmp_path / "pairs.csv").write_text("sentence1,sentence2,score\na,b,5\n")
+    flags = ["--source.path", "pairs.csv", "--source.split", "dev", "--data_root", str(tmp_path)]
+    flags += ["--decontamination", "null"]
+    [recipe] = load_recipes(str(path), flags, Path("data")).values()
+    source, entry = recipe.source, registry()["STSBenchmark"]
+    assert (source.kind, source.path, source.split) == ("local", "pairs.csv", "dev")
+    assert source.score_range == entry.score_range and source.training_datasets == entry.training_datasets
 
 
 def test_recipes_cover_every_task_type_and_every_set_of_the_registry():
