@@ -111,7 +111,7 @@ class StudentConfig(Section):
     teacher: str  # model reference: its tokenizer and word embeddings
     corpus: str  # a data folder's corpus/, whose texts give the word frequencies
     prompt: str = ""  # before queries when words are counted: what all carry weighs next to nothing
-    hidden_size: int = Field(512, ge=128, lt=LARGEST, multiple_of=128)  # 128 a head
+    hidden_size: int = Field(512, ge=128, lt=LARGEST, multiple_of=128)  # a multiple of 128, which is a head
     intermediate_size: Count = 768  # of the MLPs
     num_hidden_layers: int = Field(2, ge=2, lt=LARGEST)  # 2 or more: the first counts, the last averages
     max_position_embeddings: Count = 4096  # tokens

@@ -21,7 +21,7 @@ from modeling.adapters import continue_adapter, quantization
 from modeling.batches import EpochBatchSampler, steps_by_weight
 from modeling.demonstrations import Demonstrations, counter
 from modeling.encoder import build_encoder
-from modeling.keys import memory_bytes
+from modeling.keys import StageArguments, memory_bytes
 from modeling.losses import CachedCoSENTLoss, GradedLoss
 from modeling.processes import launched_with, processes
 from modeling.recipe import Stage
@@ -55,6 +55,8 @@ def load_data(stage: Stage) -> StageData:
     evaluated = stage.training.eval_strategy.value != "no"
     if stage.own.nanobeir and not evaluated:
         raise InputError(f"stage {stage.name!r}: nanobeir is measured at evaluations; set eval_strategy")
+    if stage.training.eval_on_start and not evaluated:
+        raise InputError(f"stage {stage.name!r}: eval_strategy is 'no'; set eval_on_start to false, too")
     return StageData(train, load_validation(stage, sources) if evaluated else [], keys, positives)
 
 
@@ -85,8 +87,13 @@ def with_prompts(stage: Stage, train: Mapping[str, Dataset], tokenizer: PreTrain
                     "train_max_seq_length, or drop shots"
                 )
     check_prompts(tokenizer, prompts, own.max_seq_length, own.min_text_tokens)
-    check_prompts(tokenizer, trained, own.train_max_seq_length, own.min_text_tokens)
+    check_prompts(tokenizer, trained, own.train_max_seq_length, own.min_text_tokens, train_length_key(own))
     return dataclasses.replace(stage, prompts=prompts, column_prompts=columns)
+
+
+def train_length_key(own: StageArguments) -> str:
+    """The key that sets the length of training texts: where both are equal, the one that the other follows."""
+    return "train_max_seq_length" if own.train_max_seq_length < own.max_seq_length else "max_seq_length"
 
 
 def demonstrations(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, Demonstrations]:
@@ -198,7 +205,7 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
         tokens = batch * sum(count.tokens for count in counts) / max(count.texts for count in counts)
         parts = [f"{len(data.train[name]):,} rows of {own.dataset_name} ({own.dataset_config})", own.loss]
         parts += [f"{length} of {batch} rows, about {tokens:,.0f} tokens each"]
-        parts += [cut_line(cut[name], stage.own.train_max_seq_length)]
+        parts += [cut_line(cut[name], stage.own.train_max_seq_length, train_length_key(stage.own))]
         if shown := trainer.data_collator.demonstrations.get(name):
             room = shots_room(stage, name)
             share = shown.share_that_fits(counter(trainer.data_collator.model.tokenizer), room)

@@ -98,9 +98,13 @@ def check_text(encoder: SentenceTransformer) -> None:
 
 
 def check_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Mapping[str, str], max_seq_length: int, min_text_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, str],
+    max_seq_length: int,
+    min_text_tokens: int,
+    key: str = "max_seq_length",
 ) -> None:
-    """Refuse a prompt that leaves fewer than `min_text_tokens` of `max_seq_length` for the text.
+    """Refuse a prompt that leaves fewer than `min_text_tokens` of `max_seq_length`, which `key` sets, for the text.
 
     A prompt of max_seq_length tokens gives every query the same vector, and nothing says so.
     """
@@ -109,7 +113,7 @@ def check_prompts(
         if max_seq_length - taken < min_text_tokens:
             raise InputError(
                 f"prompt {name!r} leaves {max(max_seq_length - taken, 0)} of {max_seq_length} tokens for the text, at "
-                f"least {min_text_tokens} are needed; shorten the prompt or raise max_seq_length"
+                f"least {min_text_tokens} are needed; shorten the prompt or raise {key}"
             )
 
 

@@ -244,8 +244,8 @@ def count_cut(
     return {name: of_column(rows[name][:], prompts.get(name, "")) for name in rows.column_names if name != LABEL}
 
 
-def cut_line(counts: Mapping[str, CutTexts], max_seq_length: int) -> str | None:
-    """What a person should know of `count_cut`; None where nothing is cut.
+def cut_line(counts: Mapping[str, CutTexts], max_seq_length: int, key: str = "max_seq_length") -> str | None:
+    """What a person should know of `count_cut`; None where nothing is cut. `key` is the one that sets the length.
 
     >>> cut_line({"query": CutTexts(0, 8, False), "positive": CutTexts(3, 4, False)}, 64)
     '3 of 12 texts are cut at 64 tokens; positive: 3 of 4, more than half; raise max_seq_length'
@@ -259,4 +259,4 @@ def cut_line(counts: Mapping[str, CutTexts], max_seq_length: int) -> str | None:
             parts.append(f"all {count.texts:,} of {name} read the same")
         elif 2 * count.cut > count.texts:
             parts.append(f"{name}: {count.cut:,} of {count.texts:,}, more than half")
-    return "; ".join(parts + ["raise max_seq_length"] * (len(parts) > 1))
+    return "; ".join(parts + [f"raise {key}"] * (len(parts) > 1))

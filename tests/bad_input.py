@@ -151,7 +151,8 @@ share_prefix: maybe                    | key 'share_prefix' is 'maybe'
 optim: sgdd                            | invalid choice: 'sgdd'
 lr_scheduler_kwargs: "{"               | stage 'sts': Expecting property name
 zero_shot_probability: 2               | key 'zero_shot_probability' is 2
-max_seq_length: 16                     | at least 8 are needed
+max_seq_length: 16                     | at least 8 are needed; shorten the prompt or raise max_seq_length
+train_max_seq_length: 16               | at least 8 are needed; shorten the prompt or raise train_max_seq_length
 prompts: {query: "q: "}                | prompted_columns
 model_name_or_path: ../../x            | model '../../x': no such folder
 model_name_or_path: null               | name the model to start from
@@ -193,6 +194,7 @@ stray                                  | stray
 {ONE} --resume_from_checkpoint out/checkpoint-9  | true goes on from a stage's last checkpoint
 {ONE} --dataset_config ../x            | config '../x' of dataset 'hub' cannot be read
 {ONE} --prompted_columns question      | no column 'question' to prompt
+{ONE} --eval_strategy no --eval_on_start true    | 'no'; set eval_on_start to false, too
 """
 ROWS = "hub/train.parquet"
 STUDENT = {"teacher": "model", "corpus": "corpus"}

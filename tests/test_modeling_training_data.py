@@ -180,5 +180,6 @@ def test_cut_texts_are_counted_by_column(tiny_encoder):
     assert counts == {"query": (1, 2, False, 15), "positive": (2, 2, True, 16), "negative_1": (1, 1, False, 8)}
     line = "4 of 5 texts are cut at 8 tokens; all 2 of positive read the same; negative_1: 1 of 1, more than half"
     assert cut_line(counts, 8) == line + "; raise max_seq_length"
+    assert cut_line(counts, 8, "train_max_seq_length") == line + "; raise train_max_seq_length"
     assert cut_line(count_cut(rows, tokenizer, 15, {}), 15) is None
     assert count_cut(rows, tokenizer, 8, {}, max_rows=1)["positive"].texts == 1

@@ -63,8 +63,10 @@ def test_recipes_are_read(path):
     stages = {"sts": "cosent", "retrieval": "soft_info_nce"}
     if path.parent.name in ONE_STAGE:
         del stages["sts"]
-    if path.parent.name == "smollm2":
+    if path.parent.name in ("smollm2", "evidence"):
         stages["mixed"] = "soft_info_nce"
+    if path.parent.name == "evidence":
+        stages["classes"] = "soft_info_nce"
     assert {stage.name: stage.own.loss for stage in recipe.stages} == stages
     assert recipe.output_dir.parts[0] == "runs"
     assert f"--config recipes/{path.parent.name}/train.yaml" in path.read_text()  # the command at its top is its own
