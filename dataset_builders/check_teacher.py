@@ -1,10 +1,10 @@
 """Does the way a teacher grades in a build give the scores that the model is meant to give?
 
-    python -m dataset_builders.build --config recipes/data/scifact.yaml --output_dir DIR --check_teacher 200
+    python -m dataset_builders.build --config recipes/data/natural-questions.yaml --output_dir DIR --check_teacher 200
 
 Batches, low precision, stored vectors and serving engines go wrong without a word: all scores zero for one merged
 checkpoint, near random for another's chat template. So a sample is graded twice, by the build's own code and by plain
-sentence-transformers.
+sentence-transformers. A hybrid has no other implementation to be compared with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fine-tunes a cross-encoder on a build's candidates, so that it can grade them and no query grades itself.
+r"""Fine-tunes a cross-encoder on a build's candidates, so that it can grade them and no query grades itself.
 
     python -m dataset_builders.train_teacher --config recipes/teacher/teacher.yaml
     python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir DIR \
