@@ -27,10 +27,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 def soft_info_nce(
     scores: Tensor, own: Tensor, labels: Tensor, target_temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    """InfoNCE whose target is made of soft labels: `cross_entropy_on_own` with the targets of `soft_targets`.
+    """InfoNCE with a soft target: cross-entropy between softmax(cosine / temperature) over the batch's documents and
+    softmax(logit(label) / target_temperature) over the row's own.
 
-    The target is spread over the row's own documents only; the documents of other rows are negatives, as in InfoNCE.
-    One-hot labels give `info_nce`.
+    That is `cross_entropy_on_own` with the targets of `soft_targets`. The target is spread over the row's own
+    documents only; the documents of other rows are negatives, as in InfoNCE. One-hot labels give `info_nce`.
 
     Example:
         One row, two own documents with labels 0.8 and 0.5 (odds 4 and 1, so targets 0.8 and 0.2) and equal scores:

@@ -39,9 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = {"model": ROOT / "model_card.md", "adapter": Path(__file__).with_name("adapter_card.md")}
 # Keys in the table of settings; recipe.yaml below it has all.
 _LORA = ("lora_r", "lora_alpha", "lora_target_modules", "lora_dropout")
-_SETTINGS = ("dataset_name", "loss", "temperature", "alpha", "num_negatives", "instruction", "shots")
-_SETTINGS += ("max_seq_length", "train_max_seq_length", "matryoshka_dims", *_LORA, "learning_rate", "num_train_epochs")
-_SETTINGS += ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+_SETTINGS = ("dataset_name", "loss", "temperature", "target_temperature", "alpha", "num_negatives", "instruction")
+_SETTINGS += ("shots", "max_seq_length", "train_max_seq_length", "matryoshka_dims", *_LORA, "learning_rate")
+_SETTINGS += ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 _EXAMPLE = {"query": "a question", "documents": ["a text that answers it", "another text"]}  # without data at hand
 # Pooling modes of sentence-transformers -> how text-embeddings-inference and vLLM call them.
 SERVER_POOLING = {"lasttoken": ("last-token", "LAST"), "mean": ("mean", "MEAN"), "cls": ("cls", "CLS")}

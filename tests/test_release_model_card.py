@@ -129,7 +129,7 @@ def test_card_has_recipe_costs_data_and_scores(card):
         "| learning_rate | 0.0001 | 0.0001 |",
         "| num_train_epochs | 3.0 | 3.0 |",
         "| optimizer steps | 20 | 20 |",
-        "- `soft_info_nce`: InfoNCE whose target is made of soft labels",
+        "- `soft_info_nce`: InfoNCE with a soft target: cross-entropy between softmax(cosine / temperature) over",
         "| ArguAna | Retrieval | ndcg_at_10 | 50.00 |",
         "| org/name | 2/2 | 62.50 | 62.50 | 50.00 | 75.00 |",
         "one block for each, in this form",
@@ -296,7 +296,7 @@ SAYS = {
         {**HUB_BASE},
         {"prompts": {"query": "query: ", "document": "passage: "}},
         [
-            '`encode_query` puts `"query: "` before a text, `encode_document` `"passage: "`.\n',
+            '`encode_query` puts `"query: "` before a text, `encode_document` `"passage: "`.\n\nA score',
             '"another text"], prompt="passage: ")\nprint(',
             "documents take `document`.",
             "looks them up.\n\n<details><summary>All 2 prompts",
