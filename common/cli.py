@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -89,6 +90,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     debug = "--debug" in argv
     # it warns that a kernel for some CPUs is not installed, which it does without
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # mteb calls a method of sentence-transformers by its former name
+    warnings.filterwarnings("ignore", "The `get_sentence_embedding_dimension` method", FutureWarning)
     try:
         main([arg for arg in argv if arg != "--debug"])
     except BrokenPipeError:  # the reader of our output, such as `head`, has exited
