@@ -89,6 +89,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Any, list[str]]:
     parser.add_argument(
         "--check_teacher", type=int, metavar="PAIRS", help="compare the teacher with its reference scorer, and stop"
     )
+    parser.add_argument("--inspect", metavar="PATH", help="print what own files hold, and a recipe for them, and stop")
     parser.add_argument("--list_sources", action="store_true", help="print the sets that source.name can be, and stop")
     parser.add_argument("--list_keys", action="store_true", help="print every key with default and meaning, and stop")
     return parser.parse_known_args(argv)
