@@ -46,7 +46,7 @@ def read_evidence(
         commits: on the Hub that are known to have the model's files; mteb's results of them are the model's.
 
     Raises:
-        InputError: no run, a named folder without results, pictures of other results.
+        InputError: no run, a named folder without results, results of another run, pictures of other results.
     """
     path = run_folder / "recipe.yaml"
     if not path.is_file():
@@ -57,6 +57,11 @@ def read_evidence(
     folders = list(dict.fromkeys([results or run_folder / "results", run_folder / "results"]))
     with_metrics = next((folder for folder in folders if (folder / "metrics.json").is_file()), None)
     metrics = read_metrics(with_metrics) if with_metrics else None
+    if metrics and not (metrics["run"] and (with_metrics / metrics["run"]).resolve() == run_folder.resolve()):
+        raise InputError(  # of models that were compared any could be the last, whose scores are taken for this one's
+            f"{with_metrics / 'metrics.json'}: is not of {run_folder}; "
+            f"run python -m eval.retrieval --run {run_folder}, or name another folder of results"
+        )
     if results and with_metrics != results and not read_mteb([results], model, commits):
         raise InputError(
             f"{results}: neither metrics.json nor mteb's results of {model} are there; "

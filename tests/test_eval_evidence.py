@@ -64,6 +64,15 @@ def test_only_results_of_these_weights_are_the_models(reported_run, copy, tmp_pa
     assert read_evidence(reported_run)["mteb"] and not read_evidence(copy)["mteb"]
 
 
+@pytest.mark.parametrize("run", [None, "../../elsewhere"], ids=["models compared", "another run"])
+def test_scores_of_others_are_not_the_models(copy, run):
+    """The last model of a comparison may be anyone's."""
+    metrics = json.loads((copy / "results" / "metrics.json").read_text())
+    write_json(copy / "results" / "metrics.json", {**metrics, "run": run})
+    with pytest.raises(InputError, match=r"metrics.json: is not of .*eval.retrieval --run"):
+        read_evidence(copy)
+
+
 def test_pictures_of_other_results_are_refused(copy):
     """Evaluated anew and not reported anew: table and picture would disagree."""
     metrics = json.loads((copy / "results" / "metrics.json").read_text())
