@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
         parts += [f"![Systems by {metrics['compared']}](systems.png)"]
     if board:
         figures["mteb.png"] = plot_leaderboard(board)
-        parts += ["## MTEB", format_means(board), "![MTEB by task type](mteb.png)", format_tasks(board)]
+        parts += ["## MTEB", f"Made from mteb's results in `{results / 'results'}`.", format_means(board)]
+        parts += ["![MTEB by task type](mteb.png)", format_tasks(board)]
     if run_folder:
         stages = [stage["name"] for stage in read_stages(run_folder)["stages"]]
         logs, manifests = read_logs(run_folder, stages), read_manifests(results / metrics["data"])

@@ -89,5 +89,6 @@ def test_a_page_of_mteb_alone(output, tmp_path):
     report.main([str(output), "--output_dir", str(tmp_path / "page")])
     page = (tmp_path / "page" / "report.md").read_text()
     assert "| org/a@01234567-2-shot | 1 |" in page and "![MTEB by task type](mteb.png)" in page
+    assert f"Made from mteb's results in `{tmp_path / 'results'}`." in page
     assert (tmp_path / "page" / "mteb.png").read_bytes().startswith(b"\x89PNG")
     assert "Not run" not in page
