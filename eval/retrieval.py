@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import ArgumentParser, InputError, at_least_1, run
+from common.cli import ArgumentParser, at_least_1, run
 from common.models import resolve_model
 from common.steps import file_sha256, fingerprint, peak_memory_bytes, stack_versions, write_json
 from dataset_builders.dense import dense_top_k
@@ -51,7 +51,17 @@ from eval.metrics import (
     with_differences,
 )
 from eval.pages import write_queries_page
-from eval.systems import DTYPES, System, compressed, encoder_section, named_systems, run_systems, stage_names
+from eval.systems import (
+    DTYPES,
+    System,
+    check_dimensions,
+    compares_by_dot,
+    compressed,
+    encoder_section,
+    named_systems,
+    run_systems,
+    stage_names,
+)
 from eval.thresholds import relevance
 
 # Of the cosines that a model gives: in %, and down to which rank documents that are not relevant are looked at.
@@ -69,16 +79,18 @@ def main(argv: Sequence[str]) -> None:
         run_systems(args.run, args.data, args.output_dir) if args.run else named_systems(args.model, args.output_dir)
     )
     systems = [replace(system, dtype=args.dtype) for system in systems]
-    for system in [system for system in systems if system.with_bm25]:
+    whole = [system for system in systems if system.with_bm25]
+    for system in whole:
         systems += compressed(system, args.truncate_dim, args.precision)
 
     key = evaluation_key(args.data, args.split, systems)
     metrics = finished_metrics(args.output_dir, key)
     if metrics is None:
+        if args.truncate_dim:  # before hours of work on the others
+            check_dimensions([system.model for system in whole], max(args.truncate_dim))
         args.output_dir.mkdir(parents=True, exist_ok=True)
         rows, rankings, notes = evaluate(systems, asked, retrieved, validation, args.data / "embeddings")
-        whole = [system.name for system in systems if system.with_bm25]
-        compared = [whole[0] if len(whole) > 1 else BASELINE, whole[-1]]
+        compared = [whole[0].name if len(whole) > 1 else BASELINE, whole[-1].name]
         per_query = {row["name"]: row["per_query"] for row in rows}
         shown = {name: (rankings[name], per_query[name]) for name in compared}
         write_queries_page(args.output_dir / "queries.html", asked, shown)
@@ -186,7 +198,9 @@ def model_row(system: System, cache: Path, asked: HeldOut) -> tuple[dict[str, An
     row = {"name": system.name, "kind": "model", "model": system.model, "shots": system.shots}
     row |= {"dimensions": system.dimensions, "precision": system.precision}
     row |= {"seconds": round(time.monotonic() - start, 1)} | ranking_scores(asked.qrels, ranking)
-    return row | {"cosines": {"quantiles": QUANTILES} | cosine_quantiles(vectors, ranking, asked)}, ranking
+    if not compares_by_dot(system.model):
+        row["cosines"] = {"quantiles": QUANTILES} | cosine_quantiles(vectors, ranking, asked)
+    return row, ranking
 
 
 def fused_row(
@@ -204,7 +218,8 @@ def fused_row(
     if validation:
         held_out, sparse = validation
         dense = rank(embed(system, cache, held_out), held_out)
-        cut = relevance(held_out.qrels, dense, asked.qrels, found[1])
+        if not compares_by_dot(system.model):
+            cut = relevance(held_out.qrels, dense, asked.qrels, found[1])
         weight = choose_weight(held_out.qrels, sparse, dense)
         chosen = f"chosen on {len(held_out.queries):,} validation queries"
     row = {"name": f"BM25 + {system.name}", "kind": "fusion", "model": system.model, "weight": weight}
@@ -222,36 +237,34 @@ def embed(system: System, cache: Path, asked: HeldOut) -> tuple[np.ndarray | Vec
     embedder = Embedder(section, cache)
     vectors = embedder.queries(list(asked.queries.values())), embedder.documents(list(asked.documents.values()))
     if system.dimensions:
-        if system.dimensions > vectors[0].shape[1]:
-            raise InputError(f"--truncate_dim {system.dimensions}: {system.model} has {vectors[0].shape[1]}; lower it")
-        cut = [np.asarray(side)[:, : system.dimensions] for side in vectors]
-        vectors = tuple(side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in cut)
+        vectors = tuple(np.asarray(side)[:, : system.dimensions] for side in vectors)
     if system.precision != "float32":
         vectors = np.asarray(vectors[0]), dequantised(np.asarray(vectors[1]), system.precision)
+    if (system.dimensions or system.precision != "float32") and not compares_by_dot(system.model):
+        vectors = tuple(side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in vectors)
     return vectors
 
 
 def dequantised(vectors: np.ndarray, precision: str) -> np.ndarray:
-    """Unit `vectors` after sentence-transformers' int8 (with their own ranges) or binary, as unit vectors again."""
+    """`vectors` after sentence-transformers' int8 (with their own ranges) or binary (signs, all of one length)."""
     from sentence_transformers.util import quantize_embeddings
 
     if precision == "binary":
-        values = np.unpackbits(quantize_embeddings(vectors, "ubinary"), axis=1)[:, : vectors.shape[1]] * 2.0 - 1
-    else:
-        low, high = vectors.min(axis=0), vectors.max(axis=0)
-        steps = quantize_embeddings(vectors, "int8", ranges=np.stack([low, high])).astype(np.float32) + 128
-        values = low + steps * (high - low) / 255
-    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+        bits = np.unpackbits(quantize_embeddings(vectors, "ubinary"), axis=1)[:, : vectors.shape[1]]
+        return bits.astype(np.float32) * 2 - 1
+    low, high = vectors.min(axis=0), vectors.max(axis=0)
+    steps = quantize_embeddings(vectors, "int8", ranges=np.stack([low, high])).astype(np.float32) + 128
+    return low + steps * (high - low) / 255
 
 
 def rank(vectors: tuple[np.ndarray | Vectors, ...], asked: HeldOut) -> Ranking:
-    """The DEPTH documents with the highest cosines of each query, which are the scores; its own texts left out."""
+    """The DEPTH documents most similar to each query by the model's own measure; its own texts left out."""
     ids, most_own = list(asked.documents), max(map(len, asked.own.values()), default=0)
-    positions, cosines = dense_top_k(*vectors, DEPTH + most_own)
+    positions, scores = dense_top_k(*vectors, DEPTH + most_own)
     ranking = {}
-    for query_id, *found in zip(asked.queries, positions.tolist(), cosines.tolist(), strict=True):
+    for query_id, *found in zip(asked.queries, positions.tolist(), scores.tolist(), strict=True):
         own = asked.own.get(query_id, ())
-        others = ((ids[place], cosine) for place, cosine in zip(*found, strict=True) if ids[place] not in own)
+        others = ((ids[place], score) for place, score in zip(*found, strict=True) if ids[place] not in own)
         ranking[query_id] = dict(islice(others, DEPTH))
     return ranking
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from common.cli import InputError
 from common.models import check_model_folder, fetch_settings, resolve_model
 from common.steps import files_of, fingerprint, folder_step, read_json, read_parquet
-from dataset_builders.embeddings import Dtype, EncoderSection
+from dataset_builders.embeddings import Dtype, EncoderSection, load_model
 from modeling.encoder import read_setting
 from modeling.prompts import QUERY_TEMPLATE, baked_prompts, few_shot_prompt, few_shot_prompts
 from modeling.recipe import STAGES, read_stages
@@ -82,6 +82,23 @@ def stage_names(run_folder: Path) -> list[str]:
     if (run_folder / "model").is_dir() and not (run_folder / STAGES).is_file():
         return []
     return [stage["name"] for stage in read_stages(run_folder)["stages"]]
+
+
+def compares_by_dot(reference: str) -> bool:
+    """Whether a model's own similarity is the inner product, which depends on the lengths of its vectors."""
+    model = resolve_model(reference)
+    model = dataclasses.replace(model, revision=fetch_settings(model))
+    return (read_setting(model, "config_sentence_transformers.json") or {}).get("similarity_fn_name") == "dot"
+
+
+def check_dimensions(references: Sequence[str], asked: int) -> None:
+    """Raises InputError for a model with fewer than `asked` dimensions."""
+    from sentence_transformers import SentenceTransformer
+
+    for reference in references:
+        there = load_model(SentenceTransformer, encoder_section(reference)).get_embedding_dimension()
+        if there and asked > there:
+            raise InputError(f"--truncate_dim {asked}: {reference} has {there}; lower it")
 
 
 def with_shots(system: System, prompts: Mapping[str, str]) -> list[System]:

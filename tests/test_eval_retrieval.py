@@ -190,8 +190,38 @@ def test_any_models_are_compared_without_a_run(run, tiny_decoder, tmp_path, held
     truncated = sentence_transformers_scores(run / "model", held_out, query_prompt_name="query", truncate_dim=8)
     assert scores[f"{names[0]}, 8 dimensions"] == pytest.approx(truncated["cosine_ndcg@10"], abs=1e-4)
     assert f"| {names[0]} | {scores[names[0]]:.3f} |" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"--truncate_dim 99: [^,]* has 32; lower"):
-        evaluate(run, tmp_path / "out", "--model", names[0], "--truncate_dim", "99")
+
+
+def test_a_length_that_a_later_model_does_not_have_is_refused_before_any_is_scored(run, tmp_path, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    modules = [*SentenceTransformer(str(run / "model"))][:2]
+    SentenceTransformer(modules=[*modules, Dense(32, 16)]).save(str(tmp_path / "short"))
+    names = [str(run / "model"), str(tmp_path / "short")]
+    monkeypatch.setattr("eval.retrieval.evaluate", lambda *args: pytest.fail("the first was scored"))
+    for models, dimensions, said in ((names, "20", "20: .*short has 16"), (names[:1], "99", "99: .*model has 32")):
+        with pytest.raises(InputError, match=f"--truncate_dim {said}; lower it"):
+            evaluate(run, tmp_path / "out", "--model", *models, "--truncate_dim", "8", dimensions)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [{"dimensions": 8}, {"precision": "int8"}])
+def test_compressed_vectors_are_compared_as_the_model_says(run, held_out, tmp_path, how):
+    """By inner products where these are its similarity: lengths count, and none is called a cosine."""
+    from sentence_transformers import SentenceTransformer
+
+    modules = [*SentenceTransformer(str(run / "model"))][:2]  # without the one that makes unit vectors
+    SentenceTransformer(modules=modules, similarity_fn_name="dot").save(str(tmp_path / "dot"))
+    model = SentenceTransformer(str(tmp_path / "dot"), truncate_dim=how.get("dimensions"))
+    queries, documents = (list(texts.values()) for texts in (held_out.queries, held_out.documents))
+    vectors = model.encode_query(queries), model.encode_document(documents)
+    expected = model.similarity(*vectors).numpy()
+    row, ranking = model_row(System("dot", str(tmp_path / "dot"), **how), tmp_path / "embeddings", held_out)
+    found = [[scores[document] for document in held_out.documents] for scores in ranking.values()]
+    np.testing.assert_allclose(found, expected, atol=0.5)  # int8's steps are 1/255 of a dimension's range
+    lengths = [np.linalg.norm(side, axis=1) for side in vectors]
+    assert np.abs(expected / np.outer(*lengths) - expected).max() > 1 and "cosines" not in row
 
 
 def test_models_run_in_the_dtype_that_is_asked_for(run, held_out):
@@ -211,7 +241,10 @@ def test_models_run_in_the_dtype_that_is_asked_for(run, held_out):
 def test_quantised_vectors_stay_near():
     vectors = np.random.default_rng(0).normal(size=(50, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosines = {kind: (dequantised(vectors, kind) * vectors).sum(axis=1).min() for kind in ("int8", "binary")}
+    near = {kind: dequantised(vectors, kind) for kind in ("int8", "binary")}
+    cosines = {
+        kind: ((found * vectors).sum(axis=1) / np.linalg.norm(found, axis=1)).min() for kind, found in near.items()
+    }
     assert cosines["int8"] > 0.999 and 0.6 < cosines["binary"] < 0.95
 
 
