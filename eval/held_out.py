@@ -95,10 +95,11 @@ def candidate_rankings(data: Path, held_out: HeldOut) -> dict[str, tuple[Ranking
     """The first DEPTH places of RETRIEVERS' rankings, as the candidates folder holds them.
 
     With each comes the rank down to which it is complete: with `fusion.top_k` the folder keeps the first documents of
-    the fused list, and one that BM25 ranks 90th may not be among them.
+    the fused list, and one that BM25 ranks 90th may not be among them; a retriever's own top_k ends its list, too.
     """
     try:
-        top_k = read_manifest(data / "candidates")["inputs"]["fusion"]["top_k"] or math.inf
+        inputs = read_manifest(data / "candidates")["inputs"]
+        top_k = inputs["fusion"]["top_k"] or math.inf
     except (KeyError, TypeError):
         where = data / "candidates" / MANIFEST
         raise InputError(f"{where}: no inputs.fusion.top_k in it; build the data again") from None
@@ -112,7 +113,12 @@ def candidate_rankings(data: Path, held_out: HeldOut) -> dict[str, tuple[Ranking
             f"name that split in the recipe's source.eval_splits and build the data again"
         )
     _check_known(set(table["document_id"]), held_out.documents, path)
-    cut = table.group_by("query_id").len().filter(pl.col("len") >= top_k)["query_id"].to_list()
+    is_cut = {prefix: pl.len() >= top_k for prefix in RETRIEVERS.values()}
+    for own in ("bm25", "dense"):
+        most = inputs.get(own, {}).get("top_k", DEPTH)
+        if most < min(DEPTH, len(held_out.documents)):
+            for prefix in {own, "rrf", "convex"}:
+                is_cut[prefix] |= pl.col(f"{own}_rank").count() >= most
     rankings = {}
     for name, prefix in RETRIEVERS.items():
         rank, score = pl.col(f"{prefix}_rank"), pl.col(f"{prefix}_score")
@@ -120,6 +126,7 @@ def candidate_rankings(data: Path, held_out: HeldOut) -> dict[str, tuple[Ranking
         in_place = (rank == pl.int_range(1, pl.len() + 1)).sum()
         rows = {query_id: rest for query_id, *rest in found.agg("document_id", score, in_place).iter_rows()}
         empty = [[], [], 0]
+        cut = table.group_by("query_id").agg(is_cut[prefix].alias("cut")).filter("cut")["query_id"].to_list()
         ranking = {query_id: dict(zip(*rows.get(query_id, empty)[:2], strict=True)) for query_id in held_out.queries}
         rankings[name] = ranking, min((rows.get(query_id, empty)[2] for query_id in cut), default=DEPTH)
     return rankings

@@ -129,5 +129,5 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         *metrics["notes"],
     ]
     if any(row[name] is None for row in metrics["systems"] for name in measures):
-        lines.append("-: not known, the candidates were cut; leave fusion.top_k out.")
+        lines.append("-: not known, the candidates were cut; leave fusion.top_k, bm25.top_k and dense.top_k out.")
     return "\n\n".join(lines)

@@ -136,7 +136,7 @@ def not_run(
     for row in metrics["systems"]:
         unknown = [name for name in metrics["measures"] if row[name] is None]
         if unknown:
-            lines.append(f"{', '.join(unknown)} of {row['name']}: the candidates were cut (fusion.top_k).")
+            lines.append(f"{', '.join(unknown)} of {row['name']}: the candidates were cut (top_k).")
     return [*lines, *(f"Data step {name}: it was not made." for name in BUILD_FOLDERS if name not in manifests)]
 
 

@@ -340,6 +340,21 @@ def test_a_cut_candidates_file_gives_no_recall(tiny_run, tmp_path, top_k, known,
     assert {measure: row[measure] is not None for measure in known} == known
 
 
+def test_a_short_list_of_a_retriever_gives_no_recall_of_it_and_of_what_is_fused_from_it(
+    tiny_run, tmp_path, held_out, monkeypatch
+):
+    """BM25 stopped at 2 of 6 documents; the dense retriever could have gone on to the end."""
+    data = shutil.copytree(tiny_run / "data", tmp_path / "data")
+    inputs = {"fusion": {"top_k": None}, "bm25": {"top_k": 2}, "dense": {"top_k": 6}}
+    write_json(data / "candidates" / "manifest.json", {"inputs": inputs})
+    monkeypatch.setattr("eval.held_out.DEPTH", 5)
+    found = {name: complete for name, (_, complete) in candidate_rankings(data, held_out).items()}
+    assert found == {"BM25": 2, "dense retriever": 5, "RRF": 2, "convex sum": 2}
+    inputs["bm25"]["top_k"] = 6
+    write_json(data / "candidates" / "manifest.json", {"inputs": inputs})
+    assert {complete for _, complete in candidate_rankings(data, held_out).values()} == {5}
+
+
 def test_fusion_looks_as_deep_as_it_says_however_many_documents_a_build_keeps(run, held_out, monkeypatch):
     """Deeper lists have a lower last score, so the same document would get another share of the sum."""
     whole = candidate_rankings(run / "data", held_out)
