@@ -20,7 +20,7 @@ from eval.figures import KEY, plot_leaderboard, plot_systems, plot_training
 from eval.leaderboard import format_means, format_tasks, read_leaderboard
 from eval.metrics import format_table, read_metrics
 from eval.run_files import Log, read_ledger, read_logs, read_manifests
-from modeling.recipe import read_stages
+from eval.systems import stage_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +55,7 @@ def main(argv: Sequence[str]) -> None:
         figures["mteb.png"] = plot_leaderboard(board)
         parts += ["## MTEB", f"Made from mteb's results in `{results / 'results'}`.", format_means(board)]
         parts += ["![MTEB by task type](mteb.png)", format_tasks(board)]
-    if run_folder:
-        stages = [stage["name"] for stage in read_stages(run_folder)["stages"]]
+    if stages := stage_names(run_folder) if run_folder else []:  # none of a model without a record of its training
         logs, manifests = read_logs(run_folder, stages), read_manifests(results / metrics["data"])
         if logs:
             figures["training.png"] = plot_training(logs)

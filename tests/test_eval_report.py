@@ -76,6 +76,15 @@ def test_models_without_a_run_have_a_report(run, tmp_path, metrics):
     assert f"| {run / 'model'} | {metrics['systems'][-2]['nDCG@10']:.3f} |" in page and "## Settings" not in page
 
 
+def test_a_model_without_a_record_of_its_training_has_a_report_of_its_scores(run, tmp_path):
+    shutil.copytree(run / "model", tmp_path / "run" / "model")
+    flags = ["--run", str(tmp_path / "run"), "--data", str(run / "data")]
+    retrieval.main([*flags, "--output_dir", str(tmp_path / "run" / "results")])
+    page = report(tmp_path / "run" / "results", tmp_path / "report")
+    assert page.startswith("# Report on run\n") and "| final model | 0." in page
+    assert "## Settings" not in page and "## Results" in page
+
+
 def test_bars_are_as_long_as_the_scores(metrics):
     [axis] = plot_systems(metrics).axes
     bars = zip(axis.get_yticklabels(), axis.patches, strict=True)
