@@ -4,7 +4,8 @@
     python -m eval.search --model runs/demo/model --data runs/demo/data --hybrid 0.4 "how do I parse a date"
 
 The documents' vectors are kept under DATA/embeddings, by the hash of the model and of the texts: the first question
-waits for them, the next ones do not. --hybrid adds the build's BM25, with the weight that `eval.retrieval` printed.
+waits for them, the next ones do not. --hybrid adds the build's BM25, whose index is kept there, too, with the weight
+that `eval.retrieval` printed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import ArgumentParser, InputError, at_least_1, run
-from common.steps import read_manifest
+from common.steps import fingerprint, folder_step, read_manifest
 from dataset_builders.bm25 import Bm25, tokenise
 from dataset_builders.dense import dense_top_k
 from dataset_builders.embeddings import Embedder, load_model
@@ -27,7 +28,7 @@ from eval.systems import encoder_section
 
 
 class Result(NamedTuple):
-    """`score`: cosine of question and document, in [-1, 1]; of a hybrid search the fused score, in [0, 1]."""
+    """`score`: by the model's own similarity; of a hybrid search the fused score, in [0, 1]."""
 
     score: float
     document_id: str
@@ -78,29 +79,40 @@ def search(
     ids, texts = list(documents), list(documents.values())
     vectors = Embedder(section, cache).documents(texts)
     # not through the cache: a question is asked once
-    question_vector = load_model(SentenceTransformer, section).encode_query([question], normalize_embeddings=True)
+    encoder = load_model(SentenceTransformer, section)
+    by_dot = encoder.similarity_fn_name == "dot"  # as the Embedder has it
+    question_vector = encoder.encode_query([question], normalize_embeddings=not by_dot)
     positions, scores = dense_top_k(question_vector, vectors, top_k if hybrid is None else max(top_k, DEPTH))
     best = list(zip(positions[0].tolist(), scores[0].tolist(), strict=True))
     if hybrid is not None:
-        sparse = search_bm25(question, texts, max(top_k, DEPTH), bm25 or Bm25(), language)
+        sparse = search_bm25(question, texts, max(top_k, DEPTH), bm25 or Bm25(), language, cache)
         best = convex_fusion(sparse, dict(best), hybrid, top_k)
     return [Result(score, ids[position], texts[position]) for position, score in best]
 
 
 def search_bm25(
-    question: str, texts: Sequence[str], top_k: int, section: Bm25, language: str | None = None
+    question: str, texts: Sequence[str], top_k: int, section: Bm25, language: str | None, cache: Path
 ) -> dict[int, float]:
-    """Positions and BM25 scores of the documents that share a word with `question`, at most `top_k`."""
-    words, [asked] = tokenise(texts, language), tokenise([question], language)
+    """Positions and BM25 scores of the documents that share a word with `question`, at most `top_k`.
+
+    bm25s's index is kept below `cache`; rank_bm25's, which is there to compare with, is made for every question.
+    """
+    [asked] = tokenise([question], language)
     if section.backend == "rank_bm25":
         from rank_bm25 import BM25Okapi
 
-        index = BM25Okapi(words, k1=section.k1, b=section.b)
+        index = BM25Okapi(tokenise(texts, language), k1=section.k1, b=section.b)
     else:
         import bm25s
 
-        index = bm25s.BM25(k1=section.k1, b=section.b)
-        index.index(words, show_progress=False)
+        inputs = {"k1": section.k1, "b": section.b, "language": language, "texts": fingerprint(list(texts))}
+        with folder_step(cache / fingerprint({"bm25s": inputs}), inputs) as step:
+            if not step.done:
+                index = bm25s.BM25(k1=section.k1, b=section.b)
+                index.index(tokenise(texts, language), show_progress=False)
+                index.save(step.path)
+                step.finish()
+        index = bm25s.BM25.load(step.folder, mmap=True)
     scores = index.get_scores(asked) if asked else np.zeros(len(texts))  # bm25s fails on a question of stop words
     best = (-scores).argsort(kind="stable")[:top_k].tolist()
     return {position: float(scores[position]) for position in best if scores[position] > 0}

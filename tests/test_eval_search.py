@@ -6,7 +6,7 @@ import pytest
 from tiny_data import write_encoder, write_recipe, write_set
 
 from dataset_builders import build
-from dataset_builders.bm25 import Bm25
+from dataset_builders.bm25 import Bm25, tokenise
 from dataset_builders.fusion import convex_fusion
 from eval.held_out import candidate_rankings, load_documents, load_held_out
 from eval.search import Result, format_results, main, search, search_bm25
@@ -53,7 +53,7 @@ def test_a_hybrid_search_is_the_convex_sum_of_both(tiny_encoder, data):
     ask = "sort a list"
     dense = search(str(tiny_encoder), ask, documents, data / "embeddings", top_k=6)
     texts = list(documents.values())
-    bm25 = search_bm25(ask, texts, 6, Bm25())
+    bm25 = search_bm25(ask, texts, 6, Bm25(), None, data / "embeddings")
     assert texts[max(bm25, key=bm25.get)] == ask and 0 < len(bm25) < 6
     places = {document_id: place for place, document_id in enumerate(documents)}
     for weight in (0.0, 0.4, 1.0):
@@ -75,7 +75,7 @@ def test_bm25_is_the_builds(backend, tmp_path, capsys):
     [bm25, *_] = candidate_rankings(tmp_path / "data", asked).values()
     ids = list(asked.documents)
     for query_id, question in asked.queries.items():
-        found = search_bm25(question, list(asked.documents.values()), 20, Bm25(**keys))
+        found = search_bm25(question, list(asked.documents.values()), 20, Bm25(**keys), None, tmp_path / "e")
         assert {ids[place]: score for place, score in found.items()} == pytest.approx(bm25[0][query_id], abs=1e-5)
     shown = search(str(tmp_path / "encoder"), question, asked.documents, tmp_path / "e", 3, 0.4, Bm25(**keys))
     default = search(str(tmp_path / "encoder"), question, asked.documents, tmp_path / "e", 3, 0.4)
@@ -85,8 +85,17 @@ def test_bm25_is_the_builds(backend, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"{format_results(shown)}\n")
 
 
-def test_a_question_of_stop_words_has_no_bm25_scores():
-    assert search_bm25("is it the", ["is it the list", "a date"], 2, Bm25()) == {}
+def test_a_question_of_stop_words_has_no_bm25_scores(tmp_path):
+    assert search_bm25("is it the", ["is it the list", "a date"], 2, Bm25(), None, tmp_path) == {}
+
+
+def test_documents_are_indexed_once_and_again_when_they_change(tmp_path, monkeypatch):
+    texts, tokenised = ["sort a list", "read a file"], []
+    monkeypatch.setattr("eval.search.tokenise", lambda texts, language: tokenised.append(texts) or tokenise(texts))
+    first, again = (search_bm25("a list", texts, 2, Bm25(), None, tmp_path) for _ in range(2))
+    assert first == again and [*first] == [0] and tokenised.count(texts) == 1
+    assert [*search_bm25("a list", texts[::-1], 2, Bm25(), None, tmp_path)] == [1]
+    assert search_bm25("a list", texts, 2, Bm25(k1=0.5), None, tmp_path) != first
 
 
 def test_rank_score_id_and_the_beginning_of_the_text_are_shown():
