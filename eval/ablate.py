@@ -46,7 +46,15 @@ import numpy as np
 from common.cli import InputError, at, run
 from common.recipes import list_keys
 from common.steps import stack_versions
-from eval.ablation_recipe import Ablation, MinedAnew, Variant, read_ablation, read_variants, write_mined_rows
+from eval.ablation_recipe import (
+    Ablation,
+    MinedAnew,
+    Variant,
+    check_rows,
+    read_ablation,
+    read_variants,
+    write_mined_rows,
+)
 from eval.ablation_runs import TASKS, Run, costs, load_splits, make_runs, train_and_score
 from eval.ablation_table import choose, is_compared, notes, save, summary
 from eval.intervals import LEVEL, METHOD, RESAMPLES
@@ -67,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
     for variant in variants:
         for folder, source in variant.mined.items():
             write_mined_rows(folder, source, variant.mining)
+    with at(config):
+        check_rows(variants)
     runs = make_runs(variants, ablation)
     failed = train_and_score(runs, ablation)
     finished = [run_ for run_ in runs if run_.is_scored]

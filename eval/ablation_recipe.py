@@ -253,6 +253,20 @@ def write_mined_rows(folder: Path, source: str, mining: dict[str, Any]) -> None:
         step.finish(rows=made["train"])
 
 
+def check_rows(variants: Sequence[Variant]) -> None:
+    """Raises InputError for columns or negatives that a variant's loss needs and its rows do not have."""
+    from modeling.training_data import Source, training_rows
+
+    for variant in variants:
+        for stage in variant.recipe.stages:
+            for name, own in stage.datasets.items():
+                with at(f"variant {variant.name!r}"), at(stage.place(name)), at(f"config {own.dataset_config!r}"):
+                    rows = Source(own.dataset_name, own.dataset_revision).read(own.dataset_config)
+                    prompted = own.prompted_columns if own.instruction else []
+                    # one row has all columns; a run checks the others
+                    training_rows(rows.select(range(min(1, len(rows)))), own.loss, prompted, own.num_negatives)
+
+
 def shuffle_labels(folder: Path, seed: int) -> None:
     """Give every row of the Parquet files in `folder` the labels of another row that has as many.
 

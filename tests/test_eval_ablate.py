@@ -82,7 +82,7 @@ def write_pairs(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(recipe, hub, tmp_path_factory) -> Path:
-    """An ablation of three variants, one of which fails when its data are read."""
+    """An ablation of three variants, one of which fails: its prompt leaves no room."""
     folder = tmp_path_factory.mktemp("ablation")
     base = recipe | {"eval_strategy": "no", "num_train_epochs": 1, "learning_rate": "1e-2"}
     (folder / "train.yaml").write_text(yaml.safe_dump(base))
@@ -95,7 +95,7 @@ def folder(recipe, hub, tmp_path_factory) -> Path:
         "shared": {"total_steps": 6, "retrieval.temperature": 0.5},
         "variants": {
             "soft labels": {},
-            "broken": {"retrieval.num_negatives": 9},
+            "broken": {"retrieval.instruction": "read " * 70},
             "one-hot": {"retrieval.alpha": 0},
         },
     }
@@ -160,10 +160,19 @@ def scores(folder, finished) -> dict[tuple[str, str], np.ndarray]:
 
 
 def test_a_variant_that_fails_stops_no_other(finished, result):
-    assert "2 of 6 runs failed, first broken, seed 0" in finished and "rows have 3 negatives" in finished
+    assert "2 of 6 runs failed, first broken, seed 0" in finished and "leaves 0 of 64 tokens" in finished
     assert [(failure["name"], failure["seed"]) for failure in result["failed"]] == [("broken", 0), ("broken", 1)]
     assert [row["seeds"] for row in result["rows"]] == [[0, 1], [], [0, 1]]
     assert result["rows"][1]["mean"] is None and result["rows"][1]["difference"] is None
+
+
+def test_negatives_that_rows_do_not_have_are_refused_before_anything_is_trained(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.ablate.train_and_score", lambda *args: pytest.fail("trained"))
+    variants = "{whole: {}, more: {retrieval.num_negatives: 9}}"
+    said = r"variant 'more': stage 'retrieval': .*rows have 3 negatives; num_negatives is 9"
+    with pytest.raises(InputError, match=said):
+        main([*arguments(folder)[:2], "--output_dir", str(tmp_path / "out"), "--variants", variants])
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_are_what_the_runs_scored(scores, result, folder):
