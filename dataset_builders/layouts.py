@@ -120,7 +120,14 @@ def to_frame(
     for name, theirs in columns.items():
         for column in theirs:
             if column not in table.column_names:
-                raise InputError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
+                there = f"it has {', '.join(table.column_names)}"
+                names = NAMES[name].split()
+                if column == name and not {*names} & {*map(plain, table.column_names)}:  # looked for by its NAMES
+                    others = [other for other in names if other != plain(name)]
+                    column = name if plain(name) in names else others.pop(0)
+                    there += f", and none of {', '.join(others)}" if others else ""
+                    there += f"; --columns '{{{name}: THEIRS}}' says which it is"
+                raise InputError(f"{where}: no column {column!r}; {there}")
         parts = [_values(table[column], name, types[name], where) for column in theirs]
         if len(parts) > 1:
             lists = [column for column, part in zip(theirs, parts, strict=True) if part.dtype == pl.List]

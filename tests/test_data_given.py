@@ -136,6 +136,22 @@ def test_lists_of_scores_are_read_some_rows_at_a_time_to_the_same_table(tmp_path
         given_of(local(folder), tmp_path / "unknown")
 
 
+def test_a_table_of_scores_without_scores_names_what_they_may_be_called(tmp_path):
+    tables = scored_set()
+    tables["scores"]["grade"] = tables["scores"].pop("scores")
+    for name, columns in tables.items():
+        write_lines(tmp_path / f"{name}.jsonl", pl.DataFrame(columns).to_dicts())
+    judged = [{"query_id": row, "corpus_id": row % DOCUMENTS, "score": 1} for row in range(QUERIES)]
+    write_lines(tmp_path / "qrels.jsonl", judged)
+    said = (
+        r"scores\.jsonl: no column 'scores'; it has query_id, document_ids, grade, and none of score, labels, label; "
+    )
+    with pytest.raises(InputError, match=said + r"--columns '{given: THEIRS}' says which it is"):
+        pl.concat(read_rows(local(tmp_path), None).given)
+    given = pl.concat(read_rows(local(tmp_path, columns={"given": "grade"}), None).given)
+    assert len(given) == QUERIES * LISTED
+
+
 READ = """
 from pathlib import Path
 from dataset_builders.corpus import write_corpus

@@ -211,7 +211,7 @@ def test_tables_of_ms_marco_have_no_header_and_a_run_of_trec_is_a_teachers_score
     drawn = read(tmp_path, split="validation", num_pairs=1)
     assert len(drawn.queries) == 1 and {*pl.concat(drawn.given)["query_id"]} == {*drawn.queries["query_id"]}
     write(tmp_path / "queries.tsv", "number\ttext\n7\twhat presence\n8\twhose mind\n")
-    with pytest.raises(InputError, match=r"queries\.tsv: no column '_id'; it has number, text"):
+    with pytest.raises(InputError, match=r"queries\.tsv: no column '_id'; it has number, text, and none of docid, "):
         read(tmp_path, split="validation")  # a header with one name that is known is one
 
 
