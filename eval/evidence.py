@@ -84,6 +84,7 @@ def read_evidence(
         "mteb": read_mteb(folders, model, commits),
         "ablation": read_ablation(ablations) if ablations else None,
         "data": data,
+        "changed": changed_since(run_folder, resolved["stages"]),
         "languages": sorted({entry["language"] for entry in data.values() if entry and entry["language"]}),
         "evaluated": provenance(with_metrics / metrics["data"] / "hub") if metrics else None,
         "pictures": pictures,
@@ -200,6 +201,18 @@ def provenance(hub: Path) -> dict[str, Any] | None:
         "training_datasets": source.get("training_datasets"),  # None: not stated
         "benchmark": (recipe.get("decontamination") or {}).get("benchmark") or BENCHMARK,
     }
+
+
+def changed_since(run_folder: Path, stages: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The folders whose files are no longer those that a stage of stages.json was trained on."""
+    found = set()
+    for stage in stages:
+        if (run_folder / stage["name"] / MANIFEST).is_file():
+            trained = read_manifest(run_folder / stage["name"])["inputs"]["data"]
+            folders = {name: own["dataset_name"] for name, own in stage["datasets"].items()}
+            there = {name: folder for name, folder in folders.items() if Path(folder).is_dir()}
+            found |= {name for key, name in there.items() if fingerprint(files_of(Path(name))) != trained.get(key)}
+    return found
 
 
 def disclosure(data: Mapping[str, Mapping[str, Any] | None], base: str | None = None) -> dict[str, Any] | None:

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny_mteb import write_mteb
 
 from common.cli import InputError
-from common.steps import write_json
+from common.steps import read_parquet, write_json, write_parquet
 from eval import evidence
-from eval.evidence import provenance, read_evidence
+from eval.evidence import changed_since, provenance, read_evidence
+from modeling.recipe import read_stages
 
 
 @pytest.fixture
@@ -79,3 +81,21 @@ def test_pictures_of_other_results_are_refused(copy):
     write_json(copy / "results" / "metrics.json", {**metrics, "key": "another"})
     with pytest.raises(InputError, match=r"systems.png: drawn from other results .*eval.report"):
         read_evidence(copy)
+
+
+def test_data_that_were_built_again_after_training_are_told(finished, hub, tmp_path):
+    """Of a real run: the files that its stages were trained on, and one of them with another row."""
+    stages = read_stages(finished)["stages"]
+    assert changed_since(finished, stages) == set() and {Path(own["dataset_name"]) for own in datasets(stages)} == {
+        hub
+    }
+    again = shutil.copytree(hub, tmp_path / "hub")
+    for own in datasets(stages):
+        own["dataset_name"] = str(again)
+    assert changed_since(finished, stages) == set(), "the same files elsewhere"
+    write_parquet(again / "train.parquet", read_parquet(again / "train.parquet").slice(1))
+    assert changed_since(finished, stages) == {str(again)}
+
+
+def datasets(stages):
+    return [own for stage in stages for own in stage["datasets"].values()]

@@ -55,6 +55,7 @@ def plain(recipe, **changed):
     """Evidence of a run that has only its recipe."""
     empty = {"ledger": {"data": [], "stages": []}, "versions": {}, "commit": None, "metrics": None, "mteb": []}
     empty |= {"ablation": None, "data": {}, "evaluated": None, "pictures": {}, "example": None, "quantisation": None}
+    empty["changed"] = set()
     stages = [{**recipe, **stage} for stage in recipe["stages"]]
     stages = [{**stage, "datasets": [{**stage, **own} for own in stage.get("datasets", [{}])]} for stage in stages]
     return {"recipe": recipe, "stages": stages, "languages": [], **empty, **changed}
@@ -192,7 +193,9 @@ def test_data_of_a_folder_are_no_link(graded_data, tmp_path, facts):
     assert (found["title"], found["dataset"], found["commit"]) == ("pairs", None, None)
     recipe = {"student": {"teacher": "x"}, "stages": [{"name": "a", "dataset_name": str(copy / "hub")}]}
     card = render_card("org/name", facts, plain(recipe, data={str(copy / "hub"): found}))
-    assert "huggingface.co/datasets/" not in card
+    assert "huggingface.co/datasets/" not in card and "built again" not in card
+    later = plain(recipe, data={str(copy / "hub"): found}, changed={str(copy / "hub")})
+    assert "built again after the training" in render_card("org/name", facts, later)
 
 
 def links(text):
