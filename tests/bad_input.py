@@ -133,9 +133,9 @@ student: {hiden_size: 64}              | unknown key 'student.hiden_size'
 total_steps: true                      | key 'total_steps' is 'true'
 merge: {stages: [sts, retrieval], weights: [.nan, 1]} | key 'merge.weights.0' is
 merge: {stages: [sts, retrieval], weights: [0, 0]}    | not all 0
-merge: {stages: [sts, retrieval], weights: [1]}       | one a stage is needed
+merge: {stages: [sts, retrieval], weights: [1]}       | one each is needed
 merge: {stages: [sts, retrieval], method: mean}       | key 'merge.method' is 'mean'
-merge: {stages: [sts, other]}          | no stage 'other' is run; there are sts
+merge: {stages: [sts, other]}          | 'other' is no stage that is run and no folder of a model; stages are sts
 {shots: 2, instruction: null}          | shots stand before an instruction
 load_in_4bit: true                     | stage 'sts': load_in_4bit and load_in_8bit freeze
 batch_sampler: no_duplicates           | batch_sampler has no effect
