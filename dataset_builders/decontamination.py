@@ -1,12 +1,13 @@
 """Training texts that evaluation tasks ask about: found, dropped and logged; and what a model then has to declare.
 
 A task's probes are the texts that it asks about, of its evaluation splits alone: the queries of retrieval and
-reranking, both sides of STS and pair classification, the texts of classification, clustering and summarization. A
-training query or document that equals a probe (case and white space aside), is nearly one (see near_duplicates.py),
-or is short and one typo apart from one (typos.py), shows the model a test item, whatever its label. So it is dropped
-with its qrels from the split to be trained on; other splits stay as they are. The documents that a task searches are
-no probes: training and test questions share a corpus by design (SciFact's 809 training claims are answered by the
-5,183 abstracts of its test), and without the test question such a document tells nothing. They are counted.
+reranking, both sides of STS, pair classification and bitext mining, the texts of classification, clustering and
+summarization. A training query or document that equals a probe (case and white space aside), is nearly one (see
+near_duplicates.py), or is short and one typo apart from one (typos.py), shows the model a test item, whatever its
+label. So it is dropped with its qrels from the split to be trained on; other splits stay as they are. The documents
+that a task searches are no probes: training and test questions share a corpus by design (SciFact's 809 training claims
+are answered by the 5,183 abstracts of its test), and without the test question such a document tells nothing. They are
+counted.
 
 Not found: a copy that is cut to less than `similarity` of the probe's 5-grams, a short one with two typos, a
 paraphrase, a translation.
@@ -168,8 +169,7 @@ def read_task(task: AbsTask) -> tuple[pl.Series, pl.Series]:
             if "text" in data["corpus"].column_names:
                 searched.append(_searched_keys(data["corpus"].to_polars()))
     else:
-        attributes = [getattr(task, attribute) for attribute in _COLUMN_NAMES if hasattr(task, attribute)]
-        columns = [column for attribute in attributes for column in _strings(attribute)]
+        columns = _text_columns(task)
         if not columns:
             kind = task.metadata.type
             raise InputError(
@@ -283,8 +283,19 @@ def zero_shot(training_datasets: Sequence[str], benchmark: str, base_model: str 
     }
 
 
+def _text_columns(task: AbsTask) -> list[str]:
+    """The columns that a task other than retrieval asks about; none of a type whose texts are not known."""
+    if task.metadata.type == "BitextMining":
+        return list(dict.fromkeys(column for pair in task._get_pairs(task.parallel_subsets) for column in pair))
+    attributes = [getattr(task, attribute) for attribute in _COLUMN_NAMES if hasattr(task, attribute)]
+    return [column for attribute in attributes for column in _strings(attribute)]
+
+
 def _evaluation_data(task: AbsTask) -> Iterator[Any]:
     """A loaded task's data by subset and split, of its evaluation splits."""
+    if getattr(task, "parallel_subsets", False):  # bitext mining of several languages: a column for each
+        yield from (task.dataset[split] for split in task.eval_splits)
+        return
     for subset in task.hf_subsets:
         # a task that is not multilingual may leave the level of subsets out
         data = task.dataset if subset == "default" and "default" not in task.dataset else task.dataset[subset]

@@ -234,6 +234,9 @@ def test_a_task_of_mteb_is_read_from_a_copy_where_one_is_there(tmp_path, monkeyp
         ("MockMultilingualClassificationTask", "This is a test sentence", None),
         ("LegacyMockClusteringFastTask", "This is a test sentence", None),
         ("MockSummarizationTask", "This is a test sentence", None),
+        ("MockBitextMiningTask", "This is a test sentence", None),
+        ("MockMultilingualBitextMiningTask", "This is a test sentence", None),
+        ("MockMultilingualParallelBitextMiningTask", "This is a test sentence", None),
     ],
 )
 def test_mteb_stores_texts_by_task_type(name, asked, searched):
@@ -245,15 +248,23 @@ def test_mteb_stores_texts_by_task_type(name, asked, searched):
     assert keys.is_in(documents.implode()).all() and bool(len(documents)) == bool(searched)
 
 
-def test_every_task_of_the_benchmark_names_its_texts():
+@pytest.mark.parametrize(
+    ("benchmark", "size"), [("MTEB(eng, v2)", 41), ("MTEB(Multilingual, v2)", 131), ("RTEB(eng, beta)", 21)]
+)
+def test_every_task_of_a_benchmark_names_its_texts(benchmark, size):
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-    tasks = mteb_tasks("MTEB(eng, v2)", ["ArguAna", "CQADupstackRetrieval"])
-    assert len(tasks) == 41 + 10  # ArguAna once; CQADupstack's 12 forums, of which the benchmark has two
+    tasks = mteb_tasks(benchmark)
+    assert len(tasks) == size
     for task in tasks:
-        named = [name for name in decontamination._COLUMN_NAMES if hasattr(task, name)]
-        assert isinstance(task, AbsTaskRetrieval) or named, task.metadata.name
+        assert isinstance(task, AbsTaskRetrieval) or decontamination._text_columns(task), task.metadata.name
         assert task.eval_splits and task.metadata.dataset["revision"]
+
+
+def test_a_task_that_others_make_up_gives_way_to_them():
+    """ArguAna once; CQADupstack's 12 forums, of which the benchmark has two."""
+    tasks = mteb_tasks("MTEB(eng, v2)", ["ArguAna", "CQADupstackRetrieval"])
+    assert len(tasks) == 41 + 10 and not any(task.is_aggregate for task in tasks)
 
 
 def test_local_sets_are_read_by_their_layout(tmp_path):
