@@ -9,6 +9,7 @@ from one of them. Optimizer and schedule begin anew in every stage.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainingArguments
     from trl import ModelConfig
 
-# Folders that a run has besides its stages'.
+# Folders that a run has besides its stages', by training, evaluation, ablation and publishing.
 RESERVED = ("model", "adapter", "student", "merge", "logs", "data", "results", "report")
+RESERVED += ("embeddings", "mteb", "exports")
 LONGEST_NAME = 100
 STAGES = "stages.json"
 _REFERENCES = ("model_name_or_path", "dataset_name", "teacher", "corpus")  # keys that name a model or data
@@ -176,16 +178,35 @@ def _check_recipe(whole: RecipeArguments, shared: Mapping[str, Any], stages: Map
     if bool(whole.student) == bool(shared.get("model_name_or_path")):
         number = "one of the two alone" if whole.student else "model_name_or_path, or student:"
         raise InputError(f"name the model to start from: {number}")
-    for name in whole.merge.stages if whole.merge else ():
-        if name not in stages and not Path(name, "modules.json").is_file():
-            raise InputError(
-                f"merge: {name!r} is no stage that is run and no folder of a model; stages are {', '.join(stages)}"
-            )
+    # a run that read what it writes would come to something else each time
+    written = {os.path.abspath(Path(output_dir, name)) for name in ("model", *stages)}
+    start = shared.get("model_name_or_path")
+    if start and os.path.abspath(start) in written:
+        raise InputError(f"model_name_or_path {start!r} is written by this run; choose another output_dir")
+    if whole.merge:
+        with at("merge"):
+            _check_merged([name for name in whole.merge.stages if name not in stages], stages, written)
     for name, keys in stages.items():
         with at(f"stage {name!r}"):
             parse_section(stage_keys(), _without(keys, ["datasets"]))
             if above := [key for key in OF_THE_RECIPE if key in keys]:
                 raise InputError(f"{above[0]}: stages go on from one another; name it above them")
+
+
+def _check_merged(folders: Sequence[str], stages: Collection[str], written: Collection[str]) -> None:
+    """That each is a model's folder, named once, and none of those that this run writes."""
+    there = set()
+    for name in folders:
+        folder = os.path.abspath(name)
+        if not Path(name, "modules.json").is_file():
+            raise InputError(
+                f"{name!r} is no stage that is run and no folder of a model; stages are {', '.join(stages)}"
+            )
+        if folder in written:
+            raise InputError(f"{name!r} is written by this run; name a stage, or copy the model elsewhere")
+        if folder in there:
+            raise InputError(f"{name!r} is there twice; name two or more, each once")
+        there.add(folder)
 
 
 def _read_own(name: str, values: Mapping[str, Any]) -> tuple[StageArguments, dict[str, DatasetArguments]]:

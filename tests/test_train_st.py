@@ -190,8 +190,31 @@ def test_model_is_the_average_with_the_model_of_another_run(finished, recipe, tm
     shutil.copyfile(other / "retrieval" / "model.safetensors", other / "sts" / "model.safetensors")
     train(tmp_path, merged)
     assert all(torch.allclose(value, last[name], atol=1e-7) for name, value in weights(output / "model").items())
-    with pytest.raises(InputError, match=r"merge: 'nowhere' is no stage that is run and no folder of a model; .*sts"):
-        train(tmp_path, {**recipe, "merge": {"stages": ["nowhere", "retrieval"]}})
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["nowhere", "retrieval"], "'nowhere' is no stage that is run and no folder of a model; .*sts"),
+        (["run/model", "retrieval"], "'run/model' is written by this run"),
+        (["run/../run/sts/", "sts"], "is written by this run"),
+        (["other/sts", "other/sts/", "retrieval"], "'other/sts/' is there twice"),
+    ],
+)
+def test_a_model_is_averaged_with_others_and_once(finished, recipe, tmp_path, monkeypatch, names, problem):
+    output, _ = (shutil.copytree(finished, tmp_path / name) for name in ("run", "other"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"merge: .*{problem}"):
+        train(tmp_path, {**recipe, "merge": {"stages": names}})
+    assert distance(output / "retrieval", output / "model") == 0
+
+
+@pytest.mark.parametrize("name", ["model", "sts"])
+def test_a_run_starts_from_nothing_that_it_writes(finished, recipe, name):
+    """It would go on from its own result whenever it is run again, and the adapter's base would be gone."""
+    start = {"model_name_or_path": str(finished / name), "output_dir": str(finished)}
+    with pytest.raises(InputError, match=f"model_name_or_path .*{name}' is written by this run; choose another"):
+        parse_recipe({**recipe, **start})
 
 
 def test_a_model_of_another_recipe_than_the_folder_tells_is_not_told_of(recipe, finished, tmp_path, monkeypatch):
