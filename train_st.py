@@ -105,7 +105,7 @@ def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, l
     """The model that the first stage starts from, and the stages with what they leave to it, once everything that they
     ask of it is known to be there.
     """
-    from modeling.stages import check_batches, check_layers, with_prompts
+    from modeling.stages import check_layers, count_batches, with_prompts
     from modeling.start import first_start, load_tokenizer, settle, start_line, untrained_prompt
 
     start = first_start(recipe)
@@ -113,7 +113,7 @@ def check_start(recipe: Recipe, data: Mapping[str, StageData]) -> tuple[Start, l
     tokenizer = load_tokenizer(start, stages[0].own.pooling)
     stages = [with_prompts(stage, data[stage.name].train, tokenizer) for stage in stages]
     for stage in stages:
-        check_batches(stage, data[stage.name].train)
+        count_batches(stage, data[stage.name].train)  # refuses too few now
     check_layers(stages, start)
     if processes().is_main_process:
         write_recipe(recipe)

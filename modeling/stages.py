@@ -199,12 +199,17 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
     steps = arguments.max_steps if arguments.max_steps > 0 else None
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     length = f"{steps} steps" if steps else f"{arguments.num_train_epochs:g} epochs"
-    lines = []
+    batches, lines = count_batches(stage, data.train), []
+    of_an_epoch = sum(count for _, count in batches.values()) / arguments.gradient_accumulation_steps
+    epochs = steps / of_an_epoch if steps else arguments.num_train_epochs
     for name, own in stage.datasets.items():
         counts = cut[name].values()
         tokens = batch * sum(count.tokens for count in counts) / max(count.texts for count in counts)
         parts = [f"{len(data.train[name]):,} rows of {own.dataset_name} ({own.dataset_config})", own.loss]
         parts += [f"{length} of {batch} rows, about {tokens:,.0f} tokens each"]
+        if len(batches) > 1:  # weights make an epoch more or less than a pass
+            of_a_pass, count = batches[name]
+            parts += [f"{epochs * count / of_a_pass:.2g} passes over its rows"]
         parts += [cut_line(cut[name], stage.own.train_max_seq_length, train_length_key(stage.own))]
         if shown := trainer.data_collator.demonstrations.get(name):
             room = shots_room(stage, name)
@@ -215,15 +220,19 @@ def header(stage: Stage, data: StageData, trainer: EmbedderTrainer, cut: Mapping
     return "\n".join(lines)
 
 
-def check_batches(stage: Stage, train: Mapping[str, Dataset]) -> None:
-    """Refuse now rows too few for a step, and weights too small for one."""
-    training, steps, devices = stage.training, 0, processes().num_processes
+def count_batches(stage: Stage, train: Mapping[str, Dataset]) -> dict[str, tuple[int, int]]:
+    """By data set, the batches of a pass over its rows, and those that it has in an epoch of the stage (see
+    `WeightedBatchSampler`). Refuses rows too few for a step, and weights too small for one.
+    """
+    training, passes = stage.training, {}
     for name, rows in train.items():
         with at(stage.place(name)):
             size, last = training.train_batch_size, training.dataloader_drop_last
-            steps += EpochBatchSampler(rows, size, last, world_size=devices).steps
+            passes[name] = EpochBatchSampler(rows, size, last, world_size=processes().num_processes).steps
     with at(f"stage {stage.name!r}"):
-        steps_by_weight({name: own.weight for name, own in stage.datasets.items()}, steps)
+        weights = {name: own.weight for name, own in stage.datasets.items()}
+        epochs = steps_by_weight(weights, sum(passes[name] for name in weights))
+    return {name: (passes[name], steps) for name, steps in zip(weights, epochs, strict=True)}
 
 
 def check_layers(stages: Sequence[Stage], start: Start) -> None:

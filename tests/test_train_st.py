@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -300,7 +301,12 @@ def test_the_data_sets_of_a_stage_take_turns_by_weight(curricula, tmp_path, monk
     for entry in logged:
         parts = [value for key, value in entry.items() if key.startswith("loss_")]
         assert sum(parts) / len(parts) == pytest.approx(entry["loss"], rel=1e-3)
-    assert "(pairs " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "(pairs " in told
+    for name, steps in (("pairs", 9), ("searches", 3)):  # 48 rows each
+        [line] = re.findall(rf"^training mixed, {name}: .*", told, flags=re.MULTILINE)
+        rows = int(re.search(r"12 steps of (\d+) rows", line)[1])
+        assert f", {steps * rows / 48:.2g} passes over its rows" in line
 
 
 NO_STEP = {
