@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import ArgumentParser, InputError, at_least_1, run
+from common.cli import ArgumentParser, InputError, at, at_least_1, run
 from common.models import resolve_model
 from common.steps import fingerprint, folder_step
 from eval.leaderboard import format_means, format_tasks, make_leaderboard
@@ -76,6 +76,8 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if min(args.shots, default=0) < 0:
         raise InputError(f"--shots {min(args.shots)}: a number of demonstrations is 0 or more")
+    if not args.shots and not args.templates:
+        raise InputError("no row to score: name --shots, --templates or both")
     tasks = load_tasks(None, args.tasks, args.data_root)
     if other := [task.metadata.name for task in tasks if task.metadata.name not in LOCAL_TASKS]:
         raise InputError(
@@ -153,14 +155,15 @@ def save_template(reference: str, folder: Path, template: str, settings: Mapping
         if not step.done:
             from sentence_transformers.sentence_transformer.modules import Pooling
 
-            from modeling.encoder import POOLING, build_encoder
+            from modeling.encoder import POOLING, build_encoder, save_merged
 
             encoder = build_encoder(reference, **settings)
             encoder[1] = Pooling(encoder[0].get_embedding_dimension(), **POOLING["eos"])
             encoder.prompts = {}
             tokenizer = encoder.tokenizer
             tokenizer.backend_tokenizer.post_processor = template_processor(tokenizer, template)
-            encoder.save(str(step.path), create_model_card=False)
+            with at(f"{reference}: leave --templates empty"):  # BERT's tokenizer is read back without the template
+                save_merged(encoder, step.path)
             step.finish()
     return folder
 

