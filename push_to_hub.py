@@ -107,7 +107,7 @@ def _check_repo_id(repo_id: str) -> None:
 def prepare_model(args: Namespace) -> list[Release]:
     """The merged model and, if asked for, its adapter: verified, with their cards. Raises InputError."""
     from eval.evidence import read_evidence
-    from release.card_metadata import final_row
+    from eval.metrics import final_row
     from release.exports import FILES, export
     from release.model_card import render_adapter_card, render_card
     from release.verify import model_files, verify_adapter, verify_model
@@ -119,7 +119,8 @@ def prepare_model(args: Namespace) -> list[Release]:
     commits = evaluated_commits(args, [results or run_folder / "results", run_folder / "results"])
     evidence = read_evidence(run_folder, results, ablations, commits)
     evidence["languages"] = args.language or evidence["languages"]
-    events = event_files(run_folder / "logs") if args.tensorboard else {}
+    stages = [stage["name"] for stage in evidence["stages"]]
+    events = event_files(run_folder / "logs", stages) if args.tensorboard else {}
     facts = verify_model(folder)
     adapter = verify_adapter(run_folder / "adapter", folder, facts) if args.adapter else None
     exports = {kind: export(kind, folder, run_folder / "exports", facts) for kind in FILES if getattr(args, kind)}
@@ -160,11 +161,11 @@ def evaluated_commits(args: Namespace, results: Sequence[Path]) -> list[str]:
         return [commit for commit in found if not other_files(args.repo_id, commit, Path(args.path))]
 
 
-def event_files(logs: Path) -> dict[str, Path]:
-    """Name in the repository -> event file, where the Hub's tab of curves looks. TensorBoard's own names hold the
-    machine's.
+def event_files(logs: Path, stages: Sequence[str]) -> dict[str, Path]:
+    """Name in the repository -> event file of a stage, where the Hub's tab of curves looks. TensorBoard's own names
+    hold the machine's.
     """
-    found = sorted(logs.rglob("*tfevents*"))
+    found = [path for name in stages for path in sorted((logs / name).rglob("*tfevents*"))]
     if not found:
         raise InputError(f"{logs}: no event files of TensorBoard; train with report_to: [tensorboard]")
     return {f"runs/{path.parent.name}/events.out.tfevents.{number}": path for number, path in enumerate(found)}

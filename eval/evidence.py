@@ -21,7 +21,7 @@ from dataset_builders.decontamination import zero_shot
 from dataset_builders.sources import registry
 from eval.figures import KEY
 from eval.leaderboard import BESIDE_RESULTS, read_result
-from eval.metrics import read_metrics
+from eval.metrics import check_final, read_metrics
 from eval.run_files import read_ledger, read_manifests
 from modeling import recipe as recipes
 
@@ -62,6 +62,8 @@ def read_evidence(
             f"{with_metrics / 'metrics.json'}: is not of {run_folder}; "
             f"run python -m eval.retrieval --run {run_folder}, or name another folder of results"
         )
+    if metrics:
+        check_final(with_metrics, metrics, model)
     if results and with_metrics != results and not read_mteb([results], model, commits):
         raise InputError(
             f"{results}: neither metrics.json nor mteb's results of {model} are there; "
@@ -70,11 +72,13 @@ def read_evidence(
     pictures = read_pictures(run_folder / "report", metrics)
     if ablations and (ablations / "ablation.png").is_file():
         pictures["ablation.png"] = ablations / "ablation.png"
-    names = list(dict.fromkeys(own["dataset_name"] for stage in stages for own in stage["datasets"]))
+    recipe = read_yaml(path)
+    names = [own["dataset_name"] for stage in stages for own in stage["datasets"]]
+    names = list(dict.fromkeys([*names, *data_of_merged(recipe, [stage["name"] for stage in stages])]))
     last = run_folder / stages[-1]["name"]
     data = {name: provenance(Path(name)) for name in names}
     return {
-        "recipe": read_yaml(path),
+        "recipe": recipe,
         "stages": stages,
         "quantisation": resolved["start"].get("quantisation"),
         "ledger": ledger,
@@ -163,6 +167,23 @@ def hub_id(reference: str | None) -> str | None:
 def base_model(recipe: Mapping[str, Any]) -> str | None:
     """The model on the Hub that training started from, if it was one."""
     return None if recipe.get("student") else hub_id(recipe.get("model_name_or_path"))
+
+
+def data_of_merged(recipe: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
+    """What models of other runs, averaged into this one, were trained on; the model itself where no run is beside it,
+    as of data of which nothing is known.
+    """
+    start, names = Path(recipe.get("model_name_or_path") or "."), []
+    for name in (recipe.get("merge") or {}).get("stages", ()):
+        run = Path(name).parent
+        if name in stages or Path(name).resolve() == start.resolve():
+            continue
+        if (run / recipes.STAGES).is_file():
+            read = recipes.read_stages(run)["stages"]
+            names += [own["dataset_name"] for stage in read for own in stage["datasets"].values()]
+        else:
+            names.append(name)
+    return names
 
 
 def provenance(hub: Path) -> dict[str, Any] | None:

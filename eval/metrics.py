@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.cli import InputError
-from common.steps import read_json
+from common.steps import files_of, fingerprint, read_json
 from common.tables import markdown_table
 from eval.held_out import DEPTH
 from eval.intervals import format_mean, mean_with_interval
@@ -31,6 +31,7 @@ class SystemScores(BaseModel):
     reciprocal_rank: float | None = Field(None, alias="RR")
     difference: dict[str, float] | None = None  # to BASELINE in COMPARED, paired by query: mean, low, high
     model: str | None = None
+    files: str | None = None  # changes when the model does (common.models.ModelReference.fingerprint)
     seconds: float = 0.0  # 0 for vectors that were ready
     shots: int = 0
     dimensions: int | None = None  # to which vectors were cut; None: all
@@ -70,6 +71,27 @@ def read_metrics(results: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not written by eval.retrieval; run {command}")
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
     raise InputError(f"{path}: {where} is not as eval.retrieval writes it; delete the file and run it again")
+
+
+def final_row(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The final model's row, without shots and with whole vectors: eval.retrieval puts models in the order in which
+    they came to be. Empty where no model was evaluated.
+    """
+    rows = [row for row in (metrics["systems"] if metrics else ()) if row["kind"] == "model" and not row.get("shots")]
+    rows = [row for row in rows if not row.get("dimensions") and row.get("precision", "float32") == "float32"]
+    return rows[-1] if rows else {}
+
+
+def check_final(results: Path, metrics: Mapping[str, Any], model: Path) -> None:
+    """That the last model in RESULTS/metrics.json is the one in `model`. Raises InputError for another one, such as
+    that of an earlier training: its scores would be told of this one.
+    """
+    measured = final_row(metrics).get("files")
+    if measured and model.is_dir() and measured != fingerprint(files_of(model)):
+        raise InputError(
+            f"{results / 'metrics.json'}: of another model than {model} is now; run `{metrics['command']}` again, or "
+            "name other results"
+        )
 
 
 def finished_metrics(output: Path, key: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from common.steps import BUILD_FOLDERS
 from common.tables import in_words, markdown_table
 from eval.figures import KEY, plot_leaderboard, plot_systems, plot_training
 from eval.leaderboard import format_means, format_tasks, read_leaderboard
-from eval.metrics import format_table, read_metrics
+from eval.metrics import check_final, format_table, read_metrics
 from eval.run_files import Log, read_ledger, read_logs, read_manifests
 from eval.systems import stage_names
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
         figures["mteb.png"] = plot_leaderboard(board)
         parts += ["## MTEB", f"Made from mteb's results in `{results / 'results'}`.", format_means(board)]
         parts += ["![MTEB by task type](mteb.png)", format_tasks(board)]
+    if run_folder:
+        check_final(results, metrics, run_folder / "model")
     if stages := stage_names(run_folder) if run_folder else []:  # none of a model without a record of its training
         logs, manifests = read_logs(run_folder, stages), read_manifests(results / metrics["data"])
         if logs:

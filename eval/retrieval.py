@@ -197,6 +197,7 @@ def model_row(system: System, cache: Path, asked: HeldOut) -> tuple[dict[str, An
     ranking = rank(vectors, asked)
     row = {"name": system.name, "kind": "model", "model": system.model, "shots": system.shots}
     row |= {"dimensions": system.dimensions, "precision": system.precision}
+    row |= {"files": resolve_model(system.model).fingerprint()}
     row |= {"seconds": round(time.monotonic() - start, 1)} | ranking_scores(asked.qrels, ranking)
     if not compares_by_dot(system.model):
         row["cosines"] = {"quantiles": QUANTILES} | cosine_quantiles(vectors, ranking, asked)

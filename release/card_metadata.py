@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eval.evidence import base_model, hub_id
+from eval.metrics import final_row
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -104,15 +105,6 @@ def evaluated_on(evidence: Mapping[str, Any], datasets: Sequence[str] = ()) -> d
     own = len(datasets) == 1 and list(evidence["data"].values()) == [data]
     name = datasets[0] if own else re.sub(r"\W+", "-", data["title"].lower())
     return {"dataset_type": name, "dataset_name": data["title"]}
-
-
-def final_row(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The final model's row, without shots and with whole vectors: eval.retrieval puts models in the order in which
-    they came to be. Empty where no model was evaluated.
-    """
-    rows = [row for row in (metrics["systems"] if metrics else ()) if row["kind"] == "model" and not row.get("shots")]
-    rows = [row for row in rows if not row.get("dimensions") and row.get("precision", "float32") == "float32"]
-    return rows[-1] if rows else {}
 
 
 def shortened_rows(metrics: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,12 +21,12 @@ from dataset_builders.languages import language_name
 from eval.ablation_table import format_table as ablation_rows
 from eval.evidence import disclosure, hub_id
 from eval.leaderboard import Leaderboard, benchmark_tasks, format_means, format_tasks, make_leaderboard
-from eval.metrics import format_table
+from eval.metrics import final_row, format_table
 from eval.report import format_costs
 from eval.retrieval import NEAR
 from modeling.objectives import OBJECTIVES
 from modeling.prompts import QUERY_TEMPLATE, few_shot_prompt, few_shot_prompts, template_of
-from release.card_metadata import card_metadata, final_row, matryoshka_dims
+from release.card_metadata import card_metadata, matryoshka_dims
 from release.local_paths import named_paths
 from release.usage import encode_lines, reader_lines
 
@@ -109,6 +109,7 @@ def render_card(
         "mteb_table": format_tasks(make_leaderboard({"score": mteb})) if mteb else None,
         "ablation_table": ablation_rows(ablation) if ablation else None,
         "settings": settings_table(evidence["stages"], evidence["ledger"]),
+        "merged": merged(recipe, evidence["stages"]),
         "cut_texts": cut_texts(evidence["ledger"]),
         "matryoshka_dims": matryoshka_dims(evidence["stages"]),
         "losses": {name: _summary(OBJECTIVES[name].function) for name in losses if name in OBJECTIVES},
@@ -290,6 +291,23 @@ def _setting(stage: Mapping[str, Any], key: str) -> str:
 def _summary(function: Callable[..., Any]) -> str:
     """The first paragraph of a docstring, in one line."""
     return " ".join(function.__doc__.split("\n\n")[0].split())
+
+
+def merged(recipe: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> str:
+    """What the published weights are the average of, in a sentence; empty where they are one stage's.
+
+    >>> merged({"merge": {"stages": ["sts", "runs/b/model"], "weights": [1, 3]}}, [{"name": "sts"}])
+    'The published weights are the linear average of those after sts (25 %), those of another model, `model` (75 %).'
+    """
+    merge = recipe.get("merge")
+    if not merge:
+        return ""
+    names, own = merge["stages"], {stage["name"] for stage in stages}
+    weights = merge.get("weights") or [1] * len(names)
+    places = ["after " + name if name in own else "of another model, " + code(Path(name).name) for name in names]
+    shares = [f"{100 * weight / sum(weights):.0f} %" for weight in weights]
+    parts = [f"those {place} ({share})" for place, share in zip(places, shares, strict=True)]
+    return f"The published weights are the {merge.get('method') or 'linear'} average of {', '.join(parts)}."
 
 
 def cut_texts(ledger: Mapping[str, Any]) -> list[str]:

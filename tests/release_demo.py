@@ -22,7 +22,7 @@ from local_hub import TOKEN, LocalHub
 
 from common.cli import ArgumentParser, InputError, run
 from eval.evidence import hub_id
-from release.model_card import final_row
+from eval.metrics import final_row
 
 MODEL, ADAPTER, DATA = "demo/model", "demo/adapter", "demo/data"
 QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}

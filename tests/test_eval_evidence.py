@@ -9,7 +9,7 @@ from tiny_mteb import write_mteb
 
 from common.cli import InputError
 from common.steps import read_parquet, write_json, write_parquet
-from eval import evidence
+from eval import evidence, report
 from eval.evidence import changed_since, provenance, read_evidence
 from modeling.recipe import read_stages
 
@@ -50,6 +50,20 @@ def test_zero_shot_share_needs_every_source_to_state_its_own():
     assert evidence.disclosure({}) is None
 
 
+def test_the_data_of_a_model_that_was_averaged_in_are_the_models_too(copy, graded_data, tmp_path):
+    """Of another run, and of a model of which nothing is known: then no zero-shot share is told."""
+    own = [*read_evidence(copy)["data"]]
+    other = tmp_path / "other"
+    other.mkdir()
+    datasets = {"a": {"dataset_name": "org/a"}, "b": {"dataset_name": own[0]}}
+    write_json(other / "stages.json", {"start": {}, "stages": [{"name": "nli", "keys": {}, "datasets": datasets}]})
+    text, found = (copy / "recipe.yaml").read_text(), []
+    for name in (other / "nli", tmp_path / "alone"):
+        (copy / "recipe.yaml").write_text(f"{text}merge: {{stages: [retrieval, {name}]}}\n")
+        found.append([*read_evidence(copy)["data"]])
+    assert len(own) == 1 and found == [[*own, "org/a"], [*own, str(tmp_path / "alone")]]
+
+
 def test_only_results_of_these_weights_are_the_models(reported_run, copy, tmp_path):
     """They are found by the hash of the weights, or by a commit that has the same files."""
     commits = ["a" * 40, "b" * 40]
@@ -61,8 +75,8 @@ def test_only_results_of_these_weights_are_the_models(reported_run, copy, tmp_pa
     assert (found.task_name, found.get_score()) == ("ArguAna", 0.25)
     with pytest.raises(InputError, match=r"neither metrics\.json nor mteb's results"):
         read_evidence(reported_run, tmp_path / "more", commits=commits[1:])
-    config = copy / "model" / "config_sentence_transformers.json"
-    config.write_text(config.read_text().replace("its answer", "an answer"))
+    change(copy / "model")
+    (copy / "results" / "metrics.json").unlink()
     assert read_evidence(reported_run)["mteb"] and not read_evidence(copy)["mteb"]
 
 
@@ -73,6 +87,19 @@ def test_scores_of_others_are_not_the_models(copy, run):
     write_json(copy / "results" / "metrics.json", {**metrics, "run": run})
     with pytest.raises(InputError, match=r"metrics.json: is not of .*eval.retrieval --run"):
         read_evidence(copy)
+
+
+def change(model):
+    config = model / "config_sentence_transformers.json"
+    config.write_text(config.read_text().replace("its answer", "an answer"))
+
+
+def test_scores_of_an_earlier_training_are_not_the_models(copy):
+    """Trained anew and not evaluated anew."""
+    change(copy / "model")
+    for read in (lambda: read_evidence(copy), lambda: report.main([str(copy / "results"), "--output_dir", "out"])):
+        with pytest.raises(InputError, match=r"metrics\.json: of another model than .* is now; run `python -m ev"):
+            read()
 
 
 def test_pictures_of_other_results_are_refused(copy):

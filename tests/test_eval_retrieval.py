@@ -14,7 +14,7 @@ from common.steps import read_parquet, write_json, write_parquet
 from dataset_builders.fusion import convex_fusion
 from eval import systems
 from eval.held_out import HeldOut, candidate_rankings, load_held_out
-from eval.metrics import read_metrics, with_differences
+from eval.metrics import final_row, read_metrics, with_differences
 from eval.retrieval import (
     choose_weight,
     cosine_quantiles,
@@ -27,7 +27,7 @@ from eval.retrieval import (
 )
 from eval.systems import System, run_systems
 from modeling.prompts import baked_prompts, few_shot_prompts
-from release.card_metadata import final_row, shortened_rows
+from release.card_metadata import shortened_rows
 
 
 def evaluate(run, output, *flags):

